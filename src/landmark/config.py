@@ -1,0 +1,122 @@
+"""The settings of landmark attention: one frozen dataclass, stored in a model's ``config.landmark``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+MODES = ("retrieval", "all")
+GRANULARITIES = ("token_head", "head", "token", "group")
+POSITIONS = ("stingy", "exact")
+LOCALS = ("blocks", "chunk")
+
+
+@dataclasses.dataclass(frozen=True)
+class LandmarkConfig:
+    """How a model inserts landmarks and what its queries may see.
+
+    Lengths are in *positions* (landmarks included) unless a name says tokens.
+
+    Attributes:
+        block_size: positions of a block, its landmark included (``block_size - 1`` text tokens and one landmark).
+        top_k: retrieved blocks of a query.
+        granularity: who shares a choice of blocks: ``token_head`` (nobody), ``head`` (all tokens of a block up to the
+            query), ``token`` (all heads), ``group`` (the query heads of one key/value head). Paper, section 3.2.
+        positions: ``stingy`` maps any distance into the trained length (paper, section 3.3.2); ``exact`` keeps it.
+        local_blocks: finished blocks before a query's own block that it always sees.
+        max_blocks: candidates for retrieval are the latest so many older blocks and block 0; ``None`` for all.
+        layers: indices of the layers that retrieve, ``None`` for all. The others see their local context and block 0.
+        local: ``blocks`` defines what is local by block index; ``chunk`` makes the whole chunk local and all before it
+            memory, as the paper's evaluation does (results then depend on the chunk size).
+        mode: ``retrieval``, or ``all``: every query attends to every past block (training).
+        chunk_tokens: text tokens computed at once while a long text is read; a matter of computation only
+            (except with ``local="chunk"``).
+        trained_length: positions the model was trained on; ``None`` when unknown.
+        landmark_trained: whether the landmark embedding has been trained.
+        position_gap: during training, half of the rows draw ``J`` uniformly from ``0..position_gap`` and let positions
+            jump by a uniform ``0..J`` after each landmark (after the paper's appendix E). 0 switches it off.
+
+    Raises:
+        ValueError: a field is outside what is described here.
+    """
+
+    block_size: int = 64
+    top_k: int = 4
+    granularity: str = "token_head"
+    positions: str = "stingy"
+    local_blocks: int = 2
+    max_blocks: int | None = None
+    layers: tuple[int, ...] | None = None
+    local: str = "blocks"
+    mode: str = "retrieval"
+    chunk_tokens: int = 1008
+    trained_length: int | None = None
+    landmark_trained: bool = False
+    position_gap: int = 0
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+        for name, least in (("block_size", 2), ("top_k", 1), ("local_blocks", 0), ("chunk_tokens", 1)):
+            _require_int(name, getattr(self, name), least)
+        if self.max_blocks is not None:
+            _require_int("max_blocks", self.max_blocks, 0)
+        if self.trained_length is not None:
+            _require_int("trained_length", self.trained_length, 1)
+        _require_int("position_gap", self.position_gap, 0)
+        for layer in self.layers or ():
+            _require_int("layers", layer, 0)
+        _require_choice("granularity", self.granularity, GRANULARITIES)
+        _require_choice("positions", self.positions, POSITIONS)
+        _require_choice("local", self.local, LOCALS)
+        _require_choice("mode", self.mode, MODES)
+
+    @property
+    def text_per_block(self) -> int:
+        """Text tokens of a block, ``block_size - 1``."""
+        return self.block_size - 1
+
+    @property
+    def stingy_positions(self) -> int:
+        """Positions that ``stingy`` uses: a prefix of ``top_k + 1`` slots, the local blocks and the own block."""
+        return (self.top_k + 1 + self.local_blocks + 1) * self.block_size
+
+    @property
+    def largest_top_k(self) -> int | None:
+        """The largest ``top_k`` whose stingy positions fit ``trained_length``; ``None`` when that is unknown."""
+        if self.trained_length is None:
+            return None
+        return self.trained_length // self.block_size - self.local_blocks - 2
+
+    def replace(self, **changes: Any) -> LandmarkConfig:
+        """Returns a copy with the given fields changed.
+
+        Raises:
+            ValueError: an unknown field, or a value outside its range.
+        """
+        known = {field.name for field in dataclasses.fields(self)}
+        unknown = sorted(set(changes) - known)
+        if unknown:
+            raise ValueError(f"unknown landmark settings {unknown}: expected some of {sorted(known)}")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON types."""
+        fields = dataclasses.asdict(self)
+        fields["layers"] = None if self.layers is None else list(self.layers)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> LandmarkConfig:
+        """Builds the settings from ``to_dict``'s result; raises ``ValueError`` as ``replace`` does."""
+        return cls().replace(**fields)
+
+
+def _require_int(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}; pass {name}={max(least, 1)}")
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
