@@ -1,0 +1,1 @@
+"""The operation: landmark attention over given queries, keys and values."""
