@@ -1,0 +1,44 @@
+# `make demo` and `make test` need only python3 (3.10 or later) with pip and venv; everything is installed in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_FLAGS ?=
+# One thread for each worker: the tests run on all cores at once.
+ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test test-full test-gpu check setup clean
+
+demo: $(VENV)/.installed-viz
+	$(BIN)/landmark demo
+
+test: $(VENV)/.installed-test
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto $(PYTEST_FLAGS)
+
+test-full: $(VENV)/.installed-test
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m "not gpu" $(PYTEST_FLAGS)
+
+# On a machine with a GPU, with the Python (PYTHON=...) that has its build of torch; installs nothing.
+test-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+setup: $(VENV)/.installed-test
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+
+# torch first and alone: pip then takes a CPU build from a local index where there is one.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/.installed-%: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[$*]"
+	touch $@
