@@ -1,0 +1,194 @@
+"""Pass key and named facts: is a fact found wherever it lies in a document of any length?
+
+A greedy exact match is read off one forward: the answer is teacher-forced, and it equals the greedy continuation when
+each of its tokens was the most probable one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landmark.eval.episodes import BUCKETS, Episode, bucket_of, build_episode, named_codes, pass_key
+from landmark.eval.fillers import Filler, load_filler
+from landmark.eval.measure import measured
+from landmark.eval.results import PasskeyRow
+from landmark.eval.subjects import Subject
+
+READS = ("local", "retrieve")
+_BATCH_TOKENS = {"cuda": 1 << 18, "cpu": 1 << 13}
+
+
+@dataclass(frozen=True)
+class PasskeyTask:
+    """What is asked of every model.
+
+    Attributes:
+        lengths: text tokens of the documents.
+        trials: documents of each length.
+        fillers: ``paper``, ``pydoc`` or paths.
+        facts: numbers of named facts, each all asked; none for the pass key.
+        distractors: named codes beside what is asked for.
+        read: ``local`` reads the document without retrieval, ``retrieve`` with; questions always retrieve.
+        top_k: settings of landmark models, each tried; ``None`` keeps the model's own.
+        granularity: as ``top_k``.
+        seed: of the documents.
+        plain_limit: plain models are asked up to this length only.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    lengths: tuple[int, ...]
+    trials: int = 50
+    fillers: tuple[str, ...] = ("paper",)
+    facts: tuple[int, ...] = ()
+    distractors: int = 0
+    read: str = "local"
+    top_k: tuple[int, ...] | None = None
+    granularity: tuple[str, ...] | None = None
+    seed: int = 0
+    plain_limit: int = 32768
+
+    def __post_init__(self) -> None:
+        for name, values in (("--lengths", self.lengths), ("--facts", self.facts), ("--trials", (self.trials,))):
+            if any(value < 1 for value in values) or (name == "--lengths" and not values):
+                raise ValueError(f"{name}: expected integers of at least 1, got {list(values)}; pass for example 8")
+        if self.distractors < 0:
+            raise ValueError(f"--distractors: expected at least 0, got {self.distractors}; pass --distractors 0")
+        if self.read not in READS:
+            raise ValueError(f"--read: expected one of {', '.join(READS)}, got {self.read!r}; pass --read local")
+
+
+def run(subjects: Sequence[Subject], task: PasskeyTask, report: Callable[[PasskeyRow], None]) -> list[PasskeyRow]:
+    """Evaluates every model at every length and filler with all asked settings.
+
+    Args:
+        subjects: models; all answer the same documents as far as their tokenizers agree.
+        task: what is asked.
+        report: called with each row as soon as it is there.
+
+    Returns:
+        The rows. Models beyond ``task.plain_limit`` have none.
+
+    Raises:
+        ValueError: settings that the model refuses, or facts that do not fit a document.
+        FileNotFoundError: a filler that does not exist.
+    """
+    rows = []
+    for subject in subjects:
+        fillers = [load_filler(name, subject.tokenizer) for name in task.fillers]
+        for settings in _settings(subject, task):
+            with subject.configured(**settings):
+                for filler in fillers:
+                    for length in task.lengths:
+                        if subject.attention != "landmark" and length > task.plain_limit:
+                            continue
+                        for facts in task.facts or (None,):
+                            rows.append(_row(subject, task, filler, length, facts))
+                            report(rows[-1])
+    return rows
+
+
+def _settings(subject: Subject, task: PasskeyTask) -> Iterator[dict[str, Any]]:
+    if subject.attention != "landmark":
+        yield {}
+        return
+    for top_k in task.top_k or (subject.model.landmark.top_k,):
+        for granularity in task.granularity or (subject.model.landmark.granularity,):
+            yield {"top_k": top_k, "granularity": granularity}
+
+
+def _row(subject: Subject, task: PasskeyTask, filler: Filler, length: int, facts: int | None) -> PasskeyRow:
+    episodes = [_episode(subject, task, filler, length, facts, trial) for trial in range(task.trials)]
+    size = max(1, _BATCH_TOKENS[torch.device(subject.device).type] // length)
+    asked, correct = [0] * BUCKETS, [0] * BUCKETS
+    with measured(subject.device) as measure:
+        for start in range(0, len(episodes), size):
+            batch = episodes[start : start + size]
+            for episode, answers in zip(batch, answers_right(subject, batch, task.read), strict=True):
+                for place, right in zip(episode.places, answers, strict=True):
+                    asked[bucket_of(place, length)] += 1
+                    correct[bucket_of(place, length)] += right
+    longest = length + max(len(question.ids) for episode in episodes for question in episode.questions)
+    settings = subject.settings()
+    return PasskeyRow(
+        task="passkey" if facts is None else "facts",
+        model=subject.name,
+        attention=subject.attention,
+        length=length,
+        filler=filler.name,
+        facts=facts or 1,
+        distractors=task.distractors,
+        trials=task.trials,
+        asked=sum(asked),
+        correct=sum(correct),
+        accuracy=sum(correct) / sum(asked),
+        depths=tuple(
+            {"from": i / BUCKETS, "to": (i + 1) / BUCKETS, "asked": asked[i], "correct": correct[i]}
+            for i in range(BUCKETS)
+        ),
+        read=task.read if subject.attention == "landmark" else "full",
+        top_k=settings.get("top_k"),
+        granularity=settings.get("granularity"),
+        settings=settings,
+        beyond_trained=subject.beyond_trained(longest),
+        seed=task.seed,
+        dtype=subject.dtype,
+        seconds=round(measure.seconds, 3),
+        peak_bytes=measure.peak_bytes,
+    )
+
+
+def _episode(
+    subject: Subject, task: PasskeyTask, filler: Filler, length: int, facts: int | None, trial: int
+) -> Episode:
+    rng = random.Random(f"{task.seed} {length} {facts} {trial}")
+    if facts is None:
+        codes = named_codes(rng, task.distractors, digits=5)
+        return build_episode(rng, subject.tokenizer, filler, length, [pass_key(rng)], codes, bucket=trial % BUCKETS)
+    codes = named_codes(rng, facts + task.distractors)
+    return build_episode(rng, subject.tokenizer, filler, length, codes[:facts], codes[facts:])
+
+
+@torch.no_grad()
+def answers_right(subject: Subject, episodes: Sequence[Episode], read: str = "local") -> list[list[bool]]:
+    """Asks every question of documents of one length.
+
+    Args:
+        subject: the model.
+        episodes: all with documents of one length and the same number of questions.
+        read: see ``PasskeyTask``; plain models read everything with every question.
+
+    Returns:
+        For each episode, whether each of its questions was answered exactly.
+    """
+    documents = torch.stack([episode.document for episode in episodes]).to(subject.device)
+    cache: Any = None
+    if subject.attention == "landmark":
+        cache = subject.model.read(documents, retrieve=read == "retrieve")
+    right: list[list[bool]] = [[] for _ in episodes]
+    for number in range(len(episodes[0].questions)):
+        questions = [episode.questions[number] for episode in episodes]
+        ids = _padded([question.ids for question in questions]).to(subject.device)
+        if cache is not None:
+            logits = subject.model(ids, past_key_values=cache).logits
+            cache.crop(-ids.shape[1])
+        else:
+            logits = subject.logits(torch.cat((documents, ids), dim=1), keep=ids.shape[1])
+        best = logits.argmax(-1)
+        for row, question in enumerate(questions):
+            first, last = len(question.ids) - question.answered, len(question.ids)
+            right[row].append(bool((best[row, first - 1 : last - 1] == ids[row, first:last]).all()))
+    return right
+
+
+def _padded(rows: Sequence[list[int]]) -> Tensor:
+    """Rows filled up on the right with their last token, which causality makes harmless."""
+    width = max(map(len, rows))
+    return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], dtype=torch.long)

@@ -1,0 +1,251 @@
+"""Perplexity over segments of several evaluation lengths, in the columns of the paper's Table 1.
+
+The same spans of text are measured at every evaluation length: spans of the greatest length are chosen once and cut
+into segments. Each segment is read on its own; its first token is context only.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landmark.config import LandmarkConfig
+from landmark.data.text import Document
+from landmark.eval.fillers import tokenize
+from landmark.eval.measure import measured
+from landmark.eval.results import PerplexityRow
+from landmark.eval.subjects import Subject
+from landmark.eval.window import SINK
+
+SCHEMES = ("paper", "blocks")
+_BATCH_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 12}
+
+
+@dataclass(frozen=True)
+class PerplexityTask:
+    """What is measured on every model.
+
+    Attributes:
+        lengths: evaluation lengths, text tokens of a segment.
+        scheme: ``paper`` (chunks of ``local`` tokens are local, all before is memory) or ``blocks``.
+        local: text tokens of a chunk, each tried (scheme ``paper``).
+        local_blocks: finished blocks before a query's own that it sees, each tried (scheme ``blocks``).
+        blocks: memory blocks kept, ``None`` for all.
+        top_k: retrieved blocks, each tried. 0 is local context and block 0 alone, with local blocks added until a query
+            attends to as much as with the other values.
+        granularity: of the retrieval, ``None`` for the model's own.
+        max_tokens: how much text is measured.
+        seed: of the choice of spans.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    lengths: tuple[int, ...]
+    scheme: str = "paper"
+    local: tuple[int, ...] = (250,)
+    local_blocks: tuple[int, ...] = (2,)
+    blocks: int | None = None
+    top_k: tuple[int, ...] = (4,)
+    granularity: str | None = None
+    max_tokens: int = 1 << 18
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (("--lengths", self.lengths, 2), ("--local", self.local, 1), ("--local-blocks", self.local_blocks, 0))
+        for name, values, least in (*checks, ("--top-k", self.top_k, 0)):
+            if not values or any(value < least for value in values):
+                raise ValueError(
+                    f"{name}: expected integers of at least {least}, got {list(values)}; pass {max(least, 1)}"
+                )
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"--blocks: expected at least 1 block, got {self.blocks}; leave --blocks out to keep all")
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"--scheme: expected one of {', '.join(SCHEMES)}, got {self.scheme!r}")
+        if self.max_tokens < max(self.lengths):
+            raise ValueError(
+                f"--max-tokens: expected at least the greatest length {max(self.lengths)}, "
+                f"got {self.max_tokens}; raise it"
+            )
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way of attending: the columns of a row and the settings that make it."""
+
+    scheme: str
+    local: int
+    blocks: int | None
+    top_k: int | None
+    attention_size: int
+    changes: dict[str, Any]
+
+
+def run(
+    subjects: Sequence[Subject],
+    task: PerplexityTask,
+    documents: Sequence[Document],
+    data: str,
+    report: Callable[[PerplexityRow], None],
+) -> list[PerplexityRow]:
+    """Measures every model at every length in every asked way.
+
+    Args:
+        subjects: the models; each cuts the text with its own tokenizer.
+        task: what is measured.
+        documents: texts.
+        data: their name, for the rows.
+        report: called with each row as soon as it is there.
+
+    Raises:
+        ValueError: no document is as long as the greatest evaluation length, or settings that a model refuses.
+    """
+    rows = []
+    for subject in subjects:
+        spans = choose_spans(documents, subject.tokenizer, max(task.lengths), task.max_tokens, task.seed)
+        for length in task.lengths:
+            for way in _ways(subject, task, length):
+                with subject.configured(**way.changes):
+                    rows.append(_row(subject, task, spans, length, way, data))
+                    report(rows[-1])
+    return rows
+
+
+def choose_spans(documents: Sequence[Document], tokenizer: Any, length: int, max_tokens: int, seed: int) -> Tensor:
+    """Chooses spans of ``length`` tokens that do not overlap, spread evenly over the documents.
+
+    Returns:
+        ``(max_tokens // length or fewer, length)`` int64.
+
+    Raises:
+        ValueError: every document is shorter.
+    """
+    rng = random.Random(seed)
+    wanted = max_tokens // length
+    order = rng.sample(range(len(documents)), len(documents))
+    each = math.ceil(wanted / max(1, len(documents)))
+    chosen: list[Tensor] = []
+    spare: list[Tensor] = []
+    for index in order:
+        ids = tokenize(documents[index].text, tokenizer)
+        spans = list(ids[: len(ids) // length * length].reshape(-1, length))
+        rng.shuffle(spans)
+        chosen += spans[:each]
+        spare += spans[each : 4 * each]
+        if len(chosen) >= wanted:
+            break
+    if not chosen:
+        raise ValueError(
+            f"--lengths: expected documents of at least {length} tokens, got {len(documents)} shorter ones; "
+            "pass smaller lengths or longer documents"
+        )
+    return torch.stack((chosen + spare)[:wanted])
+
+
+def _ways(subject: Subject, task: PerplexityTask, length: int) -> Iterator[_Way]:
+    if subject.attention != "landmark":
+        size = min(length, SINK + subject.window) if subject.window else length
+        yield _Way("plain", size, None, None, size, {})
+        return
+    config: LandmarkConfig = subject.model.landmark
+    retrieving = [top_k for top_k in task.top_k if top_k > 0]
+    granularity = task.granularity or config.granularity
+    without = set()
+    for first in task.local if task.scheme == "paper" else task.local_blocks:
+        for top_k in retrieving:
+            way = _paper(config, first, top_k, task) if task.scheme == "paper" else _blocks(config, first, top_k, task)
+            yield _Way(**{**way.__dict__, "changes": {**way.changes, "granularity": granularity}})
+            without.add(math.ceil(way.attention_size / config.text_per_block) - 2)
+        if not retrieving:
+            local = math.ceil(first / config.text_per_block) if task.scheme == "paper" else first
+            without.add(local)
+    if 0 in task.top_k:
+        for local_blocks in sorted(without):
+            yield _without_retrieval(config, local_blocks)
+
+
+def _paper(config: LandmarkConfig, local: int, top_k: int, task: PerplexityTask) -> _Way:
+    """A chunk may begin inside a block, which is then local as well."""
+    started = config.text_per_block - 1 if local % config.text_per_block else 0
+    size = started + local + top_k * config.text_per_block
+    changes = {
+        "local": "chunk",
+        "chunk_tokens": local,
+        "max_blocks": task.blocks,
+        "top_k": top_k,
+        "positions": "stingy",
+        "mode": "retrieval",
+    }
+    return _Way("paper", local, task.blocks, top_k, size, changes)
+
+
+def _blocks(config: LandmarkConfig, local_blocks: int, top_k: int, task: PerplexityTask) -> _Way:
+    local = (local_blocks + 1) * config.text_per_block
+    changes = {
+        "local": "blocks",
+        "local_blocks": local_blocks,
+        "max_blocks": task.blocks,
+        "top_k": top_k,
+        "mode": "retrieval",
+    }
+    return _Way("blocks", local, task.blocks, top_k, local + top_k * config.text_per_block, changes)
+
+
+def _without_retrieval(config: LandmarkConfig, local_blocks: int) -> _Way:
+    local = (local_blocks + 1) * config.text_per_block
+    changes = {
+        "local": "blocks",
+        "local_blocks": local_blocks,
+        "max_blocks": None,
+        "top_k": 1,
+        "layers": (),
+        "mode": "retrieval",
+    }
+    return _Way("blocks", local, None, 0, local + config.text_per_block, changes)
+
+
+def _row(subject: Subject, task: PerplexityTask, spans: Tensor, length: int, way: _Way, data: str) -> PerplexityRow:
+    segments = spans[:, : spans.shape[1] // length * length].reshape(-1, length)
+    with measured(subject.device) as measure:
+        loss = mean_loss(subject, segments)
+    settings = subject.settings()
+    return PerplexityRow(
+        model=subject.name,
+        attention=subject.attention,
+        length=length,
+        scheme=way.scheme,
+        local=way.local,
+        blocks=way.blocks,
+        top_k=way.top_k,
+        attention_size=min(way.attention_size, length),
+        granularity=settings.get("granularity") if way.top_k else None,
+        perplexity=math.exp(loss),
+        loss=loss,
+        tokens=segments.numel() - len(segments),
+        segments=len(segments),
+        settings=settings,
+        beyond_trained=subject.beyond_trained(length),
+        seed=task.seed,
+        dtype=subject.dtype,
+        seconds=round(measure.seconds, 3),
+        peak_bytes=measure.peak_bytes,
+        data=data,
+    )
+
+
+def mean_loss(subject: Subject, segments: Tensor) -> float:
+    """Returns the mean loss in nats over all tokens of ``segments (n, length)`` but each segment's first."""
+    size = max(1, _BATCH_TOKENS[torch.device(subject.device).type] // segments.shape[1])
+    total = 0.0
+    for batch in torch.split(segments, size):
+        ids = batch.to(subject.device)
+        logits = subject.logits(ids)
+        for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):
+            total += float(torch.nn.functional.cross_entropy(row.float(), targets, reduction="sum"))
+    return total / (segments.numel() - len(segments))

@@ -1,0 +1,183 @@
+"""Typed result rows and the file they are kept in: ``{"versions": ..., "rows": [...]}``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import landmark
+
+
+@dataclasses.dataclass(frozen=True)
+class PasskeyRow:
+    """Accuracy of one model, with one choice of settings, at one document length.
+
+    Attributes:
+        task: ``passkey`` (one five-digit key a document) or ``facts`` (several named codes, all asked).
+        model: name or path of the model.
+        attention: ``landmark``, or for a plain model ``full``, ``window`` or ``dynamic``.
+        length: text tokens of the document; the question comes on top.
+        filler: what the document is made of.
+        facts: facts in a document that are asked for.
+        distractors: named codes in a document that are not asked for.
+        trials: documents.
+        asked: answers wanted in all, ``trials * facts``.
+        correct: answers whose every token was the most probable one (equal to a greedy exact match).
+        accuracy: ``correct / asked``.
+        depths: for each tenth of the document, ``{"from", "to", "asked", "correct"}`` of the facts placed there.
+        read: ``local`` (document read without retrieval), ``retrieve``, or ``full`` for plain models.
+        top_k: retrieved blocks; ``None`` for plain models.
+        granularity: of the retrieval; ``None`` for plain models.
+        settings: all settings of the attention.
+        beyond_trained: whether attention used positions beyond the trained length; ``None`` when that is unknown.
+        seed: of the documents.
+        dtype: of the weights.
+        seconds: wall time of all trials.
+        peak_bytes: peak device memory, weights included; ``None`` where the device does not tell.
+    """
+
+    task: str
+    model: str
+    attention: str
+    length: int
+    filler: str
+    facts: int
+    distractors: int
+    trials: int
+    asked: int
+    correct: int
+    accuracy: float
+    depths: tuple[dict[str, float], ...]
+    read: str
+    top_k: int | None
+    granularity: str | None
+    settings: dict[str, Any]
+    beyond_trained: bool | None
+    seed: int
+    dtype: str
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityRow:
+    """Perplexity of one model with one choice of settings, in the columns of the paper's Table 1.
+
+    Attributes:
+        model: name or path of the model.
+        attention: ``landmark``, or for a plain model ``full``, ``window`` or ``dynamic``.
+        length: evaluation length, text tokens of a segment.
+        scheme: ``paper`` (the whole chunk is local), ``blocks`` (local by block index) or ``plain``.
+        local: text tokens of local context: of a chunk, or of the own and the local blocks.
+        blocks: memory blocks kept; ``None`` for all.
+        top_k: retrieved blocks, 0 for local context and block 0 alone; ``None`` for plain models.
+        attention_size: the most text tokens that one query attends to.
+        granularity: of the retrieval; ``None`` without one.
+        perplexity: exp of the mean loss over all tokens with a predecessor in their segment.
+        loss: that mean, in nats a token.
+        tokens: predicted tokens.
+        segments: segments of ``length`` tokens.
+        settings: all settings of the attention.
+        beyond_trained: whether attention used positions beyond the trained length; ``None`` when that is unknown.
+        seed: of the choice of segments.
+        dtype: of the weights.
+        seconds: wall time.
+        peak_bytes: peak device memory, weights included; ``None`` where the device does not tell.
+        data: where the text came from.
+    """
+
+    model: str
+    attention: str
+    length: int
+    scheme: str
+    local: int
+    blocks: int | None
+    top_k: int | None
+    attention_size: int
+    granularity: str | None
+    perplexity: float
+    loss: float
+    tokens: int
+    segments: int
+    settings: dict[str, Any]
+    beyond_trained: bool | None
+    seed: int
+    dtype: str
+    seconds: float
+    peak_bytes: int | None
+    data: str
+
+
+Row = PasskeyRow | PerplexityRow
+
+
+def versions(device: str) -> dict[str, str | None]:
+    """Returns what the figures were made with: packages, Python, device name, and the commit of a checkout."""
+    import torch
+    import transformers
+
+    on_gpu = device.startswith("cuda")
+    return {
+        "landmark": landmark.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores",
+        "commit": _commit(),
+    }
+
+
+def write(path: str | Path, rows: Sequence[Row], device: str) -> None:
+    """Writes ``rows`` with the versions to the JSON file ``path``; makes its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"versions": versions(device), "rows": [dataclasses.asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read(path: str | Path) -> list[Row]:
+    """Returns the rows of a file made by ``write``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not one of results.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"results: expected a file made by `landmark eval`, got {path}, which does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return [_row(fields) for fields in content["rows"]]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"results: expected JSON with versions and rows in {path}, got {error}; run `landmark eval`"
+        ) from None
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    if "perplexity" in fields:
+        return PerplexityRow(**fields)
+    return PasskeyRow(**{**fields, "depths": tuple(fields["depths"])})
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        )
+        tracked = subprocess.run(
+            ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__],
+            capture_output=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 and tracked.returncode == 0 else None

@@ -1,0 +1,264 @@
+"""The models under test: a landmark model, or a plain one with one of three kinds of attention."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landmark.blocks import slots_for
+from landmark.config import LandmarkConfig
+from landmark.eval.window import SINK, window_attention
+
+BUNDLED = ("landmark", "twin")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in eval mode with its tokenizer.
+
+    Attributes:
+        name: as given by the user.
+        attention: ``landmark``; ``full``, ``window`` or ``dynamic`` for a plain model.
+        window: latest tokens a query of a windowed plain model sees beside the first block.
+        rope_factor: of dynamic RoPE scaling.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    attention: str
+    window: int | None = None
+    rope_factor: float | None = None
+
+    @property
+    def device(self) -> str:
+        """The device of the weights, as ``torch.device`` writes it."""
+        return str(next(self.model.parameters()).device)
+
+    @property
+    def dtype(self) -> str:
+        """The name of the weights' dtype."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def trained_length(self) -> int | None:
+        """Positions the model was trained on, as far as its configuration says."""
+        if self.attention == "landmark":
+            trained: int | None = self.model.landmark.trained_length
+        else:
+            trained = getattr(self.model.config, "max_position_embeddings", None)
+        return trained
+
+    def settings(self) -> dict[str, Any]:
+        """Returns all settings of the attention as JSON types."""
+        if self.attention == "landmark":
+            fields: dict[str, Any] = self.model.landmark.to_dict()
+            return fields
+        if self.attention == "window":
+            return {"sink": SINK, "window": self.window}
+        if self.attention == "dynamic":
+            return {"rope_factor": self.rope_factor}
+        return {}
+
+    def beyond_trained(self, length: int) -> bool | None:
+        """Whether an input of ``length`` text tokens makes attention use positions beyond the trained length."""
+        trained = self.trained_length
+        if trained is None:
+            return None
+        return self._positions_used(length) > trained
+
+    def _positions_used(self, length: int) -> int:
+        if self.attention == "window":
+            assert self.window is not None
+            return min(length, SINK + self.window)
+        if self.attention != "landmark":
+            return length
+        config: LandmarkConfig = self.model.landmark
+        everything = slots_for(length, config.block_size)
+        if config.positions == "exact":
+            return everything
+        if config.local == "chunk":
+            started = config.block_size - 1 if config.chunk_tokens % config.text_per_block else 0
+            chunk = started + slots_for(config.chunk_tokens, config.block_size)
+            return min(everything, (config.top_k + 1) * config.block_size + chunk)
+        return min(everything, config.stingy_positions)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, keep: int = 0) -> Tensor:
+        """Returns the logits ``(B, keep, V)`` of the last ``keep`` tokens of ``ids (B, T)``, of all for 0."""
+        arguments: dict[str, Any] = {"logits_to_keep": keep}
+        if self.attention != "landmark":
+            arguments["use_cache"] = False
+        if self.attention == "window":
+            assert self.window is not None
+            with window_attention(self.model, self.window) as extra:
+                return self.model(ids, **arguments, **extra(ids)).logits  # type: ignore[no-any-return]
+        return self.model(ids, **arguments).logits  # type: ignore[no-any-return]
+
+    @contextmanager
+    def configured(self, **changes: Any) -> Iterator[None]:
+        """Changes settings of a landmark model inside a ``with``; nothing for a plain model."""
+        if self.attention != "landmark":
+            yield
+            return
+        before = self.model.landmark
+        self.model.configure_landmark(**changes)
+        try:
+            yield
+        finally:
+            self.model.configure_landmark(**before.replace().__dict__)
+
+
+def pick_device(device: str) -> str:
+    """Returns ``device``, or for ``auto`` a GPU where there is one.
+
+    Raises:
+        ValueError: a device torch does not know or does not have here.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device: expected auto, cpu or an available cuda device, got {device!r} ({reason})"
+        ) from None
+    return device
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """Returns the torch dtype of a name; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: expected one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+def model_folder(name: str | None) -> str:
+    """Returns where the weights of ``name`` are: the bundled model for ``None``, ``landmark`` or ``twin``.
+
+    A folder or hub name is returned as it is.
+    """
+    if name is not None and (name not in BUNDLED or Path(name).exists()):
+        return name
+    from landmark.hf.bundled import model_path
+
+    return str(model_path(name or "landmark"))
+
+
+def load(name: str | None, device: str = "auto", dtype: str = "auto") -> Subject:
+    """Loads a landmark or plain causal language model with its tokenizer.
+
+    Args:
+        name: folder, hub name, ``landmark`` or ``twin`` (the bundled ones); ``None`` is ``landmark``.
+        device: ``auto``, ``cpu`` or a cuda device.
+        dtype: ``auto`` or a dtype's name.
+
+    Raises:
+        ValueError: nothing that transformers can load is there.
+        FileNotFoundError: a path that does not exist.
+    """
+    from transformers import AutoConfig
+
+    where = pick_device(device)
+    precision = pick_dtype(dtype, where)
+    folder = model_folder(name)
+    require_model(folder)
+    import landmark.hf  # noqa: F401  registers the model classes
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--model: expected a model of transformers, got {folder} ({_first_line(error)})") from None
+    return build(name or "landmark", folder, config, where, precision)
+
+
+def build(name: str, folder: str, config: Any, device: str, dtype: torch.dtype, rope: float | None = None) -> Subject:
+    """Loads the weights in ``folder`` under ``config`` (see ``load``); ``rope`` is a factor of dynamic scaling."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    is_landmark = str(config.model_type).startswith("landmark_")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"--model: expected weights and a tokenizer of transformers in {folder}, got {_first_line(error)}; "
+            "save both with save_pretrained"
+        ) from None
+    attention = "landmark" if is_landmark else "full" if rope is None else "dynamic"
+    return Subject(name, model.to(device).eval(), tokenizer, attention, rope_factor=rope)
+
+
+def plain_variants(subject: Subject, window: int | None, rope: float | None) -> list[Subject]:
+    """Returns a plain model as it is and, where asked for, with a window and with dynamic RoPE scaling.
+
+    Args:
+        subject: a plain model.
+        window: the latest tokens a query sees beside the first block of 64.
+        rope: factor of dynamic RoPE scaling.
+
+    Raises:
+        ValueError: a window below 1 or a factor below 1.
+    """
+    variants = [subject]
+    if window is not None:
+        if window < 1:
+            raise ValueError(f"--window: expected at least 1 token, got {window}; pass for example --window 384")
+        variants.append(Subject(subject.name, subject.model, subject.tokenizer, "window", window=window))
+    if rope is not None:
+        if rope < 1:
+            raise ValueError(f"--rope: expected a factor of at least 1, got {rope}; pass for example --rope dynamic:2")
+        config = type(subject.model.config).from_dict(subject.model.config.to_dict())
+        old = getattr(config, "rope_parameters", None) or {}
+        config.rope_parameters = {**old, "rope_type": "dynamic", "factor": rope}
+        variants.append(
+            build(
+                subject.name,
+                model_folder(subject.name),
+                config,
+                subject.device,
+                next(subject.model.parameters()).dtype,
+                rope,
+            )
+        )
+    return variants
+
+
+def require_model(folder: str) -> None:
+    """Raises ``FileNotFoundError`` when ``folder`` is written as a path and is no folder with a config.json."""
+    path = Path(folder)
+    looks_local = path.is_absolute() or folder.startswith((".", "~")) or folder.count("/") != 1
+    if path.is_dir() and (path / "config.json").is_file():
+        return
+    if path.exists() or looks_local:
+        raise FileNotFoundError(
+            f"--model: expected a folder with a config.json or a hub name like org/model, got {folder}; "
+            "leave --model out for the bundled model"
+        )
+
+
+def quiet() -> None:
+    """Silences transformers' progress bars and hints below warnings."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
