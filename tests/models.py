@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+from landmark.config import LandmarkConfig
 
 FAMILIES = ("llama", "qwen3", "mistral", "gpt_neox", "olmo2", "phi3", "gemma3")
 VOCAB = 61
@@ -72,6 +75,62 @@ def _fields(family: str, kv_heads: int, layers: int) -> dict[str, Any]:
         fields["layer_types"] = ["full_attention"] * layers
         fields["query_pre_attn_scalar"] = 7
     return fields
+
+
+@functools.cache
+def oracle_model(family: str, kv_heads: int = 2, layers: int = 2) -> PreTrainedModel:
+    """Returns the stock float64 model that ``oracle.logits`` runs; its weights are those of ``landmark_model``."""
+    return stock_model(family, kv_heads=kv_heads, layers=layers)
+
+
+@functools.cache
+def _converted(family: str, kv_heads: int, layers: int, dtype: torch.dtype, block_size: int) -> Any:
+    import landmark
+
+    base = stock_model(family, kv_heads=kv_heads, layers=layers, dtype=dtype)
+    model = landmark.convert(base, block_size=block_size).eval()
+    with torch.no_grad():
+        model.base_model.landmark_embedding.weight.copy_(landmark_vector())
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def landmark_vector() -> torch.Tensor:
+    """Returns the embedding (hidden,) that every landmark of these tests has, float64."""
+    return torch.randn(32, generator=torch.Generator().manual_seed(5)).double()
+
+
+def landmark_model(
+    family: str,
+    settings: LandmarkConfig,
+    *,
+    kv_heads: int = 2,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float64,
+) -> Any:
+    """Returns a converted model under ``settings``; it is shared, so that the next call may change its settings."""
+    model = _converted(family, kv_heads, layers, dtype, settings.block_size)
+    changes = {**settings.to_dict(), "landmark_trained": True, "trained_length": 4096}
+    model.configure_landmark(**changes)
+    return model.eval()
+
+
+def text(tokens: int, seed: int = 0) -> torch.Tensor:
+    """Returns random text ids (tokens,), none of them the padding's."""
+    return torch.randint(1, VOCAB, (tokens,), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ids (B, T) and mask (B, T) of rows of any length, padded on the ``left`` or the ``right``."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[index, place] = row
+        mask[index, place] = 1
+    return ids, mask
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from landmark.config import LandmarkConfig
 
 Array = np.ndarray
+# (layer, head, slot of the query) -> {retrieved block: its gate weight}
+Trace = dict[tuple[int, int, int], dict[int, float]]
 
 
 @dataclasses.dataclass
@@ -33,7 +35,7 @@ class Layer:
     index: int
     settings: LandmarkConfig
     chunks: list[tuple[int, int]]
-    trace: dict[tuple[int, int, int], list[int]]
+    trace: Trace
 
     def __post_init__(self) -> None:
         self.memo: dict[tuple[int, int], dict[int, float]] = {}
@@ -159,7 +161,6 @@ class Layer:
 
     def output(self, head: int, query: int) -> Array:
         chosen = self.chosen(head, query)
-        self.trace[self.index, head, query] = chosen
         own_position = self.final_position(query, query, chosen)
 
         def score(slot: int) -> float:
@@ -169,6 +170,7 @@ class Layer:
         past = chosen + list(range(self.first_local(query), block))
         own = [slot for slot in self.texts(block) if slot <= query]
         gate = softmax({slot: score(slot) for slot in [*(self.landmark(other) for other in past), *own]})
+        self.trace[self.index, head, query] = {block: gate[self.landmark(block)] for block in chosen}
         value = self.value[self.head_key(head)]
         result = np.zeros(value.shape[-1])
         for slot in own:
@@ -232,7 +234,7 @@ def logits(
     settings: LandmarkConfig,
     *,
     chunks: list[int] | None = None,
-    trace: dict[tuple[int, int, int], list[int]] | None = None,
+    trace: Trace | None = None,
 ) -> torch.Tensor:
     """Computes the logits of one row of text by the definition.
 
@@ -242,7 +244,7 @@ def logits(
         ids: text token ids (T,), without padding.
         settings: the policy. Only ``local="chunk"`` depends on ``chunks``.
         chunks: text tokens of each chunk, in order; they sum to T.
-        trace: filled with the retrieved blocks of each (layer, head, slot).
+        trace: filled with the retrieved blocks, and their gate weights, of each (layer, head, slot).
 
     Returns:
         logits (T, vocabulary) of the text tokens.

@@ -19,42 +19,38 @@ def norms() -> Iterator[None]:
         yield
 
 
-def text(tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, models.VOCAB, (tokens,), generator=torch.Generator().manual_seed(seed))
-
-
-def embedding() -> torch.Tensor:
-    return torch.randn(32, generator=torch.Generator().manual_seed(5)).double()
-
-
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_one_block_is_the_stock_model(family: str) -> None:
-    model, ids = models.stock_model(family), text(20)
+    model, ids = models.stock_model(family), models.text(20)
     # Stock rotation has float32 angles, whatever the model's dtype.
     with torch.no_grad():
         stock = model(ids[None]).logits[0]
-    torch.testing.assert_close(oracle.logits(model, embedding(), ids, LandmarkConfig()), stock, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        oracle.logits(model, models.landmark_vector(), ids, LandmarkConfig()), stock, rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_enough_blocks_is_every_block_under_any_positions(family: str) -> None:
-    model, ids = models.stock_model(family), text(26)
-    everything = oracle.logits(model, embedding(), ids, LandmarkConfig(block_size=5, mode="all"))
+    model, ids = models.stock_model(family), models.text(26)
+    everything = oracle.logits(model, models.landmark_vector(), ids, LandmarkConfig(block_size=5, mode="all"))
     for positions, granularity, local_blocks in (("stingy", "head", 2), ("exact", "group", 0), ("stingy", "token", 0)):
         settings = LandmarkConfig(
             block_size=5, top_k=7, positions=positions, granularity=granularity, local_blocks=local_blocks
         )
-        torch.testing.assert_close(oracle.logits(model, embedding(), ids, settings), everything, rtol=0, atol=1e-11)
-    few = oracle.logits(model, embedding(), ids, LandmarkConfig(block_size=5, top_k=2, local_blocks=0))
+        torch.testing.assert_close(
+            oracle.logits(model, models.landmark_vector(), ids, settings), everything, rtol=0, atol=1e-11
+        )
+    few = oracle.logits(model, models.landmark_vector(), ids, LandmarkConfig(block_size=5, top_k=2, local_blocks=0))
     assert (few - everything).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("granularity", ["token_head", "head", "token", "group"])
 def test_later_text_changes_nothing(granularity: str) -> None:
-    model, ids = models.stock_model("llama"), text(26)
+    model, ids = models.stock_model("llama"), models.text(26)
     settings = LandmarkConfig(block_size=5, top_k=2, granularity=granularity, local_blocks=1)
-    whole = oracle.logits(model, embedding(), ids, settings)
-    part = oracle.logits(model, embedding(), ids[:22], settings)
+    whole = oracle.logits(model, models.landmark_vector(), ids, settings)
+    part = oracle.logits(model, models.landmark_vector(), ids[:22], settings)
     torch.testing.assert_close(whole[:22], part, rtol=0, atol=1e-11)
 
 

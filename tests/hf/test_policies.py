@@ -1,0 +1,190 @@
+"""With ``top_k`` below the number of older blocks, every policy equals the oracle's loop, whatever the chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+
+import models
+import oracle
+from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
+
+pytestmark = pytest.mark.usefixtures("wide_norms")
+
+CASES, ALWAYS = 336, 56
+LAYERS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One draw: a policy, rows of text with more blocks than it retrieves, and several ways to cut them."""
+
+    family: str
+    kv_heads: int
+    settings: LandmarkConfig
+    rows: tuple[torch.Tensor, ...]
+    side: str
+    cuts: tuple[int, ...]
+
+    @property
+    def model(self) -> Any:
+        return models.landmark_model(self.family, self.settings, kv_heads=self.kv_heads, layers=LAYERS)
+
+    @property
+    def older(self) -> int:
+        """Finished blocks of the longest row that are not local to its last token."""
+        return max(len(row) for row in self.rows) // self.settings.text_per_block - self.settings.local_blocks
+
+
+def draw(seed: int) -> Case:
+    chance = random.Random(seed)
+    granularity, positions = list(itertools.product(GRANULARITIES, POSITIONS))[seed % 8]
+    local = "chunk" if seed // 8 % 4 == 3 else "blocks"
+    block_size, top_k = chance.randint(3, 7), chance.randint(1, 3)
+    local_blocks = chance.randint(0, 2)
+    text = block_size - 1
+    longest = text * (top_k + local_blocks + chance.randint(3, 5)) + chance.randint(0, text)
+    settings = LandmarkConfig(
+        block_size=block_size,
+        top_k=top_k,
+        granularity=granularity,
+        positions=positions,
+        local_blocks=local_blocks,
+        max_blocks=chance.choice((None, None, None, top_k + 1, 2, 0)),
+        layers=chance.choice((None, None, (1,), (0, 2), ())),
+        local=local,
+    )
+    lengths = [longest, chance.randint(1, longest)][: chance.randint(1, 2)]
+    chance.shuffle(lengths)
+    return Case(
+        family=models.FAMILIES[(seed // 8 + seed) % len(models.FAMILIES)],
+        kv_heads=chance.choice((1, 2, 4)),
+        settings=settings,
+        rows=tuple(models.text(length, seed=1000 * seed + row) for row, length in enumerate(lengths)),
+        side=chance.choice(("left", "right")),
+        cuts=(1, text, chance.randint(2, longest), longest + 1),
+    )
+
+
+def pieces(case: Case, row: int, cut: int, mask: torch.Tensor) -> list[int]:
+    """How many of a row's tokens fall in each chunk of ``cut`` columns."""
+    return [int(part.sum()) for part in mask[row].split(cut)]
+
+
+def expected(case: Case, row: int, chunks: list[int], trace: oracle.Trace | None = None) -> torch.Tensor:
+    stock = models.oracle_model(case.family, case.kv_heads, LAYERS)
+    return oracle.logits(stock, models.landmark_vector(), case.rows[row], case.settings, chunks=chunks, trace=trace)
+
+
+@torch.no_grad()
+def in_one_call(case: Case, ids: torch.Tensor, mask: torch.Tensor, cut: int) -> torch.Tensor:
+    model = case.model
+    model.configure_landmark(chunk_tokens=cut)
+    return model(ids, attention_mask=mask, use_cache=False).logits
+
+
+@torch.no_grad()
+def in_many_calls(case: Case, ids: torch.Tensor, mask: torch.Tensor, cut: int) -> torch.Tensor:
+    model, cache, parts = case.model, None, []
+    for start in range(0, ids.shape[1], cut):
+        end = min(start + cut, ids.shape[1])
+        out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits)
+    return torch.cat(parts, dim=1)
+
+
+def worst(case: Case) -> float:
+    """The largest difference between the model and the oracle over all rows and ways to cut."""
+    ids, mask = models.padded(list(case.rows), case.side)
+    errors = []
+    known: dict[tuple[int, ...], torch.Tensor] = {}
+    for cut, feed in zip(case.cuts, itertools.cycle((in_one_call, in_many_calls)), strict=False):
+        logits = feed(case, ids, mask, cut)
+        for row in range(len(ids)):
+            chunks = pieces(case, row, cut, mask)
+            key = (row, *chunks) if case.settings.local == "chunk" else (row,)
+            if key not in known:
+                known[key] = expected(case, row, chunks)
+            errors.append(float((logits[row][mask[row] == 1] - known[key]).abs().max()))
+    return max(errors)
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=() if seed < ALWAYS else pytest.mark.full) for seed in range(CASES)]
+)
+def test_equals_the_oracle(seed: int) -> None:
+    assert worst(draw(seed)) < 1e-8
+
+
+def test_the_cases_leave_blocks_out_under_every_policy() -> None:
+    for count in (ALWAYS, CASES):
+        cases = [draw(seed) for seed in range(count)]
+        assert all(case.older > case.settings.top_k for case in cases)
+        policies = {(c.settings.granularity, c.settings.positions, c.settings.local) for c in cases}
+        assert len(policies) == 16
+        assert {case.settings.local_blocks for case in cases} == {0, 1, 2}
+        assert {case.settings.max_blocks is None for case in cases} == {True, False}
+        assert {case.settings.layers is None for case in cases} == {True, False}
+        assert {case.family for case in cases} == set(models.FAMILIES)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_every_block_equals_the_oracle(family: str) -> None:
+    settings = LandmarkConfig(block_size=5, mode="all")
+    row = models.text(27, seed=3)
+    with torch.no_grad():
+        logits = models.landmark_model(family, settings)(row[None]).logits[0]
+    wanted = oracle.logits(models.oracle_model(family), models.landmark_vector(), row, settings)
+    assert (logits - wanted).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_chunk_size_gives_the_same_logits(granularity: str, positions: str) -> None:
+    settings = LandmarkConfig(block_size=5, top_k=2, granularity=granularity, positions=positions, local_blocks=1)
+    row = models.text(43, seed=4)
+    model = models.landmark_model("qwen3", settings)
+    results = []
+    for cut in range(1, 44, 3):
+        model.configure_landmark(chunk_tokens=cut)
+        with torch.no_grad():
+            results.append(model(row[None]).logits)
+    assert max(float((result - results[0]).abs().max()) for result in results) < 1e-11
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_retrievals_are_those_of_the_oracle(seed: int) -> None:
+    """The record names each query's blocks and their gate weights."""
+    case = draw(seed)
+    ids, mask = models.padded(list(case.rows), "left")
+    model = case.model
+    model.configure_landmark(chunk_tokens=6)
+    cache = model.read(ids[:, :1], attention_mask=mask[:, :1])
+    cache.record = True
+    with torch.no_grad():
+        model(ids[:, 1:], attention_mask=mask, past_key_values=cache)
+    traces: list[oracle.Trace] = [{} for _ in case.rows]
+    for row, trace in enumerate(traces):
+        expected(case, row, [len(case.rows[row])], trace)
+    seen = 0
+    for retrieval in cache.retrievals:
+        for row, trace in enumerate(traces):
+            for column, slot in enumerate(retrieval.positions[row].tolist()):
+                if slot < 0:
+                    continue
+                for head in range(models.HEADS):
+                    blocks = retrieval.blocks[row, head, column]
+                    weights = retrieval.weights[row, head, column]
+                    found = {int(b): float(w) for b, w in zip(blocks, weights, strict=True) if b >= 0}
+                    wanted = trace[retrieval.layer, head, slot]
+                    assert found.keys() == wanted.keys()
+                    assert all(abs(found[block] - wanted[block]) < 1e-6 for block in wanted)
+                    seen += len(wanted)
+    layers = LAYERS if case.settings.layers is None else len(case.settings.layers)
+    assert seen > 0 or layers == 0
