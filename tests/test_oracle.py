@@ -10,7 +10,7 @@ import torch
 
 import models
 import oracle
-from landmark.config import LandmarkConfig
+from landmark import LandmarkConfig, landmark_attention
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -116,3 +116,35 @@ def test_shared_choices() -> None:
         shares[granularity] = one.sharers(0, query)
     assert shares["head"] == [(0, 36), (0, 37), (0, 38)]
     assert shares["token"] == [(0, query), (1, query)]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("top_k", [None, 1, 3])
+def test_exact_positions_without_local_blocks_are_the_operation(heads: int, top_k: int | None) -> None:
+    slots, random = 33, np.random.default_rng(0)
+    one = oracle.Layer(
+        query=random.normal(size=(4, slots, 6)),
+        key=random.normal(size=(heads, slots, 6)),
+        value=random.normal(size=(heads, slots, 6)),
+        frequencies=np.array([1.0, 0.1]),
+        scale=0.4,
+        index=1,
+        settings=LandmarkConfig(block_size=5, mode="retrieval", positions="exact", local_blocks=0, top_k=top_k or 9),
+        chunks=[(0, slots)],
+        trace={},
+    )
+
+    def rotated(rows: np.ndarray) -> torch.Tensor:
+        turned = [[one.rotated(row[position], position) for position in range(slots)] for row in rows]
+        return torch.from_numpy(np.array(turned))[None]
+
+    output = landmark_attention(
+        rotated(one.query),
+        rotated(one.key),
+        torch.from_numpy(one.value)[None],
+        block_size=5,
+        scale=0.4,
+        top_k=top_k,
+        impl="reference",
+    )
+    torch.testing.assert_close(torch.from_numpy(one.attend()).transpose(0, 1)[None], output, rtol=0, atol=1e-12)
