@@ -63,9 +63,9 @@ def imports_of(path):
 
 
 def own_modules(module, names):
-    """The landmark modules that an import statement reaches, without the package's name."""
+    """The landmark modules that an import statement reaches; the package's public names come from up to row `hf`."""
     if module == "landmark":
-        return [name for name in names if name != "__version__"]
+        return [name for name in names if name != "__version__"] if names else ["hf"]
     return [module.removeprefix("landmark.")]
 
 

@@ -1,0 +1,99 @@
+"""What README and the pages of docs/ say runs: Python blocks, command lines, make targets, links."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"(?P<before>[^\n]*)\n(?:[ \t]*\n)?```(?P<language>\w+)\n(?P<body>.*?)\n```", re.S)
+NO_RUN = re.compile(r"<!-- no-run: \S.* -->")
+
+
+def blocks(page, *languages):
+    """Fenced blocks of a page as (line, body), except those under `<!-- no-run: reason -->`."""
+    text = page.read_text()
+    for match in FENCE.finditer("\n" + text):
+        if match["language"] in languages and not NO_RUN.search(match["before"]):
+            yield text.count("\n", 0, match.start("body") - 1) + 1, match["body"]
+
+
+def shell_lines(page, program):
+    """Lines of a page's shell blocks that call `program`, as lists of words; options are checked in all of them."""
+    for line, body in blocks(page, "bash", "sh"):
+        for offset, command in enumerate(body.replace("\\\n", "  ").splitlines()):
+            words = shlex.split(command.removeprefix("$ "), comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words.pop(0)
+            if words and words[0] == program:
+                yield f"{page.name}:{line + offset}", words[1:]
+
+
+def with_python(pages):
+    return [page for page in pages if any(blocks(page, "python"))]
+
+
+@pytest.mark.parametrize("page", with_python(PAGES), ids=lambda page: page.name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """The blocks of one page run in order, in one namespace, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for line, body in blocks(page, "python"):
+        exec(compile("\n" * (line - 1) + body, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_exist(page):
+    import typer
+    from landmark.cli.app import app
+
+    for where, words in shell_lines(page, "landmark"):
+        command = typer.main.get_command(app)
+        while words and words[0] in getattr(command, "commands", {}):
+            command = command.commands[words.pop(0)]
+        assert not hasattr(command, "commands"), f"{where}: no such command: {words}"
+        try:
+            values, extra, _ = command.make_parser(command.context_class(command)).parse_args(words)
+        except Exception as error:
+            pytest.fail(f"{where}: {error}")
+        needed = {each.name for each in command.params if each.param_type_name == "argument" and each.required}
+        missing = sorted(name for name in needed if values.get(name) is None)
+        assert not extra and not missing, f"{where}: too many arguments {extra}, missing {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {word for _, words in shell_lines(page, "make") for word in words if "=" not in word}
+    named |= set(re.findall(r"`make ([\w-]+)`", page.read_text()))
+    assert named <= targets, f"{page.name} names {sorted(named - targets)}, the Makefile has {sorted(targets)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for text, target in re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", page.read_text()):
+        if not re.match(r"https?:|mailto:|#", target):
+            assert (page.parent / target.split("#")[0]).exists(), f"{page.name}: [{text}] leads to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page):
+    """Paths of this repository that a page names in backquotes."""
+    tops = "src|tests|docs|examples|benchmarks|recipes"
+    for path in re.findall(rf"`((?:{tops})/[\w./-]+)`", page.read_text()):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages <= set(re.findall(r"\(([\w-]+\.md)\)", index))
+
+
+def test_pages_hold_no_machine_paths():
+    home = os.sep + "work" + os.sep
+    for page in PAGES:
+        assert home not in page.read_text(), f"{page.name} names a path of one machine"
