@@ -1,0 +1,107 @@
+"""The rows a model is trained on: corpus windows and retrieval episodes, each decided by the seed and its index."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from landmark.data.episodes import IGNORED, Episodes, Row
+from landmark.data.tokens import Ids
+
+Batch = dict[str, torch.Tensor]
+
+
+class Windows:
+    """Cuts a stream of ids into rows; every pass over the text cuts at other places and visits in another order.
+
+    Args:
+        ids: the stream, ``(tokens,)``.
+        tokens: text tokens of a row, ``prefix`` included.
+        seed: decides places and order.
+        prefix: ids that begin every row.
+
+    Raises:
+        ValueError: the stream is shorter than a row.
+    """
+
+    def __init__(self, ids: Ids, *, tokens: int, seed: int, prefix: Sequence[int] = ()) -> None:
+        self.ids, self.seed, self.prefix = ids, seed, list(prefix)
+        self.tokens = tokens - len(self.prefix)
+        if len(ids) < self.tokens:
+            raise ValueError(f"expected a text of at least {tokens} tokens (one row), got {len(ids)}; add text")
+        self.per_pass = max(1, len(ids) // self.tokens - 1)
+
+    def __call__(self, index: int) -> Row:
+        """Returns row ``index``; rows ``n * per_pass .. (n + 1) * per_pass - 1`` are one pass over the text."""
+        turn, number = divmod(index, self.per_pass)
+        spare = len(self.ids) - self.per_pass * self.tokens
+        start = random.Random(f"{self.seed}:{turn}").randrange(spare + 1)
+        start += int(_order(self.seed, turn, self.per_pass)[number]) * self.tokens
+        return plain_row(self.ids[start : start + self.tokens], self.prefix)
+
+
+class Rows(Dataset[Row]):
+    """``count`` rows, a share of them episodes, the others windows of the text.
+
+    Args:
+        windows: makes the plain rows.
+        episodes: makes the episodes, ``None`` for none.
+        share: the probability of an episode.
+        count: length of the data set.
+        seed: decides which rows are episodes.
+    """
+
+    def __init__(self, windows: Windows, episodes: Episodes | None, *, share: float, count: int, seed: int) -> None:
+        self.windows, self.episodes, self.share = windows, episodes, share
+        self.count, self.seed = count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Row:
+        if self.episodes is not None and random.Random(f"{self.seed}/{index}").random() < self.share:
+            return self.episodes(index)
+        return self.windows(index)
+
+
+class FixedRows(Dataset[Row]):
+    """Rows made once and kept, to evaluate on."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+
+def plain_row(ids: Ids, prefix: Sequence[int] = ()) -> Row:
+    """Returns a row that is predicted throughout."""
+    input_ids = np.concatenate([np.asarray(prefix, dtype=np.int64), ids.astype(np.int64)])
+    labels = input_ids.copy()
+    labels[0] = IGNORED
+    return Row(input_ids, labels, np.zeros(len(input_ids), dtype=np.bool_))
+
+
+def stack(rows: Sequence[Row], *, answers: bool) -> Batch:
+    """Stacks rows to ``input_ids``, ``labels`` (int64) and, if asked for, ``answers`` (bool), all ``(B, tokens)``."""
+    batch = {
+        "input_ids": torch.from_numpy(np.stack([row.input_ids for row in rows])),
+        "labels": torch.from_numpy(np.stack([row.labels for row in rows])),
+    }
+    if answers:
+        batch["answers"] = torch.from_numpy(np.stack([row.answers for row in rows]))
+    return batch
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, turn: int, count: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng((seed, turn)).permutation(count)

@@ -1,0 +1,94 @@
+"""A byte-level BPE in which every digit is its own token, so that codes are read and written digit by digit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END = "<|endoftext|>"
+PAD = "<|pad|>"
+SMALLEST_VOCABULARY = 258
+LONGEST_SAMPLE = 200_000_000
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE; no token holds two digits, or a digit and anything else.
+
+    ``<|endoftext|>`` begins and ends documents (bos and eos), ``<|pad|>`` pads; neither is added by encoding.
+
+    Args:
+        texts: what to learn merges from; the first 200 million characters are used.
+        vocab_size: tokens at most, special tokens included (fewer when the texts are too short for so many).
+
+    Raises:
+        ValueError: ``vocab_size`` below 258 (the 256 bytes and the two special tokens).
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size: expected at least {SMALLEST_VOCABULARY} (bytes, special tokens), got {vocab_size}; raise it"
+        )
+    core = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    core.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(_sample(texts), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=END, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer of a folder or hub model.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a fast tokenizer (the character places of tokens are needed).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"{path}: no tokenizer there ({reason}); pass a folder or model with one") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"{path}: expected a fast tokenizer, got {type(tokenizer).__name__}; save it with tokenizer.json"
+        )
+    return tokenizer
+
+
+def backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Returns the tokenizer of the ``tokenizers`` package inside."""
+    core = tokenizer.backend_tokenizer
+    assert isinstance(core, Tokenizer)
+    return core
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Returns a SHA-256 of everything that decides how text is cut into tokens."""
+    return hashlib.sha256(backend(tokenizer).to_str().encode()).hexdigest()
+
+
+def row_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids that the tokenizer puts before every text: its bos token, or nothing."""
+    ids = list(tokenizer("")["input_ids"])
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def _sample(texts: Iterable[str]) -> Iterator[str]:
+    left = LONGEST_SAMPLE
+    for text in texts:
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return

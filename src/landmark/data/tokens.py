@@ -1,0 +1,185 @@
+"""Token files: texts tokenised once into one stream of ids, memory-mapped from then on.
+
+``NAME.bin`` holds the ids (little-endian uint16 or uint32), ``NAME.json`` beside it what they are: the tokenizer's
+hash, the documents' titles, hashes and places, and the hash of the ids. Both can be moved together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerFast
+
+from landmark.data.text import Document
+from landmark.data.tokenizer import backend, fingerprint
+
+FORMAT = "landmark-tokens-1"
+PIECE = 1_000_000
+BATCH = 32
+
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A document's place in the stream: its ``tokens`` ids begin at ``start``, the separator after them not counted."""
+
+    title: str
+    sha256: str
+    start: int
+    tokens: int
+
+
+@dataclasses.dataclass
+class TokenFile:
+    """A stream of token ids with the documents it was made from.
+
+    Attributes:
+        path: the ``.bin`` file.
+        ids: the ids, shape ``(tokens,)``, memory-mapped, read only.
+        documents: where each document lies.
+        tokenizer: fingerprint of the tokenizer.
+    """
+
+    path: Path
+    ids: Ids
+    documents: list[Place]
+    tokenizer: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ids": self.ids.dtype.str}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.ids = np.memmap(self.path, dtype=state["ids"], mode="r")
+
+
+def tokenize(
+    documents: Callable[[], Iterable[Document]], tokenizer: PreTrainedTokenizerFast, folder: str | Path, name: str
+) -> TokenFile:
+    """Returns the token file of the documents, from ``folder`` where it fits, made anew otherwise.
+
+    It fits when tokenizer and documents (by SHA-256, in order) are the same. Documents are separated by eos.
+
+    Args:
+        documents: gives the documents from the first on, each time it is called (they are never held all at once).
+        tokenizer: a fast tokenizer.
+        folder: where ``name.bin`` and ``name.json`` lie.
+        name: usually the split.
+
+    Raises:
+        ValueError: a file of that name which is not ours, or is damaged; or no document.
+    """
+    sidecar = Path(folder) / f"{name}.json"
+    if sidecar.exists() or sidecar.with_suffix(".bin").exists():
+        old = open_tokens(sidecar)
+        if old.tokenizer == fingerprint(tokenizer):
+            hashes = [document.sha256 for document in documents()]
+            if hashes == [place.sha256 for place in old.documents]:
+                return old
+    return _write(documents(), tokenizer, sidecar)
+
+
+def open_tokens(sidecar: str | Path) -> TokenFile:
+    """Opens a token file by its ``.json`` and checks it.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: the files are not of this format, or the ids are not those that were written.
+    """
+    sidecar = Path(sidecar)
+    binary = sidecar.with_suffix(".bin")
+    for file in (sidecar, binary):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file}: missing; a token file is a .json and a .bin: delete the other and tokenise anew"
+            )
+    try:
+        header = json.loads(sidecar.read_text(encoding="utf-8"))
+        if header["format"] != FORMAT:
+            raise KeyError
+        documents = [Place(**place) for place in header["documents"]]
+        tokens, dtype = int(header["tokens"]), np.dtype({"uint16": "<u2", "uint32": "<u4"}[header["dtype"]])
+        digest, tokenizer = str(header["sha256"]), str(header["tokenizer"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{sidecar}: expected the header of a {FORMAT} file, got something else; name another folder"
+        ) from None
+    if binary.stat().st_size != tokens * dtype.itemsize:
+        raise ValueError(
+            f"{binary}: expected {tokens * dtype.itemsize} bytes, got {binary.stat().st_size}; "
+            f"the file is damaged: delete it with {sidecar.name} and tokenise anew"
+        )
+    ids = np.memmap(binary, dtype=dtype, mode="r")
+    if _digest(ids) != digest:
+        raise ValueError(
+            f"{binary}: its ids are not those that were written; delete it with {sidecar.name} and tokenise anew"
+        )
+    return TokenFile(binary, ids, documents, tokenizer)
+
+
+def _write(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, sidecar: Path) -> TokenFile:
+    sidecar.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = sidecar.with_suffix(".unfinished")
+    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    places: list[Place] = []
+    position, digest = 0, hashlib.sha256()
+    with unfinished.open("wb") as binary:
+        for document, ids in _encode(iter(documents), tokenizer):
+            places.append(Place(document.title, document.sha256, position, len(ids)))
+            raw = np.asarray(ids + end, dtype="<u2" if dtype == "uint16" else "<u4").tobytes()
+            binary.write(raw)
+            digest.update(raw)
+            position += len(ids) + len(end)
+    if not places:
+        unfinished.unlink()
+        raise ValueError(f"{sidecar.stem}: expected at least one document, got none; pass a source with text")
+    header = {
+        "format": FORMAT,
+        "dtype": dtype,
+        "tokens": position,
+        "sha256": digest.hexdigest(),
+        "tokenizer": fingerprint(tokenizer),
+        "documents": [dataclasses.asdict(place) for place in places],
+    }
+    unfinished.replace(sidecar.with_suffix(".bin"))
+    sidecar.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
+    return open_tokens(sidecar)
+
+
+def _encode(documents: Iterator[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, list[int]]]:
+    core = backend(tokenizer)
+    core.no_truncation()
+    core.no_padding()
+    while batch := list(itertools.islice(documents, BATCH)):
+        pieces = [_pieces(document.text) for document in batch]
+        encoded = iter(core.encode_batch_fast([piece for cut in pieces for piece in cut], add_special_tokens=False))
+        for document, cut in zip(batch, pieces, strict=True):
+            yield document, [token for _ in cut for token in next(encoded).ids]
+
+
+def _pieces(text: str) -> list[str]:
+    """Cuts a long text at line ends, so that it is encoded by several threads."""
+    cuts = [0]
+    while len(text) - cuts[-1] > 2 * PIECE:
+        cut = text.find("\n", cuts[-1] + PIECE)
+        if cut < 0:
+            break
+        cuts.append(cut + 1)
+    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def _digest(ids: Ids) -> str:
+    return hashlib.sha256(ids.view(np.uint8).data).hexdigest()
