@@ -1,0 +1,98 @@
+"""The attention function that transformers calls, and what it needs to know of one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from landmark.config import LandmarkConfig
+from landmark.hf.cache import LandmarkCache
+from landmark.memory.plan import Plan, move
+from landmark.memory.positions import RotationTables
+from landmark.ops.attention import landmark_attention
+from landmark.rotary import Rotation
+
+IMPLEMENTATION = "landmark"
+
+
+@dataclass
+class Call:
+    """One forward pass of a decoder, handed to every layer as the keyword argument ``landmark``."""
+
+    settings: LandmarkConfig
+    layer_types: tuple[str | None, ...]
+
+    def to(self, *args: Any, **kwargs: Any) -> Call:
+        """Returns itself: tensors follow each layer's device (accelerate moves arguments by calling this)."""
+        return self
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attends, un-rotated query ``(B, H, T, D)``, key and value ``(B, G, T, D)`` to ``(B, T, H, D)``."""
+        raise NotImplementedError
+
+
+@dataclass
+class OnePass(Call):
+    """Mode ``all`` without a memory: every past block, in one differentiable pass."""
+
+    rotations: dict[str | None, Rotation]
+    segments: Tensor | None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attends as ``Call.attend`` says."""
+        rotation = self.rotations[self.layer_types[layer]].to(query.device)
+        segments = None if self.segments is None else self.segments.to(query.device)
+        size = self.settings.block_size
+        query, key = rotation(query), rotation(key)
+        output = landmark_attention(query, key, value, block_size=size, scale=scale, segments=segments)
+        assert isinstance(output, Tensor)
+        return output.transpose(1, 2).contiguous()
+
+
+@dataclass
+class Remembered(Call):
+    """A call whose keys are filed in a cache."""
+
+    tables: dict[str | None, RotationTables]
+    cache: LandmarkCache
+    plan: Plan
+    retrieve: bool
+    _plans: dict[torch.device, Plan] = field(default_factory=dict)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attends as ``Call.attend`` says."""
+        if query.device not in self._plans:
+            self._plans[query.device] = move(self.plan, query.device)
+        memory = self.cache.memory(layer, self.tables[self.layer_types[layer]])
+        plan, record = self._plans[query.device], self.cache.record
+        output, found = memory.attend(query, key, value, plan, scale=scale, retrieve=self.retrieve, record=record)
+        if found is not None:
+            self.cache.retrievals.append(found)
+        return output
+
+
+def landmark_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    landmark: Call | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function registered as attention implementation ``landmark``; shapes as in ``Call.attend``."""
+    if landmark is None:
+        raise ValueError("attention 'landmark' got no landmark context: it works in models made by landmark.convert")
+    if dropout:
+        raise ValueError(f"expected no attention dropout, got {dropout}: set config.attention_dropout = 0")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return landmark.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
+
+
+AttentionInterface.register(IMPLEMENTATION, landmark_attention_forward)

@@ -1,0 +1,26 @@
+"""Where the bundled models lie inside the package."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+NAMES = ("landmark", "twin")
+
+
+def model_path(name: str = "landmark") -> Path:
+    """Returns the folder of a bundled model, with its tokenizer.
+
+    Args:
+        name: ``landmark``, or ``twin``, the plain-attention model trained identically.
+
+    Raises:
+        ValueError: an unknown name.
+        FileNotFoundError: this installation carries no such model.
+    """
+    if name not in NAMES:
+        raise ValueError(f"bundled model: expected one of {', '.join(NAMES)}, got {name!r}")
+    folder = Path(str(resources.files("landmark"))) / "bundled" / name
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"this installation carries no bundled model {name!r}: reinstall, or pass --model")
+    return folder

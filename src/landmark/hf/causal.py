@@ -1,0 +1,149 @@
+"""The mixin that makes a landmark model of a stock causal language model; head, loss and ``generate`` stay stock code."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landmark.config import LandmarkConfig
+from landmark.hf.attention import IMPLEMENTATION
+from landmark.hf.cache import LandmarkCache
+from landmark.hf.model import text_mask
+
+NOTE = """# A landmark model
+
+This model attends by landmarks. To load it:
+
+    pip install landmark-attention
+
+    import landmark
+    model = landmark.load("{folder}")
+
+or `import landmark.hf` before `AutoModelForCausalLM.from_pretrained(...)`.
+"""
+
+
+class LandmarkCausalLMMixin:
+    """What a landmark model offers beside its stock family's ``forward`` and ``generate``."""
+
+    @property
+    def landmark(self) -> LandmarkConfig:
+        """The landmark settings in force."""
+        return LandmarkConfig.from_dict(self.config.landmark or {})  # type: ignore[attr-defined]
+
+    def configure_landmark(self, **changes: Any) -> LandmarkConfig:
+        """Changes landmark settings (not ``block_size``, which training fixed) and returns them.
+
+        Raises:
+            ValueError: an unknown setting, a value outside its range, or another ``block_size``.
+        """
+        settings = self.landmark.replace(**changes)
+        if settings.block_size != self.landmark.block_size:
+            raise ValueError(
+                f"block_size is fixed at {self.landmark.block_size}, got {settings.block_size}; convert anew"
+            )
+        check_layers(settings, self.config.num_hidden_layers)  # type: ignore[attr-defined]
+        warn_beyond_trained(settings)
+        self.config.landmark = settings.to_dict()  # type: ignore[attr-defined]
+        return settings
+
+    @torch.no_grad()
+    def read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: LandmarkCache | None = None,
+        retrieve: bool = True,
+    ) -> LandmarkCache:
+        """Reads a text into a memory, without computing logits.
+
+        Args:
+            input_ids: ``(B, T)`` text token ids.
+            attention_mask: ``(B, T)``, 0 for padding.
+            cache: a memory to go on from.
+            retrieve: ``False`` reads with the local context and block 0 only: fast, and not what the model would
+                compute with retrieval; later calls retrieve from what was read.
+
+        Returns:
+            the memory, to be passed as ``past_key_values``.
+
+        Raises:
+            ValueError: as the model's ``forward``.
+        """
+        decoder = self.base_model  # type: ignore[attr-defined]
+        settings = self.landmark
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"expected input_ids of shape (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
+        cache = LandmarkCache(self.config) if cache is None else cache  # type: ignore[attr-defined]
+        mask = text_mask(attention_mask, input_ids, cache)
+        cache.check(settings, len(input_ids))
+        for begin in range(0, input_ids.shape[1], settings.chunk_tokens):
+            part = input_ids[:, begin : begin + settings.chunk_tokens]
+            seen = torch.ones(part.shape, dtype=torch.bool)
+            if mask is not None:
+                seen = mask[:, begin : begin + settings.chunk_tokens].cpu()
+            embeds = decoder.get_input_embeddings()(part.to(decoder.get_input_embeddings().weight.device))
+            decoder.extend(embeds, seen, cache, settings, {}, retrieve=retrieve)
+        return cache
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} cannot hold landmarks: leave it unset"
+            )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            if generation_config.use_cache is not False:
+                model_kwargs["past_key_values"] = LandmarkCache(self.config)  # type: ignore[attr-defined]
+        elif isinstance(cache, LandmarkCache):
+            cache._is_user_defined = True
+        else:
+            raise ValueError(f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config)")
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Saves the model as its stock family does, and a note that says what to install to load it."""
+        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        folder = Path(save_directory)
+        if folder.is_dir():
+            (folder / "LANDMARK.md").write_text(NOTE.format(folder=folder.name), encoding="utf-8")
+        return result
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Refused but for ``landmark``: another attention would ignore the landmarks."""
+        if attn_implementation != IMPLEMENTATION:
+            raise ValueError(f"a landmark model attends by {IMPLEMENTATION!r} only, got {attn_implementation!r}")
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching keeps keys in pages that know no landmarks."""
+        raise AttributeError("continuous batching does not know landmarks: use generate")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Does nothing: the classes come from this package, not from code in the saved folder."""
+
+
+def check_layers(settings: LandmarkConfig, layers: int) -> None:
+    """Raises ``ValueError`` where ``settings.layers`` names a layer that the model has not."""
+    beyond = [layer for layer in settings.layers or () if layer >= layers]
+    if beyond:
+        raise ValueError(f"layers: expected indices below {layers}, got {beyond}")
+
+
+def warn_beyond_trained(settings: LandmarkConfig) -> None:
+    """Warns where stingy positions exceed the trained length."""
+    largest = settings.largest_top_k
+    if settings.positions != "stingy" or largest is None or settings.top_k <= largest:
+        return
+    remedy = f"the largest top_k that fits is {largest}" if largest > 0 else "no top_k fits: use fewer local_blocks"
+    warnings.warn(
+        f"stingy positions take {settings.stingy_positions} positions, the model was trained on "
+        f"{settings.trained_length}: {remedy}",
+        stacklevel=3,
+    )

@@ -1,0 +1,155 @@
+"""Which architectures can be landmark models, the classes made for them, and why the others cannot."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from landmark.hf.attention import IMPLEMENTATION
+from landmark.hf.causal import LandmarkCausalLMMixin
+from landmark.hf.model import LandmarkDecoderMixin
+
+PREFIX = "landmark_"
+
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "mistral",
+    "mixtral",
+    "gemma",
+    "gemma3_text",
+    "olmo2",
+    "olmo3",
+    "gpt_neox",
+    "phi",
+    "phi3",
+    "glm4",
+    "granite",
+    "helium",
+    "starcoder2",
+)
+
+REFUSED = {
+    "gpt2": "it has learned positions and no RoPE",
+    "opt": "it has learned positions and no RoPE",
+    "bloom": "it has ALiBi positions and no RoPE",
+    "mpt": "it has ALiBi positions and no RoPE",
+    "gpt_oss": "its attention has sinks",
+    "gemma2": "its attention scores are soft-capped",
+    "smollm3": "some of its layers have no RoPE (NoPE)",
+    "cohere2": "some of its layers have no RoPE (NoPE) and others a sliding window",
+    "llama4_text": "some of its layers have no RoPE (NoPE) and others attend in chunks",
+    "hunyuan_v1_dense": "it normalises queries and keys after RoPE",
+    "stablelm": "its layers drop the keyword arguments that carry the landmarks",
+    "falcon": "it does not use the attention interface",
+    "gptj": "it does not use the attention interface",
+    "deepseek_v3": "its multi-head latent attention rotates only a part of queries and keys",
+}
+
+_building = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Family:
+    """The classes of one landmark architecture and of the stock one below it."""
+
+    config: Any
+    decoder: Any
+    causal_lm: Any
+    stock_config: Any
+    stock_decoder: Any
+    stock_causal_lm: Any
+
+
+@functools.cache
+def family(model_type: str) -> Family:
+    """Returns the classes for a stock ``model_type``, registered with the Auto classes.
+
+    Raises:
+        ValueError: the architecture cannot be exact, or is not known to be.
+    """
+    if model_type not in FAMILIES:
+        reason = REFUSED.get(model_type, "it has not been checked")
+        raise ValueError(f"cannot make a landmark model of {model_type!r}: {reason}; supported: {', '.join(FAMILIES)}")
+    stock_config = CONFIG_MAPPING[model_type]
+    stock_decoder, stock_causal_lm = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    config = type(
+        f"Landmark{stock_config.__name__}",
+        (stock_config,),
+        {
+            "model_type": PREFIX + model_type,
+            "__doc__": f"{stock_config.__name__} with landmark settings.",
+            "landmark": None,
+        },
+    )
+    decoder = type(
+        f"Landmark{stock_decoder.__name__}",
+        (LandmarkDecoderMixin, stock_decoder),
+        {"config_class": config, "__doc__": f"{stock_decoder.__name__} that inserts landmarks."},
+    )
+
+    def initialise(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        config._attn_implementation = IMPLEMENTATION
+        module = sys.modules[stock_causal_lm.__module__]
+        with _building:
+            setattr(module, stock_decoder.__name__, decoder)
+            try:
+                super(causal_lm, self).__init__(config, *args, **kwargs)
+            finally:
+                setattr(module, stock_decoder.__name__, stock_decoder)
+
+    causal_lm = type(
+        f"Landmark{stock_causal_lm.__name__}",
+        (LandmarkCausalLMMixin, stock_causal_lm),
+        {
+            "config_class": config,
+            "__init__": initialise,
+            "__doc__": f"{stock_causal_lm.__name__} that attends by landmarks.",
+        },
+    )
+    for made in (config, decoder, causal_lm):
+        made.__module__ = __name__
+        setattr(sys.modules[__name__], made.__name__, made)
+    AutoConfig.register(config.model_type, config)
+    AutoModel.register(config, decoder)
+    AutoModelForCausalLM.register(config, causal_lm)
+    return Family(config, decoder, causal_lm, stock_config, stock_decoder, stock_causal_lm)
+
+
+def register() -> None:
+    """Registers every supported family that the installed transformers has."""
+    for model_type in FAMILIES:
+        if model_type in CONFIG_MAPPING:
+            family(model_type)
+
+
+def check_config(config: Any) -> None:
+    """Raises ``ValueError``, naming the reason, for a stock config that landmark attention cannot serve exactly."""
+    family(config.model_type)
+    name = config.model_type
+    types = getattr(config, "layer_types", None)
+    if types:
+        other = sorted(set(types) - {"full_attention"})
+        if other:
+            raise ValueError(
+                f"{name}: layers with {', '.join(other)} (a sliding window) cannot be exact; expected full_attention "
+                "everywhere: set config.layer_types if the window is to go"
+            )
+    elif getattr(config, "sliding_window", None) is not None:
+        raise ValueError(
+            f"{name}: an active sliding window ({config.sliding_window}) cannot be exact; "
+            "set config.sliding_window = None if it is to go"
+        )
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(f"{name}: soft-capped attention scores (softcap) cannot be exact; expected none")
+    if getattr(config, "attention_dropout", 0):
+        raise ValueError(f"{name}: expected attention_dropout 0, got {config.attention_dropout}; set it to 0")

@@ -1,0 +1,290 @@
+"""The mixin that makes a landmark decoder of a stock decoder.
+
+Text goes in, landmarks are inserted as embeddings inside the decoder, the stock decoder runs on them with all positions 0
+(so that queries and keys arrive un-rotated at the attention function), and the states of text come out. Head, loss and
+``generate`` stay stock code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from landmark.blocks import slots_for
+from landmark.config import LandmarkConfig
+from landmark.hf.attention import Call, OnePass, Remembered
+from landmark.hf.cache import LandmarkCache
+from landmark.hf.layout import Layout, documents_of, packed_layout, padded_layout, plain_layout
+from landmark.hf.rope import layer_types, read_rotaries
+from landmark.memory.plan import make_plan
+from landmark.memory.positions import RotationTables
+
+
+class LandmarkDecoderMixin:
+    """Inserts landmarks in front of a stock decoder and takes them out behind it."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.landmark_embedding = nn.Embedding(1, config.hidden_size)
+        self._rotaries = read_rotaries(self)  # type: ignore[arg-type]
+        self._tables: dict[str | None, RotationTables] | None = None
+        self._layer_types = _keys(layer_types(config), self._rotaries)
+        self._warned = False
+
+    @property
+    def settings(self) -> LandmarkConfig:
+        """The landmark settings in force."""
+        return LandmarkConfig.from_dict(self.config.landmark or {})
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the decoder on text.
+
+        Args:
+            input_ids: ``(B, T)`` text token ids, or else ``inputs_embeds (B, T, hidden)``.
+            attention_mask: ``(B, T)`` or ``(B, past + T)``, 0 for padding, which may stand anywhere.
+            position_ids: ``(B, T)``; without a mask or a cache, a new document begins wherever they do not go on
+                (packed rows). Otherwise ignored: slots come from the mask.
+            past_key_values: a ``LandmarkCache`` to read and to extend.
+            inputs_embeds: see ``input_ids``.
+            use_cache: whether to return the cache; it never changes what is computed.
+            seq_idx: ``(B, T)`` document of each column of packed rows, instead of ``position_ids``.
+            **kwargs: passed to the stock decoder.
+
+        Returns:
+            ``BaseModelOutputWithPast`` whose states align with the text, zeros at padding.
+
+        Raises:
+            ValueError: arguments that do not fit, a foreign cache, retrieval in train mode, or a text beyond the
+                trained length under exact positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if kwargs.pop("output_attentions", None) or self.config.output_attentions:
+            raise ValueError(
+                "landmark attention keeps no attention matrix: read cache.retrievals (cache.record = True)"
+            )
+        return_dict = kwargs.pop("return_dict", None)
+        text = input_ids if input_ids is not None else inputs_embeds
+        assert text is not None
+        if text.ndim < 2 or text.shape[1] == 0:
+            raise ValueError(f"expected text of shape (B, T) with T of at least 1, got {tuple(text.shape)}")
+        settings = self.settings
+        mask = text_mask(attention_mask, text, past_key_values)
+        if settings.mode == "all" and past_key_values is None:
+            documents = None if mask is not None else _documents(seq_idx, position_ids, kwargs)
+            output = self._one_pass(self._embed(input_ids, inputs_embeds), mask, documents, settings, kwargs)
+        else:
+            if self.training:
+                raise ValueError(
+                    "retrieval has no gradient and was called in train mode: use configure_landmark(mode='all') "
+                    "to train, or model.eval()"
+                )
+            with torch.no_grad():
+                documents = None if mask is not None or past_key_values is not None else seq_idx
+                if documents is None and mask is None and past_key_values is None and position_ids is not None:
+                    documents = documents_of(position_ids.expand(text.shape[0], -1))
+                embeds = self._embed(input_ids, inputs_embeds)
+                if documents is not None and bool((documents != documents[:, :1]).any()):
+                    output = self._by_document(embeds, documents, settings, kwargs)
+                else:
+                    output = self._remembered(embeds, mask, past_key_values, settings, use_cache, kwargs)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if inputs_embeds is not None:
+            return inputs_embeds
+        return self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined, no-any-return]
+
+    def _landmark(self, like: Tensor) -> Tensor:
+        index = torch.zeros(1, dtype=torch.long, device=like.device)
+        return self.landmark_embedding(index)[0].to(like.device)  # type: ignore[no-any-return]
+
+    def _one_pass(
+        self, embeds: Tensor, mask: Tensor | None, documents: Tensor | None, settings: LandmarkConfig, kwargs: Any
+    ) -> BaseModelOutputWithPast:
+        tokens, size = embeds.shape[1], settings.block_size
+        if documents is not None:
+            layout = packed_layout(documents, size)
+        elif mask is not None:
+            layout = padded_layout(mask, size)
+        else:
+            layout = plain_layout(tokens, size, embeds.device)
+        positions = layout.positions
+        if self.training and settings.position_gap:
+            positions = _with_gaps(positions, len(embeds), size, settings.position_gap)
+        rotations = {
+            kind: rotary.rotation(positions if positions.ndim == 1 else positions[:, None], embeds.dtype)
+            for kind, rotary in self._rotaries.items()
+        }
+        call = OnePass(settings, self._layer_types, rotations, layout.segments)
+        return self._run(embeds, layout, call, kwargs)
+
+    def _run(self, embeds: Tensor, layout: Layout, call: Call, kwargs: Any) -> BaseModelOutputWithPast:
+        tokens = embeds.shape[1]
+        inserted = layout.insert(embeds, self._landmark(embeds))
+        zeros = torch.zeros(1, layout.width, dtype=torch.long, device=embeds.device)
+        output = super().forward(  # type: ignore[misc]
+            inputs_embeds=inserted, position_ids=zeros, use_cache=False, landmark=call, **kwargs
+        )
+        states = layout.extract(output.last_hidden_state, tokens)
+        hidden = output.hidden_states
+        hidden = None if hidden is None else tuple(layout.extract(h, tokens) for h in hidden)
+        return BaseModelOutputWithPast(last_hidden_state=states, hidden_states=hidden)
+
+    def _remembered(
+        self,
+        embeds: Tensor,
+        mask: Tensor | None,
+        cache: Any,
+        settings: LandmarkConfig,
+        use_cache: bool | None,
+        kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        cache = LandmarkCache(self.config) if cache is None else cache
+        if not isinstance(cache, LandmarkCache):
+            raise ValueError(f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config)")
+        cache.check(settings, len(embeds))
+        parts, step = [], settings.chunk_tokens
+        for begin in range(0, embeds.shape[1], step):
+            part = embeds[:, begin : begin + step]
+            seen = torch.ones(part.shape[:2], dtype=torch.bool) if mask is None else mask[:, begin : begin + step].cpu()
+            parts.append(self.extend(part, seen, cache, settings, kwargs))
+        states = torch.cat([p.last_hidden_state for p in parts], dim=1)
+        hidden = None
+        if parts[0].hidden_states is not None:
+            hidden = tuple(torch.cat(h, dim=1) for h in zip(*(p.hidden_states for p in parts), strict=True))
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        return BaseModelOutputWithPast(
+            last_hidden_state=states, past_key_values=cache if use_cache else None, hidden_states=hidden
+        )
+
+    def extend(
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        cache: LandmarkCache,
+        settings: LandmarkConfig,
+        kwargs: Any,
+        *,
+        retrieve: bool = True,
+    ) -> BaseModelOutputWithPast:
+        """Runs one chunk against the cache and files it.
+
+        Args:
+            embeds: ``(B, T, hidden)`` text embeddings.
+            mask: ``(B, T)`` bool on the CPU, True for text.
+            cache: the memory.
+            settings: the landmark settings.
+            kwargs: for the stock decoder.
+            retrieve: whether to retrieve; otherwise the local context and block 0 are seen.
+        """
+        counts = mask.sum(1).tolist()
+        seen = cache.tokens or [0] * len(counts)
+        starts = [slots_for(n, settings.block_size) for n in seen]
+        ends = [slots_for(n + c, settings.block_size) for n, c in zip(seen, counts, strict=True)]
+        self._check_length(max(ends), settings)
+        plan = make_plan(starts, [e - s for s, e in zip(starts, ends, strict=True)], settings)
+        if plan.candidates and retrieve:
+            self._warn_untrained(settings)
+        width = plan.cells.shape[1]
+        layout = padded_layout(mask.to(embeds.device), settings.block_size, torch.tensor(seen).to(embeds.device), width)
+        if self._tables is None:
+            self._tables = {
+                kind: RotationTables(rotary, settings.block_size) for kind, rotary in self._rotaries.items()
+            }
+        call = Remembered(settings, self._layer_types, self._tables, cache, plan, retrieve)
+        try:
+            output = self._run(embeds, layout, call, kwargs)
+        except BaseException:
+            for memory in cache.memories:
+                if memory is not None:
+                    memory.forget_peak()
+            raise
+        cache.append(mask)
+        return output
+
+    def _by_document(
+        self, embeds: Tensor, documents: Tensor, settings: LandmarkConfig, kwargs: Any
+    ) -> BaseModelOutputWithPast:
+        """Reads each document of packed rows as a row of its own."""
+        changes = torch.nn.functional.pad((documents[:, 1:] != documents[:, :-1]).long().cumsum(1), (1, 0))
+        states = torch.zeros_like(embeds)
+        for row in range(len(embeds)):
+            for document in range(int(changes[row, -1]) + 1):
+                columns = changes[row] == document
+                part = self._remembered(embeds[row, columns][None], None, None, settings, False, kwargs)
+                states[row, columns] = part.last_hidden_state[0]
+        return BaseModelOutputWithPast(last_hidden_state=states)
+
+    def _check_length(self, slots: int, settings: LandmarkConfig) -> None:
+        trained = settings.trained_length
+        if settings.mode == "retrieval" and settings.positions == "exact" and trained is not None and slots > trained:
+            raise ValueError(
+                f"exact positions reach {slots}, the model was trained on {trained}: use positions='stingy' or less text"
+            )
+
+    def _warn_untrained(self, settings: LandmarkConfig) -> None:
+        if not settings.landmark_trained and settings.mode == "retrieval" and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "this model retrieves by a landmark that was never trained: fine-tune it first (landmark train)",
+                stacklevel=2,
+            )
+
+
+def _keys(types: tuple[str | None, ...], rotaries: dict[str | None, Any]) -> tuple[str | None, ...]:
+    return tuple(kind if kind in rotaries else None for kind in types)
+
+
+def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor | None:
+    """Returns the new columns' mask ``(B, T)`` bool, or ``None`` where there is no padding to know of."""
+    if attention_mask is None:
+        return None
+    batch, tokens = text.shape[:2]
+    past = cache.get_seq_length() if isinstance(cache, LandmarkCache) else 0
+    if (
+        attention_mask.ndim != 2
+        or attention_mask.shape[0] != batch
+        or attention_mask.shape[1] not in (tokens, past + tokens)
+    ):
+        raise ValueError(
+            f"attention_mask: expected shape ({batch}, {past + tokens}), got {tuple(attention_mask.shape)}; "
+            "landmark models take the two-dimensional padding mask"
+        )
+    return attention_mask[:, -tokens:].bool()
+
+
+def _documents(seq_idx: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """Returns the document of each column, ``(B, T)`` rising from 0, or ``None`` for rows of one document."""
+    kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None)
+    kwargs.pop("max_length_q", None), kwargs.pop("max_length_k", None)
+    if seq_idx is not None:
+        changes = seq_idx[:, 1:] != seq_idx[:, :-1]
+        return torch.nn.functional.pad(changes.long().cumsum(1), (1, 0))
+    return None if position_ids is None else documents_of(position_ids)
+
+
+def _with_gaps(positions: Tensor, batch: int, block_size: int, largest: int) -> Tensor:
+    """Lets positions jump after landmarks: ``(width,)`` or ``(B, width)`` to ``(B, width)``."""
+    width = positions.shape[-1]
+    device = positions.device
+    reach = (torch.rand(batch, 1, device=device) * (largest + 1)).floor()
+    reach = reach * (torch.rand(batch, 1, device=device) < 0.5)
+    gaps = (torch.rand(batch, width // block_size + 1, device=device) * (reach + 1)).floor().long()
+    total = torch.nn.functional.pad(gaps.cumsum(1), (1, 0))
+    blocks = (positions // block_size).expand(batch, width)
+    return positions + total.gather(1, blocks)
