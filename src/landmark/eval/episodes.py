@@ -80,12 +80,12 @@ class Episode:
     Attributes:
         document: ``(length,)`` int64.
         questions: one for each fact asked for.
-        places: token index at which each of these facts begins.
+        places: token indices of the statement of each of these facts.
     """
 
     document: Tensor
     questions: tuple[Question, ...]
-    places: tuple[int, ...]
+    places: tuple[range, ...]
 
 
 def build_episode(
@@ -127,7 +127,7 @@ def build_episode(
     parts, places, done, at = [torch.tensor(start_ids, dtype=torch.long)], {}, 0, len(start_ids)
     for index in order:
         parts += [stream[done : cuts[index]], torch.tensor(statements[index], dtype=torch.long)]
-        places[index] = at + cuts[index]
+        places[index] = range(at + cuts[index], at + cuts[index] + len(statements[index]))
         at += len(statements[index])
         done = cuts[index]
     parts.append(stream[done:])

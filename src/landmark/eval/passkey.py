@@ -113,8 +113,8 @@ def _row(subject: Subject, task: PasskeyTask, filler: Filler, length: int, facts
             batch = episodes[start : start + size]
             for episode, answers in zip(batch, answers_right(subject, batch, task.read), strict=True):
                 for place, right in zip(episode.places, answers, strict=True):
-                    asked[bucket_of(place, length)] += 1
-                    correct[bucket_of(place, length)] += right
+                    asked[bucket_of(place.start, length)] += 1
+                    correct[bucket_of(place.start, length)] += right
     longest = length + max(len(question.ids) for episode in episodes for question in episode.questions)
     settings = subject.settings()
     return PasskeyRow(

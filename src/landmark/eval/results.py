@@ -13,6 +13,8 @@ from typing import Any
 
 import landmark
 
+FIGURES = "figures.json"  # recorded results in a bundled model's folder
+
 
 @dataclasses.dataclass(frozen=True)
 class PasskeyRow:

@@ -15,6 +15,8 @@ from torch import Tensor
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.eval.window import SINK, window_attention
+from landmark.hf.bundled import model_path
+from landmark.hf.families import PREFIX
 
 BUNDLED = ("landmark", "twin")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -155,8 +157,6 @@ def model_folder(name: str | None) -> str:
     """
     if name is not None and (name not in BUNDLED or Path(name).exists()):
         return name
-    from landmark.hf.bundled import model_path
-
     return str(model_path(name or "landmark"))
 
 
@@ -178,8 +178,6 @@ def load(name: str | None, device: str = "auto", dtype: str = "auto") -> Subject
     precision = pick_dtype(dtype, where)
     folder = model_folder(name)
     require_model(folder)
-    import landmark.hf  # noqa: F401  registers the model classes
-
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -191,7 +189,7 @@ def build(name: str, folder: str, config: Any, device: str, dtype: torch.dtype, 
     """Loads the weights in ``folder`` under ``config`` (see ``load``); ``rope`` is a factor of dynamic scaling."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    is_landmark = str(config.model_type).startswith("landmark_")
+    is_landmark = str(config.model_type).startswith(PREFIX)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
@@ -202,6 +200,25 @@ def build(name: str, folder: str, config: Any, device: str, dtype: torch.dtype, 
         ) from None
     attention = "landmark" if is_landmark else "full" if rope is None else "dynamic"
     return Subject(name, model.to(device).eval(), tokenizer, attention, rope_factor=rope)
+
+
+def load_all(
+    model: str | None, compare: str | None, device: str, dtype: str, window: int | None, rope: float | None
+) -> list[Subject]:
+    """Loads one model or two; each plain one in all its variants (see ``load`` and ``plain_variants``).
+
+    Raises:
+        ValueError, FileNotFoundError: as these do, and for a window or scaling without a plain model.
+    """
+    loaded = [load(model, device, dtype)] + ([load(compare, device, dtype)] if compare is not None else [])
+    plain = [subject for subject in loaded if subject.attention != "landmark"]
+    if not plain and (window is not None or rope is not None):
+        option = "--rope" if window is None else "--window"
+        raise ValueError(f"{option}: expected a plain model, got landmark models only; add for example --compare twin")
+    tested = [subject for subject in loaded if subject.attention == "landmark"]
+    for subject in plain:
+        tested += plain_variants(subject, window, rope)
+    return tested
 
 
 def plain_variants(subject: Subject, window: int | None, rope: float | None) -> list[Subject]:
@@ -239,7 +256,27 @@ def plain_variants(subject: Subject, window: int | None, rope: float | None) -> 
     return variants
 
 
-def require_model(folder: str) -> None:
+def require_landmark(subject: Subject) -> None:
+    """Raises ``ValueError`` for a plain model."""
+    if subject.attention != "landmark":
+        raise ValueError(
+            f"--model: expected a landmark model, got the plain {type(subject.model).__name__} in {subject.name}; "
+            "convert it with landmark convert and train it with landmark train"
+        )
+
+
+def save_tokenizer(source: str, out: Path) -> bool:
+    """Copies the tokenizer of a model to the folder ``out``; returns whether there was one."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def require_model(folder: str, option: str = "--model") -> None:
     """Raises ``FileNotFoundError`` when ``folder`` is written as a path and is no folder with a config.json."""
     path = Path(folder)
     looks_local = path.is_absolute() or folder.startswith((".", "~")) or folder.count("/") != 1
@@ -247,8 +284,8 @@ def require_model(folder: str) -> None:
         return
     if path.exists() or looks_local:
         raise FileNotFoundError(
-            f"--model: expected a folder with a config.json or a hub name like org/model, got {folder}; "
-            "leave --model out for the bundled model"
+            f"{option}: expected a folder with a config.json or a hub name like org/model, got {folder}; "
+            "save a model there with save_pretrained"
         )
 
 

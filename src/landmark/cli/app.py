@@ -1,0 +1,69 @@
+"""The command ``landmark``: its commands, and errors as one line on stderr with exit code 2."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Annotated, cast
+
+import typer
+
+import landmark
+from landmark.cli.convert import convert
+from landmark.cli.demo import demo
+from landmark.cli.generate import generate
+from landmark.cli.info import info
+from landmark.cli.passkey import passkey
+from landmark.cli.perplexity import perplexity
+from landmark.cli.train import train
+
+app = typer.Typer(
+    name="landmark",
+    help="Landmark attention: random access to an unbounded context for any RoPE language model.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluation = typer.Typer(help="Evaluate a model: pass key, named facts, perplexity.", add_completion=False)
+app.add_typer(evaluation, name="eval")
+for command in (demo, generate, convert, train, info):
+    app.command()(command)
+for command in (passkey, perplexity):
+    evaluation.command()(command)
+
+# ClickException, of whichever click typer stands on
+_USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"landmark {landmark.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Landmark attention: random access to an unbounded context for any RoPE language model."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits: 0 done, 1 the command says no, 2 a wrong input, 130 interrupted."""
+    warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
+    try:
+        code = app(arguments, standalone_mode=False)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        _fail(str(error))
+    except _USAGE_ERROR as error:
+        _fail(f"{error.format_message()} See landmark --help.")
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,52 @@
+"""``landmark convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from landmark.cli.options import integers
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a causal language model with RoPE.")],
+    out: Annotated[Path, typer.Option(help="Folder for the landmark model and its tokenizer.")],
+    block_size: Annotated[int, typer.Option(help="Positions of a block, landmark included.")] = 64,
+    top_k: Annotated[int, typer.Option(help="Retrieved blocks of a query.")] = 4,
+    granularity: Annotated[str, typer.Option(help="token_head, head, token or group.")] = "token_head",
+    positions: Annotated[str, typer.Option(help="stingy or exact.")] = "stingy",
+    local_blocks: Annotated[int, typer.Option(help="Finished blocks before its own that a query sees.")] = 2,
+    max_blocks: Annotated[
+        int | None, typer.Option(help="Retrieve from the latest so many only. By default all.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers that retrieve, with commas. By default all.")] = None,
+    chunk_tokens: Annotated[int, typer.Option(help="Text tokens computed at once.")] = 1008,
+    trained_length: Annotated[
+        int | None, typer.Option(help="Trained positions. By default the model's maximum.")
+    ] = None,
+) -> None:
+    """Make a landmark model of a causal language model with RoPE, and save it with its tokenizer."""
+    import landmark
+    from landmark.eval.subjects import quiet, require_model, save_tokenizer
+
+    require_model(model, option="MODEL")
+    quiet()
+    converted = landmark.convert(
+        model,
+        block_size=block_size,
+        top_k=top_k,
+        granularity=granularity,
+        positions=positions,
+        local_blocks=local_blocks,
+        max_blocks=max_blocks,
+        layers=None if layers is None else integers("--layers", layers),
+        chunk_tokens=chunk_tokens,
+        trained_length=trained_length,
+    )
+    converted.save_pretrained(out)
+    tokenizer = "with its tokenizer" if save_tokenizer(model, out) else "without a tokenizer: the source has none"
+    typer.echo(
+        f"{type(converted).__name__} saved in {out} {tokenizer}. Its landmark is not trained yet: landmark train"
+    )

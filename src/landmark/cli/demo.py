@@ -1,0 +1,119 @@
+"""``landmark demo``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from landmark.cli.options import Device, Dtype, Model, Seed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from landmark.eval.demo import Trial
+    from landmark.eval.dense import DenseRun
+
+WANTED = 9
+SHOWN_BLOCKS = 3
+SHOWN_CHARACTERS = 150
+
+
+def demo(
+    text: Annotated[Path | None, typer.Option(help="Your own text. By default Python's language reference.")] = None,
+    model: Model = None,
+    out: Annotated[Path, typer.Option(help="Picture.")] = Path("out/demo.png"),
+    dense: Annotated[bool, typer.Option(help="Also run the same weights densely, once.")] = True,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Find pass keys in a long real text, show which blocks were read for each answer, and compare with a dense run."""
+    from rich.console import Console
+
+    from landmark.eval import demo as work
+    from landmark.eval import subjects
+    from landmark.eval.dense import run_dense
+
+    begun = time.perf_counter()
+    console = Console(soft_wrap=True, highlight=False)
+    subject = subjects.load(model, device, dtype)
+    subjects.require_landmark(subject)
+    filler = work.load_text(text, subject.tokenizer)
+    settings = subject.model.landmark
+    console.print(
+        f"Model {subject.name}: trained on {subject.trained_length} positions, retrieves {settings.top_k} blocks. "
+        f"Text {filler.name}: {len(filler.ids):,} tokens. In each part of it, a pass key and {work.DISTRACTORS} other "
+        "codes at random places. Documents are read without retrieval; the question retrieves.\n",
+        markup=False,
+    )
+    trials = []
+    for trial in work.run_trials(subject, filler, seed):
+        trials.append(trial)
+        _print_trial(console, len(trials), trial)
+    right = sum(trial.right for trial in trials)
+    console.print(f"[bold]{right} of {len(trials)} right[/bold]")
+    compared = None
+    if dense:
+        number = work.dense_number(filler)
+        compared = run_dense(subject, work.build_document(subject, filler, number, seed))
+        _print_dense(console, trials[number], compared)
+    twin = work.recorded_twin(work.DENSE_LENGTH) if model is None else None
+    if twin is not None:
+        console.print(
+            f"Recorded: the plain-attention twin, trained identically, finds {twin.accuracy:.0%} of {twin.trials} "
+            f"keys at {twin.length:,} tokens ({twin.filler} filler)."
+        )
+    try:
+        work.draw(trials, compared, out)
+        console.print(f"Picture: {out}")
+    except ModuleNotFoundError as error:
+        console.print(f"No picture: {error}", markup=False)
+    console.print(f"{time.perf_counter() - begun:.0f} s in all")
+    if right < WANTED * len(trials) / 10:
+        raise typer.Exit(1)
+
+
+def _print_trial(console: Console, number: int, trial: Trial) -> None:
+    verdict = "[green]right[/green]" if trial.right else f"[red]wrong[/red], the key is {trial.expected}"
+    console.print(
+        f"[bold]{number}. {trial.length:,} tokens[/bold], key at {trial.place / trial.length:.0%}: "
+        f"What is the pass key? [bold]{trial.answer}[/bold] ({verdict}) "
+        f"read in {trial.read_seconds:.1f} s, answered in {trial.answer_seconds:.2f} s"
+    )
+    for block in trial.blocks[:SHOWN_BLOCKS]:
+        mark = "*" if block.has_fact else " "
+        text = " ".join(block.text.split())
+        console.print(
+            f"  {mark} block {block.block:>4} {block.share:>4.0%}  {_cut(text, trial.expected)}", markup=False
+        )
+
+
+def _cut(text: str, wanted: str) -> str:
+    """At most ``SHOWN_CHARACTERS`` of a text, around the key where it stands in it."""
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    found = text.find(wanted)
+    start = 0 if found < 0 else max(0, min(found - SHOWN_CHARACTERS // 2, len(text) - SHOWN_CHARACTERS))
+    cut = text[start : start + SHOWN_CHARACTERS]
+    return ("... " if start else "") + cut + (" ..." if start + SHOWN_CHARACTERS < len(text) else "")
+
+
+def _print_dense(console: Console, trial: Trial, dense: DenseRun) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"The same weights at {dense.length:,} tokens")
+    for name in ("", "read", "question and answer", "peak memory", "keys and values kept", "answer"):
+        table.add_column(name, justify="right" if name else "left")
+    for label, run in (("landmark", trial), ("dense (every token to every earlier one)", dense)):
+        table.add_row(
+            label,
+            f"{run.read_seconds:.1f} s",
+            f"{run.answer_seconds:.2f} s",
+            "-" if run.peak_bytes is None else f"{run.peak_bytes / 2**20:,.0f} MiB",
+            f"{run.cache_bytes / 2**20:,.0f} MiB",
+            f"{run.answer} ({'right' if run.right else 'wrong'})",
+        )
+    console.print(table)

@@ -1,0 +1,32 @@
+"""``landmark generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from landmark.cli.options import Device, Dtype, Model, Seed
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    model: Model = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
+    file: Annotated[Path | None, typer.Option(help="A text of any length that is read before the prompt.")] = None,
+    read: Annotated[str, typer.Option(help="Read the file without retrieval (local) or with (retrieve).")] = "local",
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Go on from PROMPT, after reading a text of any length with --file."""
+    from landmark.eval.generate import continue_text
+    from landmark.eval.subjects import load
+
+    subject = load(model, device, dtype)
+    text = continue_text(
+        subject, prompt, file=file, read=read, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
+    typer.echo(text)

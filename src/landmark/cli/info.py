@@ -1,0 +1,23 @@
+"""``landmark info``."""
+
+from __future__ import annotations
+
+import typer
+
+
+def info() -> None:
+    """Show versions, devices, which implementation would be chosen and why not the others, and the bundled model."""
+    from rich.console import Console
+
+    from landmark.eval import info as facts
+
+    console = Console(soft_wrap=True, highlight=False)
+    for title, lines in (
+        ("Versions", facts.version_lines()),
+        ("Devices", facts.device_lines()),
+        ("Attention", facts.attention_lines()),
+        ("Bundled model", facts.bundled_lines()),
+    ):
+        console.print(f"[bold]{title}[/bold]")
+        for line in lines:
+            typer.echo(f"  {line}")

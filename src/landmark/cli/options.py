@@ -1,0 +1,53 @@
+"""Options that several commands share, and lists written with commas."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub name; `twin` is the bundled plain-attention twin. By default the bundled model."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16, float16, float64.")
+]
+Seed = Annotated[int, typer.Option(help="Of all random choices.")]
+
+
+def integers(option: str, text: str) -> tuple[int, ...]:
+    """Reads integers separated by commas.
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        return tuple(int(part.replace("_", "")) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"{option}: expected integers separated by commas, got {text!r}; write for example {option} 2,4"
+        ) from None
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Reads words separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def rope_factor(text: str | None) -> float | None:
+    """Reads ``dynamic`` (factor 2) or ``dynamic:FACTOR``; ``None`` stays.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if text is None:
+        return None
+    kind, _, factor = text.partition(":")
+    try:
+        if kind == "dynamic":
+            return float(factor or 2)
+    except ValueError:
+        pass
+    raise ValueError(f"--rope: expected dynamic or dynamic:FACTOR, got {text!r}; write for example --rope dynamic:2")

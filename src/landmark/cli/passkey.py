@@ -1,0 +1,68 @@
+"""``landmark eval passkey``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from landmark.cli.options import Device, Dtype, Model, Seed, integers, rope_factor, words
+
+
+def passkey(
+    model: Model = None,
+    lengths: Annotated[str, typer.Option(help="Text tokens of the documents, with commas.")] = "512,8192,32768",
+    trials: Annotated[int, typer.Option(help="Documents of each length.")] = 50,
+    top_k: Annotated[str | None, typer.Option(help="Retrieved blocks, with commas. By default the model's own.")] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="token_head, head, token, group, with commas. By default the model's own.")
+    ] = None,
+    filler: Annotated[str, typer.Option(help="paper, pydoc, a text file or a folder of .txt, with commas.")] = "paper",
+    facts: Annotated[str | None, typer.Option(help="Ask for so many named facts instead of a pass key.")] = None,
+    distractors: Annotated[int, typer.Option(help="Named codes that are not asked for.")] = 0,
+    read: Annotated[str, typer.Option(help="Read documents without retrieval (local) or with (retrieve).")] = "local",
+    compare: Annotated[str | None, typer.Option(help="Second model, landmark or plain.")] = None,
+    window: Annotated[int | None, typer.Option(help="Plain models also with the first 64 and the latest N.")] = None,
+    rope: Annotated[str | None, typer.Option(help="Plain models also with dynamic[:FACTOR] RoPE scaling.")] = None,
+    plain_limit: Annotated[int, typer.Option(help="Longest document that plain models are asked about.")] = 32768,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture: accuracy over length and depth.")] = None,
+) -> None:
+    """Find a pass key, or named facts, in documents of any length: accuracy by length, filler, k and depth."""
+    from landmark.cli.tables import passkey_table, show
+    from landmark.eval import passkey as task_module
+    from landmark.eval import plots, results, subjects
+
+    task = task_module.PasskeyTask(
+        lengths=integers("--lengths", lengths),
+        trials=trials,
+        fillers=words(filler),
+        facts=() if facts is None else integers("--facts", facts),
+        distractors=distractors,
+        read=read,
+        top_k=None if top_k is None else integers("--top-k", top_k),
+        granularity=None if granularity is None else words(granularity),
+        seed=seed,
+        plain_limit=plain_limit,
+    )
+    if plot is not None:
+        plots.require_matplotlib()
+    tested = subjects.load_all(model, compare, device, dtype, window, rope_factor(rope))
+    rows: list[results.PasskeyRow] = []
+
+    def report(row: results.PasskeyRow) -> None:
+        rows.append(row)
+        typer.echo(f"{row.model} {row.attention} {row.filler} {row.length}: {row.accuracy:.1%}", err=True)
+        if out is not None:
+            results.write(out, rows, tested[0].device)
+
+    if out is not None:
+        results.write(out, rows, tested[0].device)
+    task_module.run(tested, task, report)
+    show(passkey_table(rows))
+    if plot is not None:
+        plots.plot_passkey(rows, plot)

@@ -1,0 +1,74 @@
+"""``landmark eval perplexity``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from landmark.cli.options import Device, Dtype, Model, Seed, integers, rope_factor
+
+
+def perplexity(
+    data: Annotated[str, typer.Option(help="Folder of .txt, .txt or .jsonl file, or a data set of the hub.")],
+    model: Model = None,
+    lengths: Annotated[str, typer.Option(help="Evaluation lengths, text tokens, with commas.")] = "512,2048,4096",
+    local: Annotated[str, typer.Option(help="Text tokens of a chunk (scheme paper), with commas.")] = "250",
+    blocks: Annotated[int | None, typer.Option(help="Memory blocks kept. By default all.")] = None,
+    top_k: Annotated[
+        str, typer.Option(help="Retrieved blocks, with commas; 0 for none at equal attention size.")
+    ] = "4",
+    scheme: Annotated[
+        str, typer.Option(help="paper: the whole chunk is local; blocks: local by block index.")
+    ] = "paper",
+    local_blocks: Annotated[str, typer.Option(help="Local blocks (scheme blocks), with commas.")] = "2",
+    granularity: Annotated[
+        str | None, typer.Option(help="token_head, head, token, group. By default the model's own.")
+    ] = None,
+    compare: Annotated[str | None, typer.Option(help="Second model, landmark or plain.")] = None,
+    window: Annotated[int | None, typer.Option(help="Plain models also with the first 64 and the latest N.")] = None,
+    rope: Annotated[str | None, typer.Option(help="Plain models also with dynamic[:FACTOR] RoPE scaling.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="How much text is measured.")] = 1 << 18,
+    split: Annotated[str, typer.Option(help="Part of a divided data set.")] = "test",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture: perplexity over length.")] = None,
+) -> None:
+    """Measure perplexity in the columns of the paper's Table 1, on the same text at every evaluation length."""
+    from landmark.cli.tables import perplexity_table, show
+    from landmark.data.text import read_documents
+    from landmark.eval import perplexity as task_module
+    from landmark.eval import plots, results, subjects
+
+    task = task_module.PerplexityTask(
+        lengths=integers("--lengths", lengths),
+        scheme=scheme,
+        local=integers("--local", local),
+        local_blocks=integers("--local-blocks", local_blocks),
+        blocks=blocks,
+        top_k=integers("--top-k", top_k),
+        granularity=granularity,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    if plot is not None:
+        plots.require_matplotlib()
+    documents = list(read_documents(data, split=split))
+    tested = subjects.load_all(model, compare, device, dtype, window, rope_factor(rope))
+    rows: list[results.PerplexityRow] = []
+
+    def report(row: results.PerplexityRow) -> None:
+        rows.append(row)
+        typer.echo(f"{row.model} {row.attention} {row.length} k={row.top_k}: {row.perplexity:.2f}", err=True)
+        if out is not None:
+            results.write(out, rows, tested[0].device)
+
+    if out is not None:
+        results.write(out, rows, tested[0].device)
+    task_module.run(tested, task, documents, f"{Path(data).name}, {split}", report)
+    show(perplexity_table(rows))
+    if plot is not None:
+        plots.plot_perplexity(rows, plot)

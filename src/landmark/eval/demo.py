@@ -1,0 +1,219 @@
+"""The main job shown: a long real text, keys hidden in it, answers, and the text that was read for each of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landmark.blocks import slot_of
+from landmark.eval.dense import DenseRun
+from landmark.eval.episodes import Episode, build_episode, named_codes, pass_key
+from landmark.eval.fillers import Filler, file_text, pydoc_text, tokenize
+from landmark.eval.measure import measured
+from landmark.eval.plots import save, subplots
+from landmark.eval.results import FIGURES, PasskeyRow, read
+from landmark.eval.subjects import Subject, model_folder
+
+LENGTHS = (1024, 2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152)
+DENSE_LENGTH = 32768
+DISTRACTORS = 4
+
+
+@dataclass(frozen=True)
+class BlockRead:
+    """A block that was read while the answer was given.
+
+    Attributes:
+        block: its index in the document.
+        place: its middle, as a share of the document.
+        share: mean gate weight over layers, heads and the tokens of the answer.
+        text: its text.
+        has_fact: whether it holds a part of the sentence that was asked for.
+    """
+
+    block: int
+    place: float
+    share: float
+    text: str
+    has_fact: bool
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One document, its question and what came out.
+
+    Attributes:
+        length: text tokens of the document.
+        place: token index of the key's sentence.
+        expected: the key.
+        answer: what the model wrote.
+        right: whether they are the same.
+        blocks: retrieved blocks, most read first.
+        read_seconds: reading the document.
+        answer_seconds: reading the question and writing the answer.
+        peak_bytes: see ``Measure``.
+        cache_bytes: keys and values remembered.
+    """
+
+    length: int
+    place: int
+    expected: str
+    answer: str
+    right: bool
+    blocks: tuple[BlockRead, ...]
+    read_seconds: float
+    answer_seconds: float
+    peak_bytes: int | None
+    cache_bytes: int
+
+
+def load_text(path: Path | None, tokenizer: Any) -> Filler:
+    """Tokenises the user's text, or the language reference of this Python for ``None``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: empty, no UTF-8 text, or too short to hide keys in.
+    """
+    text = pydoc_text() if path is None else file_text(path, "--text")
+    filler = Filler("pydoc" if path is None else str(path), tokenize(text, tokenizer))
+    if len(filler.ids) < LENGTHS[0]:
+        raise ValueError(
+            f"--text: expected a text of at least {LENGTHS[0]} tokens, got {len(filler.ids)} in {filler.name}; "
+            "pass a longer one"
+        )
+    return filler
+
+
+def lengths_for(filler: Filler) -> tuple[int, ...]:
+    """Returns the lengths of the ten documents, none longer than the text."""
+    return tuple(min(length, len(filler.ids)) for length in LENGTHS)
+
+
+def run_trials(subject: Subject, filler: Filler, seed: int) -> Iterator[Trial]:
+    """Hides a pass key among distractor codes at a random place and asks for it, ten times."""
+    for number in range(len(LENGTHS)):
+        yield run_trial(subject, build_document(subject, filler, number, seed))
+
+
+def dense_number(filler: Filler) -> int:
+    """Returns which of the ten documents the dense run gets: the one nearest to 32k tokens."""
+    lengths = lengths_for(filler)
+    return min(range(len(lengths)), key=lambda number: abs(lengths[number] - DENSE_LENGTH))
+
+
+def build_document(subject: Subject, filler: Filler, number: int, seed: int) -> Episode:
+    """Returns document ``number`` of the ten: one pass key and some named codes at random places of the text."""
+    rng, length = random.Random(f"{seed} {number}"), lengths_for(filler)[number]
+    codes = named_codes(rng, DISTRACTORS, digits=5)
+    return build_episode(rng, subject.tokenizer, filler, length, [pass_key(rng)], codes)
+
+
+@torch.no_grad()
+def run_trial(subject: Subject, episode: Episode) -> Trial:
+    """Reads a document without retrieval, then answers its question with retrieval."""
+    (question,) = episode.questions
+    known = len(question.ids) - question.answered
+    prompt = torch.tensor([question.ids[:known]], device=subject.device)
+    document = episode.document[None].to(subject.device)
+    with measured(subject.device) as whole:
+        with measured(subject.device) as reading:
+            cache = subject.model.read(document, retrieve=False)
+        cache_bytes = cache.nbytes()
+        cache.record = True
+        written = _write(subject.model, prompt, cache, question.answered)
+    expected = question.ids[known:]
+    length = len(episode.document)
+    slots = [
+        slot_of(index, subject.model.landmark.block_size)
+        for index in range(length + known - 1, length + len(question.ids) - 1)
+    ]
+    return Trial(
+        length=length,
+        place=episode.places[0].start,
+        expected=subject.tokenizer.decode(expected).strip(),
+        answer=subject.tokenizer.decode(written).strip(),
+        right=written == expected,
+        blocks=tuple(_blocks_read(subject, episode, cache.retrievals, slots)),
+        read_seconds=reading.seconds,
+        answer_seconds=whole.seconds - reading.seconds,
+        peak_bytes=whole.peak_bytes,
+        cache_bytes=cache_bytes,
+    )
+
+
+def _write(model: Any, ids: Tensor, cache: Any, count: int) -> list[int]:
+    """Greedy continuation of ``ids (1, T)`` by ``count`` tokens."""
+    written: list[int] = []
+    while len(written) < count:
+        output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        written.append(int(output.logits[0, -1].argmax()))
+        ids = ids.new_tensor([written[-1:]])
+    return written
+
+
+def _blocks_read(
+    subject: Subject, episode: Episode, retrievals: Sequence[Any], slots: Sequence[int]
+) -> Iterator[BlockRead]:
+    weights: dict[int, float] = {}
+    readers = 0
+    for retrieval in retrievals:
+        wanted = torch.isin(retrieval.positions[0], torch.tensor(slots))
+        blocks, gates = retrieval.blocks[0][:, wanted], retrieval.weights[0][:, wanted].float()
+        readers += blocks.shape[0] * blocks.shape[1]
+        for block in blocks.unique().tolist():
+            if block >= 0:
+                weights[block] = weights.get(block, 0.0) + float(gates[blocks == block].sum())
+    per_block = subject.model.landmark.block_size - 1
+    place = episode.places[0]
+    for block in sorted(weights, key=lambda index: -weights[index]):
+        first, last = block * per_block, (block + 1) * per_block
+        text = subject.tokenizer.decode(episode.document[first:last].tolist())
+        middle = (first + last) / 2 / len(episode.document)
+        has_fact = first < place.stop and place.start < last
+        yield BlockRead(block, middle, weights[block] / readers, text, has_fact)
+
+
+def recorded_twin(length: int) -> PasskeyRow | None:
+    """Returns the bundled twin's recorded pass-key row at the length nearest to ``length``, if there is one."""
+    path = Path(model_folder(None)) / FIGURES
+    if not path.is_file():
+        return None
+    rows = [row for row in read(path) if isinstance(row, PasskeyRow) and row.task == "passkey"]
+    plain = [row for row in rows if row.attention == "full"]
+    return min(plain, key=lambda row: abs(row.length - length), default=None)
+
+
+def draw(trials: Sequence[Trial], dense: DenseRun | None, path: Path) -> None:
+    """Draws where each document was read, and time over length beside the dense run.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    figure, (left, right) = subplots(2, (12.5, 4.8))
+    for row, trial in enumerate(trials):
+        left.barh(row, 1.0, height=0.7, color="0.92")
+        for block in trial.blocks:
+            left.plot(block.place, row, "o", color="tab:blue", alpha=0.6, markersize=3 + 12 * block.share**0.5)
+        color = "tab:green" if trial.right else "tab:red"
+        left.plot(trial.place / trial.length, row, "|", color=color, markersize=18, markeredgewidth=2)
+    left.set_yticks(range(len(trials)), [f"{trial.length:,}" for trial in trials])
+    left.invert_yaxis()
+    left.set(xlabel="place in the document", ylabel="text tokens", xlim=(-0.02, 1.02))
+    left.set_title("bar: the key (green: answered right); dots: blocks that were read")
+    lengths = [trial.length for trial in trials]
+    right.plot(lengths, [trial.read_seconds for trial in trials], "o-", label="landmark: read the document")
+    right.plot(lengths, [trial.answer_seconds for trial in trials], "o-", label="landmark: question and answer")
+    if dense is not None:
+        right.plot(dense.length, dense.read_seconds, "s", label="same weights, dense: read the document")
+        right.plot(dense.length, dense.answer_seconds, "D", label="same weights, dense: question and answer")
+    right.set(xscale="log", yscale="log", xlabel="text tokens", ylabel="seconds")
+    right.set_title("time")
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    save(figure, path)

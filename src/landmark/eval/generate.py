@@ -1,0 +1,61 @@
+"""A text of any length, a prompt, and what the model writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from landmark.eval.fillers import file_text, tokenize
+from landmark.eval.passkey import READS
+from landmark.eval.subjects import Subject
+
+
+def continue_text(
+    subject: Subject,
+    prompt: str,
+    *,
+    file: Path | None = None,
+    read: str = "local",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """Returns what the model writes after the text of ``file`` and ``prompt``.
+
+    Args:
+        subject: the model.
+        prompt: text to go on from, not empty unless there is a file.
+        file: text of any length that comes before the prompt.
+        read: ``local`` reads the file without retrieval, ``retrieve`` with; the prompt always retrieves.
+        max_new_tokens: at most so many tokens.
+        temperature: of sampling; 0 takes the most probable token.
+        seed: of sampling.
+
+    Raises:
+        ValueError: nothing to go on from, or a value outside its range.
+        FileNotFoundError: no such file.
+    """
+    if read not in READS:
+        raise ValueError(f"--read: expected one of {', '.join(READS)}, got {read!r}; pass --read local")
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens: expected at least 1, got {max_new_tokens}; pass for example 64")
+    if temperature < 0:
+        raise ValueError(f"--temperature: expected at least 0, got {temperature}; 0 takes the most probable token")
+    tokenizer = subject.tokenizer
+    question = torch.tensor(tokenizer(prompt, add_special_tokens=file is None)["input_ids"], dtype=torch.long)
+    if len(question) == 0:
+        raise ValueError("PROMPT: expected a text of at least one token, got an empty one; write where to go on from")
+    document = torch.empty(0, dtype=torch.long) if file is None else tokenize(file_text(file, "--file"), tokenizer)
+    ids = torch.cat((document, question))[None].to(subject.device)
+    arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        arguments["temperature"] = temperature
+    if subject.attention == "landmark" and len(document):
+        arguments["past_key_values"] = subject.model.read(ids[:, : len(document)], retrieve=read == "retrieve")
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        written = subject.model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+    text: str = tokenizer.decode(written[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+    return text

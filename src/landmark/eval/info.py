@@ -1,0 +1,76 @@
+"""What is installed here, what would run, and what is known of the bundled model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+
+import landmark
+from landmark.eval.results import FIGURES, PasskeyRow, PerplexityRow, read
+from landmark.eval.subjects import model_folder
+from landmark.ops.attention import explain_impl
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "matplotlib",
+    "datasets",
+    "peft",
+    "accelerate",
+)
+
+
+def version_lines() -> list[str]:
+    """Returns a line for each package, missing optional ones included."""
+    lines = [f"landmark {landmark.__version__}", f"python {platform.python_version()}"]
+    for package in _PACKAGES:
+        try:
+            lines.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{package} not installed")
+    return lines
+
+
+def device_lines() -> list[str]:
+    """Returns a line for each device that torch can use."""
+    lines = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        lines.append(f"cuda:{index}: {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
+    if not torch.cuda.is_available():
+        lines.append("cuda: not available (no GPU, or a torch built without CUDA)")
+    return lines
+
+
+def attention_lines() -> list[str]:
+    """Returns which implementation ``impl="auto"`` chooses and why none of the others."""
+    choice = explain_impl()
+    return [f"{choice.chosen}: chosen"] + [f"{name}: not chosen, {why}" for name, why in choice.refused.items()]
+
+
+def bundled_lines() -> list[str]:
+    """Returns where the bundled model lies and its recorded figures."""
+    try:
+        folder = Path(model_folder(None))
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        return [str(error)]
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    lines = [f"{folder} ({weights / 1e6:.1f} MB of weights)"]
+    if not (folder / FIGURES).is_file():
+        return [*lines, "no recorded figures"]
+    return lines + [_line(row) for row in read(folder / FIGURES)]
+
+
+def _line(row: PasskeyRow | PerplexityRow) -> str:
+    settings = f"{row.model}, {row.attention}" + ("" if row.top_k is None else f", k={row.top_k}")
+    if isinstance(row, PerplexityRow):
+        local = f"{row.scheme} local {row.local}"
+        return f"perplexity {row.perplexity:.2f}: {row.length} tokens, {local}, {settings}, {row.data}"
+    task = "pass key" if row.task == "passkey" else f"{row.facts} named facts"
+    return f"{task} {row.accuracy:.1%}: {row.length} tokens, {row.trials} trials, filler {row.filler}, {settings}"
