@@ -149,6 +149,8 @@ class Layer:
         layers = self.settings.layers
         if layers is not None and self.index not in layers:
             return [0]
+        if not self.candidates(query):
+            return []
         if self.settings.granularity == "token_head":
             merit = self.landmark_scores(head, query)
         else:

@@ -218,6 +218,7 @@ def uncached(case: Case, **options: Any) -> list[torch.Tensor]:
 
 
 def sample(case: Case) -> None:
+    assert case.model is not None  # building it draws random numbers
     torch.manual_seed(case.new)
     expected = uncached(case, do_sample=True, temperature=1.3, top_k=20)
     torch.manual_seed(case.new)
