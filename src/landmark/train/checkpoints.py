@@ -1,0 +1,96 @@
+"""Finding and checking the checkpoint that a run continues from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from landmark.train.recipe import Recipe
+
+RECIPE = "recipe.json"
+FOLDER = "checkpoints"
+
+
+def last_checkpoint(out: Path) -> Path:
+    """Returns the latest checkpoint of a run, after checking that its files can be read.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a file of it is missing or damaged.
+    """
+    found = {
+        int(match[1]): path for path in _checkpoints(out) if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    if not found:
+        raise FileNotFoundError(
+            f"{out / FOLDER}: no checkpoint to resume from; train without --resume, with --save-every"
+        )
+    path = found[max(found)]
+    remedy = f"delete {path.name} to resume from an earlier one"
+    state = path / "trainer_state.json"
+    weights = sorted(path.glob("*.safetensors"))
+    sharded = (path / "pytorch_model_fsdp_0").is_dir()
+    try:
+        json.loads(state.read_text(encoding="utf-8"))["global_step"]
+        for file in weights:
+            with safe_open(file, framework="pt") as tensors:
+                list(tensors.keys())
+        if not sharded:
+            torch.load(path / "optimizer.pt", map_location="meta", weights_only=True)
+    except Exception as error:  # the readers raise many kinds
+        raise ValueError(
+            f"{path}: expected a complete checkpoint, got a damaged one ({_line(error)}); {remedy}"
+        ) from None
+    if not weights and not sharded:
+        raise ValueError(f"{path}: expected a checkpoint with weights (*.safetensors), found none; {remedy}")
+    return path
+
+
+def refuse_overwriting(out: Path) -> None:
+    """Raises ``ValueError`` when a run with checkpoints is already there."""
+    if _checkpoints(out):
+        raise ValueError(
+            f"{out}: a run with checkpoints is already there; pass --resume to continue it, or another --out"
+        )
+
+
+def save_recipe(out: Path, recipe: Recipe, rest: dict[str, Any]) -> None:
+    """Writes the run's settings to ``recipe.json``."""
+    fields = {**recipe.to_dict(), "arguments": rest}
+    (out / RECIPE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+
+def require_same_recipe(out: Path, recipe: Recipe, rest: dict[str, Any]) -> None:
+    """Raises ``ValueError`` when a run is to be resumed with settings that would change its losses."""
+    path = out / RECIPE
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(
+            f"{path}: expected the settings of the run to resume, got no readable file; train anew"
+        ) from None
+    new = json.loads(json.dumps({**recipe.to_dict(), "arguments": rest}))
+    free = ("log_every", "evaluate_every", "save_every", "workers", "report_to", "compile")
+    changed = [
+        f"{section}.{name}"
+        for section in ("model", "landmark", "data", "optimiser", "run", "arguments")
+        for name in sorted({*old.get(section, {}), *new[section]})
+        if old.get(section, {}).get(name) != new[section].get(name) and name not in free
+    ]
+    if changed:
+        raise ValueError(
+            f"{out}: expected the settings the run began with, got other {changed}; drop --resume or those"
+        )
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    return sorted((out / FOLDER).glob("checkpoint-*"))
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__

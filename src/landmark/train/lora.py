@@ -1,0 +1,67 @@
+"""LoRA adapters on the attention's projections, trained together with the landmark embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ADAPTER = "adapter"
+
+
+def add_lora(model: Any, rank: int) -> Any:
+    """Wraps a landmark model so that only adapters and its landmark embedding are trained.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed.
+        ValueError: ``rank`` below 1, or no linear layer inside the attention.
+    """
+    if rank < 1:
+        raise ValueError(f"lora: expected a rank of at least 1, got {rank}; 8 is usual")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ModuleNotFoundError("lora needs the package peft: pip install landmark-attention[peft]") from None
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=attention_projections(model),
+        modules_to_save=["landmark_embedding"],
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(torch.float32)
+    return adapted
+
+
+def attention_projections(model: nn.Module) -> list[str]:
+    """Returns the last names of the linear layers inside attention modules (``q_proj``, ``query_key_value``, ...).
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ("attn" in name or "attention" in name)
+    }
+    if not names:
+        raise ValueError(
+            f"lora: {type(model).__name__} has no linear layer inside a module named attention; train it whole"
+        )
+    return sorted(names)
+
+
+def base_of(model: Any) -> Any:
+    """Returns the landmark model inside an adapted one; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def save_lora(model: Any, out: Path) -> Any:
+    """Saves the adapter to ``out/adapter`` and returns the model with the adapter merged in."""
+    model.save_pretrained(str(out / ADAPTER))
+    return model.merge_and_unload()

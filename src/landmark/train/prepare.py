@@ -1,0 +1,169 @@
+"""What a run needs before its first step: tokenizer, token files, rows, model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from landmark.config import LandmarkConfig
+from landmark.data.episodes import Episodes
+from landmark.data.rows import FixedRows, Rows, Windows, plain_row
+from landmark.data.text import has_split, read_documents
+from landmark.data.tokenizer import backend, load_tokenizer, row_start, train_tokenizer
+from landmark.data.tokens import Ids, Place, tokenize
+from landmark.hf.bundled import NAMES, model_path
+from landmark.hf.convert import convert, from_config, load
+from landmark.hf.families import PREFIX
+from landmark.train.recipe import Recipe
+
+HELD_OUT_ROWS = 64
+LEAST_ROWS = 40
+EVALUATION_SEED = 1 << 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The data of a run.
+
+    Attributes:
+        train: the rows, in the order of training.
+        held_out: ``text`` (windows of unseen text, where there is enough of it) and ``episodes`` (where there are any).
+        documents: what the training text was made of.
+    """
+
+    train: Rows
+    held_out: dict[str, FixedRows]
+    documents: list[Place]
+
+
+def text_tokens(length: int, block_size: int) -> int:
+    """Returns the text tokens of ``length`` positions, landmarks included."""
+    return length - length // block_size
+
+
+def find_tokenizer(
+    data: str, out: Path, recipe: Recipe, *, model: str | None, tokenizer: str | None, report: Callable[[str], None]
+) -> PreTrainedTokenizerFast:
+    """Returns the given model's tokenizer, or the given one, or that of ``out``, or one trained on the texts."""
+    if model is not None or tokenizer is not None:
+        return load_tokenizer(str(tokenizer or model))
+    if (out / "tokenizer.json").is_file():
+        return load_tokenizer(out)
+    report(f"training a tokenizer of {recipe.tokenizer.vocab_size} tokens")
+    documents = read_documents(data, field=recipe.data.field)
+    trained = train_tokenizer((document.text for document in documents), recipe.tokenizer.vocab_size)
+    trained.save_pretrained(str(out))
+    return trained
+
+
+def prepare_rows(
+    data: str, folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, tokens: int
+) -> Prepared:
+    """Tokenises the texts (or finds them tokenised in ``folder``) and lays out the rows of the run.
+
+    Held-out text is the ``validation`` split, or else the last twentieth of the text, which is then not trained on.
+
+    Args:
+        data: the texts.
+        folder: of the token files.
+        recipe: the settings.
+        tokenizer: cuts the texts.
+        tokens: text tokens of a row.
+
+    Raises:
+        ValueError: the texts are shorter than a row.
+    """
+    field = recipe.data.field
+    stream = tokenize(lambda: read_documents(data, field=field), tokenizer, folder, "train")
+    ids, unseen = stream.ids, stream.ids[:0]
+    if has_split(data, "validation"):
+        validation = lambda: read_documents(data, split="validation", field=field)  # noqa: E731
+        unseen = tokenize(validation, tokenizer, folder, "validation").ids
+    elif len(ids) >= LEAST_ROWS * tokens:
+        cut = len(ids) - max(len(ids) // 20, 2 * tokens)
+        ids, unseen = ids[:cut], ids[cut:]
+    seed, share, prefix = recipe.run.seed, recipe.data.episodes, row_start(tokenizer)
+    core = backend(tokenizer)
+    episodes = Episodes(core, ids, tokens=tokens, seed=seed, prefix=prefix) if share else None
+    rows = Rows(
+        Windows(ids, tokens=tokens, seed=seed, prefix=prefix),
+        episodes,
+        share=share,
+        count=recipe.optimiser.steps * recipe.optimiser.batch,
+        seed=seed,
+    )
+    held_out = {}
+    if len(unseen) > tokens:
+        held_out["text"] = FixedRows(_spaced(unseen, tokens, prefix))
+    if share:
+        filler = unseen if len(unseen) > tokens else ids
+        asked = Episodes(core, filler, tokens=tokens, seed=seed + EVALUATION_SEED, prefix=prefix)
+        held_out["episodes"] = FixedRows(asked(index) for index in range(HELD_OUT_ROWS))
+    return Prepared(rows, held_out, stream.documents)
+
+
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, plain: bool) -> Any:
+    """Returns a randomly initialised model: the recipe's, with landmarks unless ``plain``.
+
+    Raises:
+        ValueError: the recipe names no ``model_type``, or one that transformers does not know.
+    """
+    fields = dict(recipe.model)
+    kind = fields.pop("model_type", None)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    try:
+        config = AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
+    except ValueError:
+        raise ValueError(f"model_type: expected one that transformers knows, such as llama, got {kind!r}") from None
+    if plain:
+        return AutoModelForCausalLM.from_config(config)
+    return from_config(config, LandmarkConfig.from_dict(recipe.landmark))
+
+
+def given_model(path: str, recipe: Recipe, *, plain: bool) -> Any:
+    """Loads a model to train further; one without landmarks gets them unless ``plain``.
+
+    Raises:
+        FileNotFoundError: there is no model.
+        ValueError: ``plain`` with a landmark model, or an architecture that cannot be converted.
+    """
+    dtype = recipe.run.weights if recipe.run.weights == "auto" else getattr(torch, recipe.run.weights)
+    settings = LandmarkConfig.from_dict(recipe.landmark)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type.startswith(PREFIX):
+            if plain:
+                raise ValueError(f"{path}: expected a model without landmarks to train plain, got {config.model_type}")
+            model = load(path, dtype=dtype)
+            model.configure_landmark(**{name: getattr(settings, name) for name in recipe.landmark})
+            return model
+        if plain:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        fields = settings.to_dict()
+        fields.pop("landmark_trained")
+        return convert(path, dtype=dtype, **fields)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path}: no model there ({_first_line(error)}); pass a model's folder or name"
+        ) from None
+
+
+def find_model(name: str) -> str:
+    """Returns the folder of the bundled models ``landmark`` and ``twin``, any other name as it is."""
+    return str(model_path(name)) if name in NAMES and not Path(name).exists() else name
+
+
+def _spaced(ids: Ids, tokens: int, prefix: list[int]) -> list[Any]:
+    width = tokens - len(prefix)
+    count = min(HELD_OUT_ROWS, len(ids) // width)
+    step = (len(ids) - width) // max(1, count - 1) if count > 1 else 0
+    return [plain_row(ids[number * step : number * step + width], prefix) for number in range(count)]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,230 @@
+"""One training run: from texts to a saved model and its summary."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
+
+from landmark.blocks import slots_for
+from landmark.config import LandmarkConfig
+from landmark.train.checkpoints import (
+    FOLDER,
+    last_checkpoint,
+    refuse_overwriting,
+    require_same_recipe,
+    save_recipe,
+)
+from landmark.train.lora import add_lora, base_of, save_lora
+from landmark.train.prepare import (
+    Prepared,
+    find_model,
+    find_tokenizer,
+    given_model,
+    new_model,
+    prepare_rows,
+    text_tokens,
+)
+from landmark.train.recipe import Recipe
+from landmark.train.summary import summarise, write_summary
+from landmark.train.trainer import LandmarkTrainer, Progress
+
+Report = Callable[[str], None]
+
+
+def train(
+    data: str,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    model: str | None = None,
+    plain: bool = False,
+    tokenizer: str | None = None,
+    tokens: str | Path | None = None,
+    lora: int | None = None,
+    resume: bool = False,
+    max_seconds: float | None = None,
+    report: Report = print,
+) -> dict[str, Any]:
+    """Trains a model, from scratch or further, and saves it with its tokenizer and ``training_summary.json``.
+
+    Training sees all past blocks (mode ``all``); the saved model retrieves, and knows the length it was trained on.
+
+    Args:
+        data: texts, as ``read_documents`` takes them.
+        out: folder of the result; checkpoints go to its subfolder ``checkpoints``.
+        recipe: the settings; their defaults otherwise.
+        model: a landmark model, or a stock model that gets landmarks first, or the bundled ``landmark`` or ``twin``;
+            ``None`` to start from scratch with the recipe's model.
+        plain: train without landmarks on the same rows (the plain-attention twin).
+        tokenizer: folder of a tokenizer to start from scratch with; otherwise one is trained on the texts.
+        tokens: folder of the token files, ``out/tokens`` by default.
+        lora: rank of LoRA adapters on the attention's projections, trained with the landmark embedding; the adapter is
+            saved in ``out/adapter`` and ``out`` holds the merged model.
+        resume: continue from the last checkpoint in ``out``.
+        max_seconds: stop after so many seconds of steps, wherever the schedule is.
+        report: takes the lines of progress.
+
+    Returns:
+        what ``training_summary.json`` holds.
+
+    Raises:
+        FileNotFoundError: texts, model or checkpoint are missing.
+        ModuleNotFoundError: an optional package is missing.
+        ValueError: settings or files that do not fit, see the message.
+    """
+    recipe, out = recipe or Recipe(), Path(out)
+    rest = {"data": str(data), "model": model, "plain": plain, "lora": lora}
+    checkpoint = _check(out, recipe, rest, resume=resume)
+    out.mkdir(parents=True, exist_ok=True)
+    args = _arguments(out, recipe)
+    report = report if args.should_save else _silent
+    set_seed(recipe.run.seed)
+    path = None if model is None else find_model(model)
+    with args.main_process_first(local=False):
+        cutter = find_tokenizer(data, out, recipe, model=path, tokenizer=tokenizer, report=report)
+        made = given_model(path, recipe, plain=plain) if path else new_model(recipe, cutter, plain=plain)
+        settings = LandmarkConfig.from_dict(recipe.landmark) if plain else made.landmark
+        row_tokens = text_tokens(recipe.data.length, settings.block_size)
+        rows = prepare_rows(data, Path(tokens or out / "tokens"), recipe, cutter, tokens=row_tokens)
+    dtype = recipe.save.dtype or str(made.config.dtype or torch.float32).removeprefix("torch.")
+    if lora is not None:
+        made = add_lora(made, lora)
+    if not plain:
+        base_of(made).configure_landmark(mode="all")
+    trainer = _trainer(made, args, recipe, rows, row_tokens, Progress(report, max_seconds))
+    if args.should_save and not resume:
+        save_recipe(out, recipe, rest)
+    report(_opening(trainer, recipe, row_tokens))
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - begin
+    if rows.held_out and trainer.evaluated != trainer.state.global_step:
+        trainer.evaluate()
+    final = base_of(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
+    final.config.use_cache = True
+    if not plain:
+        length = int(slots_for(row_tokens, settings.block_size))
+        final.configure_landmark(mode="retrieval", landmark_trained=True, trained_length=length)
+    summary = summarise(trainer, recipe, rest, rows.documents, seconds=seconds)
+    _save(trainer, cutter, out, dtype, recipe.save.shard, lora=lora is not None)
+    if args.should_save:
+        write_summary(out, summary)
+    return summary
+
+
+def _check(out: Path, recipe: Recipe, rest: dict[str, Any], *, resume: bool) -> Path | None:
+    """Checks what can be checked before any work; returns the checkpoint to resume from."""
+    if rest["lora"] is not None and (rest["model"] is None or rest["plain"]):
+        raise ValueError("lora: expected a model to adapt, with landmarks, got none or --plain; pass --model")
+    if importlib.util.find_spec("accelerate") is None:
+        raise ModuleNotFoundError("training needs the package accelerate: pip install landmark-attention[train]")
+    if not resume:
+        refuse_overwriting(out)
+        return None
+    require_same_recipe(out, recipe, rest)
+    return last_checkpoint(out)
+
+
+def _trainer(
+    model: Any, args: TrainingArguments, recipe: Recipe, rows: Prepared, row_tokens: int, progress: Progress
+) -> LandmarkTrainer:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    trainer = LandmarkTrainer(
+        model,
+        args,
+        train_dataset=rows.train,
+        eval_dataset=rows.held_out or None,
+        answer_weight=recipe.data.answer_weight if recipe.data.episodes else None,
+        row_tokens=row_tokens,
+        callbacks=[progress],
+    )
+    trainer.remove_callback(PrinterCallback)
+    progress.trainer = trainer
+    return trainer
+
+
+def _silent(line: str) -> None:
+    """Swallows the lines of all processes but the first."""
+
+
+def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
+    run, optimiser = recipe.run, recipe.optimiser
+    gpu = torch.cuda.is_available()
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = run.micro_batch or max(1, optimiser.batch // devices)
+    if optimiser.batch % (micro * devices):
+        raise ValueError(
+            f"batch: expected a multiple of micro_batch x devices ({micro} x {devices}), got {optimiser.batch}; "
+            "change one of them"
+        )
+    if run.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported():
+        raise ValueError("precision: this GPU has no bf16; pass --precision fp32")
+    workers = min(12, max(1, (os.cpu_count() or 1) - 1)) if run.workers is None else run.workers
+    arguments = TrainingArguments(
+        output_dir=str(out / FOLDER),
+        max_steps=optimiser.steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=min(micro, 32),
+        gradient_accumulation_steps=optimiser.batch // (micro * devices),
+        learning_rate=optimiser.lr,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": recipe.decay, "decay_type": "linear"},
+        warmup_steps=recipe.warmup,
+        weight_decay=optimiser.weight_decay,
+        adam_beta1=optimiser.beta1,
+        adam_beta2=optimiser.beta2,
+        max_grad_norm=optimiser.clip,
+        bf16=run.precision == "bf16" or (run.precision == "auto" and gpu and torch.cuda.is_bf16_supported()),
+        torch_compile=gpu if run.compile is None else run.compile,
+        **({"gradient_checkpointing": True} if run.gradient_checkpointing else {}),
+        seed=run.seed,
+        logging_steps=run.log_every,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        eval_strategy="steps" if run.evaluate_every else "no",
+        eval_steps=run.evaluate_every or None,
+        save_strategy="steps" if run.save_every else "no",
+        save_steps=run.save_every or 500,
+        report_to=run.report_to,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=workers,
+        dataloader_pin_memory=gpu,
+        dataloader_persistent_workers=workers > 0,
+        dataloader_prefetch_factor=4 if workers else None,
+        ddp_find_unused_parameters=False,
+    )
+    if devices == 1 and arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _opening(trainer: LandmarkTrainer, recipe: Recipe, row_tokens: int) -> str:
+    weights = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    return (
+        f"training {weights / 1e6:.1f}M weights for {recipe.optimiser.steps} steps of {recipe.optimiser.batch} rows "
+        f"of {row_tokens} text tokens, {recipe.data.episodes:.0%} of them episodes, on {trainer.args.device}"
+    )
+
+
+def _save(
+    trainer: LandmarkTrainer, tokenizer: PreTrainedTokenizerFast, out: Path, dtype: str, shard: str, *, lora: bool
+) -> None:
+    if trainer.args.should_save:
+        tokenizer.save_pretrained(str(out))
+    if trainer.is_fsdp_enabled:
+        trainer.save_model(str(out))
+        return
+    if not trainer.args.should_save:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if lora:
+        model = save_lora(model, out)
+    model.to(getattr(torch, dtype)).save_pretrained(str(out), max_shard_size=shard)

@@ -1,0 +1,98 @@
+"""What a training run was: settings, texts, speed and losses, as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import landmark
+from landmark.data.tokens import Place
+from landmark.train.recipe import Recipe
+from landmark.train.trainer import LandmarkTrainer
+
+SUMMARY = "training_summary.json"
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "numpy")
+
+
+def summarise(
+    trainer: LandmarkTrainer, recipe: Recipe, arguments: dict[str, Any], documents: list[Place], *, seconds: float
+) -> dict[str, Any]:
+    """Returns the run's summary.
+
+    Args:
+        trainer: after training and its last evaluation.
+        recipe: the settings.
+        arguments: what else was asked for (data, model, plain, lora).
+        documents: the training text.
+        seconds: of training, compilation and evaluations included.
+    """
+    log = trainer.state.log_history
+    started = getattr(trainer, "_initial_global_step", 0)
+    steps = trainer.state.global_step
+    speeds = [entry["tokens_per_second"] for entry in log if "tokens_per_second" in entry]
+    return {
+        "steps": steps,
+        "tokens": steps * trainer.step_tokens,
+        "seconds": round(seconds, 2),
+        "evaluation_seconds": round(trainer.evaluation_seconds, 2),
+        "tokens_per_second": round((steps - started) * trainer.step_tokens / seconds) if seconds else None,
+        "tokens_per_second_median": round(statistics.median(speeds)) if speeds else None,
+        "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
+        "losses": [{"step": entry["step"], "loss": entry["loss"]} for entry in log if "loss" in entry],
+        "evaluations": _evaluations(log),
+        "recipe": recipe.to_dict(),
+        "arguments": arguments,
+        "landmark": getattr(trainer.model.config, "landmark", None),
+        "versions": versions(),
+        "texts": [{"title": place.title, "sha256": place.sha256, "tokens": place.tokens} for place in documents],
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Returns the versions a result depends on, the device, and the commit where the code lies in its repository."""
+    found: dict[str, str | None] = {"landmark": landmark.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    found["commit"] = _commit()
+    return found
+
+
+def write_summary(out: Path, summary: dict[str, Any]) -> None:
+    """Writes ``training_summary.json``."""
+    (out / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _evaluations(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns one entry per evaluated step: the held-out losses and the answers' accuracy."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for entry in log:
+        kept = {
+            key.removeprefix("eval_"): value
+            for key, value in entry.items()
+            if key.startswith("eval_") and key.endswith(("_loss", "_accuracy"))
+        }
+        if kept:
+            by_step.setdefault(entry["step"], {"step": entry["step"]}).update(kept)
+    return list(by_step.values())
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,200 @@
+"""transformers' Trainer with the loss on answers, rows in their own order, and tokens per second in its logs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from landmark.data.episodes import Row
+from landmark.data.rows import stack
+from landmark.train.loss import answer_weighted_loss, answers_right, text_loss, token_losses
+
+
+class LandmarkTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer for rows of a fixed number of text tokens.
+
+    Only the loss on rows with answers, the order of the rows (by index) and what is decayed (matrices) differ from the
+    stock Trainer; without answers the loss is the model's own.
+
+    Args:
+        model: the model.
+        args: its arguments.
+        train_dataset: ``Rows``.
+        eval_dataset: named ``FixedRows``.
+        answer_weight: of the mean over answers; ``None`` when no row has answers.
+        row_tokens: text tokens of a row.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        train_dataset: Dataset[Row],
+        eval_dataset: Mapping[str, Dataset[Row]] | None,
+        answer_weight: float | None,
+        row_tokens: int,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=partial(stack, answers=answer_weight is not None),
+            train_dataset=train_dataset,
+            eval_dataset=dict(eval_dataset) if eval_dataset else None,
+            compute_metrics=_accuracy,
+            callbacks=callbacks,
+        )
+        self.answer_weight = answer_weight or 0.0
+        self.step_tokens = row_tokens * self.get_total_train_batch_size(args)
+        self._loss = torch.compile(answer_weighted_loss) if args.torch_compile else answer_weighted_loss
+        self.evaluated = 0
+        self.evaluation_seconds = 0.0
+        self._paused = 0.0
+        self._mark = (0, time.perf_counter())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Returns the model's own loss for rows without answers, the answer-weighted one otherwise."""
+        if "answers" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(input_ids=inputs["input_ids"])
+        whole = num_items_in_batch is not None and self.model_accepts_loss_kwargs
+        parts = self.current_gradient_accumulation_steps if whole else 1
+        items = num_items_in_batch if whole else None
+        if whole and self.args.average_tokens_across_devices:
+            items = num_items_in_batch / self.accelerator.num_processes
+        loss = self._loss(outputs.logits, inputs["labels"], inputs["answers"], self.answer_weight, items, parts)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the mean loss over text, and per row the right answer tokens and all answer tokens."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            logits = model(input_ids=inputs["input_ids"]).logits
+            loss = text_loss(token_losses(logits, inputs["labels"]), inputs["labels"])
+            if "answers" not in inputs:
+                return loss, None, None
+            right, asked = answers_right(logits, inputs["labels"], inputs["answers"])
+        return loss, right, asked
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates as the stock Trainer does; its time is left out of the tokens per second."""
+        start = time.perf_counter()
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        if not isinstance(kwargs.get("eval_dataset"), str):
+            self._paused += time.perf_counter() - start
+            self.evaluation_seconds += time.perf_counter() - start
+            self.evaluated = self.state.global_step
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds ``tokens_per_second`` (text tokens since the last line, of all devices) to the training lines."""
+        if "loss" in logs:
+            step, since = self._mark
+            now = time.perf_counter()
+            logs["tokens_per_second"] = (
+                (self.state.global_step - step) * self.step_tokens / (now - since - self._paused)
+            )
+            self._mark, self._paused = (self.state.global_step, now), 0.0
+        super().log(logs, start_time)
+
+    def start_clock(self) -> None:
+        """Begins to count tokens and seconds."""
+        self._mark, self._paused = (self.state.global_step, time.perf_counter()), 0.0
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Returns the names of the matrices; vectors and the landmark's embedding are not decayed."""
+        return [
+            name for name, weight in model.named_parameters() if weight.ndim >= 2 and "landmark_embedding" not in name
+        ]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Returns 0: not counted."""
+        return 0
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Returns a loader without worker processes: the rows are made once and kept."""
+        rows = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        loader: DataLoader[Any] = DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """Prints one line per log entry, and stops the run after ``max_seconds`` of training.
+
+    Args:
+        report: takes a line.
+        max_seconds: ``None`` for no limit; the time begins with the first step.
+    """
+
+    def __init__(self, report: Any, max_seconds: float | None) -> None:
+        self.report, self.max_seconds = report, max_seconds
+        self.start = time.perf_counter()
+        self.trainer: LandmarkTrainer | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Starts the clocks."""
+        self.start = time.perf_counter()
+        if self.trainer is not None:
+            self.trainer.start_clock()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Asks for a stop when the time is over; with several processes, all of them agree every ten steps."""
+        if self.max_seconds is None or (args.world_size > 1 and state.global_step % 10):
+            return
+        over = time.perf_counter() - self.start > self.max_seconds
+        if args.world_size > 1:
+            flag = torch.tensor(int(over), device=args.device)
+            torch.distributed.broadcast(flag, src=0)
+            over = bool(flag.item())
+        if over:
+            control.should_training_stop = True
+            control.should_log = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Prints the entry on the first process."""
+        if not state.is_world_process_zero or not logs:
+            return
+        parts = [f"step {state.global_step}/{state.max_steps}"]
+        for key, label, form in _SHOWN:
+            if key in logs:
+                parts.append(f"{label} {logs[key]:{form}}")
+        if len(parts) > 1:
+            self.report("  ".join([*parts, f"{time.perf_counter() - self.start:.0f} s"]))
+
+
+_SHOWN = (
+    ("loss", "loss", ".4f"),
+    ("learning_rate", "lr", ".2e"),
+    ("grad_norm", "grad", ".2f"),
+    ("tokens_per_second", "tokens/s", ",.0f"),
+    ("eval_text_loss", "held-out text loss", ".4f"),
+    ("eval_episodes_loss", "held-out episodes loss", ".4f"),
+    ("eval_episodes_accuracy", "answers right", ".1%"),
+)
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    asked = int(prediction.label_ids.sum())
+    return {"accuracy": float(prediction.predictions.sum()) / asked} if asked else {}
