@@ -32,13 +32,13 @@ def landmark_attention(
     With scaled scores ``s[i, j] = scale * query_i . key_j``, a query ``i`` takes one *gate softmax* over the landmarks
     of the past blocks and the text of its own block up to ``i``, and one *in-block softmax* over the text of every
     past block. Own text weighs its gate weight; past text weighs the gate weight of its landmark times its in-block
-    weight; a landmark's own value weighs nothing. The weights of a query sum to 1. A landmark used as a query sees the text of
-    the block that it closes and the past landmarks. Source: Mohtashami and Jaggi, arXiv 2305.16300, section 3.1;
-    ``docs/mathematics.md`` derives the forms that the implementations use.
+    weight; a landmark's own value weighs nothing. The weights of a query sum to 1. A landmark used as a query sees the
+    text of the block that it closes and the past landmarks. Source: Mohtashami and Jaggi, arXiv 2305.16300, section
+    3.1; ``docs/mathematics.md`` derives the forms that the implementations use.
 
     A *past block* of a query lies before the query's own block in the same document, ends with a landmark among the
-    keys and has text. Keys of an earlier block without landmark are invisible: nothing could open the gate to them. A query
-    that sees nothing (padding, for instance) yields zeros and a log-sum-exp of ``-inf``.
+    keys and has text. Keys of an earlier block without landmark are invisible: nothing could open the gate to them. A
+    query that sees nothing (padding, for instance) yields zeros and a log-sum-exp of ``-inf``.
 
     Shapes: ``B`` rows, ``H`` query heads, ``G`` key/value heads, ``T`` queries, ``S`` keys, ``D`` head dim. Query head
     ``h`` reads key/value head ``h // (H // G)``. All slots count landmarks.

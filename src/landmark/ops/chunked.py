@@ -1,8 +1,9 @@
 """Landmark attention in memory linear in the number of keys, in plain PyTorch, forward and backward.
 
 Queries are taken a tile at a time and the tile's scores are computed again in the backward pass, so that no T x S
-tensor is ever alive. Key/value heads are never expanded: the R query heads of a group are rows of one matrix product. With a
-``top_k`` far below the number of blocks, the chosen blocks are gathered and nothing else is scored but the landmarks.
+tensor is ever alive. Key/value heads are never expanded: the R query heads of a group are rows of one matrix product.
+With a ``top_k`` far below the number of blocks, the chosen blocks are gathered and nothing else is scored but the
+landmarks.
 
 A short regular batch on a GPU (training at a few hundred slots) is one tile without any loop, which ``torch.compile``
 fuses; its products run in the dtype of the inputs, all others at least in float32. Softmaxes always run at least in
@@ -28,7 +29,7 @@ TILE_QUERIES = 256
 # Up to so many slots a regular call on a GPU is a single tile.
 DIRECT_SLOTS = 1024
 # A gathered key costs about as much as so many keys that are scored where they lie.
-GATHER_COST = 4
+GATHER_COST = 8
 
 
 class Call(NamedTuple):

@@ -67,7 +67,7 @@ def lay_out(
     segments: Tensor | None,
     landmarks: Tensor | None,
 ) -> Layout:
-    """The layout of ``length`` keys for queries at slots (T,); with ``segments`` or ``landmarks``, a GPU is waited for."""
+    """The layout of ``length`` keys for queries at slots (T,); ``segments`` and ``landmarks`` wait for a GPU."""
     if starts is None and segments is None and landmarks is None:
         return _regular(length, queries, block_size)
     grid = key_grid(
