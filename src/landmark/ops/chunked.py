@@ -28,8 +28,8 @@ CPU_TILE, GPU_TILE = 2**20, 2**25
 TILE_QUERIES = 256
 # Up to so many slots a regular call on a GPU is a single tile.
 DIRECT_SLOTS = 1024
-# A gathered key costs about as much as so many keys that are scored where they lie.
-GATHER_COST = 8
+# A gathered key costs about as much as so many keys that are scored where they lie (measured, forward and backward).
+CPU_GATHER, GPU_GATHER = 8, 100
 
 
 class Call(NamedTuple):
@@ -119,7 +119,8 @@ class _Plan:
         self.per_query = query.shape[2] * places
         if call.top_k is not None:
             picked = (call.top_k + 1) * self.layout.slot.shape[2]
-            self.gather = self.layout.owner is None and picked * GATHER_COST < places
+            cost = CPU_GATHER if query.device.type == "cpu" else GPU_GATHER
+            self.gather = self.layout.owner is None and picked * cost < places
             if self.gather:
                 self.per_query = query.shape[2] * (picked * query.shape[4] + self.layout.mark.shape[1])
 
