@@ -87,7 +87,8 @@ def _attend(
             ),
             dim=-1,
         )
-        weights = scores.float().masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype)
+        precise = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.to(precise).masked_fill(~seen, -torch.inf).softmax(-1).to(value.dtype)
         values = torch.cat((value[:, :, :sink], value[:, :, first:stop]), dim=2)
         parts.append((weights @ values[:, :, None]).flatten(1, 2))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None

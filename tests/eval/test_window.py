@@ -1,0 +1,57 @@
+"""The windowed plain model against stock attention with a mask, and against stock runs on what a query sees."""
+
+import pytest
+import torch
+from tiny import tiny_llama
+
+from landmark.eval.subjects import Subject, plain_variants
+from landmark.eval.window import SINK
+
+
+def windowed(model, tokenizer, size):
+    return Subject("tiny", model, tokenizer, "window", window=size)
+
+
+def test_window_over_everything_is_stock_attention(plain, tokenizer):
+    ids = torch.randint(0, 300, (2, 100), generator=torch.Generator().manual_seed(0))
+    expected = plain.model(ids).logits
+    assert torch.allclose(windowed(plain.model, tokenizer, 100).logits(ids), expected, atol=1e-10)
+    assert torch.equal(plain.model(ids).logits, expected), "stock attention is back"
+
+
+@pytest.mark.parametrize("queries", [7, 512])
+def test_window_is_a_mask_while_distances_fit(plain, tokenizer, monkeypatch, queries):
+    monkeypatch.setattr("landmark.eval.window._QUERIES", queries)
+    length, window = SINK + 30, 30
+    ids = torch.randint(0, 300, (2, length), generator=torch.Generator().manual_seed(1))
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None]
+    seen = (j <= i) & ((j < SINK) | (j > i - window))
+    mask = torch.zeros(length, length, dtype=torch.float64).masked_fill(~seen, float("-inf"))
+    expected = plain.model(ids, attention_mask=mask[None, None].expand(2, 1, -1, -1)).logits
+    assert torch.allclose(windowed(plain.model, tokenizer, window).logits(ids), expected, atol=1e-10)
+
+
+def test_far_queries_see_the_first_block_right_before_the_window(tokenizer):
+    """With one layer, each logit is a stock run on the first block and the window, moved together."""
+    model, window = tiny_llama(layers=1), 20
+    ids = torch.randint(0, 300, (1, 600), generator=torch.Generator().manual_seed(2))
+    got = windowed(model, tokenizer, window).logits(ids)
+    for query in (SINK + window, 200, 511, 512, 599):
+        joined = torch.cat((ids[:, :SINK], ids[:, query - window + 1 : query + 1]), dim=1)
+        # transformers computes the angles in float32: at position 600 they are known to 2e-5
+        assert torch.allclose(got[0, query], model(joined).logits[0, -1], atol=1e-4)
+
+
+def test_variants_of_a_plain_model(saved):
+    from landmark.eval.subjects import load
+
+    full, window, dynamic = plain_variants(load(str(saved / "plain"), "cpu"), 40, 2.0)
+    assert [each.attention for each in (full, window, dynamic)] == ["full", "window", "dynamic"]
+    assert window.settings() == {"sink": SINK, "window": 40}
+    assert dynamic.settings() == {"rope_factor": 2.0}
+    ids = torch.randint(0, 300, (1, 200), generator=torch.Generator().manual_seed(3))
+    short = ids[:, :100]
+    assert torch.allclose(dynamic.logits(short), full.logits(short), atol=1e-4)
+    assert not torch.allclose(dynamic.logits(ids), full.logits(ids), atol=1e-2)
+    assert window.beyond_trained(10_000) is False
+    assert full.beyond_trained(10_000) is True
