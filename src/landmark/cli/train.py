@@ -1,0 +1,116 @@
+"""``landmark train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+OF_THE_RUN = (
+    "data",
+    "out",
+    "model",
+    "config",
+    "plain",
+    "tokenizer",
+    "tokens",
+    "lora",
+    "resume",
+    "max_seconds",
+)
+
+
+def _setting(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel="Settings of the recipe")
+
+
+def _computation(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel="Computation")
+
+
+Data = Annotated[str, typer.Option(help="Folder of .txt files, .txt or .jsonl file, or hub data set (name:config).")]
+Out = Annotated[Path, typer.Option(help="Folder of the trained model.")]
+Model = Annotated[
+    str | None, typer.Option(help="Train this further; without landmarks it gets them. Also: landmark, twin.")
+]
+Config = Annotated[Path | None, typer.Option(help="Recipe (JSON), or the config.json of a model from scratch.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Without landmarks, on the same rows.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer of a model from scratch; else one is trained.")]
+Tokens = Annotated[Path | None, typer.Option(help="Folder of the token files; OUT/tokens by default.")]
+Lora = Annotated[int | None, typer.Option(help="Rank of LoRA adapters, trained with the landmark embedding.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")]
+MaxSeconds = Annotated[float | None, typer.Option(help="Stop after so many seconds of training.")]
+Steps = Annotated[int | None, _setting("Optimiser steps.")]
+Batch = Annotated[int | None, _setting("Rows of a step, of all devices.")]
+Lr = Annotated[float | None, _setting("Highest learning rate.")]
+Warmup = Annotated[int | None, _setting("Warm-up steps.")]
+Seed = Annotated[int | None, _setting("Of weights and rows.")]
+Length = Annotated[int | None, _setting("Positions of a row, landmarks included.")]
+Episodes = Annotated[float | None, _setting("Share of synthetic retrieval episodes, 0 to 1.")]
+AnswerWeight = Annotated[float | None, _setting("Weight of the mean loss on answers.")]
+Field = Annotated[str | None, _setting("Key of the text in rows.")]
+VocabSize = Annotated[int | None, _setting("Of a new tokenizer.")]
+BlockSize = Annotated[int | None, _setting("Positions of a block, its landmark included.")]
+TopK = Annotated[int | None, _setting("Blocks retrieved afterwards.")]
+LocalBlocks = Annotated[int | None, _setting("Blocks always seen.")]
+PositionGap = Annotated[int | None, _setting("Largest random jump of positions after a landmark.")]
+MicroBatch = Annotated[int | None, _computation("Rows of a device at once.")]
+Precision = Annotated[str | None, _computation("auto, bf16 or fp32.")]
+Weights = Annotated[str | None, _computation("Load the model as float32, bfloat16 or auto.")]
+Compile = Annotated[bool | None, _computation("torch.compile; on a GPU by default.")]
+GradientCheckpointing = Annotated[bool | None, _computation("Recompute activations.")]
+Workers = Annotated[int | None, _computation("Processes making rows.")]
+LogEvery = Annotated[int | None, _computation("Steps.")]
+EvaluateEvery = Annotated[int | None, _computation("Steps; 0 never.")]
+SaveEvery = Annotated[int | None, _computation("Steps between checkpoints; 0 none.")]
+ReportTo = Annotated[str | None, _computation("none, tensorboard, wandb, trackio, ...")]
+
+
+def train(
+    data: Data,
+    out: Out,
+    model: Model = None,
+    config: Config = None,
+    plain: Plain = False,
+    tokenizer: Tokenizer = None,
+    tokens: Tokens = None,
+    lora: Lora = None,
+    resume: Resume = False,
+    max_seconds: MaxSeconds = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    lr: Lr = None,
+    warmup: Warmup = None,
+    seed: Seed = None,
+    length: Length = None,
+    episodes: Episodes = None,
+    answer_weight: AnswerWeight = None,
+    field: Field = None,
+    vocab_size: VocabSize = None,
+    block_size: BlockSize = None,
+    top_k: TopK = None,
+    local_blocks: LocalBlocks = None,
+    position_gap: PositionGap = None,
+    micro_batch: MicroBatch = None,
+    precision: Precision = None,
+    weights: Weights = None,
+    compile: Compile = None,
+    gradient_checkpointing: GradientCheckpointing = None,
+    workers: Workers = None,
+    log_every: LogEvery = None,
+    evaluate_every: EvaluateEvery = None,
+    save_every: SaveEvery = None,
+    report_to: ReportTo = None,
+) -> None:
+    """Train a landmark model on texts: from scratch, or from a model."""
+    given = dict(locals())
+    from landmark.train.recipe import Recipe, fine_tuning, load_recipe
+    from landmark.train.run import train as run
+
+    base = load_recipe(config) if config else fine_tuning() if model else Recipe()
+    recipe = base.override(**{name: value for name, value in given.items() if name not in OF_THE_RUN})
+    where = {name: given[name] for name in OF_THE_RUN if name != "config"}
+    summary = run(**where, recipe=recipe, report=typer.echo)
+    speed = summary["tokens_per_second"] or 0
+    typer.echo(f"saved {out}: {summary['steps']} steps, {summary['tokens']:,} tokens, {speed:,} tokens/s")
