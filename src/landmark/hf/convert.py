@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.bundled import model_path
 from landmark.hf.causal import LandmarkCausalLMMixin, check_layers, warn_beyond_trained
 from landmark.hf.families import PREFIX, check_config, family
+from landmark.hf.pretrained import read_config, read_weights
 
 CHECKED_TOKENS = 24
 
@@ -56,7 +57,7 @@ def convert(
         raise ValueError(f"expected a transformers model or a path, got {type(given).__name__}")
     if given is not None and loading:
         raise ValueError(f"{sorted(loading)} are for loading from a path, got a model: load it with them")
-    stock_config = given.config if given is not None else AutoConfig.from_pretrained(model_or_path)
+    stock_config = given.config if given is not None else read_config(model_or_path)
     if stock_config.model_type.startswith(PREFIX):
         raise ValueError("this is a landmark model already: use landmark.load and configure_landmark")
     check_config(stock_config)
@@ -77,7 +78,7 @@ def convert(
     config = landmark_config(stock_config, settings)
     made = family(stock_config.model_type)
     if given is None:
-        model = made.causal_lm.from_pretrained(model_or_path, config=config, **loading)
+        model = read_weights(made.causal_lm, model_or_path, config=config, **loading)
     else:
         model = _share(given, config)
     _start_in_distribution(model)
@@ -124,14 +125,14 @@ def load(path: Any = None, **loading: Any) -> Any:
         **loading: for ``from_pretrained`` (``dtype``, ``device_map``, ...).
 
     Raises:
-        ValueError: the folder holds no landmark model.
-        FileNotFoundError: the bundled model is not installed.
+        ValueError: the folder holds no landmark model, or damaged weights.
+        FileNotFoundError: there is no model, or the bundled one is not installed.
     """
     path = model_path() if path is None else path
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     if not config.model_type.startswith(PREFIX):
         raise ValueError(f"expected a landmark model, got model_type {config.model_type!r}: use landmark.convert")
-    model = AutoModelForCausalLM.from_pretrained(path, **loading)
+    model = read_weights(AutoModelForCausalLM, path, **loading)
     assert isinstance(model, LandmarkCausalLMMixin)
     return model
 
