@@ -113,11 +113,14 @@ class LandmarkCache(Cache):
 
     def _check_crop(self, slots: list[int]) -> None:
         size = self.settings.block_size
-        lowest = max(1, min(oldest_needed(s // size, self.settings) for s in slots))
+        own = min(s // size for s in slots)
         for memory in self._made():
-            if memory.retrieves and lowest < memory.store.first:
-                first = memory.store.first
-                raise ValueError(f"cannot go back to where block {lowest} is seen: blocks before {first} were evicted")
+            lowest = oldest_needed(own, self.settings) if memory.retrieves else own - self.settings.local_blocks
+            if max(1, lowest) < memory.store.first:
+                raise ValueError(
+                    f"cannot go back to where block {lowest} is seen: blocks before {memory.store.first} were evicted; "
+                    "keep a cache.fork() from there instead"
+                )
         if self.settings.granularity == "head":
             far = [a // size - b // size for a, b in zip(self.slots, slots, strict=True) if b % size]
             if far and max(far) >= RECENT_BLOCKS:

@@ -115,7 +115,7 @@ class LandmarkDecoderMixin:
 
     def _one_pass(
         self, embeds: Tensor, mask: Tensor | None, documents: Tensor | None, settings: LandmarkConfig, kwargs: Any
-    ) -> BaseModelOutputWithPast:
+    ) -> Any:
         tokens, size = embeds.shape[1], settings.block_size
         if documents is not None:
             layout = packed_layout(documents, size)
@@ -133,17 +133,17 @@ class LandmarkDecoderMixin:
         call = OnePass(settings, self._layer_types, rotations, layout.segments)
         return self._run(embeds, layout, call, kwargs)
 
-    def _run(self, embeds: Tensor, layout: Layout, call: Call, kwargs: Any) -> BaseModelOutputWithPast:
+    def _run(self, embeds: Tensor, layout: Layout, call: Call, kwargs: Any) -> Any:
         tokens = embeds.shape[1]
         inserted = layout.insert(embeds, self._landmark(embeds))
         zeros = torch.zeros(1, layout.width, dtype=torch.long, device=embeds.device)
         output = super().forward(  # type: ignore[misc]
             inputs_embeds=inserted, position_ids=zeros, use_cache=False, landmark=call, **kwargs
         )
-        states = layout.extract(output.last_hidden_state, tokens)
-        hidden = output.hidden_states
-        hidden = None if hidden is None else tuple(layout.extract(h, tokens) for h in hidden)
-        return BaseModelOutputWithPast(last_hidden_state=states, hidden_states=hidden)
+        output.last_hidden_state = layout.extract(output.last_hidden_state, tokens)
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(layout.extract(states, tokens) for states in output.hidden_states)
+        return output
 
     def _remembered(
         self,
@@ -153,7 +153,7 @@ class LandmarkDecoderMixin:
         settings: LandmarkConfig,
         use_cache: bool | None,
         kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> Any:
         cache = LandmarkCache(self.config) if cache is None else cache
         if not isinstance(cache, LandmarkCache):
             raise ValueError(f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config)")
@@ -163,14 +163,10 @@ class LandmarkDecoderMixin:
             part = embeds[:, begin : begin + step]
             seen = torch.ones(part.shape[:2], dtype=torch.bool) if mask is None else mask[:, begin : begin + step].cpu()
             parts.append(self.extend(part, seen, cache, settings, kwargs))
-        states = torch.cat([p.last_hidden_state for p in parts], dim=1)
-        hidden = None
-        if parts[0].hidden_states is not None:
-            hidden = tuple(torch.cat(h, dim=1) for h in zip(*(p.hidden_states for p in parts), strict=True))
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        return BaseModelOutputWithPast(
-            last_hidden_state=states, past_key_values=cache if use_cache else None, hidden_states=hidden
-        )
+        output = _join(parts)
+        if self.config.use_cache if use_cache is None else use_cache:
+            output.past_key_values = cache
+        return output
 
     def extend(
         self,
@@ -181,7 +177,7 @@ class LandmarkDecoderMixin:
         kwargs: Any,
         *,
         retrieve: bool = True,
-    ) -> BaseModelOutputWithPast:
+    ) -> Any:
         """Runs one chunk against the cache and files it.
 
         Args:
@@ -219,7 +215,7 @@ class LandmarkDecoderMixin:
 
     def _by_document(
         self, embeds: Tensor, documents: Tensor, settings: LandmarkConfig, kwargs: Any
-    ) -> BaseModelOutputWithPast:
+    ) -> Any:
         """Reads each document of packed rows as a row of its own."""
         changes = torch.nn.functional.pad((documents[:, 1:] != documents[:, :-1]).long().cumsum(1), (1, 0))
         states = torch.zeros_like(embeds)
@@ -248,6 +244,18 @@ class LandmarkDecoderMixin:
 
 def _keys(types: tuple[str | None, ...], rotaries: dict[str | None, Any]) -> tuple[str | None, ...]:
     return tuple(kind if kind in rotaries else None for kind in types)
+
+
+def _join(parts: list[Any]) -> Any:
+    """Joins the outputs of consecutive chunks; what only a whole pass has (router logits) is kept of a single chunk."""
+    if len(parts) == 1:
+        return parts[0]
+    hidden = None
+    if parts[0].hidden_states is not None:
+        hidden = tuple(torch.cat(states, dim=1) for states in zip(*(p.hidden_states for p in parts), strict=True))
+    states = torch.cat([part.last_hidden_state for part in parts], dim=1)
+    blank = dict.fromkeys(parts[0].keys())
+    return type(parts[0])(**{**blank, "last_hidden_state": states, "hidden_states": hidden})
 
 
 def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor | None:

@@ -59,8 +59,13 @@ def _apply_function(decoder: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _read(module: nn.Module, kind: str | None, apply: Callable[..., tuple[Tensor, Tensor]], dim: int) -> Rotary:
-    eye = torch.eye(dim).expand(1, 1, dim, dim)
     cos, sin = _angles(module, kind, torch.ones(1, dim, dtype=torch.long))
+    try:
+        apply(torch.eye(dim).expand(1, 1, dim, dim), torch.eye(dim).expand(1, 1, dim, dim), cos, sin)
+    except RuntimeError:  # an architecture that cuts the rotated columns off before it calls this function
+        dim = cos.shape[-1]
+        cos, sin = cos[:, :dim], sin[:, :dim]
+    eye = torch.eye(dim).expand(1, 1, dim, dim)
     scaling = float((cos**2 + sin**2).mean().sqrt())
     passing = apply(eye, eye, torch.zeros_like(cos), torch.zeros_like(sin))[0][0, 0].diagonal()
     turned = apply(eye, eye, torch.zeros_like(cos), torch.ones_like(sin))[0][0, 0]
