@@ -13,7 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SRC = ROOT / "src" / "landmark"
 FILES = sorted(SRC.rglob("*.py"))
 
-ROWS = {"config": 0, "blocks": 0, "rotary": 0, "ops": 1, "memory": 2, "hf": 3, "data": 4, "train": 4, "eval": 4, "cli": 5}
+ROWS = {
+    "config": 0,
+    "blocks": 0,
+    "rotary": 0,
+    "ops": 1,
+    "memory": 2,
+    "hf": 3,
+    "data": 4,
+    "train": 4,
+    "eval": 4,
+    "cli": 5,
+}
 STRANGERS = {("train", "eval"), ("eval", "train")}
 OPTIONAL = {"matplotlib", "datasets", "peft", "accelerate", "faiss", "triton"}
 # What a folder may import besides the standard library; optional packages only inside functions.

@@ -13,17 +13,22 @@ FENCE = re.compile(r"(?P<before>[^\n]*)\n(?:[ \t]*\n)?```(?P<language>\w+)\n(?P<
 NO_RUN = re.compile(r"<!-- no-run: \S.* -->")
 
 
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
 def blocks(page, *languages):
-    """Fenced blocks of a page as (line, body), except those under `<!-- no-run: reason -->`."""
+    """Fenced blocks of a page as (line, body, whether it runs: no `<!-- no-run: reason -->` above it)."""
     text = page.read_text()
     for match in FENCE.finditer("\n" + text):
-        if match["language"] in languages and not NO_RUN.search(match["before"]):
-            yield text.count("\n", 0, match.start("body") - 1) + 1, match["body"]
+        if match["language"] in languages:
+            runs = not NO_RUN.search(match["before"])
+            yield text.count("\n", 0, match.start("body") - 1) + 1, match["body"], runs
 
 
 def shell_lines(page, program):
-    """Lines of a page's shell blocks that call `program`, as lists of words; options are checked in all of them."""
-    for line, body in blocks(page, "bash", "sh"):
+    """Lines of a page's shell blocks that call `program`, as (where, words after it)."""
+    for line, body, _ in blocks(page, "bash", "sh"):
         for offset, command in enumerate(body.replace("\\\n", "  ").splitlines()):
             words = shlex.split(command.removeprefix("$ "), comments=True)
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -33,21 +38,24 @@ def shell_lines(page, program):
 
 
 def with_python(pages):
-    return [page for page in pages if any(blocks(page, "python"))]
+    return [page for page in pages if any(runs for _, _, runs in blocks(page, "python"))]
 
 
-@pytest.mark.parametrize("page", with_python(PAGES), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", with_python(PAGES), ids=name_of)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """The blocks of one page run in order, in one namespace, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    for line, body in blocks(page, "python"):
-        exec(compile("\n" * (line - 1) + body, str(page), "exec"), namespace)
+    for line, body, runs in blocks(page, "python"):
+        code = compile("\n" * (line - 1) + body, str(page), "exec")
+        if runs:
+            exec(code, namespace)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_command_lines_exist(page):
     import typer
+
     from landmark.cli.app import app
 
     for where, words in shell_lines(page, "landmark"):
@@ -64,7 +72,7 @@ def test_command_lines_exist(page):
         assert not extra and not missing, f"{where}: too many arguments {extra}, missing {missing}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_make_targets_exist(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = {word for _, words in shell_lines(page, "make") for word in words if "=" not in word}
@@ -72,14 +80,14 @@ def test_make_targets_exist(page):
     assert named <= targets, f"{page.name} names {sorted(named - targets)}, the Makefile has {sorted(targets)}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     for text, target in re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", page.read_text()):
         if not re.match(r"https?:|mailto:|#", target):
             assert (page.parent / target.split("#")[0]).exists(), f"{page.name}: [{text}] leads to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_named_files_exist(page):
     """Paths of this repository that a page names in backquotes."""
     tops = "src|tests|docs|examples|benchmarks|recipes"
