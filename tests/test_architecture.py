@@ -200,6 +200,7 @@ CLI = {
 def cli_command(words):
     """The click command behind `landmark <words>`."""
     import typer
+
     from landmark.cli.app import app
 
     command = typer.main.get_command(app)
