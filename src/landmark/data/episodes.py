@@ -24,6 +24,7 @@ IGNORED = -100
 KEY_SHARE, FACTS_SHARE = 0.40, 0.45
 REPEATED_SHARE = 0.2
 INTRODUCTION_SHARE = 0.15
+TRIES = 4
 PLAIN_SHARE = 0.3
 TAIL = 64
 
@@ -83,7 +84,7 @@ class Episodes:
         prefix: ids that begin every row (the tokenizer's bos, or nothing).
 
     Raises:
-        ValueError: the corpus is shorter than a row, or a row is too short for a question.
+        ValueError: the corpus is shorter than a row, or a row has fewer than 128 tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, ids: Ids, *, tokens: int, seed: int, prefix: Sequence[int] = ()) -> None:
@@ -102,10 +103,12 @@ class Episodes:
         """Returns row ``index``; the same for the same seed, whatever was asked before."""
         rng = random.Random(f"{self.seed}:{index}")
         kind = rng.random()
-        if kind >= KEY_SHARE + FACTS_SHARE:
-            return self._quote(rng)
-        segments = self._key(rng) if kind < KEY_SHARE else self._facts(rng)
-        return self._row(self._spread(rng, segments))
+        for _ in range(TRIES if kind < KEY_SHARE + FACTS_SHARE else 0):
+            segments = self._key(rng) if kind < KEY_SHARE else self._facts(rng)
+            taken = sum(len(segment.ids) for segment in segments)
+            if taken <= self._room:
+                return self._row(self._spread(rng, self._introduction(rng, self._room - taken) + segments))
+        return self._quote(rng)
 
     def _key(self, rng: random.Random) -> list[_Segment]:
         label = _pick(rng, wordings.KEY_LABELS)
@@ -118,7 +121,7 @@ class Episodes:
         question = self._say(rng, _plain_or(rng, KEY_QUESTIONS), key, "answer")
         kept = self._fitting(statements, [question], needed=1)
         rng.shuffle(kept)
-        return [*self._introduction(rng), *kept, question]
+        return [*kept, question]
 
     def _facts(self, rng: random.Random) -> list[_Segment]:
         values = _values(rng, 1 + _below(rng, 8))
@@ -138,7 +141,7 @@ class Episodes:
         pairs = list(zip(kept, questions, strict=False))
         rng.shuffle(pairs)
         rng.shuffle(kept)
-        ordered = [*self._introduction(rng), *kept]
+        ordered = list(kept)
         together = rng.random() < 0.5
         for statement, question in pairs:
             first = 1 + next(i for i, segment in enumerate(ordered) if segment is statement)
@@ -160,11 +163,12 @@ class Episodes:
                 left -= len(segment.ids)
         return kept
 
-    def _introduction(self, rng: random.Random) -> list[_Segment]:
-        if self.tokens < 6 * TAIL or rng.random() >= INTRODUCTION_SHARE:
-            return []
+    def _introduction(self, rng: random.Random, room: int) -> list[_Segment]:
         text = _pick(rng, wordings.INTRODUCTIONS) + _pick(rng, (" ", "\n", "\n\n"))
-        return [_Segment(self.tokenizer.encode(text, add_special_tokens=False).ids, [], [])]
+        if rng.random() >= INTRODUCTION_SHARE:
+            return []
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [_Segment(ids, [], [])] if len(ids) <= room else []
 
     def _say(self, rng: random.Random, wording: Parsed, fact: _Fact, role: str) -> _Segment:
         """Words a fact; its code's first mention is secret in a statement, the answer in a question."""
@@ -182,10 +186,6 @@ class Episodes:
     def _spread(self, rng: random.Random, segments: list[_Segment]) -> list[_Segment]:
         """Puts filler before, between and after the segments; the last gap is often short."""
         budget = self.tokens - sum(len(segment.ids) for segment in segments)
-        if budget < 0:
-            raise ValueError(
-                f"rows of {self.tokens} tokens are too short for a fact and its question; lengthen the rows"
-            )
         tail = min(budget, _below(rng, TAIL)) if rng.random() < 0.5 else _below(rng, budget + 1)
         cuts = sorted(_below(rng, budget - tail + 1) for _ in segments)
         filler = self._filler(rng, budget)

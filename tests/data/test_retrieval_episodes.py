@@ -1,0 +1,144 @@
+"""Synthetic episodes: exact lengths and labels, right answers, varied, held out from what evaluation asks."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from landmark.data import wordings
+from landmark.data.episodes import IGNORED, Episodes
+from landmark.data.tokenizer import backend
+
+TOKENS = 504
+COUNT = 600
+
+
+@pytest.fixture(scope="module")
+def make(ids, tokenizer):
+    return Episodes(backend(tokenizer), ids, tokens=TOKENS, seed=7)
+
+
+@pytest.fixture(scope="module")
+def rows(make):
+    return [make(index) for index in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def digits(tokenizer):
+    return {tokenizer.convert_tokens_to_ids(str(digit)): str(digit) for digit in range(10)}
+
+
+def numbers(row, digits):
+    """Runs of digit tokens as (value, places)."""
+    runs, run = [], []
+    for place, token in enumerate([*row.input_ids.tolist(), -1]):
+        if token in digits:
+            run.append(place)
+        elif run:
+            runs.append(("".join(digits[int(row.input_ids[p])] for p in run), run))
+            run = []
+    return runs
+
+
+def test_rows_are_full(rows):
+    for row in rows:
+        assert row.input_ids.shape == row.labels.shape == row.answers.shape == (TOKENS,)
+        assert row.input_ids.dtype == row.labels.dtype == np.int64 and row.answers.dtype == bool
+
+
+def test_labels_are_exact(rows, digits):
+    """No loss at the first token and at a code's first mention; answers are later mentions; all else is text."""
+    for row in rows:
+        said, silent, later = set(), {0}, set()
+        for value, places in numbers(row, digits):
+            (later if value in said else silent).update(places)
+            said.add(value)
+        assert set(np.flatnonzero(row.labels == IGNORED)) == silent
+        kept = row.labels != IGNORED
+        assert np.array_equal(row.labels[kept], row.input_ids[kept])
+        assert set(np.flatnonzero(row.answers)) <= later
+
+
+def test_answers_are_the_codes_of_what_was_asked(rows, tokenizer):
+    asked = 0
+    for row in rows:
+        text = re.sub(r"\b(Mrs?)\.", r"\1", tokenizer.decode(row.input_ids.tolist()))
+        for label, name, value in re.findall(r"What is the ([^?]+?) of ([^?]+)\? The \1 of \2 is (\d+)\.", text):
+            before = text[: text.index(f"What is the {label} of {name}?")]
+            facts = [s for s in re.findall(r"[^.\n\[\]]*\d+[^.\n\[\]]*", before) if re.search(rf"\b{name}\b(?!')", s)]
+            assert facts and all(value in fact for fact in facts), (facts, value)
+            asked += 1
+        key = re.search(r"What is the pass key\? The pass key is (\d+)\.", text)
+        if key:
+            before = text[: key.start()]
+            assert re.search(rf"pass key\b[^.\d]*{key[1]}\b|\b{key[1]}\b[^.\d]* pass key", before), before
+            asked += 1
+    assert asked > 100
+
+
+def test_every_question_follows_its_fact(rows, digits):
+    for row in rows:
+        first = {}
+        for value, places in numbers(row, digits):
+            first.setdefault(value, places[0])
+            if row.answers[places[0]]:
+                assert all(row.answers[places]) and first[value] < places[0]
+
+
+def test_shares_of_kinds(rows, digits):
+    quotes = sum(not row.answers.any() for row in rows) / COUNT
+    assert abs(quotes - 0.15) < 0.05
+    lengths = Counter(len(value) for row in rows for value, places in numbers(row, digits) if row.answers[places[0]])
+    assert set(lengths) == {3, 4, 5, 6, 7}
+    questions = Counter(sum(row.answers[places[0]] for _, places in numbers(row, digits)) for row in rows)
+    assert set(questions) == {0, 1, 2, 3, 4}
+
+
+def test_answers_lie_everywhere(rows):
+    """Questions come at any place of the row, also inside a block, not at its end only."""
+    places = [np.flatnonzero(row.answers)[0] for row in rows if row.answers.any()]
+    assert min(places) < TOKENS // 4 and max(places) > TOKENS - 16
+    assert len({place % 63 for place in places}) > 55
+
+
+def test_quoted_passages_were_said_before(rows):
+    for row in (row for row in rows if not row.answers.any()):
+        text = row.input_ids.tolist()
+        length = TOKENS // 32
+        grams = [tuple(text[i : i + length]) for i in range(TOKENS - length + 1)]
+        assert len(set(grams)) < len(grams)
+
+
+def test_row_follows_from_seed_and_index(make, ids, tokenizer):
+    again = Episodes(backend(tokenizer), ids, tokens=TOKENS, seed=7)
+    other = Episodes(backend(tokenizer), ids, tokens=TOKENS, seed=8)
+    for index in (40, 3, 10**9):
+        assert np.array_equal(again(index).input_ids, make(index).input_ids)
+        assert np.array_equal(again(index).answers, make(index).answers)
+        assert not np.array_equal(other(index).input_ids, make(index).input_ids)
+
+
+def test_wordings_vary(rows, tokenizer):
+    text = "\n".join(tokenizer.decode(row.input_ids.tolist()) for row in rows)
+    for wording in (*wordings.KEY_QUESTIONS, *wordings.FACT_QUESTIONS, *wordings.KEY_STATEMENTS):
+        pattern = re.escape(wording)
+        for field in ("label", "name", "value"):
+            pattern = pattern.replace(re.escape("{" + field + "}"), r"[^?\n]+")
+        assert re.search(pattern, text), wording
+
+
+def test_the_filler_of_the_paper_is_held_out(rows, tokenizer):
+    """Evaluation repeats it; no wording and no row may hold a sentence of it."""
+    said = " ".join(part for name in dir(wordings) if name.isupper() for part in map(str, getattr(wordings, name)))
+    said += " ".join(tokenizer.decode(row.input_ids.tolist()) for row in rows)
+    for sentence in ("grass is green", "sky is blue", "sun is yellow", "Here we go", "There and back again"):
+        assert sentence.lower() not in said.lower()
+
+
+@pytest.mark.parametrize("tokens", [128, 160, 250])
+def test_short_rows_hold_fewer_facts(ids, tokenizer, tokens):
+    make = Episodes(backend(tokenizer), ids, tokens=tokens, seed=1, prefix=[0])
+    for index in range(200):
+        row = make(index)
+        assert len(row.input_ids) == tokens and row.input_ids[0] == 0
