@@ -67,3 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(message: str) -> None:
     print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

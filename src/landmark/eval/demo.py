@@ -20,7 +20,7 @@ from landmark.eval.plots import save, subplots
 from landmark.eval.results import FIGURES, PasskeyRow, read
 from landmark.eval.subjects import Subject, model_folder
 
-LENGTHS = (1024, 2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152)
+LENGTHS = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768, 49152)
 DENSE_LENGTH = 32768
 DISTRACTORS = 4
 

@@ -1,13 +1,20 @@
-"""What the tests of evaluation share: a tiny random model, and one that knows every answer."""
+"""What the tests of evaluation and of the command line share: tiny models, and one that knows every answer."""
 
 import types
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import landmark
+from landmark.data.tokenizer import train_tokenizer
 from landmark.eval.episodes import Question
 
 BLOCK = 16
+WORDS = "The grass is green. What is the pass key? The pass key is 12345. The code of the north gate"
+
+
+def tiny_tokenizer():
+    return train_tokenizer([WORDS], 300)
 
 
 def tiny_llama(dtype=torch.float64, layers=2, seed=0):
@@ -25,6 +32,20 @@ def tiny_llama(dtype=torch.float64, layers=2, seed=0):
         eos_token_id=None,
     )
     return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def tiny_landmark(dtype=torch.float64):
+    model = landmark.convert(tiny_llama(dtype), block_size=BLOCK, top_k=2, local_blocks=2, chunk_tokens=60)
+    model.config.landmark["landmark_trained"] = True
+    return model
+
+
+def save_models(root):
+    """Saves a plain model and the landmark model made of it with their tokenizer, as root/plain and root/marked."""
+    tokenizer = tiny_tokenizer()
+    for name, model in (("plain", tiny_llama(torch.float32)), ("marked", tiny_landmark(torch.float32))):
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
 
 
 class Knowing(torch.nn.Module):
