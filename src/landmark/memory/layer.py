@@ -83,10 +83,10 @@ class LayerMemory:
         query = _to_grid(rotate(query).unflatten(1, (groups, -1)), plan.grid)
         retrieve = retrieve and self.retrieves and plan.candidates > 0
         sink = plan.candidates > 0 and not retrieve
+        earlier = self._earlier_peak(plan, scale) if retrieve and self._needs_peak(plan) else None
         if self.config.granularity == "head" and self.retrieves:
             self._remember_queries(query, plan.grid)
         outputs, found = [], []
-        earlier = self._earlier_peak(plan, scale) if retrieve and self._needs_peak(plan) else None
         step = self._slab(query, plan, retrieve)
         for begin in range(0, query.shape[3], step):
             grid = plan.grid.narrow(begin, begin + step)
