@@ -36,6 +36,7 @@ class Layer:
     settings: LandmarkConfig
     chunks: list[tuple[int, int]]
     trace: Trace
+    silent: int = 0
 
     def __post_init__(self) -> None:
         self.memo: dict[tuple[int, int], dict[int, float]] = {}
@@ -147,7 +148,7 @@ class Layer:
         if self.settings.mode == "all" or self.first_local(query) == 0:
             return []
         layers = self.settings.layers
-        if layers is not None and self.index not in layers:
+        if query < self.silent or (layers is not None and self.index not in layers):
             return [0]
         if not self.candidates(query):
             return []
@@ -211,6 +212,7 @@ def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: An
         settings=_run["settings"],
         chunks=_run["chunks"],
         trace=_run["trace"],
+        silent=_run["silent"],
     )
     return torch.from_numpy(layer.attend())[None], None
 
@@ -237,6 +239,7 @@ def logits(
     *,
     chunks: list[int] | None = None,
     trace: Trace | None = None,
+    silent: int = 0,
 ) -> torch.Tensor:
     """Computes the logits of one row of text by the definition.
 
@@ -247,6 +250,7 @@ def logits(
         settings: the policy. Only ``local="chunk"`` depends on ``chunks``.
         chunks: text tokens of each chunk, in order; they sum to T.
         trace: filled with the retrieved blocks, and their gate weights, of each (layer, head, slot).
+        silent: the first so many text tokens see their local context and block 0 only.
 
     Returns:
         logits (T, vocabulary) of the text tokens.
@@ -267,6 +271,7 @@ def logits(
         settings=settings,
         chunks=[(ends[first], ends[end]) for first, end in itertools.pairwise(bounds) if end > first],
         trace={} if trace is None else trace,
+        silent=ends[silent],
     )
     model.set_attn_implementation("oracle")
     places = torch.zeros(1, len(rows), dtype=torch.long)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import models
-from landmark.config import LandmarkConfig
+from landmark import LandmarkCache, LandmarkConfig
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
 
@@ -64,6 +64,52 @@ def test_batch_order_and_padding_change_nothing_below_top_k(family: str) -> None
     for row, single in enumerate(alone):
         torch.testing.assert_close(straight[row][mask[row] == 1], single, rtol=0, atol=1e-11)
         torch.testing.assert_close(turned[row][mask[row] == 1], single, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_every_block_through_a_cache_equals_one_pass(family: str) -> None:
+    model = models.landmark_model(family, EVERYTHING.replace(chunk_tokens=7))
+    ids, cache = models.text(60).view(2, 30), LandmarkCache(model.config)
+    with torch.no_grad():
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([19, 1, 1, 9], dim=1)]
+        whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-10)
+
+
+def test_rows_that_end_early_leave_the_others_alone() -> None:
+    model = models.landmark_model("mistral", RETRIEVE)
+    rows = [models.text(length, seed=length) for length in (16, 9, 21)]
+    ids, mask = models.padded(rows, "left")
+    free = [model.generate(row[None], max_new_tokens=14, do_sample=False)[0, len(row) :].tolist() for row in rows]
+    end = free[0][3]
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=14, do_sample=False, eos_token_id=end)
+    said = together[:, ids.shape[1] :].tolist()
+    for row, alone in zip(said, free, strict=True):
+        stop = alone.index(end) + 1 if end in alone else len(alone)
+        assert row[:stop] == alone[:stop]
+        assert set(row[stop:]) <= {0}
+    assert any(end not in alone for alone in free)
+
+
+def test_several_answers_to_one_prompt() -> None:
+    model, prompt = models.landmark_model("qwen3", RETRIEVE), models.text(23)
+    options = {"max_new_tokens": 9, "do_sample": True, "num_return_sequences": 3}
+    answers = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        answers.append(model.generate(prompt[None], use_cache=use_cache, **options).tolist())
+    assert answers[0] == answers[1]
+    assert len(set(map(tuple, answers[0]))) > 1
+
+
+def test_hidden_states_align_with_the_text() -> None:
+    model = models.landmark_model("llama", RETRIEVE.replace(chunk_tokens=6))
+    ids = models.text(40).view(2, 20)
+    with torch.no_grad():
+        out = model(ids, output_hidden_states=True)
+        logits = model.get_output_embeddings()(out.hidden_states[-1])
+    assert [tuple(states.shape) for states in out.hidden_states] == [(2, 20, 32)] * 3
+    torch.testing.assert_close(logits, out.logits, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

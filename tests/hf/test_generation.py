@@ -121,6 +121,7 @@ def most_likely(case: Case, row: torch.Tensor, prompt: int) -> None:
 def prefill(case: Case) -> None:
     ids, mask = models.padded(list(case.prompts), case.side)
     logits = case.model(ids, attention_mask=mask, use_cache=case.random.random() < 0.5).logits
+    assert logits.shape[:2] == ids.shape
     same_rows(case, [logits[row][mask[row] == 1] for row in range(len(ids))], list(case.prompts))
 
 
@@ -143,10 +144,8 @@ class Feeder:
         self.logits = [torch.cat(pair) for pair in zip(self.logits, out.logits, strict=True)]
 
     def crop(self, tokens: int) -> None:
-        if self.case.random.random() < 0.5:
-            self.cache.crop(-tokens)
-        else:
-            self.cache.crop(self.cache.get_seq_length() - tokens)
+        keep = self.cache.get_seq_length() - tokens
+        self.cache.crop(keep if keep and self.case.random.random() < 0.5 else -tokens)
         self.mask = self.mask[:, :-tokens]
         self.rows = [row[:-tokens] for row in self.rows]
         self.logits = [logits[:-tokens] for logits in self.logits]

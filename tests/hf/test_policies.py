@@ -13,6 +13,7 @@ import torch
 import models
 import oracle
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
+from landmark.memory import layer as memory_layer
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
 
@@ -106,6 +107,7 @@ def worst(case: Case) -> float:
     known: dict[tuple[int, ...], torch.Tensor] = {}
     for cut, feed in zip(case.cuts, itertools.cycle((in_one_call, in_many_calls)), strict=False):
         logits = feed(case, ids, mask, cut)
+        assert logits.shape[:2] == ids.shape
         for row in range(len(ids)):
             chunks = pieces(case, row, cut, mask)
             key = (row, *chunks) if case.settings.local == "chunk" else (row,)
@@ -156,6 +158,84 @@ def test_every_chunk_size_gives_the_same_logits(granularity: str, positions: str
         with torch.no_grad():
             results.append(model(row[None]).logits)
     assert max(float((result - results[0]).abs().max()) for result in results) < 1e-11
+
+
+@pytest.mark.parametrize("seed", range(0, 48, 3))
+def test_own_blocks_computed_one_at_a_time(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long call is computed in slabs of own blocks; here each is a slab."""
+    monkeypatch.setitem(memory_layer.SLAB_BYTES, "cpu", 1)
+    assert worst(draw(seed)) < 1e-8
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("local", ["blocks", "chunk"])
+def test_long_texts_whose_old_blocks_were_dropped(granularity: str, local: str) -> None:
+    settings = LandmarkConfig(
+        block_size=3, top_k=2, granularity=granularity, local_blocks=1, max_blocks=3, layers=(0, 2), local=local
+    )
+    rows = (models.text(110, seed=6), models.text(84, seed=7))
+    case = Case("mistral", 2, settings, rows, "left", (7, 5, 40, 1) if local == "blocks" else (7, 1))
+    assert worst(case) < 1e-8
+    ids, mask = models.padded(list(rows), "left")
+    model = case.model
+    model.configure_landmark(chunk_tokens=7)
+    few = model.read(ids, attention_mask=mask).nbytes()
+    model.configure_landmark(max_blocks=None)
+    many = model.read(ids, attention_mask=mask).nbytes()
+    assert few < 0.8 * many
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_crop_and_fork_leave_no_trace(granularity: str, positions: str) -> None:
+    settings = LandmarkConfig(block_size=4, top_k=2, granularity=granularity, positions=positions, local_blocks=1)
+    rows = [models.text(40, seed=8), models.text(31, seed=9)]
+    case = Case("phi3", 2, settings, tuple(rows), "left", ())
+    ids, mask = models.padded(rows, "left")
+    model = case.model
+    with torch.no_grad():
+        cache = model.read(ids[:, :33], attention_mask=mask[:, :33])
+        other = cache.fork()
+        for back in (1, 2, 5, 11):
+            model(models.text(14, seed=back).view(2, 7), past_key_values=cache)
+            cache.crop(-7 - back)
+            model(ids[:, 33 - back : 33], past_key_values=cache)
+        after = [model(ids[:, 33:], past_key_values=each).logits for each in (cache, other)]
+    for row in range(2):
+        wanted = expected(case, row, [len(rows[row])])[-7:]
+        for logits in after:
+            assert (logits[row] - wanted).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_beams_equal_those_without_a_cache(granularity: str) -> None:
+    settings = LandmarkConfig(block_size=4, top_k=2, granularity=granularity, local_blocks=0, chunk_tokens=5)
+    model = models.landmark_model("olmo2", settings)
+    ids, mask = models.padded([models.text(25, seed=10), models.text(18, seed=11)], "left")
+    cached, uncached = (
+        model.generate(ids, attention_mask=mask, max_new_tokens=9, num_beams=4, do_sample=False, use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    assert cached.tolist() == uncached.tolist()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_document_read_without_retrieval(granularity: str, positions: str) -> None:
+    """While it is read, every layer sees its local context and block 0; what comes after retrieves from all of it."""
+    settings = LandmarkConfig(
+        block_size=5, top_k=2, granularity=granularity, positions=positions, local_blocks=1, chunk_tokens=7
+    )
+    model, row, document = models.landmark_model("gemma3", settings), models.text(45, seed=12), 34
+    cache = model.read(row[None, :document], retrieve=False)
+    with torch.no_grad():
+        logits = model(row[None, document:], past_key_values=cache).logits[0]
+    stock = models.oracle_model("gemma3")
+    wanted, otherwise = (
+        oracle.logits(stock, models.landmark_vector(), row, settings, silent=silent)[document:]
+        for silent in (document, 0)
+    )
+    assert (logits - wanted).abs().max() < 1e-8 < (wanted - otherwise).abs().max()
 
 
 @pytest.mark.parametrize("seed", range(8))
