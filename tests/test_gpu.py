@@ -9,6 +9,7 @@ import models
 from landmark import landmark_attention
 from landmark.config import GRANULARITIES, LandmarkConfig
 from numerics import REORDERED, assert_close, low_precision_budget
+from ops.test_chunked import low_precision_case, plain
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("wide_norms")]
 
@@ -42,11 +43,11 @@ def test_operation_equals_the_reference_on_the_cpu(impl, top_k):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_stays_within_its_budget(dtype):
-    rounded = [each.detach() for each in tensors(dtype)]
-    exact = landmark_attention(*(each.double() for each in rounded), block_size=16, impl="reference")
-    plain = landmark_attention(*rounded, block_size=16, impl="reference")
-    chunked = landmark_attention(*rounded, block_size=16, impl="chunked")
-    assert_close(chunked, exact, low_precision_budget(plain, exact))
+    rounded = [each.cuda() for each in low_precision_case(dtype)]
+    exact, _ = plain(*(each.double() for each in rounded), block_size=16)
+    ordinary, _ = plain(*rounded, block_size=16)
+    found = landmark_attention(*rounded, block_size=16, impl="chunked")
+    assert_close(found, exact, low_precision_budget(ordinary.to(dtype), exact))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
