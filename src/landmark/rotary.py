@@ -52,7 +52,7 @@ class Rotation:
         """Returns the rotation on ``device``."""
         return Rotation(self.cos.to(device), self.sin.to(device), self.interleaved)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
         """Rotates ``x (..., D)``, whose leading shape broadcasts with the positions; computes in at least float32."""
         rotated = self.cos.shape[-1]
         head = x[..., :rotated].to(self.cos.dtype)

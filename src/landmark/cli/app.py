@@ -25,10 +25,13 @@ app = typer.Typer(
 )
 evaluation = typer.Typer(help="Evaluate a model: pass key, named facts, perplexity.", add_completion=False)
 app.add_typer(evaluation, name="eval")
-for command in (demo, generate, convert, train, info):
-    app.command()(command)
-for command in (passkey, perplexity):
-    evaluation.command()(command)
+app.command()(demo)
+app.command()(generate)
+app.command()(convert)
+app.command()(train)
+app.command()(info)
+evaluation.command()(passkey)
+evaluation.command()(perplexity)
 
 # ClickException, of whichever click typer stands on
 _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])

@@ -38,6 +38,7 @@ def demo(
     from landmark.eval.dense import run_dense
 
     begun = time.perf_counter()
+    subjects.quiet()
     console = Console(soft_wrap=True, highlight=False)
     subject = subjects.load(model, device, dtype)
     subjects.require_landmark(subject)
@@ -59,7 +60,7 @@ def demo(
     if dense:
         number = work.dense_number(filler)
         compared = run_dense(subject, work.build_document(subject, filler, number, seed))
-        _print_dense(console, trials[number], compared)
+        _print_dense(trials[number], compared)
     twin = work.recorded_twin(work.DENSE_LENGTH) if model is None else None
     if twin is not None:
         console.print(
@@ -101,11 +102,13 @@ def _cut(text: str, wanted: str) -> str:
     return ("... " if start else "") + cut + (" ..." if start + SHOWN_CHARACTERS < len(text) else "")
 
 
-def _print_dense(console: Console, trial: Trial, dense: DenseRun) -> None:
+def _print_dense(trial: Trial, dense: DenseRun) -> None:
     from rich.table import Table
 
+    from landmark.cli.tables import show
+
     table = Table(title=f"The same weights at {dense.length:,} tokens")
-    for name in ("", "read", "question and answer", "peak memory", "keys and values kept", "answer"):
+    for name in ("", "read", "question and answer", "peak memory", "memory of the text", "keys per query", "answer"):
         table.add_column(name, justify="right" if name else "left")
     for label, run in (("landmark", trial), ("dense (every token to every earlier one)", dense)):
         table.add_row(
@@ -114,6 +117,7 @@ def _print_dense(console: Console, trial: Trial, dense: DenseRun) -> None:
             f"{run.answer_seconds:.2f} s",
             "-" if run.peak_bytes is None else f"{run.peak_bytes / 2**20:,.0f} MiB",
             f"{run.cache_bytes / 2**20:,.0f} MiB",
+            f"{run.keys_per_query:,}",
             f"{run.answer} ({'right' if run.right else 'wrong'})",
         )
-    console.print(table)
+    show(table)

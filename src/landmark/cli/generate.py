@@ -23,8 +23,9 @@ def generate(
 ) -> None:
     """Go on from PROMPT, after reading a text of any length with --file."""
     from landmark.eval.generate import continue_text
-    from landmark.eval.subjects import load
+    from landmark.eval.subjects import load, quiet
 
+    quiet()
     subject = load(model, device, dtype)
     text = continue_text(
         subject, prompt, file=file, read=read, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed

@@ -14,7 +14,9 @@ def passkey(
     model: Model = None,
     lengths: Annotated[str, typer.Option(help="Text tokens of the documents, with commas.")] = "512,8192,32768",
     trials: Annotated[int, typer.Option(help="Documents of each length.")] = 50,
-    top_k: Annotated[str | None, typer.Option(help="Retrieved blocks, with commas. By default the model's own.")] = None,
+    top_k: Annotated[
+        str | None, typer.Option(help="Retrieved blocks, with commas. By default the model's own.")
+    ] = None,
     granularity: Annotated[
         str | None, typer.Option(help="token_head, head, token, group, with commas. By default the model's own.")
     ] = None,
@@ -33,25 +35,30 @@ def passkey(
     plot: Annotated[Path | None, typer.Option(help="Picture: accuracy over length and depth.")] = None,
 ) -> None:
     """Find a pass key, or named facts, in documents of any length: accuracy by length, filler, k and depth."""
+    documents = integers("--lengths", lengths)
+    counts = () if facts is None else integers("--facts", facts)
+    retrieved = None if top_k is None else integers("--top-k", top_k)
+    factor = rope_factor(rope)
     from landmark.cli.tables import passkey_table, show
     from landmark.eval import passkey as task_module
     from landmark.eval import plots, results, subjects
 
     task = task_module.PasskeyTask(
-        lengths=integers("--lengths", lengths),
+        lengths=documents,
+        facts=counts,
+        top_k=retrieved,
         trials=trials,
         fillers=words(filler),
-        facts=() if facts is None else integers("--facts", facts),
         distractors=distractors,
         read=read,
-        top_k=None if top_k is None else integers("--top-k", top_k),
         granularity=None if granularity is None else words(granularity),
         seed=seed,
         plain_limit=plain_limit,
     )
     if plot is not None:
         plots.require_matplotlib()
-    tested = subjects.load_all(model, compare, device, dtype, window, rope_factor(rope))
+    subjects.quiet()
+    tested = subjects.load_all(model, compare, device, dtype, window, factor)
     rows: list[results.PasskeyRow] = []
 
     def report(row: results.PasskeyRow) -> None:

@@ -38,18 +38,22 @@ def perplexity(
     plot: Annotated[Path | None, typer.Option(help="Picture: perplexity over length.")] = None,
 ) -> None:
     """Measure perplexity in the columns of the paper's Table 1, on the same text at every evaluation length."""
+    counts = {
+        "lengths": integers("--lengths", lengths),
+        "local": integers("--local", local),
+        "local_blocks": integers("--local-blocks", local_blocks),
+        "top_k": integers("--top-k", top_k),
+    }
+    factor = rope_factor(rope)
     from landmark.cli.tables import perplexity_table, show
     from landmark.data.text import read_documents
     from landmark.eval import perplexity as task_module
     from landmark.eval import plots, results, subjects
 
     task = task_module.PerplexityTask(
-        lengths=integers("--lengths", lengths),
+        **counts,
         scheme=scheme,
-        local=integers("--local", local),
-        local_blocks=integers("--local-blocks", local_blocks),
         blocks=blocks,
-        top_k=integers("--top-k", top_k),
         granularity=granularity,
         max_tokens=max_tokens,
         seed=seed,
@@ -57,7 +61,8 @@ def perplexity(
     if plot is not None:
         plots.require_matplotlib()
     documents = list(read_documents(data, split=split))
-    tested = subjects.load_all(model, compare, device, dtype, window, rope_factor(rope))
+    subjects.quiet()
+    tested = subjects.load_all(model, compare, device, dtype, window, factor)
     rows: list[results.PerplexityRow] = []
 
     def report(row: results.PerplexityRow) -> None:

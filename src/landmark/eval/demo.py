@@ -16,6 +16,7 @@ from landmark.eval.dense import DenseRun
 from landmark.eval.episodes import Episode, build_episode, named_codes, pass_key
 from landmark.eval.fillers import Filler, file_text, pydoc_text, tokenize
 from landmark.eval.measure import measured
+from landmark.eval.passkey import read_documents
 from landmark.eval.plots import save, subplots
 from landmark.eval.results import FIGURES, PasskeyRow, read
 from landmark.eval.subjects import Subject, model_folder
@@ -59,6 +60,7 @@ class Trial:
         answer_seconds: reading the question and writing the answer.
         peak_bytes: see ``Measure``.
         cache_bytes: keys and values remembered.
+        keys_per_query: most keys that one query is compared with in each layer and head, landmarks included.
     """
 
     length: int
@@ -71,6 +73,7 @@ class Trial:
     answer_seconds: float
     peak_bytes: int | None
     cache_bytes: int
+    keys_per_query: int
 
 
 def load_text(path: Path | None, tokenizer: Any) -> Filler:
@@ -123,16 +126,13 @@ def run_trial(subject: Subject, episode: Episode) -> Trial:
     document = episode.document[None].to(subject.device)
     with measured(subject.device) as whole:
         with measured(subject.device) as reading:
-            cache = subject.model.read(document, retrieve=False)
+            cache = read_documents(subject, document, retrieve=False)
         cache_bytes = cache.nbytes()
         cache.record = True
         written = _write(subject.model, prompt, cache, question.answered)
     expected = question.ids[known:]
-    length = len(episode.document)
-    slots = [
-        slot_of(index, subject.model.landmark.block_size)
-        for index in range(length + known - 1, length + len(question.ids) - 1)
-    ]
+    length, settings = len(episode.document), subject.model.landmark
+    slots = [slot_of(index, settings.block_size) for index in range(length + known - 1, length + len(question.ids) - 1)]
     return Trial(
         length=length,
         place=episode.places[0].start,
@@ -144,6 +144,8 @@ def run_trial(subject: Subject, episode: Episode) -> Trial:
         answer_seconds=whole.seconds - reading.seconds,
         peak_bytes=whole.peak_bytes,
         cache_bytes=cache_bytes,
+        keys_per_query=length // settings.text_per_block
+        + settings.block_size * (settings.top_k + settings.local_blocks + 1),
     )
 
 

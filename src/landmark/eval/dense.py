@@ -25,6 +25,7 @@ class DenseRun:
         answer_seconds: reading the question and writing the answer, all keys attended to.
         peak_bytes: see ``Measure``.
         cache_bytes: keys and values remembered.
+        keys_per_query: most keys that one query is compared with in each layer and head.
     """
 
     length: int
@@ -34,6 +35,7 @@ class DenseRun:
     answer_seconds: float
     peak_bytes: int | None
     cache_bytes: int
+    keys_per_query: int
 
 
 def dense_model(model: Any) -> Any:
@@ -76,4 +78,5 @@ def run_dense(subject: Subject, episode: Episode) -> DenseRun:
         answer_seconds=whole.seconds - reading.seconds,
         peak_bytes=whole.peak_bytes,
         cache_bytes=cache_bytes,
+        keys_per_query=len(episode.document) + len(question.ids),
     )

@@ -22,6 +22,7 @@ from landmark.eval.subjects import Subject
 
 READS = ("local", "retrieve")
 _BATCH_TOKENS = {"cuda": 1 << 18, "cpu": 1 << 13}
+_LARGE_CHUNK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def answers_right(subject: Subject, episodes: Sequence[Episode], read: str = "lo
     documents = torch.stack([episode.document for episode in episodes]).to(subject.device)
     cache: Any = None
     if subject.attention == "landmark":
-        cache = subject.model.read(documents, retrieve=read == "retrieve")
+        cache = read_documents(subject, documents, retrieve=read == "retrieve")
     right: list[list[bool]] = [[] for _ in episodes]
     for number in range(len(episodes[0].questions)):
         questions = [episode.questions[number] for episode in episodes]
@@ -186,6 +187,13 @@ def answers_right(subject: Subject, episodes: Sequence[Episode], read: str = "lo
             first, last = len(question.ids) - question.answered, len(question.ids)
             right[row].append(bool((best[row, first - 1 : last - 1] == ids[row, first:last]).all()))
     return right
+
+
+def read_documents(subject: Subject, documents: Tensor, *, retrieve: bool) -> Any:
+    """Reads ``documents (B, T)`` into a cache; without retrieval in larger chunks on a GPU, which changes rounding only."""
+    large = not retrieve and documents.is_cuda and subject.model.landmark.local == "blocks"
+    with subject.configured(**({"chunk_tokens": _LARGE_CHUNK} if large else {})):
+        return subject.model.read(documents, retrieve=retrieve)
 
 
 def _padded(rows: Sequence[list[int]]) -> Tensor:

@@ -193,7 +193,7 @@ def build(name: str, folder: str, config: Any, device: str, dtype: torch.dtype, 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers and safetensors raise many kinds for what is missing or damaged
         raise ValueError(
             f"--model: expected weights and a tokenizer of transformers in {folder}, got {_first_line(error)}; "
             "save both with save_pretrained"

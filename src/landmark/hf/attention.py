@@ -47,7 +47,7 @@ class OnePass(Call):
         rotation = self.rotations[self.layer_types[layer]].to(query.device)
         segments = None if self.segments is None else self.segments.to(query.device)
         size = self.settings.block_size
-        query, key = rotation(query), rotation(key)
+        query, key = rotation.rotate(query), rotation.rotate(key)
         output = landmark_attention(query, key, value, block_size=size, scale=scale, segments=segments)
         assert isinstance(output, Tensor)
         return output.transpose(1, 2).contiguous()

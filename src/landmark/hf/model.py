@@ -213,9 +213,7 @@ class LandmarkDecoderMixin:
         cache.append(mask)
         return output
 
-    def _by_document(
-        self, embeds: Tensor, documents: Tensor, settings: LandmarkConfig, kwargs: Any
-    ) -> Any:
+    def _by_document(self, embeds: Tensor, documents: Tensor, settings: LandmarkConfig, kwargs: Any) -> Any:
         """Reads each document of packed rows as a row of its own."""
         changes = torch.nn.functional.pad((documents[:, 1:] != documents[:, :-1]).long().cumsum(1), (1, 0))
         states = torch.zeros_like(embeds)

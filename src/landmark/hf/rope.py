@@ -89,7 +89,7 @@ def _read(module: nn.Module, kind: str | None, apply: Callable[..., tuple[Tensor
 
 
 def _angles(module: nn.Module, kind: str | None, positions: Tensor) -> tuple[Tensor, Tensor]:
-    like = torch.zeros(1, positions.shape[1], 1)
+    like = torch.zeros(1, positions.shape[1], 1, dtype=torch.float32)
     cos, sin = module(like, positions) if kind is None else module(like, positions, kind)
     return cos, sin
 
@@ -107,9 +107,9 @@ def _verify(
     rotary: Rotary, module: nn.Module, kind: str | None, apply: Callable[..., Any], dim: int, scaling: float
 ) -> None:
     positions = torch.arange(PROBED_POSITIONS)
-    x = torch.linspace(-1, 1, PROBED_POSITIONS * dim).view(1, 1, PROBED_POSITIONS, dim).sin()
+    x = torch.linspace(-1, 1, PROBED_POSITIONS * dim, dtype=torch.float32).view(1, 1, PROBED_POSITIONS, dim).sin()
     cos, sin = _angles(module, kind, positions[None])
     expected = apply(x, x, cos / scaling, sin / scaling)[0]
-    error = float((rotary.rotation(positions, x.dtype)(x) - expected).abs().max())
+    error = float((rotary.rotation(positions, x.dtype).rotate(x) - expected).abs().max())
     if error > TOLERANCE:
         raise ValueError(f"{type(module).__name__} could not be reproduced (error {error:.1e}): it is not supported")

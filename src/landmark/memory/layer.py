@@ -77,10 +77,10 @@ class LayerMemory:
             the output ``(B, T, H, D)``, and what was retrieved where asked for.
         """
         groups = key.shape[1]
-        rotate = self.tables.by_offset(plan.offsets, key.dtype)[:, None]
+        rotation = self.tables.by_offset(plan.offsets, key.dtype)[:, None]
         self.store.reserve(plan.blocks, key)
-        self.store.write(rotate(key), value, plan.writes)
-        query = _to_grid(rotate(query).unflatten(1, (groups, -1)), plan.grid)
+        self.store.write(rotation.rotate(key), value, plan.writes)
+        query = _to_grid(rotation.rotate(query).unflatten(1, (groups, -1)), plan.grid)
         retrieve = retrieve and self.retrieves and plan.candidates > 0
         sink = plan.candidates > 0 and not retrieve
         earlier = self._earlier_peak(plan, scale) if retrieve and self._needs_peak(plan) else None
@@ -155,7 +155,9 @@ class LayerMemory:
         keys, values = self.store.gather(self.store.place_of(grid.local)[:, None])
         largest = self.store.first + self.store.places if self.config.mode == "all" else grid.local.shape[-1]
         distance = grid.own[..., None] - grid.local
-        turned = self.tables.by_blocks(distance, query.dtype, largest)[:, None, None, :, None](query[..., None, :])
+        turned = self.tables.by_blocks(distance, query.dtype, largest)[:, None, None, :, None].rotate(
+            query[..., None, :]
+        )
         scores = torch.einsum("bgrnwkd,bgnkld->bgrnwkl", turned, keys) * scale
         return _Past(_at_least_float32(scores), (grid.local >= 0)[:, None, None, :, None], values)
 
@@ -166,7 +168,7 @@ class LayerMemory:
         stingy = self.config.positions == "stingy"
         largest = self.config.top_k + 1 + grid.local.shape[-1] if stingy else self.store.first + self.store.places
         distance = final_distances(blocks, valid, grid, self.config.top_k, self.config.positions)
-        turned = self.tables.by_blocks(distance, query.dtype, largest)(query[..., None, :])
+        turned = self.tables.by_blocks(distance, query.dtype, largest).rotate(query[..., None, :])
         places = self.store.place_of(blocks)
         if shared:
             keys, values = self.store.gather(places[:, :, 0, :, 0])

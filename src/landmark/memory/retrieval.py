@@ -51,8 +51,8 @@ def _exact_scores(
 ) -> Tensor:
     block = store.block_of(torch.arange(count, device=grid.own.device))
     largest = store.first + store.places
-    keys = tables.by_blocks(block, query.dtype, largest)(store.landmarks(count))
-    query = tables.by_blocks(grid.own, query.dtype, largest)[:, None, None, :, None](query)
+    keys = tables.by_blocks(block, query.dtype, largest).rotate(store.landmarks(count))
+    query = tables.by_blocks(grid.own, query.dtype, largest)[:, None, None, :, None].rotate(query)
     return _against_all(query, keys)
 
 
@@ -61,7 +61,7 @@ def _stingy_scores(
 ) -> Tensor:
     """All at slot 0, then the latest ``top_k`` once more at their true places."""
     keys, largest = store.landmarks(count), config.top_k + 1 + int(grid.local.shape[-1])
-    at_zero = tables.by_blocks(own_slot(grid, config.top_k), query.dtype, largest)[:, None, None, :, None](query)
+    at_zero = tables.by_blocks(own_slot(grid, config.top_k), query.dtype, largest)[:, None, None, :, None].rotate(query)
     if store.shared_landmark:
         scores = (at_zero * keys[:, :, None, None, None, 0]).sum(-1, keepdim=True).expand(*query.shape[:-1], count)
     else:
@@ -72,7 +72,7 @@ def _stingy_scores(
     near = tables.by_blocks(grid.own[..., None] - recent, query.dtype, largest)[:, None, None, :, None]
     rows = torch.arange(len(query), device=query.device)[:, None, None]
     near_keys = store.landmark_keys[rows, :, places].movedim(3, 1)
-    near_scores = torch.einsum("bgrnwkd,bgnkd->bgrnwk", near(query[..., None, :]), near_keys)
+    near_scores = torch.einsum("bgrnwkd,bgnkd->bgrnwk", near.rotate(query[..., None, :]), near_keys)
     spare = torch.nn.functional.pad(scores, (0, 1))
     places = torch.where(known, places, count)[:, None, None, :, None].expand_as(near_scores)
     return spare.scatter(-1, places, near_scores)[..., :count]

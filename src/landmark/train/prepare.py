@@ -158,6 +158,12 @@ def find_model(name: str) -> str:
     return str(model_path(name)) if name in NAMES and not Path(name).exists() else name
 
 
+def stored_dtype(path: str | None) -> str:
+    """Returns the dtype that a given model's folder names for its weights; float32 for a new model."""
+    dtype = None if path is None else AutoConfig.from_pretrained(path).dtype
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
 def _spaced(ids: Ids, tokens: int, prefix: list[int]) -> list[Any]:
     width = tokens - len(prefix)
     count = min(HELD_OUT_ROWS, len(ids) // width)

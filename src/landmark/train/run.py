@@ -29,6 +29,7 @@ from landmark.train.prepare import (
     given_model,
     new_model,
     prepare_rows,
+    stored_dtype,
     text_tokens,
 )
 from landmark.train.recipe import Recipe
@@ -93,7 +94,7 @@ def train(
         settings = LandmarkConfig.from_dict(recipe.landmark) if plain else made.landmark
         row_tokens = text_tokens(recipe.data.length, settings.block_size)
         rows = prepare_rows(data, Path(tokens or out / "tokens"), recipe, cutter, tokens=row_tokens)
-    dtype = recipe.save.dtype or str(made.config.dtype or torch.float32).removeprefix("torch.")
+    dtype = recipe.save.dtype or stored_dtype(path)
     if lora is not None:
         made = add_lora(made, lora)
     if not plain:
