@@ -1,7 +1,7 @@
 """Rotary position embedding as a function of any position, with angles computed in float64.
 
-A rotation by ``a`` followed by one by ``b`` is the rotation by ``a + b``. Keys are therefore kept rotated by their place
-inside the block only, and a query is rotated back by its distance to wherever a block is thought to stand.
+A rotation by ``a`` followed by one by ``b`` is the rotation by ``a + b``. Keys are therefore kept rotated by their
+place inside the block only, and a query is rotated by its distance to wherever a block is thought to stand.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Rotation:
         rotated = self.cos.shape[-1]
         head = x[..., :rotated].to(self.cos.dtype)
         if self.interleaved:
-            partner = head.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+            partner = torch.unflatten(head, -1, (-1, 2)).flip(-1).flatten(-2)
         else:
             first, second = head.chunk(2, dim=-1)
             partner = torch.cat((second, first), dim=-1)

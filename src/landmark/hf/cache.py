@@ -19,7 +19,7 @@ from landmark.memory.positions import RotationTables
 FREE_TO_CHANGE = ("chunk_tokens", "trained_length", "landmark_trained", "position_gap")
 
 
-class LandmarkCache(Cache):
+class LandmarkCache(Cache):  # type: ignore[misc]
     """The memory of a landmark model, passed as ``past_key_values``.
 
     Lengths count text columns as the caller sees them (padding included), never landmarks.
@@ -137,7 +137,7 @@ class LandmarkCache(Cache):
     def fork(self) -> LandmarkCache:
         """Returns a copy that goes on independently."""
         shared = {id(memory.tables): memory.tables for memory in self._made()}
-        return copy.deepcopy(self, shared)  # type: ignore[arg-type]
+        return copy.deepcopy(self, shared)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replaces row ``i`` by row ``beam_idx[i]``."""

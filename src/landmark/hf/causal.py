@@ -1,4 +1,4 @@
-"""The mixin that makes a landmark model of a stock causal language model; head, loss and ``generate`` stay stock code."""
+"""The mixin that makes a landmark model of a stock causal language model; head, loss and generate stay stock code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.cache import LandmarkCache
-from landmark.hf.model import text_mask
+from landmark.hf.model import Stock, text_mask
 
 NOTE = """# A landmark model
 
@@ -27,13 +27,13 @@ or `import landmark.hf` before `AutoModelForCausalLM.from_pretrained(...)`.
 """
 
 
-class LandmarkCausalLMMixin:
+class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
     """What a landmark model offers beside its stock family's ``forward`` and ``generate``."""
 
     @property
     def landmark(self) -> LandmarkConfig:
         """The landmark settings in force."""
-        return LandmarkConfig.from_dict(self.config.landmark or {})  # type: ignore[attr-defined]
+        return LandmarkConfig.from_dict(self.config.landmark or {})
 
     def configure_landmark(self, **changes: Any) -> LandmarkConfig:
         """Changes landmark settings (not ``block_size``, which training fixed) and returns them.
@@ -46,9 +46,9 @@ class LandmarkCausalLMMixin:
             raise ValueError(
                 f"block_size is fixed at {self.landmark.block_size}, got {settings.block_size}; convert anew"
             )
-        check_layers(settings, self.config.num_hidden_layers)  # type: ignore[attr-defined]
+        check_layers(settings, self.config.num_hidden_layers)
         warn_beyond_trained(settings)
-        self.config.landmark = settings.to_dict()  # type: ignore[attr-defined]
+        self.config.landmark = settings.to_dict()
         return settings
 
     @torch.no_grad()
@@ -75,11 +75,11 @@ class LandmarkCausalLMMixin:
         Raises:
             ValueError: as the model's ``forward``.
         """
-        decoder = self.base_model  # type: ignore[attr-defined]
+        decoder = self.base_model
         settings = self.landmark
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"expected input_ids of shape (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
-        cache = LandmarkCache(self.config) if cache is None else cache  # type: ignore[attr-defined]
+        cache = LandmarkCache(self.config) if cache is None else cache
         mask = text_mask(attention_mask, input_ids, cache)
         cache.check(settings, len(input_ids))
         for begin in range(0, input_ids.shape[1], settings.chunk_tokens):
@@ -101,7 +101,7 @@ class LandmarkCausalLMMixin:
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             if generation_config.use_cache is not False:
-                model_kwargs["past_key_values"] = LandmarkCache(self.config)  # type: ignore[attr-defined]
+                model_kwargs["past_key_values"] = LandmarkCache(self.config)
         elif isinstance(cache, LandmarkCache):
             cache._is_user_defined = True
         else:
@@ -109,7 +109,7 @@ class LandmarkCausalLMMixin:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves the model as its stock family does, and a note that says what to install to load it."""
-        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        result = super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         if folder.is_dir():
             (folder / "LANDMARK.md").write_text(NOTE.format(folder=folder.name), encoding="utf-8")

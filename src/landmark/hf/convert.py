@@ -42,7 +42,7 @@ def convert(
         block_size, top_k, granularity, positions, local_blocks, max_blocks, layers, local, mode, chunk_tokens,
             position_gap: see ``LandmarkConfig``.
         trained_length: positions the model was trained on; by default ``config.max_position_embeddings``.
-        **loading: for ``from_pretrained`` when a path is given (``dtype``, ``device_map``, ``quantization_config``, ...).
+        **loading: for ``from_pretrained`` where a path is given (``dtype``, ``device_map``, ...).
 
     Returns:
         a model of class ``Landmark<Family>ForCausalLM``, a subclass of the stock class, in eval mode. Its landmark

@@ -82,7 +82,7 @@ def family(model_type: str) -> Family:
         raise ValueError(f"cannot make a landmark model of {model_type!r}: {reason}; supported: {', '.join(FAMILIES)}")
     stock_config = CONFIG_MAPPING[model_type]
     stock_decoder, stock_causal_lm = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
-    config = type(
+    config: Any = type(
         f"Landmark{stock_config.__name__}",
         (stock_config,),
         {
@@ -107,7 +107,7 @@ def family(model_type: str) -> Family:
             finally:
                 setattr(module, stock_decoder.__name__, stock_decoder)
 
-    causal_lm = type(
+    causal_lm: Any = type(
         f"Landmark{stock_causal_lm.__name__}",
         (LandmarkCausalLMMixin, stock_causal_lm),
         {

@@ -1,14 +1,13 @@
 """The mixin that makes a landmark decoder of a stock decoder.
 
-Text goes in, landmarks are inserted as embeddings inside the decoder, the stock decoder runs on them with all positions 0
-(so that queries and keys arrive un-rotated at the attention function), and the states of text come out. Head, loss and
-``generate`` stay stock code.
+Text goes in, landmarks are inserted as embeddings inside the decoder, the stock decoder runs on them with all
+positions 0 (so that queries and keys arrive un-rotated at the attention function), and the states of text come out.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +23,19 @@ from landmark.memory.plan import make_plan
 from landmark.memory.positions import RotationTables
 
 
-class LandmarkDecoderMixin:
+if TYPE_CHECKING:
+    Stock = Any  # the stock class that stands behind the mixin
+else:
+    Stock = object
+
+
+class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
     """Inserts landmarks in front of a stock decoder and takes them out behind it."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.landmark_embedding = nn.Embedding(1, config.hidden_size)
-        self._rotaries = read_rotaries(self)  # type: ignore[arg-type]
+        self._rotaries = read_rotaries(self)
         self._tables: dict[str | None, RotationTables] | None = None
         self._layer_types = _keys(layer_types(config), self._rotaries)
         self._warned = False
@@ -107,11 +112,13 @@ class LandmarkDecoderMixin:
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if inputs_embeds is not None:
             return inputs_embeds
-        return self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined, no-any-return]
+        embeds: Tensor = self.get_input_embeddings()(input_ids)
+        return embeds
 
     def _landmark(self, like: Tensor) -> Tensor:
         index = torch.zeros(1, dtype=torch.long, device=like.device)
-        return self.landmark_embedding(index)[0].to(like.device)  # type: ignore[no-any-return]
+        embedding: Tensor = self.landmark_embedding(index)[0]
+        return embedding.to(like.device)  # type: ignore[no-any-return]
 
     def _one_pass(
         self, embeds: Tensor, mask: Tensor | None, documents: Tensor | None, settings: LandmarkConfig, kwargs: Any
@@ -137,9 +144,7 @@ class LandmarkDecoderMixin:
         tokens = embeds.shape[1]
         inserted = layout.insert(embeds, self._landmark(embeds))
         zeros = torch.zeros(1, layout.width, dtype=torch.long, device=embeds.device)
-        output = super().forward(  # type: ignore[misc]
-            inputs_embeds=inserted, position_ids=zeros, use_cache=False, landmark=call, **kwargs
-        )
+        output = super().forward(inputs_embeds=inserted, position_ids=zeros, use_cache=False, landmark=call, **kwargs)
         output.last_hidden_state = layout.extract(output.last_hidden_state, tokens)
         if output.hidden_states is not None:
             output.hidden_states = tuple(layout.extract(states, tokens) for states in output.hidden_states)
@@ -228,7 +233,7 @@ class LandmarkDecoderMixin:
         trained = settings.trained_length
         if settings.mode == "retrieval" and settings.positions == "exact" and trained is not None and slots > trained:
             raise ValueError(
-                f"exact positions reach {slots}, the model was trained on {trained}: use positions='stingy' or less text"
+                f"exact positions reach {slots}, the model was trained on {trained}: use stingy positions or less text"
             )
 
     def _warn_untrained(self, settings: LandmarkConfig) -> None:

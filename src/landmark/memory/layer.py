@@ -80,7 +80,7 @@ class LayerMemory:
         rotation = self.tables.by_offset(plan.offsets, key.dtype)[:, None]
         self.store.reserve(plan.blocks, key)
         self.store.write(rotation.rotate(key), value, plan.writes)
-        query = _to_grid(rotation.rotate(query).unflatten(1, (groups, -1)), plan.grid)
+        query = _to_grid(torch.unflatten(rotation.rotate(query), 1, (groups, -1)), plan.grid)
         retrieve = retrieve and self.retrieves and plan.candidates > 0
         sink = plan.candidates > 0 and not retrieve
         earlier = self._earlier_peak(plan, scale) if retrieve and self._needs_peak(plan) else None
@@ -140,13 +140,13 @@ class LayerMemory:
             past.append(self._retrieved(query, grid, *chosen, scale, shared=False))
         logits = [own, *(_effective(p).flatten(-2) for p in past)]
         weights = torch.softmax(torch.cat(logits, dim=-1), dim=-1)
-        parts = weights.to(values.dtype).split([part.shape[-1] for part in logits], dim=-1)
+        parts = torch.split(weights.to(values.dtype), [part.shape[-1] for part in logits], dim=-1)
         output = torch.einsum("bgrnwl,bgnld->bgrnwd", parts[0], values)
         for part, blocks in zip(parts[1:], past, strict=True):
-            output = output + _weighted(part.unflatten(-1, (-1, size)), blocks.values)
+            output = output + _weighted(torch.unflatten(part, -1, (-1, size)), blocks.values)
         if chosen is None:
             return output, None, None
-        gates = parts[-1].unflatten(-1, (-1, size)).sum(-1)
+        gates = torch.unflatten(parts[-1], -1, (-1, size)).sum(-1)
         found = torch.where(chosen[1], chosen[0], -1).expand(gates.shape)
         return output, found, gates
 
@@ -282,14 +282,14 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _effective(past: _Past) -> Tensor:
-    """Logits of past text in the one softmax, ``text + (landmark - logsumexp(text of the block))``; landmarks ``-inf``."""
+    """Logits of past text in the one softmax, ``text + (landmark - logsumexp(text))`` by block; landmarks ``-inf``."""
     text, landmark = past.scores[..., :-1], past.scores[..., -1].masked_fill(~past.valid, -torch.inf)
     logits = text + (landmark - text.logsumexp(-1))[..., None]
     return torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
 
 
 def _per_query(query: Tensor, keys: Tensor) -> Tensor:
-    """Scores ``(B, G, R, n, W, K, L)`` of queries ``(..., K, D)`` against ``(B, G, S, n, W, K, L, D)``, ``S`` = ``R`` or 1."""
+    """Scores ``(B, G, R, n, W, K, L)`` against keys ``(B, G, S, n, W, K, L, D)``, where ``S`` is ``R`` or 1."""
     if keys.shape[2] == 1:
         return torch.einsum("bgrnwkd,bgnwkld->bgrnwkl", query, keys[:, :, 0])
     return (keys @ query[..., None])[..., 0]

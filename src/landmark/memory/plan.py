@@ -91,8 +91,8 @@ class Plan:
 def make_plan(starts: list[int], lengths: list[int], config: LandmarkConfig) -> Plan:
     """Plans a call that adds ``lengths[b]`` slots to a row ``b`` of ``starts[b]`` slots.
 
-    Rows are aligned at their left: row ``b`` uses columns ``0..lengths[b] - 1`` of ``max(lengths)``. Tensors are made on
-    the CPU; ``move`` takes them to a device.
+    Rows are aligned at their left: row ``b`` uses columns ``0..lengths[b] - 1`` of ``max(lengths)``. Tensors are made
+    on the CPU; ``move`` takes them to a device.
     """
     size = config.block_size
     start, length = torch.tensor(starts)[:, None], torch.tensor(lengths)[:, None]

@@ -1,8 +1,8 @@
 """Where a remembered block is thought to stand: ``stingy`` or ``exact`` positions, as distances in blocks.
 
-Under ``stingy`` (paper, section 3.3.2) a prefix of ``top_k + 1`` slots of one block each stands before the local context,
-so that any past maps into the positions the model was trained on. A query whose own block follows ``n`` local blocks has
-its own block at slot ``top_k + 1 + n``.
+Under ``stingy`` (paper, section 3.3.2) a prefix of ``top_k + 1`` slots of one block each stands before the local
+context, so that any past maps into the positions the model was trained on. A query whose own block follows ``n`` local
+blocks has its own block at slot ``top_k + 1 + n``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RotationTables:
         return self._offsets[key][offsets]
 
     def by_blocks(self, distances: Tensor, dtype: torch.dtype, largest: int) -> Rotation:
-        """Returns the rotation by whole blocks; ``largest`` bounds ``distances``, which are clamped to ``0..largest``."""
+        """Returns the rotation by whole blocks; ``distances`` are clamped to ``0..largest``."""
         key = (distances.device, dtype)
         if key not in self._blocks or len(self._blocks[key].cos) <= largest:
             count = torch.arange(2 * largest + 2, device=distances.device)
@@ -44,7 +44,7 @@ class RotationTables:
 
 
 def own_slot(grid: Grid, top_k: int) -> Tensor:
-    """Slot of each own block under ``stingy``, ``(B, n)``; also its distance to slot 0, where old landmarks are scored."""
+    """Slot of each own block under ``stingy``, ``(B, n)``: its distance to slot 0, where old landmarks are scored."""
     return top_k + 1 + grid.own - grid.local_first
 
 

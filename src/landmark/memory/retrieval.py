@@ -80,7 +80,7 @@ def _stingy_scores(
 
 def _against_all(query: Tensor, keys: Tensor) -> Tensor:
     """``(B, G, R, n, W, D)`` with ``(B, G, P, D)`` to ``(B, G, R, n, W, P)``."""
-    return (query.flatten(2, 4) @ keys.transpose(-1, -2)).unflatten(2, query.shape[2:5])
+    return torch.unflatten(query.flatten(2, 4) @ keys.transpose(-1, -2), 2, query.shape[2:5])
 
 
 def choose(scores: Tensor, grid: Grid, config: LandmarkConfig, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def choose(scores: Tensor, grid: Grid, config: LandmarkConfig, peak: Tensor | No
 
     Returns:
         places and whether each is valid, ``(B, G, R, n, W, K)``, where a dimension of size 1 stands for "the same for
-        all" (``R`` under ``group``, ``G`` and ``R`` under ``token``, ``n`` and ``W`` under ``head`` with a local chunk).
+        all" (``R`` under ``group``, ``G`` and ``R`` under ``token``, ``n`` and ``W`` under ``head`` in a local chunk).
     """
     if config.granularity == "token_head":
         return select_top(scores, config.top_k)

@@ -1,7 +1,7 @@
 """Where one layer's blocks live: keys and values addressed by (row, block), on the model's device.
 
-The contract that other tiers will have to keep: ``write`` puts slots of any rows, ``landmarks`` gives every landmark key
-without touching the blocks, ``gather`` fetches blocks by number. Nothing else reads the tensors.
+The contract that other tiers will have to keep: ``write`` puts slots of any rows, ``landmarks`` gives every landmark
+key without touching the blocks, ``gather`` fetches blocks by place. Nothing else reads the tensors.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class BlockStore:
         return self.landmark_keys.shape[2] if self.landmark_keys.ndim == 4 else 0
 
     def place_of(self, blocks: Tensor) -> Tensor:
-        """Returns the places of ``blocks``; block 0 and all from ``first`` on have one, others must not be asked for."""
+        """Returns the places of ``blocks``: block 0 and all from ``first`` on have one; ask for no others."""
         return (blocks - self.first + 1).clamp_(min=0)
 
     def block_of(self, places: Tensor) -> Tensor:
