@@ -118,7 +118,7 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
     def _landmark(self, like: Tensor) -> Tensor:
         index = torch.zeros(1, dtype=torch.long, device=like.device)
         embedding: Tensor = self.landmark_embedding(index)[0]
-        return embedding.to(like.device)  # type: ignore[no-any-return]
+        return embedding.to(like.device)
 
     def _one_pass(
         self, embeds: Tensor, mask: Tensor | None, documents: Tensor | None, settings: LandmarkConfig, kwargs: Any
