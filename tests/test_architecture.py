@@ -226,11 +226,11 @@ def test_nothing_is_too_long(path):
     lines = len(path.read_text().splitlines())
     assert lines <= (800 if kernel else 400), f"{name_of(path)} has {lines} lines: split it by meaning"
     for function in functions_of(path):
-        length = function.end_lineno - function.lineno + 1
+        length = function.end_lineno - function.body[0].lineno + 1
         docstring = ast.get_docstring(function, clean=False)
         length -= len(docstring.splitlines()) if docstring else 0
         where = f"{name_of(path)}:{function.lineno} {function.name}"
-        assert length <= (150 if kernel else 60), f"{where} has {length} lines without its docstring"
+        assert length <= (150 if kernel else 60), f"{where} has {length} lines below its signature and docstring"
 
 
 def test_no_catch_all_names():
