@@ -61,8 +61,8 @@ def results(attention, query, key, value, options, seed=0):
     leaves = [each.detach().clone().requires_grad_() for each in (query, key, value)]
     out, lse = attention(*leaves, **options)
     noise = torch.Generator().manual_seed(seed)
-    weights = torch.randn(out.shape, generator=noise, dtype=out.dtype)
-    lse_weights = torch.randn(lse.shape, generator=noise, dtype=lse.dtype)
+    weights = torch.randn(out.shape, generator=noise, dtype=out.dtype).to(out.device)
+    lse_weights = torch.randn(lse.shape, generator=noise, dtype=lse.dtype).to(out.device)
     total = (out * weights).sum() + torch.where(lse > -torch.inf, lse, 0.0).mul(lse_weights).sum()
     gradients = torch.autograd.grad(total, leaves)
     return dict(zip(("out", "lse", "d_query", "d_key", "d_value"), (out, lse, *gradients), strict=True))

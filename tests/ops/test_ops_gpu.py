@@ -1,0 +1,38 @@
+"""The operation on a GPU: the same results, and one compiled graph for a training shape."""
+
+import pytest
+import torch
+
+from landmark import landmark_attention
+from numerics import REORDERED, assert_close, error
+from ops.cases import IMPLS, assert_same, random_call, results
+
+pytestmark = pytest.mark.gpu
+
+
+def run(impl):
+    def attention(query, key, value, **options):
+        return landmark_attention(query, key, value, impl=impl, return_lse=True, **options)
+
+    return attention
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("seed", range(20))
+def test_equals_the_reference_on_cpu(impl, seed):
+    *tensors, options = random_call(seed)
+    expected = results(run("reference"), *tensors, options)
+    on_gpu = {name: each.cuda() if isinstance(each, torch.Tensor) else each for name, each in options.items()}
+    found = results(run(impl), *(each.cuda() for each in tensors), on_gpu)
+    assert_same({name: each.cpu() for name, each in found.items()}, expected, REORDERED)
+
+
+def test_a_training_shape_compiles_and_keeps_its_digits():
+    torch.manual_seed(0)
+    tensors = [torch.randn(4, 6, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    options = {"block_size": 64}
+    exact = results(run("reference"), *(each.double() for each in tensors), options)
+    eager = results(run("chunked"), *tensors, options)
+    compiled = results(torch.compile(run("auto"), fullgraph=True), *tensors, options)
+    for name, each in exact.items():
+        assert_close(compiled[name], each, 2 * error(eager[name], each), name)
