@@ -190,7 +190,7 @@ def answers_right(subject: Subject, episodes: Sequence[Episode], read: str = "lo
 
 
 def read_documents(subject: Subject, documents: Tensor, *, retrieve: bool) -> Any:
-    """Reads ``documents (B, T)`` into a cache; without retrieval in larger chunks on a GPU, which changes rounding only."""
+    """Reads ``documents (B, T)`` into a cache; without retrieval in larger chunks on a GPU (a matter of rounding)."""
     large = not retrieve and documents.is_cuda and subject.model.landmark.local == "blocks"
     with subject.configured(**({"chunk_tokens": _LARGE_CHUNK} if large else {})):
         return subject.model.read(documents, retrieve=retrieve)

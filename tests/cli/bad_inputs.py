@@ -1,0 +1,142 @@
+"""What the commands refuse: (name, arguments of a whole run or a call, what the message says)."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+from landmark.cli.app import app
+from tiny import save_models
+
+
+@functools.cache
+def models() -> Path:
+    root = Path(tempfile.mkdtemp())
+    save_models(root)
+    return root
+
+
+def run(line: str, write: bytes | None = None, named: str = "text.txt") -> Callable[[Path], None]:
+    """A call that runs a command line; FOLDER is an empty folder, FILE a file in it with the bytes ``write``."""
+
+    def call(folder: Path) -> None:
+        if write is not None:
+            (folder / named).write_bytes(write)
+        places = {"FOLDER": folder, "FILE": folder / named, "MARKED": models() / "marked", "PLAIN": models() / "plain"}
+        words = [
+            functools.reduce(lambda w, name: w.replace(name, str(places[name])), places, word) for word in line.split()
+        ]
+        app(words, standalone_mode=False)
+
+    return call
+
+
+def damaged(folder: Path) -> None:
+    save_models(folder)
+    (folder / "marked" / "model.safetensors").write_bytes(b"no weights")
+    run(f"generate hello --model {folder}/marked")(folder)
+
+
+def without_matplotlib(folder: Path) -> None:
+    with mock.patch.dict(sys.modules, {"matplotlib": None}):
+        run("eval passkey --model MARKED --lengths 200 --trials 1 --plot FOLDER/a.png")(folder)
+
+
+CASES = [
+    ("no command", [], "Missing command. See landmark --help"),
+    ("unknown command", ["fly"], "No such command 'fly'"),
+    ("unknown option", ["demo", "--txet", "a"], "No such option: --txet"),
+    ("text instead of a number", ["eval", "passkey", "--trials", "many"], "Invalid value for '--trials'"),
+    (
+        "lengths that are no numbers",
+        ["eval", "passkey", "--lengths", "8k"],
+        "--lengths: expected integers.*'8k'.*write",
+    ),
+    ("perplexity without data", ["eval", "perplexity"], "Missing option '--data'"),
+    ("a model that is not there", ["generate", "hi", "--model", "./none"], "--model: expected a folder.*got ./none"),
+    ("a device that is not there", run("generate hi --model MARKED --device cuda:77"), "--device: expected.*'cuda:77'"),
+    ("an unknown dtype", run("generate hi --model MARKED --dtype int4"), "--dtype: expected one of auto.*'int4'"),
+    ("an empty folder as model", run("demo --model FOLDER"), "--model: expected a folder with a config.json"),
+    ("a damaged checkpoint", damaged, "--model: expected weights and a tokenizer.*marked"),
+    ("a demo of a plain model", run("demo --model PLAIN"), "--model: expected a landmark model, got the plain Llama"),
+    ("a demo of no text", run("demo --model MARKED --text FOLDER/a.txt"), "--text: expected a text file.*a.txt"),
+    ("a demo of an empty text", run("demo --model MARKED --text FILE", b""), "empty file"),
+    ("a demo of a short text", run("demo --model MARKED --text FILE", b"word " * 9), "at least 1024 tokens"),
+    ("a binary text", run("generate hi --model MARKED --file FILE", b"\x89PNG\0\1"), "binary data"),
+    ("a text in another encoding", run("generate hi --model MARKED --file FILE", b"caf\xe9"), "UTF-8.*0xe9"),
+    (
+        "nothing to go on from",
+        lambda folder: app(["generate", "", "--model", str(models() / "marked")], standalone_mode=False),
+        "PROMPT: expected",
+    ),
+    (
+        "no new tokens",
+        run("generate hi --model MARKED --max-new-tokens 0"),
+        "--max-new-tokens: expected at least 1, got 0",
+    ),
+    (
+        "a negative temperature",
+        run("generate hi --model MARKED --temperature -1"),
+        "--temperature: expected at least 0",
+    ),
+    (
+        "an unknown way to read",
+        run("eval passkey --model MARKED --read fast"),
+        "--read: expected one of local, retrieve",
+    ),
+    ("no trials", run("eval passkey --model MARKED --trials 0"), "--trials: expected integers of at least 1"),
+    ("top_k 0", run("eval passkey --model MARKED --lengths 200 --trials 1 --top-k 0"), "top_k: expected.*got 0"),
+    (
+        "an unknown granularity",
+        run("eval passkey --model MARKED --lengths 200 --granularity word"),
+        "granularity.*'word'",
+    ),
+    ("an unknown filler", run("eval passkey --model MARKED --filler FOLDER/x"), "--filler: expected paper, pydoc"),
+    (
+        "facts that do not fit",
+        run("eval passkey --model MARKED --lengths 100 --facts 9"),
+        "--lengths: expected at least",
+    ),
+    ("more facts than names", run("eval passkey --model MARKED --lengths 100 --facts 999"), "at most 256.*got 999"),
+    (
+        "a window without a plain model",
+        run("eval passkey --model MARKED --window 9"),
+        "--window: expected a plain model",
+    ),
+    ("an unknown scaling", run("eval passkey --model PLAIN --rope yarn"), "--rope: expected dynamic.*'yarn'"),
+    ("pictures without matplotlib", without_matplotlib, r"expected matplotlib.*landmark-attention\[viz\]"),
+    ("data that are not there", run("eval perplexity --model MARKED --data FOLDER/a.txt"), "a.txt: no such file"),
+    ("data without text", run("eval perplexity --model MARKED --data FOLDER"), "expected .txt files, found none"),
+    (
+        "documents that are too short",
+        run("eval perplexity --model MARKED --data FILE --lengths 500", b"a few words"),
+        "expected documents of at least 500 tokens",
+    ),
+    (
+        "an unknown scheme",
+        run("eval perplexity --data FILE --scheme flat", b"a"),
+        "--scheme: expected one of paper, blocks",
+    ),
+    (
+        "no memory blocks",
+        run("eval perplexity --data FILE --blocks 0", b"a"),
+        "--blocks: expected at least 1 block, got 0",
+    ),
+    (
+        "less text than a segment",
+        run("eval perplexity --data FILE --max-tokens 9", b"a"),
+        "--max-tokens: expected at least",
+    ),
+    ("convert nothing", run("convert FOLDER/none --out FOLDER/out"), "MODEL: expected a folder with a config.json"),
+    ("convert twice", run("convert MARKED --out FOLDER/out"), "landmark model already"),
+    ("convert with a block of 1", run("convert PLAIN --out FOLDER/out --block-size 1"), "block_size: expected.*got 1"),
+    (
+        "layers that are no numbers",
+        run("convert PLAIN --out FOLDER/out --layers all"),
+        "--layers: expected integers.*'all'",
+    ),
+]

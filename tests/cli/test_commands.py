@@ -1,0 +1,195 @@
+"""Every command on tiny models, as a person runs it."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from landmark.cli import app as cli
+from tiny import save_models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("commands")
+    save_models(root)
+    return root
+
+
+@pytest.fixture
+def run(capsys, folder, tmp_path, monkeypatch):
+    """Runs a command line in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(word) for word in words])
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    return call
+
+
+def test_help_comes_at_once():
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "landmark.cli.app", "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - started < 3
+    for command in ("demo", "generate", "convert", "train", "info", "eval"):
+        assert command in done.stdout
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert code == 0
+    assert re.fullmatch(r"landmark \d+\.\d+\.\d+\n", out)
+
+
+def test_errors_are_one_line_with_code_2(run, folder):
+    code, out, err = run("demo", "--model", folder / "plain")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+
+
+def test_convert_then_generate(run, folder, tmp_path):
+    code, out, _ = run(
+        "convert", folder / "plain", "--out", "mine", "--block-size", 16, "--top-k", 2, "--layers", "0,1"
+    )
+    assert code == 0
+    assert "LandmarkLlamaForCausalLM saved in mine with its tokenizer" in out
+    settings = json.loads((tmp_path / "mine" / "config.json").read_text())["landmark"]
+    assert (settings["block_size"], settings["top_k"], settings["layers"]) == (16, 2, [0, 1])
+    with pytest.warns(UserWarning, match="landmark that was never trained"):
+        code, out, err = run("generate", "The pass key is", "--model", "mine", "--max-new-tokens", 60)
+    assert (code, err) == (0, "")
+    assert len(out) > 10
+
+
+def test_generate_reads_a_file_first(run, folder, tmp_path):
+    (tmp_path / "long.txt").write_text("The grass is green. " * 60)
+    shown = {}
+    for name, extra in {
+        "alone": (),
+        "local": ("--file", "long.txt"),
+        "retrieve": ("--file", "long.txt", "--read", "retrieve"),
+        "sampled": ("--temperature", "1.5", "--seed", "1"),
+        "again": ("--temperature", "1.5", "--seed", "1"),
+    }.items():
+        code, shown[name], _ = run("generate", "The code", "--model", folder / "marked", "--max-new-tokens", 20, *extra)
+        assert code == 0
+    assert shown["sampled"] == shown["again"]
+    assert len({shown["alone"], shown["local"], shown["retrieve"], shown["sampled"]}) > 2
+
+
+def test_eval_passkey(run, folder, tmp_path):
+    code, out, err = run(
+        *("eval", "passkey", "--model", folder / "marked", "--compare", folder / "plain", "--lengths", "200,300"),
+        *("--trials", 2, "--top-k", "1,2", "--filler", "paper,pydoc", "--window", 40, "--rope", "dynamic"),
+        *("--out", "r/rows.json", "--plot", "r/picture.png"),
+    )
+    assert code == 0, err
+    rows = json.loads((tmp_path / "r" / "rows.json").read_text())["rows"]
+    assert len(rows) == 2 * 2 * 2 + 3 * 2 * 2
+    assert {row["attention"] for row in rows} == {"landmark", "full", "window", "dynamic"}
+    assert all(row["accuracy"] == 0 and row["seed"] == 0 and "settings" in row for row in rows)
+    assert (tmp_path / "r" / "picture.png").stat().st_size > 1000
+    assert out.count("0/2") == len(rows)
+    assert "beyond the trained length" in out
+
+
+def test_eval_facts(run, folder, tmp_path):
+    code, out, _ = run(
+        *(
+            "eval",
+            "passkey",
+            "--model",
+            folder / "marked",
+            "--lengths",
+            400,
+            "--trials",
+            2,
+            "--facts",
+            "1,4",
+            "--out",
+            "f.json",
+        )
+    )
+    assert code == 0
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [(row["task"], row["facts"], row["asked"]) for row in rows] == [("facts", 1, 2), ("facts", 4, 8)]
+    assert "Named facts" in out
+
+
+def test_eval_perplexity(run, folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("The north gate is green and the sky is blue. " * 200)
+    code, out, err = run(
+        *("eval", "perplexity", "--model", folder / "marked", "--compare", folder / "plain", "--data", "data"),
+        *("--lengths", "60,240", "--local", 30, "--blocks", 4, "--top-k", "2,0", "--max-tokens", 960),
+        *("--out", "p.json", "--plot", "p.png"),
+    )
+    assert code == 0, err
+    rows = json.loads((tmp_path / "p.json").read_text())["rows"]
+    assert [(row["length"], row["top_k"]) for row in rows] == [
+        (60, 2),
+        (60, 0),
+        (240, 2),
+        (240, 0),
+        (60, None),
+        (240, None),
+    ]
+    assert all(row["perplexity"] > 1 for row in rows)
+    assert "attention size" in out
+    assert "no retrieval" in out
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_demo_says_no_for_a_model_that_finds_nothing(run, folder, tmp_path, monkeypatch):
+    from landmark.eval import demo
+
+    monkeypatch.setattr(demo, "LENGTHS", (400, 500, 600))
+    code, out, _ = run("demo", "--model", folder / "marked", "--out", "o/demo.png")
+    assert code == 1
+    assert "0 of 3 right" in out
+    assert "read without retrieval" in out
+    assert len(re.findall(r"^  . block +\d+ +\d+%  \S", out, re.M)) >= 3
+    assert "dense (every token" in out
+    assert (tmp_path / "o" / "demo.png").stat().st_size > 1000
+
+
+def test_demo_says_yes_for_one_that_finds_all(run, folder, monkeypatch):
+    from landmark.eval import demo
+
+    monkeypatch.setattr(demo, "LENGTHS", (400, 500))
+    monkeypatch.setattr(
+        demo, "_write", lambda model, ids, cache, count: model(ids, past_key_values=cache) and [1] * count
+    )
+    monkeypatch.setattr(demo, "build_document", answered_by_ones(demo.build_document))
+    code, out, _ = run("demo", "--model", folder / "marked", "--no-dense")
+    assert code == 0
+    assert "2 of 2 right" in out
+    assert "dense" not in out
+
+
+def answered_by_ones(build):
+    import dataclasses
+
+    def changed(*arguments):
+        episode = build(*arguments)
+        (question,) = episode.questions
+        ids = question.ids[: -question.answered] + [1] * question.answered
+        return dataclasses.replace(episode, questions=(dataclasses.replace(question, ids=ids),))
+
+    return changed
+
+
+def test_info(run):
+    code, out, _ = run("info")
+    assert code == 0
+    for part in ("Versions", "torch ", "Devices", "cpu: ", "Attention", ": chosen", ": not chosen, ", "Bundled model"):
+        assert part in out
