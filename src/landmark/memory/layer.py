@@ -205,6 +205,8 @@ class LayerMemory:
             return Retrieval(self.layer, plan.positions.cpu(), none, none.clamp(min=0).to(query.dtype))
         blocks, weights = (torch.cat(parts, dim=3) for parts in zip(*found, strict=True))
         blocks, weights = (_from_grid(x, plan.cells).transpose(1, 2).cpu() for x in (blocks, weights))
+        nobody = plan.positions.cpu()[:, None, :, None] < 0
+        blocks, weights = blocks.masked_fill(nobody, -1), weights.masked_fill(nobody, 0)
         return Retrieval(self.layer, plan.positions.cpu(), blocks, weights)
 
     # `head` chooses by a maximum over tokens, some of which came in earlier calls.
