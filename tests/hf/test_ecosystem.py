@@ -177,7 +177,7 @@ def test_adapter_and_landmark_train_together_and_generate(family: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert any("landmark_embedding" in name for name in trained) and any("lora_A" in name for name in trained)
