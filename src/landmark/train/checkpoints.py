@@ -93,4 +93,6 @@ def _checkpoints(out: Path) -> list[Path]:
 
 
 def _line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{Path(error.filename).name}: {error.strerror}"
     return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__

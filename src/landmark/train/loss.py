@@ -29,7 +29,12 @@ def text_loss(losses: Tensor, labels: Tensor, items: Tensor | None = None) -> Te
 
 
 def answer_weighted_loss(
-    logits: Tensor, labels: Tensor, answers: Tensor, weight: float, items: Tensor | None = None, parts: int = 1
+    logits: Tensor,
+    labels: Tensor,
+    answers: Tensor,
+    weight: float,
+    items: Tensor | None = None,
+    asked: Tensor | None = None,
 ) -> Tensor:
     """Returns mean over text tokens + ``weight`` x mean over answer tokens, a scalar.
 
@@ -38,12 +43,12 @@ def answer_weighted_loss(
         labels: ``(B, T)``, -100 for no loss.
         answers: bool ``(B, T)``, true at the tokens of answers.
         weight: of the answers' mean.
-        items: labels in the whole step, where it is computed in ``parts``; ``None`` for those of this batch.
-        parts: batches whose losses are added up to one step.
+        items: labels to divide by, where this batch is a part of a step; ``None`` for those of this batch.
+        asked: answer tokens to divide by, likewise.
     """
     losses = token_losses(logits, labels)
-    asked = (losses * answers).sum() / answers.sum().clamp(min=1)
-    return text_loss(losses, labels, items) + weight / parts * asked
+    asked = answers.sum() if asked is None else asked
+    return text_loss(losses, labels, items) + weight * (losses * answers).sum() / asked.clamp(min=1)
 
 
 def answers_right(logits: Tensor, labels: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:

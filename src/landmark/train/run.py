@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArgum
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
+from landmark.data.text import read_documents
 from landmark.train.checkpoints import (
     FOLDER,
     last_checkpoint,
@@ -126,6 +127,7 @@ def _check(out: Path, recipe: Recipe, rest: dict[str, Any], *, resume: bool) -> 
         raise ValueError("lora: expected a model to adapt, with landmarks, got none or --plain; pass --model")
     if importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError("training needs the package accelerate: pip install landmark-attention[train]")
+    next(read_documents(rest["data"], field=recipe.data.field), None)
     if not resume:
         refuse_overwriting(out)
         return None

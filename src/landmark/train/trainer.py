@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from landmark.data.episodes import Row
+from landmark.data.episodes import IGNORED, Row
 from landmark.data.rows import stack
 from landmark.train.loss import answer_weighted_loss, answers_right, text_loss, token_losses
 
@@ -53,6 +53,9 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             callbacks=callbacks,
         )
         self.answer_weight = answer_weight or 0.0
+        self._counts: tuple[Tensor | None, Tensor | None] = (None, None)
+        if answer_weight is not None:
+            self.model_accepts_loss_kwargs = True  # the loss is divided by the step's counts, not by its batches
         self.step_tokens = row_tokens * self.get_total_train_batch_size(args)
         self._loss = torch.compile(answer_weighted_loss) if args.torch_compile else answer_weighted_loss
         self.evaluated = 0
@@ -71,13 +74,26 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         if "answers" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(input_ids=inputs["input_ids"])
-        whole = num_items_in_batch is not None and self.model_accepts_loss_kwargs
-        parts = self.current_gradient_accumulation_steps if whole else 1
-        items = num_items_in_batch if whole else None
-        if whole and self.args.average_tokens_across_devices:
-            items = num_items_in_batch / self.accelerator.num_processes
-        loss = self._loss(outputs.logits, inputs["labels"], inputs["answers"], self.answer_weight, items, parts)
+        loss = self._loss(outputs.logits, inputs["labels"], inputs["answers"], self.answer_weight, *self._counts)
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Takes the batches of a step, and counts the labels and answers in them, those of other devices included."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        if samples and "answers" in samples[0]:
+            self._counts = (
+                self._share(sum(batch["labels"].ne(IGNORED).sum() for batch in samples)),
+                self._share(sum(batch["answers"].sum() for batch in samples)),
+            )
+        return samples, items
+
+    def _share(self, count: Tensor) -> Tensor:
+        """Returns the count over all devices, divided by their number: gradients are averaged over them."""
+        count = count.to(self.args.device)
+        if self.args.world_size == 1:
+            return count
+        share: Tensor = self.accelerator.gather(count).sum() / self.args.world_size
+        return share
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

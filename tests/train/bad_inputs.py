@@ -1,0 +1,145 @@
+"""What training refuses: (name, call or command line, what the message says)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from toy import toy_recipe  # noqa: E402
+
+from landmark.train.checkpoints import RECIPE  # noqa: E402
+from landmark.train.recipe import Recipe, load_recipe  # noqa: E402
+from landmark.train.run import train  # noqa: E402
+from small_text import write_books  # noqa: E402
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def run(folder: Path, out: str = "out", **options: Any) -> object:
+    books = write_books(folder / "books", files=1, count=200)
+    return train(str(books), folder / out, **{"recipe": toy_recipe(), "report": silent, **options})
+
+
+def setting(**changes: Any) -> Callable[[], object]:
+    return lambda: Recipe().override(**changes)
+
+
+def recipe_file(content: str) -> Callable[[Path], object]:
+    def call(folder: Path) -> object:
+        (folder / "recipe.json").write_text(content)
+        return load_recipe(folder / "recipe.json")
+
+    return call
+
+
+def halted(folder: Path, damage: Callable[[Path], object], **changes: Any) -> object:
+    run(folder, recipe=toy_recipe(steps=2, save_every=1), plain=True)
+    damage(folder / "out" / "checkpoints" / "checkpoint-2")
+    return run(folder, recipe=toy_recipe(steps=2, save_every=1, **changes), resume=True, plain=True)
+
+
+def a_run_is_there(folder: Path) -> object:
+    (folder / "out" / "checkpoints" / "checkpoint-7").mkdir(parents=True)
+    return run(folder)
+
+
+def no_checkpoint(folder: Path) -> object:
+    run(folder, recipe=toy_recipe(steps=1), plain=True)
+    return run(folder, recipe=toy_recipe(steps=1), resume=True, plain=True)
+
+
+def without(package: str, **options: Any) -> Callable[[Path], object]:
+    def call(folder: Path) -> object:
+        run(folder, out="twin", plain=True, recipe=toy_recipe(steps=1))
+        with mock.patch.dict(sys.modules, {package: None}):
+            return run(folder, **{"model": str(folder / "twin"), **options})
+
+    return call
+
+
+def plain_landmark(folder: Path) -> object:
+    run(folder, out="model", recipe=toy_recipe(steps=1))
+    return run(folder, model=str(folder / "model"), plain=True)
+
+
+def another_block_size(folder: Path) -> object:
+    run(folder, out="model", recipe=toy_recipe(steps=1))
+    return run(folder, model=str(folder / "model"), recipe=toy_recipe(block_size=8))
+
+
+def foreign_model(folder: Path) -> object:
+    run(folder, out="twin", plain=True, recipe=toy_recipe(steps=1))
+    (folder / "twin" / "config.json").unlink()
+    return run(folder, model=str(folder / "twin"))
+
+
+def tear(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+CASES = [
+    ("no steps", setting(steps=0), "steps: expected an integer of at least 1, got 0"),
+    ("half a batch", setting(batch=2.5), r"batch: expected an integer of at least 1, got 2\.5"),
+    ("more episodes than rows", setting(episodes=1.5), r"episodes: expected a number from 0 to 1, got 1\.5"),
+    ("unknown precision", setting(precision="int4"), "precision: expected one of auto, bf16, fp32, got 'int4'"),
+    ("unknown setting", setting(learning_rate=1.0), "unknown landmark settings.*learning_rate"),
+    ("block size 1", setting(block_size=1), "block_size: expected an integer of at least 2, got 1"),
+    ("recipe that is no JSON", recipe_file("steps: 3"), r"recipe\.json: expected a recipe in JSON"),
+    ("recipe that is a list", recipe_file("[]"), "expected a JSON object with sections, got list"),
+    ("recipe with an unknown section", recipe_file('{"optimizer": {}}'), r"unknown section \['optimizer'\]"),
+    ("recipe with an unknown setting", recipe_file('{"data": {"shares": 1}}'), r"unknown setting of data \['shares'\]"),
+    ("recipe with a number for a section", recipe_file('{"data": 3}'), "data: expected an object with settings, got 3"),
+    ("no recipe there", lambda folder: load_recipe(folder / "none.json"), r"none\.json: no such recipe; pass"),
+    (
+        "unknown model type",
+        lambda folder: run(folder, recipe=Recipe.from_dict({"model": {"model_type": "lama"}})),
+        "model_type: .*such as llama, got 'lama'",
+    ),
+    (
+        "a batch that cannot be cut",
+        lambda folder: run(folder, recipe=toy_recipe(micro_batch=3)),
+        r"batch: expected a multiple of micro_batch x devices \(3 x 1\), got 4",
+    ),
+    (
+        "text shorter than a row",
+        lambda folder: run(folder, recipe=toy_recipe(length=100_000, episodes=0.0)),
+        "one row.*add text",
+    ),
+    ("a run is there already", a_run_is_there, "already there; pass --resume.* or another --out"),
+    ("resume without a run", lambda folder: run(folder, resume=True), rf"{RECIPE}: .*no readable file; train anew"),
+    ("resume without a checkpoint", no_checkpoint, "no checkpoint to resume from; train without --resume"),
+    (
+        "damaged checkpoint",
+        lambda folder: halted(folder, tear),
+        r"checkpoint-2: expected a complete.*delete checkpoint-2",
+    ),
+    (
+        "checkpoint without its optimizer",
+        lambda folder: halted(folder, lambda checkpoint: (checkpoint / "optimizer.pt").unlink()),
+        r"checkpoint-2: expected a complete checkpoint.*optimizer\.pt",
+    ),
+    ("resume with other settings", lambda folder: halted(folder, lambda _: None, lr=1.0), r"other \['optimiser\.lr'\]"),
+    ("LoRA without a model", lambda folder: run(folder, lora=4), "lora: expected a model to adapt.*pass --model"),
+    ("LoRA of rank 0", without("wandb", lora=0), "lora: expected a rank of at least 1, got 0"),
+    ("LoRA without peft", without("peft", lora=4), r"pip install landmark-attention\[peft\]"),
+    ("a landmark model trained plain", plain_landmark, "expected a model without landmarks.*landmark_llama"),
+    ("another block size", another_block_size, "block_size is fixed at 16, got 8; convert anew"),
+    ("a model folder without a config", foreign_model, "config.json|no model there|model_type"),
+    (
+        "no model there",
+        lambda folder: run(folder, model=str(folder / "none")),
+        "none: no tokenizer there|none.*no model",
+    ),
+    ("train without text", ["train", "--data", "none.txt", "--out", "never"], r"none\.txt: no such file"),
+    ("train with a bad option", ["train", "--data", "x", "--out", "y", "--steps", "many"], "'--steps'.*integer"),
+    ("train without --out", ["train", "--data", "x"], "--out"),
+]
