@@ -176,6 +176,20 @@ def test_demo_says_yes_for_one_that_finds_all(run, folder, monkeypatch):
     assert "dense" not in out
 
 
+def test_an_answer_full_of_brackets_is_printed_as_it_is(capsys):
+    from rich.console import Console
+
+    from landmark.cli.demo import _print_trial
+    from landmark.eval.demo import BlockRead, Trial
+
+    block = BlockRead(3, 0.5, 0.25, "x " * 100 + "[/key] 12345 " + "y " * 100, True)
+    trial = Trial(1000, 10, "12345", "[/bold]", False, (block,), 1.0, 0.1, None, 0, 100)
+    _print_trial(Console(soft_wrap=True, highlight=False), 1, trial)
+    out = capsys.readouterr().out
+    assert "What is the pass key? [/bold] (wrong, the key is 12345)" in out
+    assert re.search(r"\* block    3  25%  \.\.\. .*\[/key\] 12345.* \.\.\.\n", out)
+
+
 def answered_by_ones(build):
     import dataclasses
 

@@ -78,10 +78,12 @@ def demo(
 
 
 def _print_trial(console: Console, number: int, trial: Trial) -> None:
+    from rich.markup import escape
+
     verdict = "[green]right[/green]" if trial.right else f"[red]wrong[/red], the key is {trial.expected}"
     console.print(
         f"[bold]{number}. {trial.length:,} tokens[/bold], key at {trial.place / trial.length:.0%}: "
-        f"What is the pass key? [bold]{trial.answer}[/bold] ({verdict}) "
+        f"What is the pass key? [bold]{escape(trial.answer)}[/bold] ({verdict}) "
         f"read in {trial.read_seconds:.1f} s, answered in {trial.answer_seconds:.2f} s"
     )
     for block in trial.blocks[:SHOWN_BLOCKS]:
@@ -103,6 +105,7 @@ def _cut(text: str, wanted: str) -> str:
 
 
 def _print_dense(trial: Trial, dense: DenseRun) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from landmark.cli.tables import show
@@ -118,6 +121,6 @@ def _print_dense(trial: Trial, dense: DenseRun) -> None:
             "-" if run.peak_bytes is None else f"{run.peak_bytes / 2**20:,.0f} MiB",
             f"{run.cache_bytes / 2**20:,.0f} MiB",
             f"{run.keys_per_query:,}",
-            f"{run.answer} ({'right' if run.right else 'wrong'})",
+            f"{escape(run.answer)} ({'right' if run.right else 'wrong'})",
         )
     show(table)

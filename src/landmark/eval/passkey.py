@@ -21,7 +21,7 @@ from landmark.eval.results import PasskeyRow
 from landmark.eval.subjects import Subject
 
 READS = ("local", "retrieve")
-_BATCH_TOKENS = {"cuda": 1 << 18, "cpu": 1 << 13}
+_BATCH_TOKENS = {"cuda": 1 << 18}
 _LARGE_CHUNK = 1 << 14
 
 
@@ -107,7 +107,7 @@ def _settings(subject: Subject, task: PasskeyTask) -> Iterator[dict[str, Any]]:
 
 def _row(subject: Subject, task: PasskeyTask, filler: Filler, length: int, facts: int | None) -> PasskeyRow:
     episodes = [_episode(subject, task, filler, length, facts, trial) for trial in range(task.trials)]
-    size = max(1, _BATCH_TOKENS[torch.device(subject.device).type] // length)
+    size = max(1, _BATCH_TOKENS.get(torch.device(subject.device).type, 1 << 13) // length)
     asked, correct = [0] * BUCKETS, [0] * BUCKETS
     with measured(subject.device) as measure:
         for start in range(0, len(episodes), size):
@@ -182,7 +182,7 @@ def answers_right(subject: Subject, episodes: Sequence[Episode], read: str = "lo
             cache.crop(-ids.shape[1])
         else:
             logits = subject.logits(torch.cat((documents, ids), dim=1), keep=ids.shape[1])
-        best = logits.argmax(-1)
+        best, ids = logits.argmax(-1).cpu(), ids.cpu()
         for row, question in enumerate(questions):
             first, last = len(question.ids) - question.answered, len(question.ids)
             right[row].append(bool((best[row, first - 1 : last - 1] == ids[row, first:last]).all()))

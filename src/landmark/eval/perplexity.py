@@ -24,7 +24,7 @@ from landmark.eval.subjects import Subject
 from landmark.eval.window import SINK
 
 SCHEMES = ("paper", "blocks")
-_BATCH_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 12}
+_BATCH_TOKENS = {"cuda": 1 << 16}
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def _row(subject: Subject, task: PerplexityTask, spans: Tensor, length: int, way
 
 def mean_loss(subject: Subject, segments: Tensor) -> float:
     """Returns the mean loss in nats over all tokens of ``segments (n, length)`` but each segment's first."""
-    size = max(1, _BATCH_TOKENS[torch.device(subject.device).type] // segments.shape[1])
+    size = max(1, _BATCH_TOKENS.get(torch.device(subject.device).type, 1 << 12) // segments.shape[1])
     total = 0.0
     for batch in torch.split(segments, size):
         ids = batch.to(subject.device)
