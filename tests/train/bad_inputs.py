@@ -11,16 +11,12 @@ from unittest import mock
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from toy import toy_recipe  # noqa: E402
+from toy import silent, toy_recipe  # noqa: E402
 
 from landmark.train.checkpoints import RECIPE  # noqa: E402
 from landmark.train.recipe import Recipe, load_recipe  # noqa: E402
 from landmark.train.run import train  # noqa: E402
 from small_text import write_books  # noqa: E402
-
-
-def silent(line: str) -> None:
-    pass
 
 
 def run(folder: Path, out: str = "out", **options: Any) -> object:

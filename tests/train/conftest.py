@@ -1,14 +1,10 @@
 import json
 
 import pytest
-from toy import toy_recipe
+from toy import silent, toy_recipe
 
 from landmark.train.run import train
 from small_text import write_books
-
-
-def silent(line):
-    pass
 
 
 @pytest.fixture(scope="session")

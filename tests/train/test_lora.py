@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import silent
 from safetensors.torch import load_file
-from toy import toy_recipe
+from toy import silent, toy_recipe
 from transformers import AutoTokenizer
 
 import landmark

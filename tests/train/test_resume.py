@@ -3,9 +3,8 @@
 import shutil
 
 import pytest
-from conftest import silent
 from safetensors.torch import load_file
-from toy import toy_recipe
+from toy import silent, toy_recipe
 
 from landmark.train.run import train
 

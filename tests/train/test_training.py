@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import silent
-from toy import toy_recipe
+from toy import silent, toy_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import landmark

@@ -38,3 +38,7 @@ def toy_recipe(**changes: Any) -> Recipe:
         "seed": 5,
     }
     return recipe.override(**{**defaults, **changes})
+
+
+def silent(line: str) -> None:
+    """Takes a line of progress."""
