@@ -22,7 +22,6 @@ from landmark.hf.rope import layer_types, read_rotaries
 from landmark.memory.plan import make_plan
 from landmark.memory.positions import RotationTables
 
-
 if TYPE_CHECKING:
     Stock = Any  # the stock class that stands behind the mixin
 else:
