@@ -22,8 +22,8 @@ test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
 
 check: $(VENV)/.installed-test
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(BIN)/ruff check --no-cache
+	$(BIN)/ruff format --no-cache --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 

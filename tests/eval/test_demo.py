@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import BLOCK, tiny_llama
 
 from landmark.eval import demo
 from landmark.eval.dense import dense_model, run_dense
 from landmark.eval.fillers import Filler
+from tiny import BLOCK, tiny_llama
 
 TEXT = BLOCK - 1
 

@@ -5,12 +5,12 @@ import random
 
 import pytest
 import torch
-from tiny import BLOCK, Knowing
 
 from landmark.eval import passkey
 from landmark.eval.episodes import Question, build_episode, named_codes, pass_key
 from landmark.eval.fillers import load_filler
 from landmark.eval.subjects import Subject
+from tiny import BLOCK, Knowing
 
 
 def episodes_of(tokenizer, length, count, facts=1):

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from tiny import BLOCK
 
 from landmark.data.text import Document
 from landmark.eval import perplexity
 from landmark.eval.fillers import pydoc_text
+from tiny import BLOCK
 
 TEXT = BLOCK - 1
 

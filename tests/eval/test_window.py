@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import tiny_llama
 
 from landmark.eval.subjects import Subject, plain_variants
 from landmark.eval.window import SINK
+from tiny import tiny_llama
 
 
 def windowed(model, tokenizer, size):
