@@ -11,6 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PRINTED = {
+    "ask.py": r"code of the north gate is 7312[^\d](.|\n)*read block 33:.*code of the north gate is 7312",
     "convert_model.py": r"LandmarkQwen3ForCausalLM(.|\n)*read 2000 tokens(.|\n)*answered with 5 tokens",
     "merge_parts.py": r"the whole: \d\.\de-1[4-9]",
     "train_adapter.py": r"generated 5 tokens after 700",
