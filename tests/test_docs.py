@@ -42,14 +42,17 @@ def with_python(pages):
 
 
 @pytest.mark.parametrize("page", with_python(PAGES), ids=name_of)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
-    """The blocks of one page run in order, in one namespace, in an empty folder."""
+def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
+    """The blocks of one page run in order, in one namespace, in an empty folder, and print what `print(...)  # says`."""
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for line, body, runs in blocks(page, "python"):
         code = compile("\n" * (line - 1) + body, str(page), "exec")
         if runs:
             exec(code, namespace)
+            printed = capsys.readouterr().out
+            for said in re.findall(r"^ *print\(.*\)  # (.*)$", body, re.M):
+                assert said.strip(".") in printed, f"{page.name}:{line}: {printed!r}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
