@@ -43,7 +43,7 @@ def with_python(pages):
 
 @pytest.mark.parametrize("page", with_python(PAGES), ids=name_of)
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
-    """The blocks of one page run in order, in one namespace, in an empty folder, and print what `print(...)  # says`."""
+    """The blocks of one page run in order, in one namespace, and print what `print(...)  # says`."""
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for line, body, runs in blocks(page, "python"):
