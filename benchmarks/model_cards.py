@@ -1,0 +1,122 @@
+"""Writes the model cards of the bundled models from what was recorded beside their weights.
+
+python benchmarks/model_cards.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BUNDLED = Path(__file__).parents[1] / "src" / "landmark" / "bundled"
+
+KINDS = {
+    "landmark": "a language model of 12.2M parameters with landmark attention, trained at 512 positions",
+    "twin": "the plain-attention twin of the bundled landmark model: the same recipe, rows and order, no landmarks",
+}
+
+COMMANDS = {
+    "landmark": "landmark train --data books --out out/landmark --config recipes/bundled.json",
+    "twin": "landmark train --data books --out out/twin --config recipes/bundled.json --plain "
+    "--tokenizer out/landmark --tokens out/landmark/tokens",
+}
+
+LIMITS = """A small model trained on English books first published before 1919 and on synthetic retrieval episodes. It finds
+codes and repeats passages; it knows nothing, follows no instructions and repeats the language and the views of its texts.
+Digits are single tokens. It is there to show and to test landmark attention, nothing else."""
+
+
+def main() -> None:
+    """Writes both cards."""
+    figures = json.loads((BUNDLED / "landmark" / "figures.json").read_text(encoding="utf-8"))
+    for name in KINDS:
+        (BUNDLED / name / "README.md").write_text(card(name, figures), encoding="utf-8")
+
+
+def card(name: str, figures: dict[str, Any]) -> str:
+    """Returns one model's card."""
+    summary = json.loads((BUNDLED / name / "training_summary.json").read_text(encoding="utf-8"))
+    versions = ", ".join(f"{key} {value}" for key, value in summary["versions"].items() if value)
+    rows = [row for row in figures["rows"] if row["model"] == name]
+    held_out = summary["evaluations"][-1]
+    texts = "\n".join(f"| {t['title']} | {t['tokens']:,} | `{t['sha256']}` |" for t in summary["texts"])
+    return f"""# {name}
+
+This is {KINDS[name]}. Apache-2.0.
+
+## How it was made
+
+    {COMMANDS[name]}
+
+{summary["steps"]:,} steps, {summary["tokens"]:,} text tokens, {summary["seconds"]:.0f} seconds ({versions}). `recipe.json`
+has every setting, `training_summary.json` every loss. Held out at the end: text loss {held_out["text_loss"]:.3f},
+answers right {held_out["episodes_accuracy"]:.1%}.
+
+## Limits
+
+{LIMITS}
+
+## Figures
+
+Made by `landmark eval` ({versions_line(figures)}); `figures.json` of the landmark model has the settings and
+seed of every row. Books are the held-out ones.
+
+{passkey_table(rows)}
+
+{perplexity_table(rows)}
+
+## Texts
+
+| title | tokens | SHA-256 |
+|---|---|---|
+{texts}
+"""
+
+
+def versions_line(figures: dict[str, Any]) -> str:
+    """Returns what the figures were measured with."""
+    return ", ".join(f"{key} {value}" for key, value in figures["versions"].items() if value)
+
+
+def passkey_table(rows: list[dict[str, Any]]) -> str:
+    """Returns pass keys and named facts, one line for all lengths of a setting."""
+    found = [row for row in rows if "accuracy" in row]
+    lengths = sorted({row["length"] for row in found})
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in found:
+        key = (
+            row["attention"],
+            row["filler"],
+            "pass key" if row["task"] == "passkey" else f"{row['facts']} named",
+            row["read"],
+            str(row["top_k"] or ""),
+            row["granularity"] or "",
+        )
+        lines.setdefault(key, {})[row["length"]] = f"{row['correct']}/{row['asked']}"
+    head = ["attention", "filler", "asked for", "read", "k", "granularity", *(f"{length:,}" for length in lengths)]
+    body = [[*key, *(cells.get(length, "") for length in lengths)] for key, cells in lines.items()]
+    return table(head, body)
+
+
+def perplexity_table(rows: list[dict[str, Any]]) -> str:
+    """Returns perplexities in the columns of the paper's Table 1."""
+    head = ["attention", "scheme", "eval length", "local", "blocks", "k", "attention size", "perplexity", ""]
+    body = []
+    for row in rows:
+        if "perplexity" in row:
+            note = "beyond the trained length" if row["beyond_trained"] else ""
+            blocks = row["blocks"] if row["blocks"] is not None else "all" if row["top_k"] else ""
+            cells = [row["attention"], row["scheme"], row["length"], row["local"], blocks, row["top_k"]]
+            body.append([*cells, row["attention_size"], f"{row['perplexity']:.2f}", note])
+    return table(head, body)
+
+
+def table(head: list[str], body: list[list[Any]]) -> str:
+    """Returns a Markdown table; nothing for ``None``."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
