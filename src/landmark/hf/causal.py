@@ -107,6 +107,22 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
         else:
             raise ValueError(f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config)")
 
+    def _prepare_generated_length(self, generation_config: Any, has_default_max_length: bool, **kwargs: Any) -> Any:
+        """Counts the default length as new tokens: stock code cuts it at ``max_position_embeddings``, text included."""
+        if has_default_max_length and generation_config.max_new_tokens is None:
+            generation_config.max_new_tokens = generation_config.max_length
+        return super()._prepare_generated_length(
+            generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
+        )
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes out the reminder that the text is longer than ``max_position_embeddings``: it may be."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for each in criteria:
+            if hasattr(each, "max_position_embeddings"):
+                each.max_position_embeddings = None
+        return criteria
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves the model as its stock family does, and a note that says what to install to load it."""
         result = super().save_pretrained(save_directory, *args, **kwargs)
