@@ -6,10 +6,12 @@ python benchmarks/model_cards.py
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-BUNDLED = Path(__file__).parents[1] / "src" / "landmark" / "bundled"
+ROOT = Path(__file__).parents[1]
+BUNDLED = ROOT / "src" / "landmark" / "bundled"
 
 KINDS = {
     "landmark": "a language model of 12.2M parameters with landmark attention, trained at 512 positions",
@@ -22,16 +24,76 @@ COMMANDS = {
     "--tokenizer out/landmark --tokens out/landmark/tokens",
 }
 
-LIMITS = """A small model trained on English books first published before 1919 and on synthetic retrieval episodes. It finds
-codes and repeats passages; it knows nothing, follows no instructions and repeats the language and the views of its texts.
-Digits are single tokens. It is there to show and to test landmark attention, nothing else."""
+ATTENTION = {
+    "full": "full attention",
+    "window": "a window and the first 64",
+    "dynamic": "dynamic RoPE scaling",
+}
+READ = {"retrieve": "with retrieval", "local": "without retrieval"}
+
+LIMITS = """A small model trained on English books first published before 1919 and on synthetic retrieval episodes. It
+finds codes and repeats passages; it knows nothing, follows no instructions and repeats the language and the views of
+its texts. Digits are single tokens. It is there to show and to test landmark attention, nothing else."""
 
 
 def main() -> None:
-    """Writes both cards."""
+    """Writes all of them."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+
+
+def pages() -> dict[Path, str]:
+    """Returns what each file has to hold."""
     figures = json.loads((BUNDLED / "landmark" / "figures.json").read_text(encoding="utf-8"))
-    for name in KINDS:
-        (BUNDLED / name / "README.md").write_text(card(name, figures), encoding="utf-8")
+    found = {BUNDLED / name / "README.md": card(name, figures) for name in KINDS}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, make in (("passkey", passkey_summary), ("facts", facts_summary), ("perplexity", perplexity_summary)):
+        between = re.compile(f"(<!-- figures: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
+        readme = between.sub(lambda match, make=make: f"{match[1]}\n{make(figures['rows'])}\n\n{match[2]}", readme)
+    return {**found, ROOT / "README.md": readme}
+
+
+def passkey_summary(rows: list[dict[str, Any]]) -> str:
+    """Returns pass keys over all fillers, one line for each way to look for them."""
+    found = [row for row in rows if row.get("task") == "passkey" and row["model"] in KINDS]
+    lengths = sorted({row["length"] for row in found})
+    lines: dict[str, dict[int, list[int]]] = {}
+    for row in found:
+        what = f"landmarks, k = {row['top_k']}, {row['granularity']}, read {READ.get(row['read'])}"
+        if row["attention"] != "landmark":
+            what = f"plain twin, {ATTENTION[row['attention']]}"
+        cell = lines.setdefault(what, {}).setdefault(row["length"], [0, 0])
+        cell[0] += row["correct"]
+        cell[1] += row["asked"]
+    head = ["found / asked, by text tokens", *(f"{length:,}" for length in lengths)]
+    return table(head, [[what, *("/".join(map(str, c.get(n, []))) for n in lengths)] for what, c in lines.items()])
+
+
+def facts_summary(rows: list[dict[str, Any]]) -> str:
+    """Returns the share of named facts that was told, by their number and the length of the text."""
+    found = {(row["length"], row["facts"]): row["accuracy"] for row in rows if row.get("task") == "facts"}
+    numbers = sorted({facts for _, facts in found})
+    head = ["text tokens, number of named facts", *map(str, numbers)]
+    lengths = sorted({length for length, _ in found})
+    cells = [[f"{n:,}", *(f"{found[n, f]:.0%}" if (n, f) in found else "" for f in numbers)] for n in lengths]
+    return table(head, cells)
+
+
+def perplexity_summary(rows: list[dict[str, Any]]) -> str:
+    """Returns perplexities inside the trained length, and the twin's beyond it."""
+    lengths = sorted({row["length"] for row in rows if "perplexity" in row})
+    lines: dict[tuple[Any, ...], dict[int, str]] = {}
+    for row in rows:
+        if "perplexity" not in row or (row["beyond_trained"] and row["attention"] != "full"):
+            continue
+        size, local = (row["attention_size"], row["local"]) if row["attention"] != "full" else ("all", "all")
+        what = f"landmarks, k = {row['top_k']}, scheme {row['scheme']}" if row["top_k"] else "landmarks, no retrieval"
+        if row["attention"] != "landmark":
+            what = f"plain twin, {ATTENTION[row['attention']]}"
+        lines.setdefault((what, local, size), {})[row["length"]] = f"{row['perplexity']:.2f}"
+    ordered = sorted(lines.items(), key=lambda line: (line[0][2] if line[0][2] != "all" else 10**9, line[0][0]))
+    head = ["", "local tokens", "attention size", *(f"{length:,}" for length in lengths)]
+    return table(head, [[*key, *(cells.get(length, "") for length in lengths)] for key, cells in ordered])
 
 
 def card(name: str, figures: dict[str, Any]) -> str:
@@ -49,9 +111,9 @@ This is {KINDS[name]}. Apache-2.0.
 
     {COMMANDS[name]}
 
-{summary["steps"]:,} steps, {summary["tokens"]:,} text tokens, {summary["seconds"]:.0f} seconds ({versions}). `recipe.json`
-has every setting, `training_summary.json` every loss. Held out at the end: text loss {held_out["text_loss"]:.3f},
-answers right {held_out["episodes_accuracy"]:.1%}.
+{summary["steps"]:,} steps, {summary["tokens"]:,} text tokens, {summary["seconds"]:.0f} seconds ({versions}).
+`recipe.json` has every setting, `training_summary.json` every loss. Held out at the end: text loss
+{held_out["text_loss"]:.3f}, answers right {held_out["episodes_accuracy"]:.1%}.
 
 ## Limits
 

@@ -1,0 +1,104 @@
+"""Measures every figure of the bundled models, merges the rows and writes the model cards.
+
+    python benchmarks/figures.py --data books --tuned out/tuned --jobs 6
+
+Each measurement is a `landmark eval` command, printed before it runs; its rows go to a file of its own in --out, as far
+as it came. Rows that were measured replace those recorded before; the others stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import model_cards
+
+FIGURES = model_cards.BUNDLED / "landmark" / "figures.json"
+TIMES = ("seconds", "peak_bytes")
+
+
+def commands(data: str, tuned: str | None) -> dict[str, list[str]]:
+    """Returns the measurements by name, the longest first."""
+    books = f"{data}/test"
+    passkey = ["passkey", "--filler", f"paper,{books},pydoc", "--trials", "50", "--read", "retrieve"]
+    perplexity = ["perplexity", "--data", data, "--lengths", "512,2048,4096", "--max-tokens", "524288"]
+    alone = [*perplexity, "--compare", "twin"]
+    million = ["passkey", "--lengths", "1048576", "--filler", f"paper,{books},pydoc", "--trials", "20"]
+    facts = ["passkey", "--filler", books, "--facts", "1,2,4,8,16,64", "--trials", "25", "--read", "retrieve"]
+    found = {
+        "passkey-128k": [*passkey, "--lengths", "131072", "--top-k", "2,4"],
+        "passkey-1m": [*million, "--top-k", "2,4", "--read", "local"],
+        "passkey-1m-retrieve": [*million, "--top-k", "4", "--trials", "5", "--filler", books, "--read", "retrieve"],
+        "passkey": [*passkey, "--lengths", "512,8192,32768", "--top-k", "2,4"],
+        "granularity": [*passkey, "--lengths", "32768", "--granularity", "head,group,token"],
+        "facts": [*facts, "--lengths", "8192,32768"],
+        "twin": [*passkey[:-2], "--model", "twin", "--lengths", "512,2048,8192,32768", "--window", "384"],
+        "twin-dynamic": [*passkey[:-2], "--model", "twin", "--lengths", "512,2048,8192,32768", "--rope", "dynamic:64"],
+        "perplexity-190": [*alone, "--local", "190", "--top-k", "2,0", "--window", "320"],
+        "perplexity-paper": [*alone, "--local", "250,350", "--blocks", "40", "--top-k", "0,2,4", "--window", "448"],
+        "perplexity-blocks": [*alone, "--scheme", "blocks", "--top-k", "0,1,2,3,4", "--window", "384"],
+    }
+    if tuned:
+        found["tuned"] = [*passkey, "--model", tuned, "--lengths", "512,8192,32768", "--top-k", "2,4"]
+    return found
+
+
+def measure(name: str, words: list[str], out: Path) -> None:
+    """Runs one command and keeps its output beside its rows."""
+    line = [sys.executable, "-m", "landmark.cli.app", "eval", *words, "--out", str(out / f"{name}.json")]
+    print("landmark eval " + " ".join(line[4:]), flush=True)
+    start = time.perf_counter()
+    with (out / f"{name}.log").open("w", encoding="utf-8") as log:
+        code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    print(f"{name}: exit code {code} after {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def merge(out: Path, data: str) -> None:
+    """Puts the rows of ``out`` into the recorded figures; paths are named by what lies under ``data``."""
+    recorded: dict[str, Any] = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {"rows": []}
+    rows = {what_was_asked(row): row for row in recorded["rows"]}
+    for path in sorted(out.glob("*.json")):
+        measured = json.loads(path.read_text(encoding="utf-8").replace(data.rstrip("/"), "books"))
+        recorded["versions"] = measured["versions"]
+        rows.update({what_was_asked(row): row for row in measured["rows"]})
+    lines = ",\n".join(json.dumps(row) for row in rows.values())
+    FIGURES.write_text(
+        f'{{"versions": {json.dumps(recorded["versions"])},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8"
+    )
+    model_cards.main()
+
+
+def what_was_asked(row: dict[str, Any]) -> str:
+    """Returns a row without what it found, to tell a repeated measurement from another one."""
+    found = ("accuracy", "correct", "asked", "depths", "perplexity", "loss", "beyond_trained", *TIMES)
+    return json.dumps({key: value for key, value in row.items() if key not in found}, sort_keys=True)
+
+
+def main() -> None:
+    """Parses, measures, merges."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with test/*.txt, held out")
+    parser.add_argument("--tuned", help="a fine-tuned model to be measured too")
+    parser.add_argument("--out", type=Path, default=Path("out/figures"))
+    parser.add_argument("--only", help="names of measurements, with commas")
+    parser.add_argument("--jobs", type=int, default=1, help="measurements at once: a small model does not fill a GPU")
+    parser.add_argument("--merge-only", action="store_true", help="measure nothing, merge what lies in --out")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.merge_only:
+        chosen = commands(options.data, options.tuned)
+        if options.only:
+            chosen = {name: chosen[name] for name in options.only.split(",")}
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda item: measure(*item, options.out), chosen.items()))
+    merge(options.out, options.data)
+
+
+if __name__ == "__main__":
+    main()
