@@ -42,7 +42,7 @@ def commands(data: str, tuned: str | None) -> dict[str, list[str]]:
         "twin-dynamic": [*passkey[:-2], "--model", "twin", "--lengths", "512,2048,8192,32768", "--rope", "dynamic:64"],
         "perplexity-190": [*alone, "--local", "190", "--top-k", "2,0", "--window", "320"],
         "perplexity-paper": [*alone, "--local", "250,350", "--blocks", "40", "--top-k", "0,2,4", "--window", "448"],
-        "perplexity-blocks": [*alone, "--scheme", "blocks", "--top-k", "0,1,2,3,4", "--window", "384"],
+        "perplexity-blocks": [*alone, "--scheme", "blocks", "--top-k", "0,1,2,3,4,8", "--window", "384"],
     }
     if tuned:
         found["tuned"] = [*passkey, "--model", tuned, "--lengths", "512,8192,32768", "--top-k", "2,4"]
