@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -122,7 +123,17 @@ def family(model_type: str) -> Family:
     AutoConfig.register(config.model_type, config)
     AutoModel.register(config, decoder)
     AutoModelForCausalLM.register(config, causal_lm)
+    _copy_conversion(model_type, config.model_type)
+    for stock, ours in ((stock_decoder, decoder), (stock_causal_lm, causal_lm)):
+        _copy_conversion(stock.__name__, ours.__name__)
     return Family(config, decoder, causal_lm, stock_config, stock_decoder, stock_causal_lm)
+
+
+def _copy_conversion(stock: str, ours: str) -> None:
+    """Lets checkpoints be read and written as the stock architecture's are: renamed heads, fused experts, ..."""
+    mapping = get_checkpoint_conversion_mapping(stock)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
 
 
 def register() -> None:
