@@ -24,7 +24,7 @@ SAVED = {
 }
 TOKENS = 90
 
-ANOTHER_PROCESS = f"""
+ANOTHER_PROCESS = """
 import json, sys
 from pathlib import Path
 import torch
@@ -32,13 +32,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 root = Path(sys.argv[1])
-said = {{}}
+said = {}
 try:
     AutoModelForCausalLM.from_pretrained(root / "llama")
 except Exception as error:
-    said["without"] = f"{{type(error).__name__}}: {{error}}"
+    said["without"] = f"{type(error).__name__}: {error}"
 import landmark.hf
-logits = {{}}
+logits = {}
 for folder in sorted(path for path in root.iterdir() if path.is_dir()):
     model = AutoModelForCausalLM.from_pretrained(folder)
     said[folder.name] = [type(model).__name__, type(model.config).__name__, str(model.dtype), model.training]
@@ -117,7 +117,7 @@ def test_no_code_and_no_implementation_is_saved(elsewhere) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loading_in_another_dtype_equals_casting(elsewhere, dtype: torch.dtype) -> None:
-    made, root, ids, _, _ = elsewhere
+    _, root, ids, _, _ = elsewhere
     loaded = AutoModelForCausalLM.from_pretrained(root / "gemma3", dtype=dtype)
     cast = converted("gemma3", torch.float32).to(dtype)
     with torch.no_grad():

@@ -25,6 +25,8 @@ def read_config(path: Any) -> Any:
     if not isinstance(path, (str, PathLike)):
         raise ValueError(f"expected a transformers model or a path, got {type(path).__name__}")
     with _in_one_line(path):
+        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+            raise OSError("config.json is missing")
         return AutoConfig.from_pretrained(path)
 
 
