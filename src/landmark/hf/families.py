@@ -71,54 +71,29 @@ class Family:
     stock_causal_lm: Any
 
 
+@functools.cache
 def family(model_type: str) -> Family:
     """Returns the classes for a stock ``model_type``, registered with the Auto classes.
 
     Raises:
-        ValueError: the architecture cannot be exact, or is not known to be.
+        ValueError: the architecture cannot be exact, or is not known to be, or is not in the installed transformers.
     """
     if model_type not in FAMILIES:
         reason = REFUSED.get(model_type, "it has not been checked")
         raise ValueError(f"cannot make a landmark model of {model_type!r}: {reason}; supported: {', '.join(FAMILIES)}")
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"this transformers has no {model_type!r}: install a later one")
-    with _building:
-        return _build(model_type)
-
-
-@functools.cache
-def _config_class(model_type: str) -> Any:
-    """Returns the landmark config, registered; its first instance has the models built and registered too.
-
-    The modeling files of all families take seconds to import, and whoever loads a model has made its config before.
-    """
+    if not _installed(model_type):
+        raise ValueError(f"cannot make a landmark model of {model_type!r} with this transformers: install a later one")
     stock_config = CONFIG_MAPPING[model_type]
-
-    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        family(model_type)
-        return object.__new__(cls)
-
+    stock_decoder, stock_causal_lm = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     config: Any = type(
         f"Landmark{stock_config.__name__}",
         (stock_config,),
         {
             "model_type": PREFIX + model_type,
             "__doc__": f"{stock_config.__name__} with landmark settings.",
-            "__new__": new,
             "landmark": None,
         },
     )
-    _publish(config)
-    AutoConfig.register(config.model_type, config)
-    return config
-
-
-@functools.cache
-def _build(model_type: str) -> Family:
-    config, stock_config = _config_class(model_type), CONFIG_MAPPING[model_type]
-    stock_decoder, stock_causal_lm = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
-    if model_type == "gemma" and not hasattr(sys.modules[stock_decoder.__module__], "GemmaTextScaledWordEmbedding"):
-        raise ValueError("gemma: this transformers scales embeddings outside their module; install a later one")
     decoder = type(
         f"Landmark{stock_decoder.__name__}",
         (LandmarkDecoderMixin, stock_decoder),
@@ -144,8 +119,10 @@ def _build(model_type: str) -> Family:
             "__doc__": f"{stock_causal_lm.__name__} that attends by landmarks.",
         },
     )
-    _publish(decoder)
-    _publish(causal_lm)
+    for made in (config, decoder, causal_lm):
+        made.__module__ = __name__
+        setattr(sys.modules[__name__], made.__name__, made)
+    AutoConfig.register(config.model_type, config)
     AutoModel.register(config, decoder)
     AutoModelForCausalLM.register(config, causal_lm)
     _copy_conversion(model_type, config.model_type)
@@ -154,20 +131,12 @@ def _build(model_type: str) -> Family:
     return Family(config, decoder, causal_lm, stock_config, stock_decoder, stock_causal_lm)
 
 
-def _publish(made: Any) -> None:
-    """Makes a class an attribute of this module, where pickle looks for it."""
-    made.__module__ = __name__
-    setattr(sys.modules[__name__], made.__name__, made)
-
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("Landmark"):
-        for model_type in FAMILIES:
-            if model_type in CONFIG_MAPPING:
-                family(model_type)
-            if name in globals():
-                return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _installed(model_type: str) -> bool:
+    if model_type not in CONFIG_MAPPING:
+        return False
+    decoder = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
+    # Before it had this class, Gemma scaled embeddings in the decoder: another landmark embedding for the same model.
+    return model_type != "gemma" or hasattr(sys.modules[decoder.__module__], "GemmaTextScaledWordEmbedding")
 
 
 def _copy_conversion(stock: str, ours: str) -> None:
@@ -180,8 +149,8 @@ def _copy_conversion(stock: str, ours: str) -> None:
 def register() -> None:
     """Registers every supported family that the installed transformers has."""
     for model_type in FAMILIES:
-        if model_type in CONFIG_MAPPING:
-            _config_class(model_type)
+        if _installed(model_type):
+            family(model_type)
 
 
 def check_config(config: Any) -> None:
