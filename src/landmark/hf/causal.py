@@ -94,7 +94,7 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} cannot hold landmarks: leave it unset"
             )
