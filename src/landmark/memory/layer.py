@@ -13,7 +13,8 @@ from landmark.memory.positions import RotationTables, final_distances
 from landmark.memory.retrieval import choose, head_peaks, landmark_scores
 from landmark.memory.store import BlockStore
 
-SLAB_BYTES = {"cpu": 2**26, "cuda": 2**30}  # fetched blocks and scores alive at once
+SLAB_BYTES = {"cpu": 2**26, "cuda": 2**31}  # fetched blocks and scores alive at once
+COPIES = 8  # of a score that are alive while softmaxes are taken
 RECENT_BLOCKS = 8  # blocks whose queries `head` keeps, so that a cache can be cropped into them
 
 
@@ -77,6 +78,7 @@ class LayerMemory:
             the output ``(B, T, H, D)``, and what was retrieved where asked for.
         """
         groups = key.shape[1]
+        self._evict(plan)
         rotation = self.tables.by_offset(plan.offsets, key.dtype)[:, None]
         self.store.reserve(plan.blocks, key)
         self.store.write(rotation.rotate(key), value, plan.writes)
@@ -87,20 +89,18 @@ class LayerMemory:
         if self.config.granularity == "head" and self.retrieves:
             self._remember_queries(query, plan.grid)
         outputs, found = [], []
-        step = self._slab(query, plan, retrieve)
+        step, wide = self._slab(query, plan, retrieve)
         for begin in range(0, query.shape[3], step):
-            grid = plan.grid.narrow(begin, begin + step)
+            grid, part = plan.grid.narrow(begin, begin + step), query[:, :, :, begin : begin + step]
             chosen = None
-            part = query[:, :, :, begin : begin + step]
             if retrieve:
                 chosen = self._choose(part, grid, plan.candidates, scale, earlier if begin == 0 else None)
-            output, blocks, weights = self._attend_slab(part, grid, chosen, scale, sink=sink)
+            output, read = self._attend_slab(part, grid, chosen, scale, wide, sink=sink)
             outputs.append(output)
-            if record and blocks is not None and weights is not None:
-                found.append((blocks, weights))
+            if record and read is not None:
+                found.append(read)
         if not retrieve:
             self._peak = None
-        self._evict(plan)
         retrieval = self._record(plan, found, query) if record else None
         return _from_grid(torch.cat(outputs, dim=3), plan.cells), retrieval
 
@@ -119,15 +119,33 @@ class LayerMemory:
 
     def _scores(self, query: Tensor, grid: Grid, blocks: int, scale: float) -> Tensor:
         count = max(1, blocks - self.store.first + 1)
-        return landmark_scores(query, grid, count, self.store, self.tables, self.config) * scale
+        return landmark_scores(query * scale, grid, count, self.store, self.tables, self.config)
 
     def _attend_slab(
+        self, query: Tensor, grid: Grid, chosen: tuple[Tensor, Tensor] | None, scale: float, wide: int, *, sink: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Attends with ``wide`` places of every own block at a time."""
+        outputs, found = [], []
+        for left in range(0, query.shape[4], wide):
+            cut = slice(left, left + wide)
+            some = None if chosen is None else (chosen[0][:, :, :, :, cut], chosen[1][:, :, :, :, cut])
+            output, read = self._attend(query[:, :, :, :, cut], grid.within(cut), some, scale, sink=sink)
+            outputs.append(output)
+            if read is not None:
+                found.append(read)
+        output = torch.cat(outputs, dim=4)
+        if not found:
+            return output, None
+        blocks, weights = (torch.cat(parts, dim=4) for parts in zip(*found, strict=True))
+        return output, (blocks, weights)
+
+    def _attend(
         self, query: Tensor, grid: Grid, chosen: tuple[Tensor, Tensor] | None, scale: float, *, sink: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Attends to own text, local blocks, and the chosen ones in one gate softmax."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Attends to own text, local blocks, and the chosen ones in one gate softmax; also what was chosen, weighed."""
         size = self.config.block_size
         keys, values = self.store.gather(self.store.place_of(grid.own)[:, None])
-        own = torch.einsum("bgrnwd,bgnld->bgrnwl", query, keys) * scale
+        own = torch.einsum("bgrnwd,bgnld->bgrnwl", query * scale, keys)
         place = torch.arange(size, device=query.device)
         seen = (place <= grid.offsets[..., None]) & (place < size - 1)
         own = _at_least_float32(own).masked_fill(~seen[:, None, None], -torch.inf)
@@ -145,10 +163,10 @@ class LayerMemory:
         for part, blocks in zip(parts[1:], past, strict=True):
             output = output + _weighted(torch.unflatten(part, -1, (-1, size)), blocks.values)
         if chosen is None:
-            return output, None, None
+            return output, None
         gates = torch.unflatten(parts[-1], -1, (-1, size)).sum(-1)
         found = torch.where(chosen[1], chosen[0], -1).expand(gates.shape)
-        return output, found, gates
+        return output, (found, gates)
 
     def _local(self, query: Tensor, grid: Grid, scale: float) -> _Past:
         """The local finished blocks, shared by the queries of an own block."""
@@ -156,9 +174,9 @@ class LayerMemory:
         largest = self.store.first + self.store.places if self.config.mode == "all" else grid.local.shape[-1]
         distance = grid.own[..., None] - grid.local
         turned = self.tables.by_blocks(distance, query.dtype, largest)[:, None, None, :, None].rotate(
-            query[..., None, :]
+            query[..., None, :] * scale
         )
-        scores = torch.einsum("bgrnwkd,bgnkld->bgrnwkl", turned, keys) * scale
+        scores = torch.einsum("bgrnwkd,bgnkld->bgrnwkl", turned, keys)
         return _Past(_at_least_float32(scores), (grid.local >= 0)[:, None, None, :, None], values)
 
     def _retrieved(
@@ -168,7 +186,7 @@ class LayerMemory:
         stingy = self.config.positions == "stingy"
         largest = self.config.top_k + 1 + grid.local.shape[-1] if stingy else self.store.first + self.store.places
         distance = final_distances(blocks, valid, grid, self.config.top_k, self.config.positions)
-        turned = self.tables.by_blocks(distance, query.dtype, largest).rotate(query[..., None, :])
+        turned = self.tables.by_blocks(distance, query.dtype, largest).rotate(query[..., None, :] * scale)
         places = self.store.place_of(blocks)
         if shared:
             keys, values = self.store.gather(places[:, :, 0, :, 0])
@@ -176,25 +194,30 @@ class LayerMemory:
         else:
             keys, values = self.store.gather(places)
             scores = _per_query(turned, keys)
-        return _Past(_at_least_float32(scores * scale), valid, values)
+        return _Past(_at_least_float32(scores), valid, values)
 
-    def _slab(self, query: Tensor, plan: Plan, retrieve: bool) -> int:
-        """Own blocks computed at once, so that what is alive stays within the budget."""
+    def _slab(self, query: Tensor, plan: Plan, retrieve: bool) -> tuple[int, int]:
+        """Own blocks, and places in them, attended at once, so that what is alive stays within the budget."""
         batch, groups, repeats, blocks, width, dim = query.shape
-        size, local = self.config.block_size, plan.grid.local.shape[-1]
-        heads = groups * repeats if self.config.granularity in ("token_head", "head") else groups
-        per_block = 2 * batch * groups * (local + 1) * size * dim + 2 * batch * groups * repeats * width * local * size
+        size, local, stored = self.config.block_size, plan.grid.local.shape[-1], query.element_size()
+        scored = COPIES * batch * groups * repeats * max(stored, 4)
+        seen = local + 1 + (self.config.top_k if retrieve else 1)
+        each, shared = scored * seen * size, 2 * batch * groups * (local + 1) * size * dim * stored
+        choice = 0
         if retrieve:
-            fetched = 2 * heads * self.config.top_k * size * dim
-            per_block += batch * width * (fetched + groups * repeats * 3 * plan.candidates)
-            if self.config.granularity == "head" and self.config.local == "chunk":
-                return blocks  # all queries of the call choose together
+            fetchers = groups * (repeats if self.config.granularity in ("token_head", "head") else 1)
+            each += 2 * batch * fetchers * self.config.top_k * size * dim * stored
+            choice = scored * plan.candidates
         budget = SLAB_BYTES.get(query.device.type, SLAB_BYTES["cpu"])
-        return max(1, budget // (per_block * query.element_size()))
+        step = min(blocks, max(1, budget // (width * (each + choice) + shared)))
+        if retrieve and self.config.granularity == "head" and self.config.local == "chunk":
+            step = blocks  # all queries of the call choose together
+        return step, min(width, max(1, budget // (step * each)))
 
     def _evict(self, plan: Plan) -> None:
+        """Drops what neither this call nor a later one sees; what a call needs is there again if it fails."""
         before = self.store.first
-        self.store.evict(plan.kept_from if self.retrieves or self.config.mode == "all" else plan.local_from)
+        self.store.evict(plan.seen_from if self.retrieves or self.config.mode == "all" else plan.local_from)
         if self.store.first != before:
             self._peak = None
 

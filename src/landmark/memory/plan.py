@@ -41,6 +41,10 @@ class Grid:
         """Returns the own blocks ``begin..end - 1`` of every row."""
         return Grid(*(getattr(self, f.name)[:, begin:end] for f in fields(self)))
 
+    def within(self, cut: slice) -> Grid:
+        """Returns these places of every own block."""
+        return replace(self, offsets=self.offsets[..., cut], valid=self.valid[..., cut], columns=self.columns[..., cut])
+
 
 @dataclass(frozen=True)
 class Writes:
@@ -71,8 +75,8 @@ class Plan:
         within: slots of each row's first own block that came in earlier calls.
         blocks: blocks that exist after the call, an unfinished one included (the longest row's).
         candidates: blocks ``0..candidates - 1`` may be retrieved by some query.
-        seen_from: lowest block but 0 that some query of this call may see; ``kept_from``: of any later call.
-        local_from: as ``kept_from``, for a layer that does not retrieve.
+        seen_from: lowest block but 0 that some query of this call or a later one may see.
+        local_from: the same for a layer that does not retrieve.
     """
 
     grid: Grid
@@ -84,7 +88,6 @@ class Plan:
     blocks: int
     candidates: int
     seen_from: int
-    kept_from: int
     local_from: int
 
 
@@ -132,8 +135,7 @@ def make_plan(starts: list[int], lengths: list[int], config: LandmarkConfig) -> 
         blocks=int(last.max()) + 1,
         candidates=0 if config.mode == "all" else int(local_first.max()),
         seen_from=min(oldest_needed(s // size, config) for s in starts),
-        kept_from=min(oldest_needed((s + n) // size, config) for s, n in zip(starts, lengths, strict=True)),
-        local_from=min(max(0, (s + n) // size - config.local_blocks) for s, n in zip(starts, lengths, strict=True)),
+        local_from=min(max(0, s // size - config.local_blocks) for s in starts),
     )
 
 

@@ -15,10 +15,11 @@ from landmark.ops.select import select_top
 def landmark_scores(
     query: Tensor, grid: Grid, count: int, store: BlockStore, tables: RotationTables, config: LandmarkConfig
 ) -> Tensor:
-    """Scores every candidate's landmark where it stands while choosing; unscaled.
+    """Scores every candidate's landmark where it stands while choosing.
 
     Args:
-        query: ``(B, G, R, n, W, D)``, rotated by its place inside the block.
+        query: ``(B, G, R, n, W, D)``, rotated by its place inside the block, times the softmax scale (before the
+            product: in float16 the product alone may overflow).
         grid: where these queries stand.
         count: places of the store to score.
         store: the layer's blocks.
