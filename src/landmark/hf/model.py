@@ -65,7 +65,8 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
             past_key_values: a ``LandmarkCache`` to read and to extend.
             inputs_embeds: see ``input_ids``.
             use_cache: whether to return the cache; it never changes what is computed.
-            seq_idx: ``(B, T)`` document of each column of packed rows, instead of ``position_ids``.
+            seq_idx: ``(B, T)`` document of each column of packed rows, instead of ``position_ids``; ``cu_seq_lens_q``,
+                the documents' borders in one flattened row, does as well.
             **kwargs: passed to the stock decoder.
 
         Returns:
@@ -88,8 +89,8 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
             raise ValueError(f"expected text of shape (B, T) with T of at least 1, got {tuple(text.shape)}")
         settings = self.settings
         mask = text_mask(attention_mask, text, past_key_values)
+        documents = _documents(text, seq_idx, position_ids, kwargs, whole=mask is None and past_key_values is None)
         if settings.mode == "all" and past_key_values is None:
-            documents = None if mask is not None else _documents(seq_idx, position_ids, kwargs)
             output = self._one_pass(self._embed(input_ids, inputs_embeds), mask, documents, settings, kwargs)
         else:
             if self.training:
@@ -98,9 +99,6 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
                     "to train, or model.eval()"
                 )
             with torch.no_grad():
-                documents = None if mask is not None or past_key_values is not None else seq_idx
-                if documents is None and mask is None and past_key_values is None and position_ids is not None:
-                    documents = documents_of(position_ids.expand(text.shape[0], -1))
                 embeds = self._embed(input_ids, inputs_embeds)
                 if documents is not None and bool((documents != documents[:, :1]).any()):
                     output = self._by_document(embeds, documents, settings, kwargs)
@@ -266,26 +264,38 @@ def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor
         return None
     batch, tokens = text.shape[:2]
     past = cache.get_seq_length() if isinstance(cache, LandmarkCache) else 0
-    if (
-        attention_mask.ndim != 2
-        or attention_mask.shape[0] != batch
-        or attention_mask.shape[1] not in (tokens, past + tokens)
-    ):
+    shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+    if shape not in ((batch, tokens), (batch, past + tokens)):
         raise ValueError(
-            f"attention_mask: expected shape ({batch}, {past + tokens}), got {tuple(attention_mask.shape)}; "
+            f"attention_mask: expected shape ({batch}, {past + tokens}), got {shape}; "
             "landmark models take the two-dimensional padding mask"
         )
     return attention_mask[:, -tokens:].bool()
 
 
-def _documents(seq_idx: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-    """Returns the document of each column, ``(B, T)`` rising from 0, or ``None`` for rows of one document."""
-    kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None)
+def _documents(
+    text: Tensor, seq_idx: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any], *, whole: bool
+) -> Tensor | None:
+    """Returns the document of each column, ``(B, T)`` rising from 0, or ``None`` for rows of one document.
+
+    ``whole`` says that there is neither a mask nor a cache.
+    """
+    borders, _ = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None)
     kwargs.pop("max_length_q", None), kwargs.pop("max_length_k", None)
+    if (seq_idx is not None or borders is not None) and not whole:
+        raise ValueError("packed rows (seq_idx, cu_seq_lens_q): expected no attention_mask and no cache; drop them")
+    batch, tokens = text.shape[:2]
     if seq_idx is not None:
-        changes = seq_idx[:, 1:] != seq_idx[:, :-1]
-        return torch.nn.functional.pad(changes.long().cumsum(1), (1, 0))
-    return None if position_ids is None else documents_of(position_ids)
+        if seq_idx.shape != (batch, tokens):
+            raise ValueError(f"seq_idx: expected shape {(batch, tokens)} as the text, got {tuple(seq_idx.shape)}")
+        return torch.nn.functional.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
+    if borders is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q: expected one flattened row, got {batch}; pass seq_idx for more")
+        return torch.searchsorted(borders[1:].contiguous(), torch.arange(tokens, device=borders.device), right=True)[
+            None
+        ]
+    return documents_of(position_ids.expand(batch, -1)) if whole and position_ids is not None else None
 
 
 def _with_gaps(positions: Tensor, batch: int, block_size: int, largest: int) -> Tensor:
