@@ -89,6 +89,11 @@ CASES = [
         "--read: expected one of local, retrieve",
     ),
     ("no trials", run("eval passkey --model MARKED --trials 0"), "--trials: expected integers of at least 1"),
+    (
+        "lengths that measure other text",
+        run("eval perplexity --model MARKED --data FILE --lengths 500,2048"),
+        r"--lengths: expected lengths that divide the greatest, 2048.*got \[500\]; pass",
+    ),
     ("top_k 0", run("eval passkey --model MARKED --lengths 200 --trials 1 --top-k 0"), "top_k: expected.*got 0"),
     (
         "an unknown granularity",

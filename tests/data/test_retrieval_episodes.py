@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from landmark.data import wordings
-from landmark.data.episodes import IGNORED, Episodes
+from landmark.data.episodes import IGNORED, Episodes, _sentence_ends
 from landmark.data.tokenizer import backend
 
 TOKENS = 504
@@ -142,3 +142,11 @@ def test_short_rows_hold_fewer_facts(ids, tokenizer, tokens):
     for index in range(200):
         row = make(index)
         assert len(row.input_ids) == tokens and row.input_ids[0] == 0
+
+
+def test_ids_of_a_vocabulary_may_have_holes():
+    class Sparse:
+        def get_vocab(self):
+            return {"a": 0, "b.": 7}
+
+    assert _sentence_ends(Sparse()).tolist() == [False] * 7 + [True]

@@ -237,8 +237,9 @@ class Episodes:
 
 
 def _sentence_ends(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
-    ends = np.zeros(tokenizer.get_vocab_size(), dtype=np.bool_)
-    for token, number in tokenizer.get_vocab().items():
+    vocabulary = tokenizer.get_vocab()
+    ends = np.zeros(1 + max(vocabulary.values()), dtype=np.bool_)  # ids may have holes
+    for token, number in vocabulary.items():
         ends[number] = token.endswith((".", "!", "?"))
     return ends
 

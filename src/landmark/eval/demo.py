@@ -16,7 +16,7 @@ from landmark.eval.dense import DenseRun
 from landmark.eval.episodes import Episode, build_episode, named_codes, pass_key
 from landmark.eval.fillers import Filler, file_text, pydoc_text, tokenize
 from landmark.eval.measure import measured
-from landmark.eval.passkey import read_documents
+from landmark.eval.passkey import read_into_memory
 from landmark.eval.plots import save, subplots
 from landmark.eval.results import FIGURES, PasskeyRow, read
 from landmark.eval.subjects import Subject, model_folder
@@ -128,7 +128,7 @@ def run_trial(subject: Subject, episode: Episode) -> Trial:
     document = episode.document[None].to(subject.device)
     with measured(subject.device) as whole:
         with measured(subject.device) as reading:
-            cache = read_documents(subject, document, retrieve=False)
+            cache = read_into_memory(subject, document, retrieve=False)
         cache_bytes = cache.nbytes()
         cache.record = True
         written = _write(subject.model, prompt, cache, question.answered)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landmark.data.tokenizer import row_start
 from landmark.eval.fillers import Filler
 
 BUCKETS = 10
@@ -111,7 +112,7 @@ def build_episode(
     Raises:
         ValueError: the facts do not fit.
     """
-    start_ids = _leading_ids(tokenizer)
+    start_ids = row_start(tokenizer)
     statements = [_encode(tokenizer, fact.statement) for fact in (*facts, *distractors)]
     room = length - len(start_ids) - sum(map(len, statements))
     if room < 0:
@@ -153,9 +154,3 @@ def _question(tokenizer: Any, fact: Fact) -> Question:
 def _encode(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
-
-
-def _leading_ids(tokenizer: Any) -> list[int]:
-    """The beginning-of-text token, where the tokenizer puts one before every text."""
-    ids: list[int] = tokenizer("")["input_ids"]
-    return ids if len(ids) == 1 and ids[0] == tokenizer.bos_token_id else []

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from landmark.data.tokenizer import row_start
 from landmark.eval.fillers import file_text, tokenize
 from landmark.eval.passkey import READS
 from landmark.eval.subjects import Subject
@@ -26,7 +27,7 @@ def continue_text(
 
     Args:
         subject: the model.
-        prompt: text to go on from, not empty unless there is a file.
+        prompt: text to go on from, not empty.
         file: text of any length that comes before the prompt.
         read: ``local`` reads the file without retrieval, ``retrieve`` with; the prompt always retrieves.
         max_new_tokens: at most so many tokens.
@@ -47,7 +48,10 @@ def continue_text(
     question = torch.tensor(tokenizer(prompt, add_special_tokens=file is None)["input_ids"], dtype=torch.long)
     if len(question) == 0:
         raise ValueError("PROMPT: expected a text of at least one token, got an empty one; write where to go on from")
-    document = torch.empty(0, dtype=torch.long) if file is None else tokenize(file_text(file, "--file"), tokenizer)
+    document = torch.empty(0, dtype=torch.long)
+    if file is not None:
+        start = torch.tensor(row_start(tokenizer), dtype=torch.long)
+        document = torch.cat((start, tokenize(file_text(file, "--file"), tokenizer)))
     ids = torch.cat((document, question))[None].to(subject.device)
     arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:

@@ -172,7 +172,7 @@ def answers_right(subject: Subject, episodes: Sequence[Episode], read: str = "lo
     documents = torch.stack([episode.document for episode in episodes]).to(subject.device)
     cache: Any = None
     if subject.attention == "landmark":
-        cache = read_documents(subject, documents, retrieve=read == "retrieve")
+        cache = read_into_memory(subject, documents, retrieve=read == "retrieve")
     right: list[list[bool]] = [[] for _ in episodes]
     for number in range(len(episodes[0].questions)):
         questions = [episode.questions[number] for episode in episodes]
@@ -189,7 +189,7 @@ def answers_right(subject: Subject, episodes: Sequence[Episode], read: str = "lo
     return right
 
 
-def read_documents(subject: Subject, documents: Tensor, *, retrieve: bool) -> Any:
+def read_into_memory(subject: Subject, documents: Tensor, *, retrieve: bool) -> Any:
     """Reads ``documents (B, T)`` into a cache; without retrieval in larger chunks on a GPU (a matter of rounding)."""
     large = not retrieve and documents.is_cuda and subject.model.landmark.local == "blocks"
     with subject.configured(**({"chunk_tokens": _LARGE_CHUNK} if large else {})):

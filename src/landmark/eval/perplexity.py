@@ -64,6 +64,13 @@ class PerplexityTask:
                 raise ValueError(
                     f"{name}: expected integers of at least {least}, got {list(values)}; pass {max(least, 1)}"
                 )
+        greatest = max(self.lengths)
+        odd = [length for length in self.lengths if greatest % length]
+        if odd:
+            raise ValueError(
+                f"--lengths: expected lengths that divide the greatest, {greatest}, so that all rows measure the same "
+                f"text, got {odd}; pass for example {greatest // 4},{greatest}"
+            )
         if self.blocks is not None and self.blocks < 1:
             raise ValueError(f"--blocks: expected at least 1 block, got {self.blocks}; leave --blocks out to keep all")
         if self.scheme not in SCHEMES:

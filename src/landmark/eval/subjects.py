@@ -116,7 +116,7 @@ class Subject:
         try:
             yield
         finally:
-            self.model.configure_landmark(**before.replace().__dict__)
+            self.model.configure_landmark(**vars(before))
 
 
 def pick_device(device: str) -> str:

@@ -1,0 +1,36 @@
+"""A text from a file begins as the tokenizer begins every text."""
+
+import copy
+
+import pytest
+from tokenizers import processors
+
+from landmark.data.tokenizer import END
+from landmark.eval.generate import continue_text
+from landmark.eval.subjects import Subject
+
+
+def adding(tokenizer):
+    """The same tokenizer, putting its bos before every text."""
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, tokenizer.bos_token_id)]
+    )
+    return other
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_file_begins_with_bos_where_the_tokenizer_adds_it(marked, tokenizer, tmp_path, monkeypatch, adds):
+    text, read = "The grass is green. " * 20, []
+    (tmp_path / "a.txt").write_text(text)
+    stock = type(marked.model).read
+
+    def heard(self, ids, **more):
+        read.extend(ids[0].tolist())
+        return stock(self, ids, **more)
+
+    monkeypatch.setattr(type(marked.model), "read", heard)
+    subject = Subject("tiny", marked.model, adding(tokenizer) if adds else tokenizer, "landmark")
+    continue_text(subject, " What is", file=tmp_path / "a.txt", max_new_tokens=1)
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert read == ([tokenizer.bos_token_id] if adds else []) + expected
