@@ -33,7 +33,9 @@ READ = {"retrieve": "with retrieval", "local": "without retrieval"}
 
 LIMITS = """A small model trained on English books first published before 1919 and on synthetic retrieval episodes. It
 finds codes and repeats passages; it knows nothing, follows no instructions and repeats the language and the views of
-its texts. Digits are single tokens. It is there to show and to test landmark attention, nothing else."""
+its texts. Digits are single tokens. Keys and named facts are stated and asked for in wordings that were trained on
+(with other codes, in other texts): how it answers other wordings was not measured. It is there to show and to test
+landmark attention, nothing else."""
 
 
 def main() -> None:

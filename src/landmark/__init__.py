@@ -1,4 +1,4 @@
-"""Landmark attention: random access to an unbounded context for any RoPE language model.
+"""Landmark attention: random access to an unbounded context for RoPE language models.
 
 The public names are imported lazily: importing this package imports neither torch nor transformers.
 """

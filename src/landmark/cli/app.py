@@ -19,7 +19,7 @@ from landmark.cli.train import train
 
 app = typer.Typer(
     name="landmark",
-    help="Landmark attention: random access to an unbounded context for any RoPE language model.",
+    help="Landmark attention: random access to an unbounded context for RoPE language models.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -49,7 +49,7 @@ def options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Landmark attention: random access to an unbounded context for any RoPE language model."""
+    """Landmark attention: random access to an unbounded context for RoPE language models."""
 
 
 def main(arguments: list[str] | None = None) -> None:
