@@ -12,7 +12,7 @@ from torch import Tensor
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.cache import LandmarkCache
-from landmark.hf.model import Stock, text_mask
+from landmark.hf.model import Stock, device_of, text_mask
 
 NOTE = """# A landmark model
 
@@ -76,7 +76,7 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
             ValueError: as the model's ``forward``.
         """
         decoder = self.base_model
-        settings = self.landmark
+        embedding, settings = decoder.get_input_embeddings(), self.landmark
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"expected input_ids of shape (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
         cache = LandmarkCache(self.config) if cache is None else cache
@@ -87,7 +87,7 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
             seen = torch.ones(part.shape, dtype=torch.bool)
             if mask is not None:
                 seen = mask[:, begin : begin + settings.chunk_tokens].cpu()
-            embeds = decoder.get_input_embeddings()(part.to(decoder.get_input_embeddings().weight.device))
+            embeds = embedding(part.to(device_of(embedding)))
             decoder.extend(embeds, seen, cache, settings, {}, retrieve=retrieve)
         return cache
 

@@ -258,6 +258,12 @@ def _join(parts: list[Any]) -> Any:
     return type(parts[0])(**{**blank, "last_hidden_state": states, "hidden_states": hidden})
 
 
+def device_of(embedding: nn.Module) -> torch.device:
+    """Returns where ids for an embedding may lie: by its weight, anywhere if that is offloaded."""
+    device: torch.device = embedding.weight.device  # type: ignore[assignment]
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor | None:
     """Returns the new columns' mask ``(B, T)`` bool, or ``None`` where there is no padding to know of."""
     if attention_mask is None:
