@@ -15,7 +15,8 @@ BUNDLED = ROOT / "src" / "landmark" / "bundled"
 
 KINDS = {
     "landmark": "a language model of 12.2M parameters with landmark attention, trained at 512 positions",
-    "twin": "the plain-attention twin of the bundled landmark model: the same recipe, rows and order, no landmarks",
+    "twin": "the plain-attention twin of the bundled landmark model: the same recipe, rows and order, no landmarks "
+    "and so no position gaps",
 }
 
 COMMANDS = {

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from pathlib import Path
 
 import torch
 
-import landmark
 from landmark.eval.results import FIGURES, PasskeyRow, PerplexityRow, read
 from landmark.eval.subjects import model_folder
 from landmark.ops.attention import explain_impl
+from landmark.versions import versions
 
 _PACKAGES = (
     "torch",
@@ -27,14 +26,11 @@ _PACKAGES = (
 
 
 def version_lines() -> list[str]:
-    """Returns a line for each package, missing optional ones included."""
-    lines = [f"landmark {landmark.__version__}", f"python {platform.python_version()}"]
-    for package in _PACKAGES:
-        try:
-            lines.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{package} not installed")
-    return lines
+    """Returns a line for each package, missing optional ones included, and one for the commit of a checkout."""
+    found = versions(*_PACKAGES)
+    commit = found.pop("commit")
+    lines = [f"{name} {version or 'not installed'}" for name, version in found.items()]
+    return lines if commit is None else [*lines, f"commit {commit}"]
 
 
 def device_lines() -> list[str]:

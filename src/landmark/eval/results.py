@@ -6,12 +6,11 @@ import dataclasses
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import landmark
+from landmark.versions import versions
 
 FIGURES = "figures.json"  # recorded results in a bundled model's folder
 
@@ -119,27 +118,20 @@ class PerplexityRow:
 Row = PasskeyRow | PerplexityRow
 
 
-def versions(device: str) -> dict[str, str | None]:
+def made_with(device: str) -> dict[str, str | None]:
     """Returns what the figures were made with: packages, Python, device name, and the commit of a checkout."""
     import torch
-    import transformers
 
     on_gpu = device.startswith("cuda")
-    return {
-        "landmark": landmark.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": _commit(),
-    }
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
+    return {**versions("torch", "transformers"), "torch": torch.__version__, "device": name}
 
 
 def write(path: str | Path, rows: Sequence[Row], device: str) -> None:
     """Writes ``rows`` with the versions to the JSON file ``path``; makes its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"versions": versions(device), "rows": [dataclasses.asdict(row) for row in rows]}
+    content = {"versions": made_with(device), "rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -166,20 +158,3 @@ def _row(fields: dict[str, Any]) -> Row:
     if "perplexity" in fields:
         return PerplexityRow(**fields)
     return PasskeyRow(**{**fields, "depths": tuple(fields["depths"])})
-
-
-def _commit() -> str | None:
-    folder = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
-        )
-        tracked = subprocess.run(
-            ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__],
-            capture_output=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() if found.returncode == 0 and tracked.returncode == 0 else None

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import landmark
 from landmark.data.tokens import Place
 from landmark.train.recipe import Recipe
 from landmark.train.trainer import LandmarkTrainer
+from landmark.versions import versions
 
 SUMMARY = "training_summary.json"
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "numpy")
@@ -50,22 +48,15 @@ def summarise(
         "recipe": recipe.to_dict(),
         "arguments": arguments,
         "landmark": getattr(trainer.model.config, "landmark", None),
-        "versions": versions(),
+        "versions": made_with(),
         "texts": [{"title": place.title, "sha256": place.sha256, "tokens": place.tokens} for place in documents],
     }
 
 
-def versions() -> dict[str, str | None]:
+def made_with() -> dict[str, str | None]:
     """Returns the versions a result depends on, the device, and the commit where the code lies in its repository."""
-    found: dict[str, str | None] = {"landmark": landmark.__version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    found["commit"] = _commit()
-    return found
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {**versions(*PACKAGES), "device": device}
 
 
 def write_summary(out: Path, summary: dict[str, Any]) -> None:
@@ -85,14 +76,3 @@ def _evaluations(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if kept:
             by_step.setdefault(entry["step"], {"step": entry["step"]}).update(kept)
     return list(by_step.values())
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parents[3]
-    if not (root / ".git").exists():
-        return None
-    try:
-        asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
