@@ -59,12 +59,15 @@ def measure(name: str, words: list[str], out: Path) -> None:
     print(f"{name}: exit code {code} after {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def merge(out: Path, data: str) -> None:
-    """Puts the rows of ``out`` into the recorded figures; paths are named by what lies under ``data``."""
+def merge(out: Path, names: dict[str, str]) -> None:
+    """Puts the rows of ``out`` into the recorded figures; ``names`` says what to call a path."""
     recorded: dict[str, Any] = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {"rows": []}
     rows = {what_was_asked(row): row for row in recorded["rows"]}
     for path in sorted(out.glob("*.json")):
-        measured = json.loads(path.read_text(encoding="utf-8").replace(data.rstrip("/"), "books"))
+        text = path.read_text(encoding="utf-8")
+        for name, shown in names.items():
+            text = text.replace(json.dumps(name)[:-1], json.dumps(shown)[:-1])
+        measured = json.loads(text)
         recorded["versions"] = measured["versions"]
         rows.update({what_was_asked(row): row for row in measured["rows"]})
     lines = ",\n".join(json.dumps(row) for row in rows.values())
@@ -97,7 +100,8 @@ def main() -> None:
             chosen = {name: chosen[name] for name in options.only.split(",")}
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda item: measure(*item, options.out), chosen.items()))
-    merge(options.out, options.data)
+    names = {options.data.rstrip("/"): "books"}
+    merge(options.out, {**names, options.tuned: "tuned"} if options.tuned else names)
 
 
 if __name__ == "__main__":

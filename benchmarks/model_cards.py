@@ -58,11 +58,12 @@ def pages() -> dict[Path, str]:
 
 def passkey_summary(rows: list[dict[str, Any]]) -> str:
     """Returns pass keys over all fillers, one line for each way to look for them."""
-    found = [row for row in rows if row.get("task") == "passkey" and row["model"] in KINDS]
+    found = [row for row in rows if row.get("task") == "passkey"]
     lengths = sorted({row["length"] for row in found})
     lines: dict[str, dict[int, list[int]]] = {}
     for row in found:
-        what = f"landmarks, k = {row['top_k']}, {row['granularity']}, read {READ.get(row['read'])}"
+        who = "the twin, converted and fine-tuned" if row["model"] == "tuned" else "landmarks"
+        what = f"{who}, k = {row['top_k']}, {row['granularity']}, read {READ.get(row['read'])}"
         if row["attention"] != "landmark":
             what = f"plain twin, {ATTENTION[row['attention']]}"
         cell = lines.setdefault(what, {}).setdefault(row["length"], [0, 0])
