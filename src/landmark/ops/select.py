@@ -9,8 +9,8 @@ from torch import Tensor
 def select_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` best places along the last dimension; equal scores are taken from the lower index on.
 
-    ``torch.topk`` promises no order among ties and differs between devices. Here it only finds the k-th value; places
-    above it, then places equal to it from the lower index on, are picked by integer keys that never tie.
+    ``torch.topk`` promises no order among ties and differs between devices. Here its places count only where they lie
+    above the k-th value; those equal to it are taken from the lower index on, by integer keys that never tie.
 
     Args:
         scores: (..., N). ``-inf`` and NaN are never chosen.
@@ -24,13 +24,16 @@ def select_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     k = min(k, count)
     scores = scores.detach()
     place = torch.arange(count, device=scores.device, dtype=torch.int32)
-    key = torch.where(scores > -torch.inf, count - place, 0)
-    if k < count:
-        scores = scores.masked_fill(scores.isnan(), -torch.inf)
-        least = scores.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-        key = torch.where(scores > least, key + count, torch.where(scores == least, key, 0))
-        key = key.topk(k, dim=-1, sorted=False).values
-        key = torch.where(key > count, key - count, key)
-    key = key.sort(dim=-1, descending=True).values.long()
+    if k == count:
+        key = torch.where(scores > -torch.inf, count - place, 0)
+    else:
+        scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        best, found = scores.topk(k, dim=-1)
+        least = best[..., -1:]
+        above = best > least
+        tied = torch.where(scores == least, count - place, 0).topk(k, dim=-1).values
+        wanted = (place[:k] < k - above.sum(dim=-1, keepdim=True)) & (least > -torch.inf)
+        key = torch.cat([torch.where(above, count - found, 0), torch.where(wanted, tied, 0)], dim=-1)
+    key = key.sort(dim=-1, descending=True).values[..., :k].long()
     valid = key > 0
     return torch.where(valid, count - key, 0), valid
