@@ -99,6 +99,25 @@ def config_beyond_its_range(folder: Path) -> None:
     landmark.load(folder)(ids())
 
 
+def load_with_another_attention(folder: Path) -> None:
+    ours().save_pretrained(folder)
+    landmark.load(folder, attn_implementation="sdpa")
+
+
+def convert_with_another_attention(folder: Path) -> None:
+    llama().save_pretrained(folder)
+    landmark.convert(folder, attn_implementation="eager")
+
+
+def attention_put_in_the_config() -> None:
+    model = ours()
+    model.config._attn_implementation = "sdpa"
+    try:
+        model(ids())
+    finally:
+        model.config._attn_implementation = "landmark"
+
+
 CASES = [
     ("convert something else", lambda: landmark.convert({"a": 1}), "expected a transformers model or a path"),
     ("convert a module", lambda: landmark.convert(torch.nn.Linear(2, 2)), "expected a transformers model or a path"),
@@ -155,5 +174,8 @@ CASES = [
     ("a mask of another length", lambda: ours()(ids(), attention_mask=torch.ones(1, 5)), r"\(1, 12\), got \(1, 5\)"),
     ("no ids and no embeddings", lambda: ours()(), "exactly one of input_ids and inputs_embeds"),
     ("attention weights", lambda: ours()(ids(), output_attentions=True), "no attention matrix.*retrievals"),
+    ("load with another attention", load_with_another_attention, "'landmark' only, got .*'sdpa'; leave it out"),
+    ("convert with another attention", convert_with_another_attention, "'landmark' only, got .*'eager'"),
+    ("another attention in the config", attention_put_in_the_config, "'landmark' only, got .*'sdpa'"),
     ("another attention", lambda: ours().set_attn_implementation("sdpa"), "'landmark' only, got 'sdpa'"),
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import landmark
 import models
@@ -161,3 +163,19 @@ def test_settings_survive(tmp_path: Path) -> None:
     assert settings == model.landmark
     assert {name: getattr(settings, name) for name in changed} == changed
     assert AutoConfig.from_pretrained(tmp_path).landmark == model.config.landmark
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3"])
+def test_the_decoder_alone_attends_by_landmarks_too(elsewhere, family: str) -> None:
+    made, root, ids, _, _ = elsewhere
+    decoder = AutoModel.from_pretrained(root / family)
+    assert type(decoder) is type(made[family].base_model)
+    with torch.no_grad():
+        assert torch.equal(decoder(ids).last_hidden_state, made[family].base_model(ids).last_hidden_state)
+
+
+def test_copies_and_pickles_are_the_same_model() -> None:
+    model, ids = converted("qwen3", torch.float32), models.text(60)[None]
+    with torch.no_grad():
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied(ids).logits, model(ids).logits)

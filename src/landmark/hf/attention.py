@@ -95,4 +95,20 @@ def landmark_attention_forward(
     return landmark.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
 
 
+def claim_attention(config: Any) -> None:
+    """Sets the attention of a model about to be built; raises ``ValueError`` where the config asks for another."""
+    if config._attn_implementation is not None:
+        check_attention(config)
+    config._attn_implementation = IMPLEMENTATION
+
+
+def check_attention(config: Any) -> None:
+    """Raises ``ValueError`` where a config asks for another attention, which would ignore the landmarks."""
+    if config._attn_implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"a landmark model attends by {IMPLEMENTATION!r} only, got attn_implementation="
+            f"{config._attn_implementation!r}; leave it out"
+        )
+
+
 AttentionInterface.register(IMPLEMENTATION, landmark_attention_forward)

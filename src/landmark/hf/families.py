@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from landmark.hf.attention import IMPLEMENTATION
+from landmark.hf.attention import claim_attention
 from landmark.hf.causal import LandmarkCausalLMMixin
 from landmark.hf.model import LandmarkDecoderMixin
 
@@ -101,7 +101,7 @@ def family(model_type: str) -> Family:
     )
 
     def initialise(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        config._attn_implementation = IMPLEMENTATION
+        claim_attention(config)
         module = sys.modules[stock_causal_lm.__module__]
         with _building:
             setattr(module, stock_decoder.__name__, decoder)

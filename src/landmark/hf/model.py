@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
-from landmark.hf.attention import Call, OnePass, Remembered
+from landmark.hf.attention import Call, OnePass, Remembered, check_attention, claim_attention
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.layout import Layout, documents_of, packed_layout, padded_layout, plain_layout
 from landmark.hf.rope import layer_types, read_rotaries
@@ -32,6 +32,7 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
     """Inserts landmarks in front of a stock decoder and takes them out behind it."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        claim_attention(config)
         super().__init__(config, *args, **kwargs)
         self.landmark_embedding = nn.Embedding(1, config.hidden_size)
         self._rotaries = read_rotaries(self)
@@ -82,6 +83,7 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
             raise ValueError(
                 "landmark attention keeps no attention matrix: read cache.retrievals (cache.record = True)"
             )
+        check_attention(self.config)
         return_dict = kwargs.pop("return_dict", None)
         text = input_ids if input_ids is not None else inputs_embeds
         assert text is not None
