@@ -19,6 +19,7 @@ from landmark.data.tokens import Ids, Place, tokenize
 from landmark.hf.bundled import NAMES, model_path
 from landmark.hf.convert import convert, from_config, load
 from landmark.hf.families import PREFIX
+from landmark.hf.pretrained import read_config
 from landmark.train.recipe import Recipe
 
 HELD_OUT_ROWS = 64
@@ -135,7 +136,7 @@ def given_model(path: str, recipe: Recipe, *, plain: bool) -> Any:
     dtype = recipe.run.weights if recipe.run.weights == "auto" else getattr(torch, recipe.run.weights)
     settings = LandmarkConfig.from_dict(recipe.landmark)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = read_config(path)
         if config.model_type.startswith(PREFIX):
             if plain:
                 raise ValueError(f"{path}: expected a model without landmarks to train plain, got {config.model_type}")
