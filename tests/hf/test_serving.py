@@ -186,7 +186,8 @@ def test_what_would_pass_landmarks_by_is_refused() -> None:
 
 def placed(model: Any, name: str, **elsewhere: str) -> dict[str, str]:
     found = {f"{model.base_model_prefix}.{part}": elsewhere.get(part.replace(".", "_"), "cpu") for part in PLACED[name]}
-    return {**found, "lm_head": "cpu"}
+    head = next(part for part, module in model.named_modules() if module is model.get_output_embeddings())
+    return {**found, head: "cpu"}
 
 
 PLACES: list[Any] = [
