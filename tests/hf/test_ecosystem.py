@@ -147,7 +147,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, reentrant:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
+        calls = []
+        attention = getattr(model.base_model.layers[0], "attention" if family == "gpt_neox" else "self_attn")
+        hook = attention.register_forward_hook(lambda *_: calls.append(1))
         checkpointed = gradients(model, ids)
+        hook.remove()
+        assert len(calls) == 2  # once more in the backward pass
     finally:
         model.gradient_checkpointing_disable()
         if reentrant:

@@ -73,24 +73,26 @@ def test_peak_memory_of_a_call(rows, blocks, granularity):
     assert int(done.stdout) / 2**10 < 400
 
 
-@pytest.mark.parametrize("layers", [None, (1,)])
+@pytest.mark.parametrize(("layers", "granularity"), [(None, "token_head"), ((1,), "token_head"), (None, "head")])
 @torch.no_grad()
-def test_a_call_that_failed_can_be_made_again(monkeypatch, layers):
-    """A layer that was through drops nothing that the call needs."""
+def test_a_call_that_failed_can_be_made_again(monkeypatch, layers, granularity):
+    """A layer that was through drops nothing that the call needs, nor the queries that `head` has to remember."""
     monkeypatch.setattr(store, "EVICTION_STEP", 1)
     monkeypatch.setattr(store, "SPARE_BLOCKS", 0)
-    settings = LandmarkConfig(block_size=3, top_k=2, local_blocks=1, max_blocks=3, layers=layers, chunk_tokens=40)
+    settings = LandmarkConfig(
+        block_size=3, top_k=2, local_blocks=1, max_blocks=3, layers=layers, granularity=granularity, chunk_tokens=41
+    )
     model, ids = models.landmark_model("llama", settings), models.text(80, seed=1)[None]
-    expected = model(ids, use_cache=False).logits[:, 40:]
+    expected = model(ids, use_cache=False).logits[:, 41:]
     cache = LandmarkCache(model.config)
-    model(ids[:, :40], past_key_values=cache)
+    model(ids[:, :41], past_key_values=cache)
 
     def fail(*_):
         raise RuntimeError("out of memory")
 
     hook = model.base_model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        model(ids[:, 40:], past_key_values=cache)
+        model(ids[:, 41:], past_key_values=cache)
     hook.remove()
-    again = model(ids[:, 40:], past_key_values=cache).logits
+    again = model(ids[:, 41:], past_key_values=cache).logits
     torch.testing.assert_close(again, expected, rtol=0, atol=1e-6)

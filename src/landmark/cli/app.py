@@ -59,6 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(arguments, standalone_mode=False)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         _fail(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(
+            f"expected the run to fit the device's memory: {error}; pass less text, a smaller batch or --dtype bfloat16"
+        )
     except _USAGE_ERROR as error:
         _fail(f"{error.format_message()} See landmark --help.")
     except (typer.Abort, KeyboardInterrupt):

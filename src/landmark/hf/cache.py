@@ -82,9 +82,16 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     def append(self, mask: Tensor) -> None:
         """Counts columns that all layers have filed; ``mask (B, T)`` bool on the CPU, True for text."""
+        for memory in self._made():
+            memory.settle()
         counts = mask.sum(1).tolist()
         self._tokens = [a + b for a, b in zip(self._tokens or [0] * len(mask), counts, strict=True)]
         self._mask = mask if self._mask is None else torch.cat((self._mask, mask), dim=1)
+
+    def undo(self) -> None:
+        """Forgets what a call that failed in some layer has filed."""
+        for memory in self._made():
+            memory.undo()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the text columns seen so far, padding included."""

@@ -95,11 +95,6 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
         if settings.mode == "all" and past_key_values is None:
             output = self._one_pass(self._embed(input_ids, inputs_embeds), mask, documents, settings, kwargs)
         else:
-            if self.training:
-                raise ValueError(
-                    "retrieval has no gradient and was called in train mode: use configure_landmark(mode='all') "
-                    "to train, or model.eval()"
-                )
             with torch.no_grad():
                 embeds = self._embed(input_ids, inputs_embeds)
                 if documents is not None and bool((documents != documents[:, :1]).any()):
@@ -192,6 +187,11 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
             kwargs: for the stock decoder.
             retrieve: whether to retrieve; otherwise the local context and block 0 are seen.
         """
+        if self.training:
+            raise ValueError(
+                "a memory has no gradient and was used in train mode: use configure_landmark(mode='all') without a "
+                "cache to train, or model.eval()"
+            )
         counts = mask.sum(1).tolist()
         seen = cache.tokens or [0] * len(counts)
         starts = [slots_for(n, settings.block_size) for n in seen]
@@ -210,9 +210,7 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
         try:
             output = self._run(embeds, layout, call, kwargs)
         except BaseException:
-            for memory in cache.memories:
-                if memory is not None:
-                    memory.forget_peak()
+            cache.undo()
             raise
         cache.append(mask)
         return output

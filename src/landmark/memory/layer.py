@@ -59,6 +59,7 @@ class LayerMemory:
         self.retrieves = config.mode == "retrieval" and (config.layers is None or layer in config.layers)
         self._peak: Tensor | None = None  # (B, G, R, P), `head` only: of the rows' unfinished blocks
         self._queries: Tensor | None = None  # (B, G, R, RECENT_BLOCKS, L, D), `head` only
+        self._settled: tuple[Tensor | None] | None = None  # what `_queries` was before a call that may still fail
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scale: float, retrieve: bool, record: bool
@@ -164,7 +165,7 @@ class LayerMemory:
             output = output + _weighted(torch.unflatten(part, -1, (-1, size)), blocks.values)
         if chosen is None:
             return output, None
-        gates = torch.unflatten(parts[-1], -1, (-1, size)).sum(-1)
+        gates = torch.unflatten(weights[..., -parts[-1].shape[-1] :], -1, (-1, size)).sum(-1)
         found = torch.where(chosen[1], chosen[0], -1).expand(gates.shape)
         return output, (found, gates)
 
@@ -246,6 +247,8 @@ class LayerMemory:
         recent = grid.own[rows, ns] > grid.own[rows, -1] - RECENT_BLOCKS
         rows, ns, ws = rows[recent], ns[recent], ws[recent]
         place = grid.own[rows, ns] % RECENT_BLOCKS
+        self._settled = (self._queries,)
+        self._queries = self._queries.clone()
         self._queries[rows, :, :, place, grid.offsets[rows, ns, ws]] = query[rows, :, :, ns, ws]
 
     def _keep_peak(self, peaks: Tensor, grid: Grid) -> None:
@@ -276,6 +279,19 @@ class LayerMemory:
             peaks = head_peaks(self._scores(query, whole, plan.candidates, scale), whole, self.config, None)
             self._peak = peaks[:, :, :, 0, -1].clamp(min=0)
         return self._peak * within
+
+    def settle(self) -> None:
+        """Called when all layers have done a call: it will not be undone."""
+        self._settled = None
+
+    def undo(self) -> None:
+        """Called when a call failed in some layer: what `head` knows is that of the call before.
+
+        Blocks need no undoing, as a repeated call writes the same slots.
+        """
+        if self._settled is not None:
+            self._queries, self._settled = self._settled[0], None
+        self._peak = None
 
     def forget_peak(self) -> None:
         """Called when the rows were cropped: what `head` knew of the unfinished block is computed again."""

@@ -27,8 +27,10 @@ def landmark_scores(
         config: the settings.
 
     Returns:
-        ``(B, G, R, n, W, count)``, ``-inf`` for places that are no candidate.
+        ``(B, G, R, n, W, count)``, ``-inf`` for places that are no candidate; at least float32, so that rounding
+        decides between no more blocks than it must.
     """
+    query = query.to(torch.promote_types(query.dtype, torch.float32))
     scores = _stingy_scores if config.positions == "stingy" else _exact_scores
     candidate = candidates(grid, count, store, config)
     return scores(query, grid, count, store, tables, config).masked_fill(~candidate[:, None, None, :, None], -torch.inf)
@@ -52,7 +54,7 @@ def _exact_scores(
 ) -> Tensor:
     block = store.block_of(torch.arange(count, device=grid.own.device))
     largest = store.first + store.places
-    keys = tables.by_blocks(block, query.dtype, largest).rotate(store.landmarks(count))
+    keys = tables.by_blocks(block, query.dtype, largest).rotate(store.landmarks(count).to(query.dtype))
     query = tables.by_blocks(grid.own, query.dtype, largest)[:, None, None, :, None].rotate(query)
     return _against_all(query, keys)
 
@@ -61,7 +63,7 @@ def _stingy_scores(
     query: Tensor, grid: Grid, count: int, store: BlockStore, tables: RotationTables, config: LandmarkConfig
 ) -> Tensor:
     """All at slot 0, then the latest ``top_k`` once more at their true places."""
-    keys, largest = store.landmarks(count), config.top_k + 1 + int(grid.local.shape[-1])
+    keys, largest = store.landmarks(count).to(query.dtype), config.top_k + 1 + int(grid.local.shape[-1])
     at_zero = tables.by_blocks(own_slot(grid, config.top_k), query.dtype, largest)[:, None, None, :, None].rotate(query)
     if store.shared_landmark:
         scores = (at_zero * keys[:, :, None, None, None, 0]).sum(-1, keepdim=True).expand(*query.shape[:-1], count)
@@ -72,7 +74,7 @@ def _stingy_scores(
     known = (recent >= 0) & ((recent == 0) | (recent >= store.first))
     near = tables.by_blocks(grid.own[..., None] - recent, query.dtype, largest)[:, None, None, :, None]
     rows = torch.arange(len(query), device=query.device)[:, None, None]
-    near_keys = store.landmark_keys[rows, :, places].movedim(3, 1)
+    near_keys = store.landmark_keys[rows, :, places].movedim(3, 1).to(query.dtype)
     near_scores = torch.einsum("bgrnwkd,bgnkd->bgrnwk", near.rotate(query[..., None, :]), near_keys)
     spare = torch.nn.functional.pad(scores, (0, 1))
     places = torch.where(known, places, count)[:, None, None, :, None].expand_as(near_scores)
@@ -134,5 +136,4 @@ def head_peaks(scores: Tensor, grid: Grid, config: LandmarkConfig, earlier: Tens
 
 def _probabilities(scores: Tensor) -> Tensor:
     """Softmax over the candidates; ``-inf`` for the others."""
-    out = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return torch.softmax(out, dim=-1).masked_fill(out == -torch.inf, -torch.inf)
+    return torch.softmax(scores, dim=-1).masked_fill(scores == -torch.inf, -torch.inf)
