@@ -3,7 +3,8 @@
     python benchmarks/figures.py --data books --tuned out/tuned --jobs 6
 
 Each measurement is a `landmark eval` command, printed before it runs; its rows go to a file of its own in --out, as far
-as it came. Rows that were measured replace those recorded before; the others stay.
+as it came. Rows that were measured replace those recorded before; the others stay if they were measured with the same
+versions and commit. Times of several measurements at once are no speeds: ``versions`` says how many there were.
 """
 
 from __future__ import annotations
@@ -59,16 +60,21 @@ def measure(name: str, words: list[str], out: Path) -> None:
     print(f"{name}: exit code {code} after {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def merge(out: Path, names: dict[str, str]) -> None:
+def merge(out: Path, names: dict[str, str], jobs: int) -> None:
     """Puts the rows of ``out`` into the recorded figures; ``names`` says what to call a path."""
-    recorded: dict[str, Any] = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {"rows": []}
+    recorded: dict[str, Any] = {"versions": None, "rows": []}
+    if FIGURES.exists():
+        recorded = json.loads(FIGURES.read_text(encoding="utf-8"))
     rows = {what_was_asked(row): row for row in recorded["rows"]}
     for path in sorted(out.glob("*.json")):
         text = path.read_text(encoding="utf-8")
         for name, shown in names.items():
             text = text.replace(json.dumps(name)[:-1], json.dumps(shown)[:-1])
         measured = json.loads(text)
-        recorded["versions"] = measured["versions"]
+        versions = {**measured["versions"], "measured at once": jobs}
+        if versions != recorded["versions"]:
+            print(f"{len(rows)} rows were measured with other versions and are dropped: {recorded['versions']}")
+            recorded["versions"], rows = versions, {}
         rows.update({what_was_asked(row): row for row in measured["rows"]})
     lines = ",\n".join(json.dumps(row) for row in rows.values())
     FIGURES.write_text(
@@ -101,7 +107,7 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda item: measure(*item, options.out), chosen.items()))
     names = {options.data.rstrip("/"): "books"}
-    merge(options.out, {**names, options.tuned: "tuned"} if options.tuned else names)
+    merge(options.out, {**names, options.tuned: "tuned"} if options.tuned else names, options.jobs)
 
 
 if __name__ == "__main__":
