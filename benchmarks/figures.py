@@ -60,7 +60,7 @@ def measure(name: str, words: list[str], out: Path) -> None:
     print(f"{name}: exit code {code} after {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def merge(out: Path, names: dict[str, str], jobs: int) -> None:
+def merge(out: Path, names: dict[str, str], jobs: int, commit: str | None) -> None:
     """Puts the rows of ``out`` into the recorded figures; ``names`` says what to call a path."""
     recorded: dict[str, Any] = {"versions": None, "rows": []}
     if FIGURES.exists():
@@ -72,6 +72,7 @@ def merge(out: Path, names: dict[str, str], jobs: int) -> None:
             text = text.replace(json.dumps(name)[:-1], json.dumps(shown)[:-1])
         measured = json.loads(text)
         versions = {**measured["versions"], "measured at once": jobs}
+        versions["commit"] = commit or versions["commit"]
         if versions != recorded["versions"]:
             print(f"{len(rows)} rows were measured with other versions and are dropped: {recorded['versions']}")
             recorded["versions"], rows = versions, {}
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/figures"))
     parser.add_argument("--only", help="names of measurements, with commas")
     parser.add_argument("--jobs", type=int, default=1, help="measurements at once: a small model does not fill a GPU")
+    parser.add_argument("--commit", help="what was measured, where the code lies outside its repository")
     parser.add_argument("--merge-only", action="store_true", help="measure nothing, merge what lies in --out")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda item: measure(*item, options.out), chosen.items()))
     names = {options.data.rstrip("/"): "books"}
-    merge(options.out, {**names, options.tuned: "tuned"} if options.tuned else names, options.jobs)
+    merge(options.out, {**names, options.tuned: "tuned"} if options.tuned else names, options.jobs, options.commit)
 
 
 if __name__ == "__main__":

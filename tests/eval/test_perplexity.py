@@ -1,11 +1,13 @@
 """Perplexity: loss over all tokens, the same text at every length, and the columns of Table 1."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from landmark.data.text import Document
+from landmark.data.tokenizer import train_tokenizer
 from landmark.eval import perplexity
 from landmark.eval.fillers import pydoc_text
 from tiny import BLOCK
@@ -53,6 +55,13 @@ def test_mean_loss_is_that_of_every_token_but_the_first(kind, request, monkeypat
     wanted = torch.stack([loss for _, loss in losses])
     found = torch.cat([row[[end - 1 for end, _ in losses[: len(losses) // 3]]] for row in every])
     assert torch.allclose(found, wanted, atol=1e-8)
+
+
+def test_models_of_different_vocabularies_are_refused(plain):
+    other = dataclasses.replace(plain, name="other", tokenizer=train_tokenizer(["Different words."], 280))
+    task = perplexity.PerplexityTask(lengths=(40,), max_tokens=400)
+    with pytest.raises(ValueError, match="--compare: expected the vocabulary of .* got another in other"):
+        rows_of([plain, other], task, None)
 
 
 def rows_of(subjects, task, tokenizer, size=8000):

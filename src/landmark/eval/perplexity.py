@@ -104,15 +104,23 @@ def run(
     """Measures every model at every length in every asked way.
 
     Args:
-        subjects: the models; each cuts the text with its own tokenizer.
+        subjects: the models, of one vocabulary: perplexities of different tokens are not comparable.
         task: what is measured.
         documents: texts.
         data: their name, for the rows.
         report: called with each row as soon as it is there.
 
     Raises:
-        ValueError: no document is as long as the greatest evaluation length, or settings that a model refuses.
+        ValueError: models with different vocabularies, no document as long as the greatest evaluation length, or
+            settings that a model refuses.
     """
+    vocabulary = subjects[0].tokenizer.get_vocab()
+    other = [subject.name for subject in subjects if subject.tokenizer.get_vocab() != vocabulary]
+    if other:
+        raise ValueError(
+            f"--compare: expected the vocabulary of {subjects[0].name}, got another in {other[0]}: perplexities of "
+            "different tokens are not comparable; measure each model in a run of its own"
+        )
     rows = []
     for subject in subjects:
         spans = choose_spans(documents, subject.tokenizer, max(task.lengths), task.max_tokens, task.seed)

@@ -116,7 +116,7 @@ class Subject:
         try:
             yield
         finally:
-            self.model.configure_landmark(**vars(before))
+            self.model.config.landmark = before.to_dict()
 
 
 def pick_device(device: str) -> str:
