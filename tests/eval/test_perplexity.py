@@ -60,7 +60,7 @@ def test_mean_loss_is_that_of_every_token_but_the_first(kind, request, monkeypat
 def test_models_of_different_vocabularies_are_refused(plain):
     other = dataclasses.replace(plain, name="other", tokenizer=train_tokenizer(["Different words."], 280))
     task = perplexity.PerplexityTask(lengths=(40,), max_tokens=400)
-    with pytest.raises(ValueError, match="--compare: expected the vocabulary of .* got another in other"):
+    with pytest.raises(ValueError, match=r"--compare: expected the vocabulary of .* got another in other"):
         rows_of([plain, other], task, None)
 
 
