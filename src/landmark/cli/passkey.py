@@ -59,17 +59,11 @@ def passkey(
         plots.require_matplotlib()
     subjects.quiet()
     tested = subjects.load_all(model, compare, device, dtype, window, factor)
-    rows: list[results.PasskeyRow] = []
 
-    def report(row: results.PasskeyRow) -> None:
-        rows.append(row)
+    def tell(row: results.PasskeyRow) -> None:
         typer.echo(f"{row.model} {row.attention} {row.filler} {row.length}: {row.accuracy:.1%}", err=True)
-        if out is not None:
-            results.write(out, rows, tested[0].device)
 
-    if out is not None:
-        results.write(out, rows, tested[0].device)
-    task_module.run(tested, task, report)
+    rows = task_module.run(tested, task, results.Recorder(out, tested[0].device, tell))
     show(passkey_table(rows))
     if plot is not None:
         plots.plot_passkey(rows, plot)

@@ -63,17 +63,12 @@ def perplexity(
     documents = list(read_documents(data, split=split))
     subjects.quiet()
     tested = subjects.load_all(model, compare, device, dtype, window, factor)
-    rows: list[results.PerplexityRow] = []
 
-    def report(row: results.PerplexityRow) -> None:
-        rows.append(row)
+    def tell(row: results.PerplexityRow) -> None:
         typer.echo(f"{row.model} {row.attention} {row.length} k={row.top_k}: {row.perplexity:.2f}", err=True)
-        if out is not None:
-            results.write(out, rows, tested[0].device)
 
-    if out is not None:
-        results.write(out, rows, tested[0].device)
-    task_module.run(tested, task, documents, f"{Path(data).name}, {split}", report)
+    report = results.Recorder(out, tested[0].device, tell)
+    rows = task_module.run(tested, task, documents, f"{Path(data).name}, {split}", report)
     show(perplexity_table(rows))
     if plot is not None:
         plots.plot_perplexity(rows, plot)

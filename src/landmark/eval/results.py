@@ -6,9 +6,9 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from landmark.versions import versions
 
@@ -116,6 +116,7 @@ class PerplexityRow:
 
 
 Row = PasskeyRow | PerplexityRow
+Some = TypeVar("Some", PasskeyRow, PerplexityRow)
 
 
 def made_with(device: str) -> dict[str, str | None]:
@@ -133,6 +134,32 @@ def write(path: str | Path, rows: Sequence[Row], device: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"versions": made_with(device), "rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+class Recorder(Generic[Some]):
+    """Takes rows one at a time and keeps the file complete, so that an interrupted run loses nothing.
+
+    Args:
+        out: the file, ``None`` for none; written at once, so that a path that cannot be written ends the run early.
+        device: what is measured on.
+        tell: called with each row.
+    """
+
+    def __init__(self, out: str | Path | None, device: str, tell: Callable[[Some], None]) -> None:
+        self.out, self.device = out, device
+        self.tell: Callable[[Some], None] = tell
+        self.rows: list[Some] = []
+        self._write()
+
+    def __call__(self, row: Some) -> None:
+        """Keeps a row."""
+        self.rows.append(row)
+        self.tell(row)
+        self._write()
+
+    def _write(self) -> None:
+        if self.out is not None:
+            write(self.out, self.rows, self.device)
 
 
 def read(path: str | Path) -> list[Row]:
