@@ -34,7 +34,7 @@ THIRD_PARTY = {
     "config": set(),
     "blocks": {"torch"},
     "rotary": {"torch"},
-    "versions": set(),
+    "versions": {"torch"},
     "ops": {"torch"},
     "memory": {"torch"},
     "hf": {"torch", "transformers", "safetensors", "numpy", "peft"},

@@ -22,6 +22,10 @@ def versions(*packages: str) -> dict[str, str | None]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
+    if "torch" in packages:
+        import torch
+
+        found["torch"] = torch.__version__  # with its build, which the package's own version lacks
     found["commit"] = _commit()
     return found
 

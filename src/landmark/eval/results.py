@@ -125,7 +125,7 @@ def made_with(device: str) -> dict[str, str | None]:
 
     on_gpu = device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
-    return {**versions("torch", "transformers"), "torch": torch.__version__, "device": name}
+    return {**versions("torch", "transformers"), "device": name}
 
 
 def write(path: str | Path, rows: Sequence[Row], device: str) -> None:
