@@ -59,7 +59,7 @@ class LayerMemory:
         self.retrieves = config.mode == "retrieval" and (config.layers is None or layer in config.layers)
         self._peak: Tensor | None = None  # (B, G, R, P), `head` only: of the rows' unfinished blocks
         self._queries: Tensor | None = None  # (B, G, R, RECENT_BLOCKS, L, D), `head` only
-        self._settled: tuple[Tensor | None] | None = None  # what `_queries` was before a call that may still fail
+        self._queries_before: Tensor | None = None  # `_queries` before a call that may still fail in another layer
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scale: float, retrieve: bool, record: bool
@@ -114,7 +114,7 @@ class LayerMemory:
         if self.config.granularity == "head":
             peaks = head_peaks(scores, grid, self.config, earlier)
             self._keep_peak(peaks, grid)
-        places, valid = choose(scores, grid, self.config, peaks)
+        places, valid = choose(scores, self.config, peaks)
         shape = (*places.shape[:3], *query.shape[3:5], places.shape[-1])
         return self.store.block_of(places).expand(shape), valid.expand(shape)
 
@@ -247,8 +247,7 @@ class LayerMemory:
         recent = grid.own[rows, ns] > grid.own[rows, -1] - RECENT_BLOCKS
         rows, ns, ws = rows[recent], ns[recent], ws[recent]
         place = grid.own[rows, ns] % RECENT_BLOCKS
-        self._settled = (self._queries,)
-        self._queries = self._queries.clone()
+        self._queries_before, self._queries = self._queries, self._queries.clone()
         self._queries[rows, :, :, place, grid.offsets[rows, ns, ws]] = query[rows, :, :, ns, ws]
 
     def _keep_peak(self, peaks: Tensor, grid: Grid) -> None:
@@ -282,15 +281,15 @@ class LayerMemory:
 
     def settle(self) -> None:
         """Called when all layers have done a call: it will not be undone."""
-        self._settled = None
+        self._queries_before = None
 
     def undo(self) -> None:
         """Called when a call failed in some layer: what `head` knows is that of the call before.
 
         Blocks need no undoing, as a repeated call writes the same slots.
         """
-        if self._settled is not None:
-            self._queries, self._settled = self._settled[0], None
+        if self._queries_before is not None:
+            self._queries, self._queries_before = self._queries_before, None
         self._peak = None
 
     def forget_peak(self) -> None:

@@ -86,12 +86,11 @@ def _against_all(query: Tensor, keys: Tensor) -> Tensor:
     return torch.unflatten(query.flatten(2, 4) @ keys.transpose(-1, -2), 2, query.shape[2:5])
 
 
-def choose(scores: Tensor, grid: Grid, config: LandmarkConfig, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def choose(scores: Tensor, config: LandmarkConfig, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Chooses ``top_k`` places per query from scaled scores.
 
     Args:
         scores: ``(B, G, R, n, W, P)``, scaled, ``-inf`` where there is no candidate.
-        grid: where these queries stand.
         config: the settings.
         peak: for ``head``, what ``head_peaks`` gave for these queries.
 
