@@ -27,26 +27,33 @@ TIMES = ("seconds", "peak_bytes")
 def commands(data: str, tuned: str | None) -> dict[str, list[str]]:
     """Returns the measurements by name, the longest first."""
     books = f"{data}/test"
-    passkey = ["passkey", "--filler", f"paper,{books},pydoc", "--trials", "50", "--read", "retrieve"]
+    fillers = {"paper": "paper", "books": books, "pydoc": "pydoc"}
+    every = ["--filler", ",".join(fillers.values())]
+    passkey = ["passkey", "--trials", "50", "--read", "retrieve"]
+    plain = ["passkey", "--trials", "50", *every, "--model", "twin", "--lengths", "512,2048,8192,32768"]
     perplexity = ["perplexity", "--data", data, "--lengths", "512,2048,4096", "--max-tokens", "524288"]
     alone = [*perplexity, "--compare", "twin"]
-    million = ["passkey", "--lengths", "1048576", "--filler", f"paper,{books},pydoc", "--trials", "20"]
+    million = ["passkey", "--lengths", "1048576", "--trials"]
     facts = ["passkey", "--filler", books, "--facts", "1,2,4,8,16,64", "--trials", "25", "--read", "retrieve"]
-    found = {
-        "passkey-128k": [*passkey, "--lengths", "131072", "--top-k", "2,4"],
-        "passkey-1m": [*million, "--top-k", "2,4", "--read", "local"],
-        "passkey-1m-retrieve": [*million, "--top-k", "4", "--trials", "5", "--filler", books, "--read", "retrieve"],
-        "passkey": [*passkey, "--lengths", "512,8192,32768", "--top-k", "2,4"],
-        "granularity": [*passkey, "--lengths", "32768", "--granularity", "head,group,token"],
+    found = {}
+    for name, filler in fillers.items():
+        for k in ("2", "4"):
+            asked = ["--top-k", k, "--filler", filler]
+            found[f"passkey-128k-{name}-{k}"] = [*passkey, "--lengths", "131072", *asked]
+            found[f"passkey-1m-{name}-{k}"] = [*million, "20", *asked, "--read", "local"]
+    found |= {
+        "passkey-1m-retrieve": [*million, "5", "--filler", books, "--top-k", "4", "--read", "retrieve"],
+        "passkey": [*passkey, *every, "--lengths", "512,8192,32768", "--top-k", "2,4"],
+        "granularity": [*passkey, *every, "--lengths", "32768", "--granularity", "head,group,token"],
         "facts": [*facts, "--lengths", "8192,32768"],
-        "twin": [*passkey[:-2], "--model", "twin", "--lengths", "512,2048,8192,32768", "--window", "384"],
-        "twin-dynamic": [*passkey[:-2], "--model", "twin", "--lengths", "512,2048,8192,32768", "--rope", "dynamic:64"],
+        "twin": [*plain, "--window", "384"],
+        "twin-dynamic": [*plain, "--rope", "dynamic:64"],
         "perplexity-190": [*alone, "--local", "190", "--top-k", "2,0", "--window", "320"],
         "perplexity-paper": [*alone, "--local", "250,350", "--blocks", "40", "--top-k", "0,2,4", "--window", "448"],
         "perplexity-blocks": [*alone, "--scheme", "blocks", "--top-k", "0,1,2,3,4,8", "--window", "384"],
     }
     if tuned:
-        found["tuned"] = [*passkey, "--model", tuned, "--lengths", "512,8192,32768", "--top-k", "2,4"]
+        found["tuned"] = [*found["passkey"], "--model", tuned]
     return found
 
 
