@@ -4,7 +4,7 @@
 
 Each measurement is a `landmark eval` command, printed before it runs; its rows go to a file of its own in --out, as far
 as it came. Rows that were measured replace those recorded before; the others stay if they were measured with the same
-versions and commit. Times of several measurements at once are no speeds: ``versions`` says how many there were.
+versions and commit, or with --keep, and then the label names both. Times of several measurements at once are no speeds: ``versions`` says how many there were.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def commands(data: str, tuned: str | None) -> dict[str, list[str]]:
         "granularity": [*passkey, *every, "--lengths", "32768", "--granularity", "head,group,token"],
         "facts": [*facts, "--lengths", "8192,32768"],
         "twin": [*plain, "--window", "384"],
-        "twin-dynamic": [*plain, "--rope", "dynamic:64"],
+        "twin-dynamic": [*plain, "--rope", "dynamic:2"],
         "perplexity-190": [*alone, "--local", "190", "--top-k", "2,0", "--window", "320"],
         "perplexity-paper": [*alone, "--local", "250,350", "--blocks", "40", "--top-k", "0,2,4", "--window", "448"],
         "perplexity-blocks": [*alone, "--scheme", "blocks", "--top-k", "0,1,2,3,4,8", "--window", "384"],
@@ -67,7 +67,7 @@ def measure(name: str, words: list[str], out: Path) -> None:
     print(f"{name}: exit code {code} after {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def merge(out: Path, names: dict[str, str], jobs: int, commit: str | None) -> None:
+def merge(out: Path, names: dict[str, str], jobs: int, commit: str | None, keep: bool) -> None:
     """Puts the rows of ``out`` into the recorded figures; ``names`` says what to call a path."""
     recorded: dict[str, Any] = {"versions": None, "rows": []}
     if FIGURES.exists():
@@ -80,6 +80,10 @@ def merge(out: Path, names: dict[str, str], jobs: int, commit: str | None) -> No
         measured = json.loads(text)
         versions = {**measured["versions"], "measured at once": jobs}
         versions["commit"] = commit or versions["commit"]
+        if keep and rows:
+            before = recorded["versions"]
+            versions = {key: _both(before.get(key), value) for key, value in versions.items()}
+            recorded["versions"] = versions
         if versions != recorded["versions"]:
             print(f"{len(rows)} rows were measured with other versions and are dropped: {recorded['versions']}")
             recorded["versions"], rows = versions, {}
@@ -89,6 +93,12 @@ def merge(out: Path, names: dict[str, str], jobs: int, commit: str | None) -> No
         f'{{"versions": {json.dumps(recorded["versions"])},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8"
     )
     model_cards.main()
+
+
+def _both(old: Any, new: Any) -> Any:
+    """Returns the one value, or both where they differ."""
+    known = str(old).split(" or ") if old is not None else ["unknown"]
+    return new if old == new else old if str(new) in known else " or ".join([*known, str(new)])
 
 
 def what_was_asked(row: dict[str, Any]) -> str:
@@ -107,6 +117,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="measurements at once: a small model does not fill a GPU")
     parser.add_argument("--commit", help="what was measured, where the code lies outside its repository")
     parser.add_argument("--merge-only", action="store_true", help="measure nothing, merge what lies in --out")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep rows of other versions, under a label that names both"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.merge_only:
@@ -116,7 +129,13 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda item: measure(*item, options.out), chosen.items()))
     names = {options.data.rstrip("/"): "books"}
-    merge(options.out, {**names, options.tuned: "tuned"} if options.tuned else names, options.jobs, options.commit)
+    merge(
+        options.out,
+        {**names, options.tuned: "tuned"} if options.tuned else names,
+        options.jobs,
+        options.commit,
+        options.keep,
+    )
 
 
 if __name__ == "__main__":
