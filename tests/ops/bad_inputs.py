@@ -18,6 +18,11 @@ def integers(*shape):
     return torch.zeros(shape, dtype=torch.long)
 
 
+def fused(dim=32, dtype=torch.float32, **options):
+    tensors = [torch.zeros(1, 1, 20, dim, dtype=dtype)] * 3
+    return landmark_attention(*tensors, **{"block_size": 16, "impl": "triton", **options})
+
+
 CASES = [
     (
         "query without heads",
@@ -88,5 +93,28 @@ CASES = [
         lambda: call(impl="fast"),
         "impl: expected one of auto, .* got 'fast'; pass impl='auto'",
     ),
-    ("implementation of later", lambda: call(impl="triton"), "impl: .* got 'triton'; pass impl='chunked'"),
+    ("kernels: head dim too small", lambda: fused(dim=16), "triton': expected a head dim from 32 to 256, .* got 16"),
+    ("kernels: head dim of odd size", lambda: fused(dim=36), "triton': expected .* a multiple of 8, got 36"),
+    ("kernels: head dim too large", lambda: fused(dim=264), "triton': expected a head dim from 32 to 256, .* got 264"),
+    ("kernels: float64", lambda: fused(dtype=torch.float64), "triton': expected float16, .* got torch.float64"),
+    ("kernels: small blocks", lambda: fused(block_size=8), "triton': expected a block_size from 16 to 256, got 8"),
+    ("kernels: large blocks", lambda: fused(block_size=300), "triton': expected a block_size from 16 to 256, got 300"),
+    ("kernels: top_k", lambda: fused(top_k=2), "triton': expected top_k=None, got 2; pass impl='auto'"),
+    (
+        "kernels: irregular landmarks",
+        lambda: fused(landmarks=torch.zeros(1, 20, dtype=torch.bool)),
+        "triton': expected landmarks at regular places",
+    ),
+    (
+        "kernels: mixed dtypes",
+        lambda: landmark_attention(
+            torch.zeros(1, 1, 4, 32), *[torch.zeros(1, 1, 4, 32).half()] * 2, block_size=16, impl="triton"
+        ),
+        "expected the dtype of query, torch.float32, got torch.float16",
+    ),
+    (
+        "kernels: bfloat16 in the interpreter",
+        lambda: fused(dtype=torch.bfloat16),
+        "triton': (Triton's interpreter has no arithmetic in bfloat16|expected tensors on an NVIDIA GPU, got cpu)",
+    ),
 ]

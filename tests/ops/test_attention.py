@@ -1,11 +1,12 @@
 """The public operation: its checks and its choice of implementation."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
 from landmark import landmark_attention
-from landmark.ops import chunked, reference
-from landmark.ops.attention import IMPLS, explain_impl
+from landmark.ops import choice, chunked, reference
 from ops.bad_inputs import CASES
 
 
@@ -21,9 +22,40 @@ def test_every_bad_input_has_its_own_name():
 
 
 def test_auto_says_what_it_runs_and_why_nothing_else():
-    choice = explain_impl()
-    assert {choice.chosen, *choice.refused} == set(IMPLS) - {"auto"}
-    assert all(choice.refused.values())
+    for dtype, options in ((torch.float32, {}), (torch.float64, {}), (torch.float16, {"top_k": 3})):
+        found = choice.explain_impl(torch.zeros(1, 1, 1, 64, dtype=dtype), **options)
+        assert {found.chosen, *found.refused} == set(choice.IMPLS) - {"auto"}
+        assert found.chosen == "chunked" and all(found.refused.values())
+
+
+class Device(NamedTuple):
+    major: int
+    minor: int
+    shared_memory_per_block_optin: int
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        (Device(9, 0, 232448), None),
+        (Device(8, 6, 101376), None),
+        (Device(7, 5, 65536), "expected a GPU of compute capability 8.0 or later, got 7.5"),
+        (Device(8, 0, 49152), "expected 65536 bytes of shared memory for a block of threads, got 49152"),
+    ],
+)
+def test_a_gpu_that_cannot_run_the_kernels_is_named(monkeypatch, device, reason):
+    monkeypatch.setattr(choice, "_INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    assert choice._refusal_of_device(torch.device("cuda:0")) == reason
+
+
+def test_the_kernels_need_their_package_and_a_gpu(monkeypatch):
+    query = torch.zeros(1, 1, 1, 64)
+    monkeypatch.setattr(choice, "_INTERPRETED", False)
+    assert choice.refusal(query, 64, None, False) == "expected tensors on an NVIDIA GPU, got cpu"
+    monkeypatch.setattr(choice, "_INSTALLED", False)
+    assert "pip install triton" in choice.refusal(query, 64, None, False)
 
 
 def test_a_named_implementation_runs_itself(monkeypatch):
@@ -39,7 +71,7 @@ def test_a_named_implementation_runs_itself(monkeypatch):
             other = {"reference": "chunked", "chunked": "reference"}[name]
             landmark_attention(*tensors, block_size=2, impl=other)
     with monkeypatch.context() as patch:
-        patch.setattr(chunked, explain_impl().chosen, broken)
+        patch.setattr(chunked, choice.explain_impl(tensors[0]).chosen, broken)
         with pytest.raises(RuntimeError, match="this one"):
             landmark_attention(*tensors, block_size=2)
 

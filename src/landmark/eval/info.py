@@ -9,7 +9,7 @@ import torch
 
 from landmark.eval.results import FIGURES, PasskeyRow, PerplexityRow, read
 from landmark.eval.subjects import model_folder
-from landmark.ops.attention import explain_impl
+from landmark.ops.choice import explain_impl
 from landmark.versions import versions
 
 _PACKAGES = (
@@ -45,8 +45,9 @@ def device_lines() -> list[str]:
 
 
 def attention_lines() -> list[str]:
-    """Returns which implementation ``impl="auto"`` chooses and why none of the others."""
-    choice = explain_impl()
+    """Returns which implementation ``impl="auto"`` chooses for bfloat16 here, and why none of the others."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    choice = explain_impl(torch.empty(1, 1, 1, 64, device=device, dtype=torch.bfloat16))
     return [f"{choice.chosen}: chosen"] + [f"{name}: not chosen, {why}" for name, why in choice.refused.items()]
 
 

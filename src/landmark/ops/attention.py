@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-IMPLS = ("auto", "reference", "chunked", "triton")
+from landmark.ops.choice import choose
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -61,8 +61,9 @@ def landmark_attention(
             its own blocks and sees nothing of the others. Not together with ``query_start``.
         landmarks: (B, S) booleans, landmarks at any place; blocks may have any length. A query behind all keys
             continues the last block, or begins a new one if a landmark closed that.
-        impl: ``reference`` (the definition), ``chunked`` (memory linear in S), ``triton`` (not in this version), or
-            ``auto``. A named implementation runs or raises; only ``auto`` chooses.
+        impl: ``reference`` (the definition), ``chunked`` (plain PyTorch in memory linear in S), ``triton`` (fused
+            kernels for NVIDIA GPUs, see ``docs/kernels.md``), or ``auto``. A named implementation runs or raises; only
+            ``auto`` chooses.
         return_lse: also return the gate's log-sum-exp, natural, of the scaled scores, over past landmarks and own text.
             Results over parts of the keys merge by it (weights ``softmax`` over the parts' ``lse``) if every past block
             lies wholly in one part, all parts share one block grid, and ``top_k`` was chosen over their union.
@@ -80,11 +81,13 @@ def landmark_attention(
     top_k, scale = _check_numbers(block_size, top_k, scale, query.shape[3])
     query_start = _check_query_start(query_start, segments, query.shape[2], key.shape[2])
     _check_rows(key, starts, segments, landmarks)
-    chosen = _choose(impl)
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
         query, key, value = (each.to(torch.get_autocast_dtype(device_type)) for each in (query, key, value))
-    if chosen == "reference":
+    chosen = choose(impl, query, block_size=block_size, top_k=top_k, irregular=landmarks is not None)
+    if chosen == "triton":
+        from landmark.ops.triton.op import fused as run
+    elif chosen == "reference":
         from landmark.ops.reference import reference as run
     else:
         from landmark.ops.chunked import chunked as run
@@ -102,32 +105,6 @@ def landmark_attention(
             landmarks=landmarks,
         )
     return (out, lse) if return_lse else out
-
-
-class Choice(NamedTuple):
-    """What ``impl="auto"`` runs, and why it runs none of the others."""
-
-    chosen: str
-    refused: dict[str, str]
-
-
-def explain_impl() -> Choice:
-    """The implementation that ``impl="auto"`` chooses, with the reason against each of the others."""
-    return Choice(
-        "chunked",
-        {
-            "reference": "the definition: exact, but its memory grows with T x S; only when asked for",
-            "triton": "not available in this version",
-        },
-    )
-
-
-def _choose(impl: str) -> str:
-    if impl not in IMPLS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}; pass impl='auto'")
-    if impl == "triton":
-        raise ValueError("impl: expected an implementation of this version, got 'triton'; pass impl='chunked'")
-    return explain_impl().chosen if impl == "auto" else impl
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -1,0 +1,59 @@
+"""How large the tiles are, by architecture, dtype and head dim; nothing is tuned when a program runs.
+
+Rows and keys of a tile, warps, and stages of the loads' pipeline, for each of the three kernels. ``sm_90`` was measured
+(``benchmarks/ops.py --sweep`` on one H200); all others are sized by their shared memory, compile, and are unmeasured.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """One kernel's tiles: rows are queries; ``tma`` asks for loads by tensor descriptors."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+class Config(NamedTuple):
+    """The tiles of the three kernels."""
+
+    forward: Tiles
+    query_gradient: Tiles
+    key_value_gradient: Tiles
+
+
+# By widest head dim. Two bytes a number.
+HOPPER = {
+    64: Config(Tiles(64, 128, 4, 2, True), Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 3, True)),
+    128: Config(Tiles(64, 64, 4, 3, True), Tiles(128, 64, 8, 3, True), Tiles(64, 64, 4, 2, True)),
+    256: Config(Tiles(128, 64, 8, 2, True), Tiles(64, 64, 8, 1, True), Tiles(64, 64, 8, 1, True)),
+}
+SAFE = {
+    64: Config(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1)),
+    128: Config(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1)),
+    256: Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1)),
+}
+# Four bytes a number, products in float32 without tensor cores.
+FLOAT32 = {
+    64: Config(Tiles(64, 64, 8, 1), Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
+    128: Config(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
+    256: Config(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+}
+INTERPRETED = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
+
+
+def config_for(device: torch.device, dtype: torch.dtype, dim: int) -> Config:
+    """Returns the tiles for tensors of ``dtype`` and head dim ``dim`` on ``device`` (a CPU: Triton's interpreter)."""
+    if device.type == "cpu":
+        return INTERPRETED
+    table = FLOAT32
+    if dtype != torch.float32:
+        table = HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else SAFE
+    return next(config for widest, config in table.items() if dim <= widest)

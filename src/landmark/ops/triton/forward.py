@@ -1,0 +1,157 @@
+"""The forward pass: one program for each tile of queries, an online softmax over the blocks that it sees."""
+
+import triton
+import triton.language as tl
+
+from landmark.ops.triton.primitives import (
+    LN_2,
+    LOWEST,
+    NUMBERS,
+    gate_logit,
+    gate_mass,
+    head_of,
+    load_keys,
+    load_rows,
+    relation,
+    store_rows,
+    text_scores,
+    text_share,
+    visible,
+)
+
+
+@triton.jit
+def block_scores(
+    query, keys, slot, origin, block, n_keys, factor,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    PIECES: tl.constexpr, TMA: tl.constexpr, CLEAR: tl.constexpr,
+):  # fmt: skip
+    """Peak and total of the text, and landmark's score, (ROWS, 1) each, of a block that is read in pieces."""
+    peak = tl.full((ROWS, 1), LOWEST, tl.float32)
+    total = tl.zeros((ROWS, 1), tl.float32)
+    mark = tl.zeros((ROWS, 1), tl.float32)
+    for piece in range(0, PIECES):
+        key = load_keys(keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, 1, WIDTH, TMA, CLEAR)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        text, here = text_scores(scores, slot, block, piece, n_keys, BLOCK, ROWS, 1, WIDTH, CLEAR)
+        higher = tl.maximum(peak, tl.max(text, axis=2) * factor)
+        total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(text * factor - higher[:, :, None]), axis=2)
+        peak = higher
+        mark += here
+    return peak, total, mark
+
+
+@triton.jit
+def attend_tile(
+    state, query, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr, CLEAR: tl.constexpr,
+):  # fmt: skip
+    """Adds the blocks from ``block`` on to ``state``: output (ROWS, PADDED), peak and total (ROWS,) of the gate."""
+    out, gate_peak, gate_total = state
+    if PIECES == 1:
+        key = load_keys(keys, origin, block, 0, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        text, mark = text_scores(scores, slot, block, 0, n_keys, BLOCK, ROWS, BLOCKS, WIDTH, CLEAR)
+        peak = tl.maximum(tl.max(text, axis=2) * factor, LOWEST)
+        exponent = tl.exp2(text * factor - peak[:, :, None])
+        total = tl.sum(exponent, axis=2)
+    else:
+        peak, total, mark = block_scores(
+            query, keys, slot, origin, block, n_keys, factor, BLOCK, DIM, PADDED, ROWS, WIDTH, PIECES, TMA, CLEAR
+        )  # fmt: skip
+    past, is_own = relation(block, own, n_closed, BLOCKS)
+    logit = gate_logit(peak, total, mark * factor, past, is_own, CLEAR)
+    higher = tl.maximum(gate_peak, tl.max(logit, axis=1))
+    shrink = tl.exp2(gate_peak - higher)
+    gate = tl.exp2(logit - higher[:, None])
+    gate_total = gate_total * shrink + tl.sum(gate_mass(gate, total, past, CLEAR), axis=1)
+    share = text_share(gate, total, past, CLEAR)
+    out = out * shrink[:, None]
+    for piece in tl.static_range(0, PIECES):
+        if PIECES > 1:
+            key = load_keys(keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR)
+            scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+            text, _ = text_scores(scores, slot, block, piece, n_keys, BLOCK, ROWS, BLOCKS, WIDTH, CLEAR)
+            exponent = tl.exp2(text * factor - peak[:, :, None])
+        weights = tl.reshape(exponent * share[:, :, None], (ROWS, BLOCKS * WIDTH))
+        value = load_keys(values, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR)
+        out = tl.dot(weights.to(value.dtype), value, out, input_precision="ieee")
+    return out, higher, gate_total
+
+
+@triton.jit
+def attend_document(
+    state, query, keys, values, first, o_slot, origin, end, n_keys, factor,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Adds what the queries see of the document from ``origin`` to ``end``: their own blocks, then past blocks."""
+    slot, own, n_keys, n_closed, n_clear, n_seen = visible(
+        first, o_slot, origin, end, n_keys, BLOCK, ROWS, BLOCKS
+    )  # fmt: skip
+    for block in range(n_clear, n_seen, BLOCKS):
+        state = attend_tile(
+            state, query, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
+            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA, False,
+        )  # fmt: skip
+    for block in range(0, n_clear, BLOCKS):
+        state = attend_tile(
+            state, query, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
+            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA, True,
+        )  # fmt: skip
+    return state
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def forward_kernel(
+    p_query, p_key, p_value, p_out, p_lse, p_start, p_origin,
+    query_batch, query_head, query_stride,
+    key_batch, key_head, key_stride,
+    value_batch, value_head, value_stride,
+    out_batch, out_head, out_stride,
+    n_heads, group, n_queries, n_keys, query_start, factor,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, STARTS: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of a tile of queries; the tiles that see most come first."""
+    n_tiles = tl.cdiv(n_queries, ROWS)
+    i_query = (n_tiles - 1 - tl.program_id(0) % n_tiles) * ROWS
+    i_row, i_head = tl.program_id(0) // n_tiles // n_heads, tl.program_id(0) // n_tiles % n_heads
+    keys = head_of(p_key, key_batch, key_head, key_stride, i_row, i_head // group, TMA)
+    values = head_of(p_value, value_batch, value_head, value_stride, i_row, i_head // group, TMA)
+    queries = head_of(p_query, query_batch, query_head, query_stride, i_row, i_head, False)
+    outs = head_of(p_out, out_batch, out_head, out_stride, i_row, i_head, False)
+
+    o_query = tl.arange(0, ROWS)
+    query = load_rows(queries, i_query, o_query, n_queries, ROWS, DIM, PADDED, False)
+    first = query_start + i_query
+    start = 0
+    if STARTS:
+        start = tl.minimum(tl.load(p_start + i_row), n_keys)
+    state = (
+        tl.zeros((ROWS, PADDED), tl.float32),
+        tl.full((ROWS,), LOWEST, tl.float32),
+        tl.zeros((ROWS,), tl.float32),
+    )
+    if SEGMENTS:
+        end = tl.minimum(first + ROWS, n_keys)
+        while end > tl.maximum(first, start):
+            origin = tl.load(p_origin + i_row.to(tl.int64) * n_keys + end - 1)
+            state = attend_document(
+                state, query, keys, values, first, first + o_query, origin, end, n_keys, factor,
+                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA,
+            )  # fmt: skip
+            end = origin
+    else:
+        state = attend_document(
+            state, query, keys, values, first, first + o_query, start, first + ROWS + n_keys, n_keys, factor,
+            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA,
+        )  # fmt: skip
+    out, peak, total = state
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    store_rows(outs, i_query, o_query, n_queries, out * (1 / total)[:, None], DIM, PADDED)
+    lse = tl.where(seen, (peak + tl.log2(total)) * LN_2, float("-inf"))
+    p_lse += (i_row * n_heads + i_head).to(tl.int64) * n_queries + i_query
+    tl.store(p_lse + o_query, lse, mask=i_query + o_query < n_queries)

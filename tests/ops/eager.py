@@ -1,0 +1,64 @@
+"""Landmark attention in plain PyTorch, every step rounded to the dtype of its inputs: it judges a kernel's error.
+
+One document at a time, on whole blocks. It shares the loop's geometry and nothing with the package.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ops.loop import blocks_of_row
+
+NEVER = -3e4  # fits float16
+
+
+def eager_attention(
+    query, key, value, *, block_size, scale=None, query_start=None, starts=None, segments=None, top_k=None
+):
+    """Output (B, H, T, D) and log-sum-exp (B, H, T)."""
+    assert top_k is None
+    (rows, heads, queries, dim), (_, groups, length, _) = query.shape, key.shape
+    scale = dim**-0.5 if scale is None else scale
+    query_start = length - queries if query_start is None else query_start
+    key, value = (each.repeat_interleave(heads // groups, dim=1) for each in (key, value))
+    outs, sums = [], []
+    for row in range(rows):
+        start = 0 if starts is None else int(starts[row])
+        row_segments = None if segments is None else segments[row].tolist()
+        documents = blocks_of_row(length, block_size, start, row_segments)
+        unseen = (key[row].sum() + value[row].sum()) * 0  # a gradient of zeros where nothing is seen
+        out, lse = query[row] * 0 + unseen, query[row, ..., 0] * 0 + unseen - torch.inf
+        for number, document in enumerate(documents):
+            first = document[0][0][0]
+            end = length + query_start + queries if number == len(documents) - 1 else documents[number + 1][0][0][0]
+            low, high = max(first - query_start, 0), min(end - query_start, queries)
+            if low < high:
+                part = slice(first, min(end, length))
+                slots = torch.arange(low, high, device=query.device) + query_start - first
+                each = one_document(
+                    query[row, :, low:high], key[row, :, part], value[row, :, part], slots, block_size, scale
+                )
+                out = torch.cat([out[:, :low], each[0], out[:, high:]], dim=1)
+                lse = torch.cat([lse[:, :low], each[1], lse[:, high:]], dim=1)
+        outs.append(out)
+        sums.append(lse)
+    return torch.stack(outs), torch.stack(sums)
+
+
+def one_document(query, key, value, slots, block_size, scale):
+    """Queries (H, T, D) at ``slots`` (T,) against a document's keys (H, S, D)."""
+    length = key.shape[1]
+    blocks = -(-length // block_size)
+    key, value = (F.pad(each, (0, 0, 0, blocks * block_size - length)) for each in (key, value))
+    scores = (scale * (query @ key.transpose(-1, -2))).unflatten(-1, (blocks, block_size))
+    place = torch.arange(blocks * block_size, device=query.device).view(blocks, block_size)
+    number, own = torch.arange(blocks, device=query.device), (slots // block_size)[:, None]
+    text = (place % block_size != block_size - 1) & (place < length) & (place <= slots[:, None, None])
+    inner = scores.masked_fill(~text, NEVER)
+    sums = inner.logsumexp(-1)
+    past = (number < own) & (number < length // block_size)
+    seen = past | ((number == own) & text.any(-1))
+    gate = torch.where(past, scores[..., -1], sums).masked_fill(~seen, NEVER)
+    anything = seen.any(-1)
+    weights = torch.softmax(inner, -1) * (torch.softmax(gate, -1) * anything[:, None])[..., None]
+    lse = torch.where(anything, gate.logsumexp(-1), -torch.inf)
+    return weights.flatten(-2) @ value, lse

@@ -1,0 +1,60 @@
+"""Random calls for the fused kernels: a *variant* is what a kernel is compiled for, a case is a call of it."""
+
+import random
+from typing import NamedTuple
+
+import torch
+
+ROWS = ("plain", "starts", "segments")
+
+
+class Variant(NamedTuple):
+    dtype: torch.dtype
+    dim: int
+    block_size: int
+    rows: str
+
+    def __str__(self):
+        return f"{str(self.dtype)[6:]}-{self.dim}-{self.block_size}-{self.rows}"
+
+
+def random_call(variant, seed, longest, device="cpu"):
+    """Query, key, value and options; lengths up to ``longest``."""
+    rng = random.Random(f"{variant} {seed}")
+    noise = torch.Generator().manual_seed(rng.randrange(2**31))
+    rows, groups, repeats = rng.randint(1, 2), rng.randint(1, 2), rng.choice([1, 1, 2, 3])
+    keys = rng.choice([rng.randint(1, longest // 4), rng.randint(longest // 4, longest)])
+    queries, options = keys, {"block_size": variant.block_size}
+    if rng.random() < 0.3:
+        options["scale"] = rng.choice([0.3, -0.2, 0.0, 1.0]) / variant.dim**0.5
+    if variant.rows == "starts":
+        options["starts"] = torch.tensor([rng.choice([0, rng.randint(0, keys)]) for _ in range(rows)])
+    if variant.rows == "segments":
+        share = rng.choice([0.01, 0.04, 0.3])
+        options["segments"] = (torch.rand(rows, keys, generator=noise) < share).cumsum(1)
+        if rng.random() < 0.3:
+            options["starts"] = torch.tensor([rng.randint(0, keys) for _ in range(rows)])
+    if rng.random() < 0.5:
+        queries = rng.randint(1, keys)
+        if variant.rows != "segments":
+            options["query_start"] = rng.choice([rng.randint(0, keys), keys, keys + rng.randint(0, 2 * longest)])
+    shape = rows, groups * repeats, queries, variant.dim
+    tensors = [strided(rng, noise, shape, variant.dtype, rng.choice([0.5, 2.0]))]
+    for _ in range(2):
+        tensors.append(strided(rng, noise, (rows, groups, keys, variant.dim), variant.dtype, 1.0))
+    on_device = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in options.items()}
+    return [each.to(device) for each in tensors], on_device
+
+
+def strided(rng, noise, shape, dtype, spread):
+    """A random tensor (B, H, T, D): contiguous, laid out as transformers hands it, or part of a wider one."""
+    rows, heads, length, dim = shape
+    tensor = (spread * torch.randn(shape, generator=noise)).to(dtype)
+    layout = rng.choice(["contiguous", "transposed", "transposed", "part"])
+    if layout == "transposed":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "part":
+        wide = torch.full((rows, length, heads, 2 * dim), torch.nan, dtype=dtype)
+        wide[..., :dim] = tensor.transpose(1, 2)
+        return wide[..., :dim].transpose(1, 2)
+    return tensor

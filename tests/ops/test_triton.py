@@ -1,0 +1,175 @@
+"""The fused kernels against float64: small calls through Triton's interpreter, or many on a GPU (``make test-gpu``)."""
+
+import random
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from landmark import landmark_attention
+from numerics import assert_close, low_precision_budget
+from ops.cases import results
+from ops.eager import eager_attention
+from ops.fused_cases import ROWS, Variant, random_call
+
+pytest.importorskip("triton")
+configs = pytest.importorskip("landmark.ops.triton.configs")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here: make test-gpu")
+
+FAST, FULL, LONGEST = 60, 160, 256
+CASES = 12
+VARIANTS = [
+    Variant(dtype, dim, block_size, rows)
+    for dtype, dim, block_size in (
+        (torch.bfloat16, 128, 64),
+        (torch.bfloat16, 64, 64),
+        (torch.bfloat16, 128, 51),
+        (torch.bfloat16, 256, 64),
+        (torch.bfloat16, 96, 128),
+        (torch.bfloat16, 80, 16),
+        (torch.bfloat16, 128, 256),
+        (torch.float16, 128, 64),
+        (torch.float16, 32, 32),
+        (torch.float16, 64, 100),
+        (torch.float16, 256, 256),
+        (torch.float32, 64, 64),
+        (torch.float32, 128, 20),
+        (torch.float32, 40, 200),
+    )
+    for rows in ROWS
+]
+
+
+def fused(query, key, value, **options):
+    return landmark_attention(query, key, value, impl="triton", return_lse=True, **options)
+
+
+def reference(query, key, value, **options):
+    return landmark_attention(query, key, value, impl="reference", return_lse=True, **options)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fresh buffers hold NaN, so that what a kernel does not write is seen."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+def check(tensors, options):
+    """Results within twice the error of eager PyTorch in the same dtype, and one rounding, of those in float64."""
+    exact = results(reference, *(each.double() for each in tensors), options)
+    eager = results(eager_attention, *tensors, options)
+    found = results(fused, *tensors, options)
+    for name, each in exact.items():
+        seen = each.isfinite()
+        budget = low_precision_budget(eager[name].to(tensors[0].dtype).where(seen, 0), each.where(seen, 0))
+        assert_close(found[name], each, budget, name)
+    return found
+
+
+def small_case(seed, monkeypatch):
+    """A small call, and tiles of any kind for it."""
+    rng = random.Random(seed)
+    tiles = [configs.Tiles(rng.choice([32, 64]), rng.choice([32, 64]), 4, 1, rng.random() < 0.5) for _ in range(3)]
+    monkeypatch.setattr(configs, "INTERPRETED", configs.Config(*tiles))
+    dtype, dim = rng.choice([torch.float32, torch.float16]), rng.choice([32, 40, 64, 80, 96])
+    block_size = rng.choice([16, 16, 17, 20, 32, 51, 64, 100, 128, 256])
+    longest = LONGEST if rng.random() < 0.1 else 64
+    return random_call(Variant(dtype, dim, block_size, rng.choice(ROWS)), seed, longest)
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(FAST))
+def test_within_the_budget(seed, monkeypatch):
+    check(*small_case(seed, monkeypatch))
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(FAST, FULL))
+def test_within_the_budget_full(seed, monkeypatch):
+    check(*small_case(seed, monkeypatch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_within_the_budget_on_a_gpu(variant):
+    """Twelve calls of each compiled variant; the same bits in a second run."""
+    for seed in range(CASES):
+        tensors, options = random_call(variant, seed, 1500, "cuda")
+        found = check(tensors, options)
+        for name, each in results(fused, *tensors, options).items():
+            assert torch.equal(each, found[name]), f"{name} differs between two runs of case {seed}"
+
+
+def test_there_are_as_many_cases_as_promised():
+    assert len(VARIANTS) <= 60 and len(VARIANTS) * CASES >= 500
+    kinds = [set(random_call(variant, seed, 64)[1]) for variant in VARIANTS[:3] for seed in range(40)]
+    for name in ("starts", "segments", "query_start", "scale"):
+        assert sum(name in kind for kind in kinds) > 10, name
+
+
+def options_of_each_kind():
+    segments = torch.tensor([[0] * 30 + [1] * 15, [3] * 45])
+    return [{}, {"starts": torch.tensor([7, 0])}, {"segments": segments}]
+
+
+def small_tensors(dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.randn(2, heads, 45, 32, dtype=dtype) for heads in (2, 1, 1)]
+
+
+@interpreted
+@pytest.mark.parametrize("options", options_of_each_kind(), ids=ROWS)
+def test_operators_keep_the_rules_of_torch(options, monkeypatch):
+    op = pytest.importorskip("landmark.ops.triton.op")
+    monkeypatch.undo()  # the rules compare outputs with those of a second call, poison included
+    starts, segments = options.get("starts"), options.get("segments")
+    origins, ends = (None, None) if segments is None else op.documents(segments, None)
+    starts = None if starts is None else starts.int()
+    leaves = [each.requires_grad_() for each in small_tensors()]
+    torch.library.opcheck(op.attention, (*leaves, starts, origins, ends, 16, 0, 0.2))
+
+
+@interpreted
+@pytest.mark.parametrize("options", options_of_each_kind(), ids=ROWS)
+def test_gradcheck(options):
+    """In float32, so with steps and tolerances that its rounding allows."""
+    leaves = [each.requires_grad_() for each in small_tensors()]
+
+    def function(*leaves):
+        out, lse = fused(*leaves, block_size=16, **options)
+        return out, torch.where(lse > -torch.inf, lse, 0.0)
+
+    assert torch.autograd.gradcheck(function, leaves, eps=1e-2, atol=2e-3, rtol=2e-2, fast_mode=True)
+
+
+@interpreted
+def test_the_very_first_call_may_be_a_compiled_one():
+    """In a fresh process: one graph, forward and backward, and the results of the uncompiled call."""
+    code = """
+        import torch
+        from landmark import landmark_attention
+
+        def attend(query, key, value):
+            return landmark_attention(query, key, value, block_size=16, impl="triton")
+
+        tensors = [torch.randn(1, heads, 40, 32, requires_grad=True) for heads in (2, 1, 1)]
+        out = torch.compile(attend, fullgraph=True, backend="aot_eager")(*tensors)
+        found = torch.autograd.grad(out.sum(), tensors)
+        expected = attend(*tensors)
+        assert torch.equal(out, expected)
+        for each, other in zip(found, torch.autograd.grad(expected.sum(), tensors)):
+            assert torch.equal(each, other)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
