@@ -4,7 +4,8 @@
 
 Each measurement is a `landmark eval` command, printed before it runs; its rows go to a file of its own in --out, as far
 as it came. Rows that were measured replace those recorded before; the others stay if they were measured with the same
-versions and commit, or with --keep, and then the label names both. Times of several measurements at once are no speeds: ``versions`` says how many there were.
+versions and commit, or with --keep, and then the label names both. Times of several measurements at once are no speeds:
+``versions`` says how many there were.
 """
 
 from __future__ import annotations

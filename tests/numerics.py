@@ -4,6 +4,7 @@
 * ``REORDERED``: float64, sums cut into tiles and scaled by other maxima.
 * Low precision is judged against float64, and allowed twice the error that plain PyTorch in that dtype makes on the
   same inputs, plus one rounding of the result.
+* Fused kernels compute weights again from a stored log-sum-exp, by the hardware's exponential; see ``weight_error``.
 """
 
 import torch
@@ -31,3 +32,15 @@ def assert_close(actual, expected, budget, what=""):
 def low_precision_budget(plain, exact):
     """Twice the error of ``plain``, the same computed by PyTorch in the low precision, plus one rounding."""
     return 2 * error(plain, exact) + torch.finfo(plain.dtype).eps * exact.abs().max().item()
+
+
+def weight_error(lse):
+    """Relative error of a softmax weight that a fused kernel computes in float32 from scores and a log-sum-exp.
+
+    The exponent ``s * log2(e) - lse * log2(e)`` has five roundings (the stored sum, its product, the score's product,
+    the peak's, the difference), each of 2 ** -24 of at most about ``|lse|``, as scores that weigh lie near it. The
+    exponential and a quotient add 2 ** -22 each (PTX ISA: ``ex2.approx``, ``div.full``).
+    """
+    finite = lse[lse.isfinite()].abs()
+    largest = finite.max().item() if finite.numel() else 0.0
+    return 5 * 2**-24 * largest + 2 * 2**-22

@@ -99,7 +99,12 @@ CASES = [
     ("kernels: float64", lambda: fused(dtype=torch.float64), "triton': expected float16, .* got torch.float64"),
     ("kernels: small blocks", lambda: fused(block_size=8), "triton': expected a block_size from 16 to 256, got 8"),
     ("kernels: large blocks", lambda: fused(block_size=300), "triton': expected a block_size from 16 to 256, got 300"),
-    ("kernels: top_k", lambda: fused(top_k=2), "triton': expected top_k=None, got 2; pass impl='auto'"),
+    (
+        "kernels: large top_k",
+        lambda: fused(top_k=65),
+        "triton': expected top_k of at most 64 .* got 65; pass impl='auto'",
+    ),
+    ("kernels: top_k of packed rows", lambda: fused(top_k=2, segments=integers(1, 20)), "no segments beside it, got 2"),
     (
         "kernels: irregular landmarks",
         lambda: fused(landmarks=torch.zeros(1, 20, dtype=torch.bool)),

@@ -57,12 +57,12 @@ def random_tiles(monkeypatch, seed):
 
 
 def results(attention, query, key, value, options, seed=0):
-    """Output, log-sum-exp and the gradients of a random function of both."""
+    """Output, log-sum-exp and the gradients of a random function of both, the same one in every dtype."""
     leaves = [each.detach().clone().requires_grad_() for each in (query, key, value)]
     out, lse = attention(*leaves, **options)
     noise = torch.Generator().manual_seed(seed)
-    weights = torch.randn(out.shape, generator=noise, dtype=out.dtype).to(out.device)
-    lse_weights = torch.randn(lse.shape, generator=noise, dtype=lse.dtype).to(out.device)
+    weights = torch.randn(out.shape, generator=noise).bfloat16().to(out.device, out.dtype)
+    lse_weights = torch.randn(lse.shape, generator=noise).bfloat16().to(out.device, lse.dtype)
     total = (out * weights).sum() + torch.where(lse > -torch.inf, lse, 0.0).mul(lse_weights).sum()
     gradients = torch.autograd.grad(total, leaves)
     return dict(zip(("out", "lse", "d_query", "d_key", "d_value"), (out, lse, *gradients), strict=True))

@@ -1,6 +1,7 @@
 """Landmark attention in plain PyTorch, every step rounded to the dtype of its inputs: it judges a kernel's error.
 
-One document at a time, on whole blocks. It shares the loop's geometry and nothing with the package.
+One document at a time, on whole blocks. It shares the loop's geometry and nothing with the package. Blocks are chosen
+by scores in float64: what a rounding does to a choice is no matter of tolerance.
 """
 
 import torch
@@ -15,7 +16,6 @@ def eager_attention(
     query, key, value, *, block_size, scale=None, query_start=None, starts=None, segments=None, top_k=None
 ):
     """Output (B, H, T, D) and log-sum-exp (B, H, T)."""
-    assert top_k is None
     (rows, heads, queries, dim), (_, groups, length, _) = query.shape, key.shape
     scale = dim**-0.5 if scale is None else scale
     query_start = length - queries if query_start is None else query_start
@@ -35,7 +35,7 @@ def eager_attention(
                 part = slice(first, min(end, length))
                 slots = torch.arange(low, high, device=query.device) + query_start - first
                 each = one_document(
-                    query[row, :, low:high], key[row, :, part], value[row, :, part], slots, block_size, scale
+                    query[row, :, low:high], key[row, :, part], value[row, :, part], slots, block_size, scale, top_k
                 )
                 out = torch.cat([out[:, :low], each[0], out[:, high:]], dim=1)
                 lse = torch.cat([lse[:, :low], each[1], lse[:, high:]], dim=1)
@@ -44,7 +44,7 @@ def eager_attention(
     return torch.stack(outs), torch.stack(sums)
 
 
-def one_document(query, key, value, slots, block_size, scale):
+def one_document(query, key, value, slots, block_size, scale, top_k):
     """Queries (H, T, D) at ``slots`` (T,) against a document's keys (H, S, D)."""
     length = key.shape[1]
     blocks = -(-length // block_size)
@@ -56,9 +56,32 @@ def one_document(query, key, value, slots, block_size, scale):
     inner = scores.masked_fill(~text, NEVER)
     sums = inner.logsumexp(-1)
     past = (number < own) & (number < length // block_size)
+    if top_k is not None:
+        past = kept(scale * (query.double() @ key.double()[:, block_size - 1 :: block_size].mT), past, top_k)
     seen = past | ((number == own) & text.any(-1))
     gate = torch.where(past, scores[..., -1], sums).masked_fill(~seen, NEVER)
     anything = seen.any(-1)
-    weights = torch.softmax(inner, -1) * (torch.softmax(gate, -1) * anything[:, None])[..., None]
+    weights = torch.softmax(inner, -1) * (torch.softmax(gate, -1) * anything[..., None])[..., None]
     lse = torch.where(anything, gate.logsumexp(-1), -torch.inf)
     return weights.flatten(-2) @ value, lse
+
+
+def kept(scores, past, top_k):
+    """Which past blocks (H, T, N) are among the ``top_k`` of highest score, the lower first among equals."""
+    order = scores.detach().masked_fill(~past, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    rank = order.argsort(dim=-1)
+    return past & (rank < top_k)
+
+
+def smallest_gap(query, key, options):
+    """Least distance in float64 of two different landmark scores of a query, over the spread of all scores."""
+    size, groups = options["block_size"], key.shape[1]
+    starts = options.get("starts", torch.zeros(1, dtype=torch.long)).tolist() * len(query)
+    gaps = [1.0]
+    for row, start in zip(range(len(query)), starts, strict=False):
+        marks = key[row, :, start + size - 1 :: size].double().repeat_interleave(query.shape[1] // groups, dim=0)
+        scores = (query[row].double() @ marks.mT).sort(dim=-1).values
+        gap = scores.diff(dim=-1)
+        gap = gap[gap > 0]
+        gaps += [gap.min().item() / scores.abs().max().item()] if gap.numel() else []
+    return min(gaps)

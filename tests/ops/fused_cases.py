@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from ops.eager import smallest_gap
+
 ROWS = ("plain", "starts", "segments")
 
 
@@ -13,13 +15,27 @@ class Variant(NamedTuple):
     dim: int
     block_size: int
     rows: str
+    top_k: int = 0
 
     def __str__(self):
-        return f"{str(self.dtype)[6:]}-{self.dim}-{self.block_size}-{self.rows}"
+        top_k = f"-{self.top_k}" if self.top_k else ""
+        return f"{str(self.dtype)[6:]}-{self.dim}-{self.block_size}-{self.rows}{top_k}"
 
 
 def random_call(variant, seed, longest, device="cpu"):
-    """Query, key, value and options; lengths up to ``longest``."""
+    """Query, key, value and options; lengths up to ``longest``; with a ``top_k``, no choice hangs on a rounding."""
+    for attempt in range(100):
+        tensors, options = any_call(variant, f"{seed} {attempt}", longest)
+        if not variant.top_k or smallest_gap(*tensors[:2], options) > 1e-6:
+            break
+    else:
+        raise AssertionError(f"no call of {variant} without near ties")
+    on_device = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in options.items()}
+    return [each.to(device) for each in tensors], on_device
+
+
+def any_call(variant, seed, longest):
+    """As ``random_call``, near ties or not."""
     rng = random.Random(f"{variant} {seed}")
     noise = torch.Generator().manual_seed(rng.randrange(2**31))
     rows, groups, repeats = rng.randint(1, 2), rng.randint(1, 2), rng.choice([1, 1, 2, 3])
@@ -34,6 +50,8 @@ def random_call(variant, seed, longest, device="cpu"):
         options["segments"] = (torch.rand(rows, keys, generator=noise) < share).cumsum(1)
         if rng.random() < 0.3:
             options["starts"] = torch.tensor([rng.randint(0, keys) for _ in range(rows)])
+    if variant.top_k:
+        options["top_k"] = variant.top_k
     if rng.random() < 0.5:
         queries = rng.randint(1, keys)
         if variant.rows != "segments":
@@ -42,8 +60,7 @@ def random_call(variant, seed, longest, device="cpu"):
     tensors = [strided(rng, noise, shape, variant.dtype, rng.choice([0.5, 2.0]))]
     for _ in range(2):
         tensors.append(strided(rng, noise, (rows, groups, keys, variant.dim), variant.dtype, 1.0))
-    on_device = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in options.items()}
-    return [each.to(device) for each in tensors], on_device
+    return tensors, options
 
 
 def strided(rng, noise, shape, dtype, spread):

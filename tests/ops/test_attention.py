@@ -53,9 +53,9 @@ def test_a_gpu_that_cannot_run_the_kernels_is_named(monkeypatch, device, reason)
 def test_the_kernels_need_their_package_and_a_gpu(monkeypatch):
     query = torch.zeros(1, 1, 1, 64)
     monkeypatch.setattr(choice, "_INTERPRETED", False)
-    assert choice.refusal(query, 64, None, False) == "expected tensors on an NVIDIA GPU, got cpu"
+    assert choice.refusal(query, 64, None) == "expected tensors on an NVIDIA GPU, got cpu"
     monkeypatch.setattr(choice, "_INSTALLED", False)
-    assert "pip install triton" in choice.refusal(query, 64, None, False)
+    assert "pip install triton" in choice.refusal(query, 64, None)
 
 
 def test_a_named_implementation_runs_itself(monkeypatch):

@@ -84,7 +84,8 @@ def landmark_attention(
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
         query, key, value = (each.to(torch.get_autocast_dtype(device_type)) for each in (query, key, value))
-    chosen = choose(impl, query, block_size=block_size, top_k=top_k, irregular=landmarks is not None)
+    irregular, packed = landmarks is not None, segments is not None
+    chosen = choose(impl, query, block_size=block_size, top_k=top_k, irregular=irregular, packed=packed)
     if chosen == "triton":
         from landmark.ops.triton.op import fused as run
     elif chosen == "reference":

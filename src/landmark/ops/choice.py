@@ -13,6 +13,7 @@ IMPLS = ("auto", "reference", "chunked", "triton")
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FUSED_DIMS = (32, 256)
 FUSED_BLOCKS = (16, 256)
+MOST_TOP_K = 64
 LEAST_CAPABILITY = (8, 0)
 LEAST_SHARED = 64 * 1024
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -26,7 +27,9 @@ class Choice(NamedTuple):
     refused: dict[str, str]
 
 
-def explain_impl(query: Tensor, *, block_size: int = 64, top_k: int | None = None, irregular: bool = False) -> Choice:
+def explain_impl(
+    query: Tensor, *, block_size: int = 64, top_k: int | None = None, irregular: bool = False, packed: bool = False
+) -> Choice:
     """The implementation that ``impl="auto"`` chooses for a call, with the reason against each of the others.
 
     Args:
@@ -34,15 +37,16 @@ def explain_impl(query: Tensor, *, block_size: int = 64, top_k: int | None = Non
         block_size: slots of a block.
         top_k: as for ``landmark_attention``.
         irregular: whether ``landmarks`` says where they sit.
+        packed: whether there are ``segments``.
     """
     refused = {"reference": "the definition: exact, but its memory grows with T x S; only when asked for"}
-    reason = refusal(query, block_size, top_k, irregular)
+    reason = refusal(query, block_size, top_k, irregular=irregular, packed=packed)
     if reason is None and query.is_cuda:
         return Choice("triton", {**refused, "chunked": "slower where the fused kernels run"})
     return Choice("chunked", {**refused, "triton": reason or "interpreted on a CPU it is slow; only when asked for"})
 
 
-def choose(impl: str, query: Tensor, *, block_size: int, top_k: int | None, irregular: bool) -> str:
+def choose(impl: str, query: Tensor, *, block_size: int, top_k: int | None, irregular: bool, packed: bool) -> str:
     """Returns the implementation that runs.
 
     Raises:
@@ -51,15 +55,17 @@ def choose(impl: str, query: Tensor, *, block_size: int, top_k: int | None, irre
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}; pass impl='auto'")
     if impl == "auto":
-        return explain_impl(query, block_size=block_size, top_k=top_k, irregular=irregular).chosen
+        return explain_impl(query, block_size=block_size, top_k=top_k, irregular=irregular, packed=packed).chosen
     if impl == "triton":
-        reason = refusal(query, block_size, top_k, irregular)
+        reason = refusal(query, block_size, top_k, irregular=irregular, packed=packed)
         if reason is not None:
             raise ValueError(f"impl='triton': {reason}; pass impl='auto' for what can run here")
     return impl
 
 
-def refusal(query: Tensor, block_size: int, top_k: int | None, irregular: bool) -> str | None:
+def refusal(
+    query: Tensor, block_size: int, top_k: int | None, *, irregular: bool = False, packed: bool = False
+) -> str | None:
     """Returns why the fused kernels cannot run a call, ``None`` if they can."""
     dim = query.shape[-1]
     if not _INSTALLED:
@@ -72,8 +78,8 @@ def refusal(query: Tensor, block_size: int, top_k: int | None, irregular: bool) 
         return f"expected a block_size from {FUSED_BLOCKS[0]} to {FUSED_BLOCKS[1]}, got {block_size}"
     if irregular:
         return "expected landmarks at regular places, got the argument landmarks"
-    if top_k is not None:
-        return f"expected top_k=None, got {top_k}"
+    if top_k is not None and (packed or top_k > MOST_TOP_K):
+        return f"expected top_k of at most {MOST_TOP_K} and no segments beside it, got {top_k}"
     if _INTERPRETED:
         return "Triton's interpreter has no arithmetic in bfloat16" if query.dtype == torch.bfloat16 else None
     reason: str | None = _refusal_of_device(query.device)

@@ -14,6 +14,7 @@ from landmark.ops.triton.primitives import (
     gate_logit,
     head_of,
     key_places,
+    load_choice,
     load_keys,
     load_rows,
     relation,
@@ -66,9 +67,9 @@ def block_products(
 
 @triton.jit
 def tile_gradient(
-    query, grad, lse, delta, key, value, whole, slot, own, block, piece, n_keys, n_closed, factor,
+    query, grad, lse, delta, chosen, key, value, whole, slot, own, block, piece, n_keys, n_closed, factor,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr,
-    CLEAR: tl.constexpr,
+    TOP_K: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
     """Weights of a tile's text, and derivatives of its scaled scores, (ROWS, BLOCKS * WIDTH) each.
 
@@ -85,20 +86,21 @@ def tile_gradient(
     else:
         peak, total, weighted, mark = whole
         exponent = tl.exp2(text * factor - peak[:, :, None])
-    past, is_own = relation(block, own, n_closed, BLOCKS)
-    gate = tl.exp2(gate_logit(peak, total, mark * factor, past, is_own, CLEAR) - lse[:, None])
-    share = text_share(gate, total, past, CLEAR)
+    past, is_own = relation(block, own, chosen, n_closed, BLOCKS, TOP_K)
+    ALL: tl.constexpr = CLEAR and TOP_K == 0
+    gate = tl.exp2(gate_logit(peak, total, mark * factor, past, is_own, ALL) - lse[:, None])
+    share = text_share(gate, total, past, ALL)
     mean = weighted / tl.maximum(total, 1.0)
-    gradient = score_gradient(exponent, products, share, gate, mean, past, delta, piece, BLOCK, WIDTH, CLEAR)
+    gradient = score_gradient(exponent, products, share, gate, mean, past, delta, piece, BLOCK, WIDTH, ALL)
     weights = exponent * share[:, :, None]
     return tl.reshape(weights, (ROWS, BLOCKS * WIDTH)), tl.reshape(gradient, (ROWS, BLOCKS * WIDTH))
 
 
 @triton.jit
 def query_tile(
-    d_query, query, grad, lse, delta, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
+    d_query, query, grad, lse, delta, chosen, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr, CLEAR: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
     """Adds what the blocks from ``block`` on bring to the gradient of the queries."""
     whole = 0
@@ -107,12 +109,12 @@ def query_tile(
             query, grad, keys, values, slot, origin, block, n_keys, factor,
             BLOCK, DIM, PADDED, ROWS, WIDTH, PIECES, TMA, CLEAR,
         )  # fmt: skip
-    for piece in tl.static_range(0, PIECES):
+    for piece in range(0, PIECES):
         key = load_keys(keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR)
         value = load_keys(values, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR)
         _, gradient = tile_gradient(
-            query, grad, lse, delta, key, value, whole, slot, own, block, piece, n_keys, n_closed, factor,
-            BLOCK, ROWS, BLOCKS, WIDTH, PIECES, CLEAR,
+            query, grad, lse, delta, chosen, key, value, whole, slot, own, block, piece, n_keys, n_closed, factor,
+            BLOCK, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, CLEAR,
         )  # fmt: skip
         d_query = tl.dot(gradient.to(key.dtype), key, d_query, input_precision="ieee")
     return d_query
@@ -120,30 +122,40 @@ def query_tile(
 
 @triton.jit
 def query_document(
-    d_query, query, grad, lse, delta, keys, values, first, o_slot, origin, end, n_keys, factor,
+    d_query, query, grad, lse, delta, chosen, p_listed, n_listed, keys, values, first, o_slot, origin, end, n_keys,
+    factor,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the document from ``origin`` to ``end`` brings to the gradient of the queries."""
+    """Adds what the document from ``origin`` to ``end`` brings, visited as ``attend_document`` does."""
     slot, own, n_keys, n_closed, n_clear, n_seen = visible(
         first, o_slot, origin, end, n_keys, BLOCK, ROWS, BLOCKS
     )  # fmt: skip
     for block in range(n_clear, n_seen, BLOCKS):
         d_query = query_tile(
-            d_query, query, grad, lse, delta, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
-            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA, False,
+            d_query, query, grad, lse, delta, chosen, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
+            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA, False,
         )  # fmt: skip
-    for block in range(0, n_clear, BLOCKS):
-        d_query = query_tile(
-            d_query, query, grad, lse, delta, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
-            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA, True,
-        )  # fmt: skip
+    if TOP_K > 0:
+        for i_listed in range(0, n_listed):
+            block = tl.load(p_listed + i_listed)
+            d_query = query_tile(
+                d_query, query, grad, lse, delta, chosen, keys, values, slot, own, origin, block, n_keys, n_closed,
+                factor, BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA, True,
+            )  # fmt: skip
+    else:
+        for block in range(0, n_clear, BLOCKS):
+            d_query = query_tile(
+                d_query, query, grad, lse, delta, chosen, keys, values, slot, own, origin, block, n_keys, n_closed,
+                factor, BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA, True,
+            )  # fmt: skip
     return d_query
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def query_gradient_kernel(
     p_query, p_key, p_value, p_out, p_lse, p_grad, p_lse_grad, p_delta, p_d_query, p_start, p_origin,
+    p_chosen, p_listed, p_counts, listed_stride,
     query_batch, query_head, query_stride,
     key_batch, key_head, key_stride,
     value_batch, value_head, value_stride,
@@ -152,7 +164,8 @@ def query_gradient_kernel(
     d_query_batch, d_query_head, d_query_stride,
     n_heads, group, n_queries, n_keys, query_start, scale, factor,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, STARTS: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, STARTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    TOP_K: tl.constexpr, KEPT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries; also ``delta``: product of gradient and output, less the gradient of ``lse``."""
     n_tiles = tl.cdiv(n_queries, ROWS)
@@ -188,30 +201,39 @@ def query_gradient_kernel(
         while end > tl.maximum(first, start):
             origin = tl.load(p_origin + i_row.to(tl.int64) * n_keys + end - 1)
             d_query = query_document(
-                d_query, query, grad, lse, delta, keys, values, first, first + o_query, origin, end, n_keys, factor,
-                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA,
+                d_query, query, grad, lse, delta, 0, 0, 0, keys, values, first, first + o_query, origin, end, n_keys,
+                factor, BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, 0, TMA,
             )  # fmt: skip
             end = origin
     else:
+        n_listed = 0
+        if TOP_K > 0:
+            i_tile = (i_row * n_heads + i_head) * n_tiles + i_query // ROWS
+            n_listed = tl.load(p_counts + i_tile)
+            p_listed += i_tile.to(tl.int64) * listed_stride
+        chosen = load_choice(p_chosen, i_row * n_heads + i_head, n_queries, i_query, o_query, TOP_K, KEPT)
         d_query = query_document(
-            d_query, query, grad, lse, delta, keys, values, first, first + o_query, start, first + ROWS + n_keys,
-            n_keys, factor, BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA,
+            d_query, query, grad, lse, delta, chosen, p_listed, n_listed, keys, values, first, first + o_query, start,
+            first + ROWS + n_keys, n_keys, factor,
+            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA,
         )  # fmt: skip
     store_rows(d_queries, i_query, o_query, n_queries, d_query * scale, DIM, PADDED)
 
 
 @triton.jit
 def key_value_tile(
-    d_key, d_value, key, value, keys, values, queries, grads, p_lse, p_delta, i_query, n_queries, origin, query_start,
-    block, piece, n_keys, n_closed, factor,
+    d_key, d_value, key, value, keys, values, queries, grads, p_lse, p_delta, p_chosen, i_head, i_query, n_queries,
+    n_seeing, origin, query_start, block, piece, n_keys, n_closed, factor,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr, CLEAR: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, TOP_K: tl.constexpr, KEPT: tl.constexpr, TMA: tl.constexpr,
+    CLEAR: tl.constexpr,
 ):  # fmt: skip
     """Adds what the queries from ``i_query`` on bring to the gradients of a tile of keys and values."""
     o_query = tl.arange(0, ROWS)
-    query = load_rows(queries, i_query, o_query, n_queries, ROWS, DIM, PADDED, TMA)
-    grad = load_rows(grads, i_query, o_query, n_queries, ROWS, DIM, PADDED, TMA)
-    inside = i_query + o_query < n_queries
+    query = load_rows(queries, i_query, o_query, n_seeing, ROWS, DIM, PADDED, TMA)
+    grad = load_rows(grads, i_query, o_query, n_seeing, ROWS, DIM, PADDED, TMA)
+    chosen = load_choice(p_chosen, i_head, n_queries, i_query, o_query, TOP_K, KEPT)
+    inside = i_query + o_query < n_seeing
     lse = tl.load(p_lse + i_query + o_query, mask=inside, other=float("-inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
     delta = tl.load(p_delta + i_query + o_query, mask=inside, other=0.0)
@@ -224,8 +246,8 @@ def key_value_tile(
             BLOCK, DIM, PADDED, ROWS, WIDTH, PIECES, False, CLEAR,
         )  # fmt: skip
     weights, gradient = tile_gradient(
-        query, grad, lse, delta, key, value, whole, slot, own, block, piece, n_keys, n_closed, factor,
-        BLOCK, ROWS, BLOCKS, WIDTH, PIECES, CLEAR,
+        query, grad, lse, delta, chosen, key, value, whole, slot, own, block, piece, n_keys, n_closed, factor,
+        BLOCK, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, CLEAR,
     )  # fmt: skip
     d_value = tl.dot(tl.trans(weights.to(grad.dtype)), grad, d_value, input_precision="ieee")
     d_key = tl.dot(tl.trans(gradient.to(query.dtype)), query, d_key, input_precision="ieee")
@@ -234,14 +256,15 @@ def key_value_tile(
 
 @triton.jit
 def key_value_blocks(
-    keys, values, d_keys, d_values, query, grad, p_lse, p_delta, i_row, i_head, origin, end, block, piece, group,
-    n_queries, n_keys, query_start, scale, factor,
+    keys, values, d_keys, d_values, query, grad, p_lse, p_delta, p_chosen, p_tiles, p_borders, tiles_stride, n_blocks,
+    i_row, i_head, n_heads, origin, end, block, piece, group, n_queries, n_keys, query_start, scale, factor,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, TOP_K: tl.constexpr, KEPT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values in the document from ``origin`` to ``end``, over a group's query heads.
 
-    ``query`` and ``grad`` are tensors with their strides, as ``head_of`` takes them.
+    ``query`` and ``grad`` are tensors with their strides, as ``head_of`` takes them. With ``TOP_K`` tiles of queries
+    begin at multiples of ``ROWS``, and those that have the block in their past are listed at ``p_tiles``.
     """
     n_keys = tl.minimum(n_keys, end) - origin
     n_closed = n_keys // BLOCK
@@ -255,22 +278,36 @@ def key_value_blocks(
     clear = n_seeing
     if block + BLOCKS <= n_closed:
         clear = tl.minimum((block + BLOCKS) * BLOCK - first, n_seeing)
+    if TOP_K > 0:
+        begin = begin // ROWS * ROWS
     clear = begin + tl.cdiv(tl.maximum(clear - begin, 0), ROWS) * ROWS
     for i_member in range(0, group):
         queries = head_of(query[0], query[1], query[2], query[3], i_row, i_head + i_member, TMA)
         grads = head_of(grad[0], grad[1], grad[2], grad[3], i_row, i_head + i_member, TMA)
+        i_member_head = i_row * n_heads + i_head + i_member
         for i_query in range(begin, tl.minimum(clear, n_seeing), ROWS):
             d_key, d_value = key_value_tile(
-                d_key, d_value, key, value, keys, values, queries, grads, p_lse, p_delta, i_query, n_seeing, origin,
-                query_start, block, piece, n_keys, n_closed, factor,
-                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA, False,
+                d_key, d_value, key, value, keys, values, queries, grads, p_lse, p_delta, p_chosen, i_member_head,
+                i_query, n_queries, n_seeing, origin, query_start, block, piece, n_keys, n_closed, factor,
+                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, KEPT, TMA, False,
             )  # fmt: skip
-        for i_query in range(clear, n_seeing, ROWS):
-            d_key, d_value = key_value_tile(
-                d_key, d_value, key, value, keys, values, queries, grads, p_lse, p_delta, i_query, n_seeing, origin,
-                query_start, block, piece, n_keys, n_closed, factor,
-                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA, True,
-            )  # fmt: skip
+        if TOP_K > 0:
+            p_border = p_borders + i_member_head.to(tl.int64) * (n_blocks + 1) + block
+            p_tile = p_tiles + i_member_head.to(tl.int64) * tiles_stride
+            for i_tile in range(tl.load(p_border), tl.load(p_border + 1)):
+                i_query = tl.load(p_tile + i_tile) * ROWS
+                d_key, d_value = key_value_tile(
+                    d_key, d_value, key, value, keys, values, queries, grads, p_lse, p_delta, p_chosen, i_member_head,
+                    i_query, n_queries, n_seeing, origin, query_start, block, piece, n_keys, n_closed, factor,
+                    BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, KEPT, TMA, True,
+                )  # fmt: skip
+        else:
+            for i_query in range(clear, n_seeing, ROWS):
+                d_key, d_value = key_value_tile(
+                    d_key, d_value, key, value, keys, values, queries, grads, p_lse, p_delta, p_chosen, i_member_head,
+                    i_query, n_queries, n_seeing, origin, query_start, block, piece, n_keys, n_closed, factor,
+                    BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, KEPT, TMA, True,
+                )  # fmt: skip
         p_lse += n_queries
         p_delta += n_queries
     o_key = key_places(piece, BLOCK, BLOCKS, WIDTH)
@@ -280,7 +317,8 @@ def key_value_blocks(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def key_value_gradient_kernel(
-    p_query, p_key, p_value, p_lse, p_grad, p_delta, p_d_key, p_d_value, p_start, p_origin, p_end,
+    p_query, p_key, p_value, p_lse, p_grad, p_delta, p_d_key, p_d_value, p_start, p_origin, p_end, p_chosen, p_tiles,
+    p_borders, tiles_stride,
     query_batch, query_head, query_stride,
     key_batch, key_head, key_stride,
     value_batch, value_head, value_stride,
@@ -289,7 +327,8 @@ def key_value_gradient_kernel(
     d_value_batch, d_value_head, d_value_stride,
     n_heads, group, n_queries, n_keys, query_start, scale, factor,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, STARTS: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, STARTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    TOP_K: tl.constexpr, KEPT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values; with segments, of the blocks that begin in a window of the row."""
     n_tiles = tl.cdiv(n_keys, BLOCKS * BLOCK) * PIECES
@@ -320,14 +359,15 @@ def key_value_gradient_kernel(
         while i_key < stop:
             origin, end = tl.load(p_origin + i_key), tl.load(p_end + i_key)
             key_value_blocks(
-                keys, values, d_keys, d_values, query, grad, p_lse, p_delta, i_row, i_head, origin, end,
-                (i_key - origin) // BLOCK, piece, group, n_queries, n_keys, query_start, scale, factor,
-                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA,
+                keys, values, d_keys, d_values, query, grad, p_lse, p_delta, 0, 0, 0, 0, 0, i_row, i_head, n_heads,
+                origin, end, (i_key - origin) // BLOCK, piece, group, n_queries, n_keys, query_start, scale, factor,
+                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, 0, 0, TMA,
             )  # fmt: skip
             i_key = tl.minimum(i_key + BLOCK, end)
     else:
         key_value_blocks(
-            keys, values, d_keys, d_values, query, grad, p_lse, p_delta, i_row, i_head, start,
-            n_keys + n_queries + query_start, block, piece, group, n_queries, n_keys, query_start, scale, factor,
-            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA,
+            keys, values, d_keys, d_values, query, grad, p_lse, p_delta, p_chosen, p_tiles, p_borders, tiles_stride,
+            tl.cdiv(n_keys, BLOCK), i_row, i_head, n_heads, start, n_keys + n_queries + query_start, block, piece,
+            group, n_queries, n_keys, query_start, scale, factor,
+            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, KEPT, TMA,
         )  # fmt: skip

@@ -49,11 +49,22 @@ FLOAT32 = {
 INTERPRETED = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
 
 
-def config_for(device: torch.device, dtype: torch.dtype, dim: int) -> Config:
-    """Returns the tiles for tensors of ``dtype`` and head dim ``dim`` on ``device`` (a CPU: Triton's interpreter)."""
+def config_for(device: torch.device, dtype: torch.dtype, dim: int, *, top_k: bool = False) -> Config:
+    """Returns the tiles for tensors of ``dtype`` and head dim ``dim`` on ``device`` (a CPU: Triton's interpreter).
+
+    With ``top_k`` all three kernels have the same tiles of queries, for which it is listed which blocks they read.
+    """
     if device.type == "cpu":
-        return INTERPRETED
-    table = FLOAT32
-    if dtype != torch.float32:
-        table = HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else SAFE
+        config = INTERPRETED
+    elif dtype == torch.float32:
+        config = _of_width(FLOAT32, dim)
+    else:
+        config = _of_width(HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else SAFE, dim)
+    if not top_k:
+        return config
+    tiles = config.key_value_gradient
+    return Config(config.forward._replace(rows=tiles.rows, warps=tiles.warps), tiles, tiles)
+
+
+def _of_width(table: dict[int, Config], dim: int) -> Config:
     return next(config for widest, config in table.items() if dim <= widest)

@@ -10,6 +10,7 @@ from landmark.ops.triton.primitives import (
     gate_logit,
     gate_mass,
     head_of,
+    load_choice,
     load_keys,
     load_rows,
     relation,
@@ -43,9 +44,9 @@ def block_scores(
 
 @triton.jit
 def attend_tile(
-    state, query, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
+    state, query, chosen, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr, CLEAR: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
     """Adds the blocks from ``block`` on to ``state``: output (ROWS, PADDED), peak and total (ROWS,) of the gate."""
     out, gate_peak, gate_total = state
@@ -60,15 +61,16 @@ def attend_tile(
         peak, total, mark = block_scores(
             query, keys, slot, origin, block, n_keys, factor, BLOCK, DIM, PADDED, ROWS, WIDTH, PIECES, TMA, CLEAR
         )  # fmt: skip
-    past, is_own = relation(block, own, n_closed, BLOCKS)
-    logit = gate_logit(peak, total, mark * factor, past, is_own, CLEAR)
+    past, is_own = relation(block, own, chosen, n_closed, BLOCKS, TOP_K)
+    ALL: tl.constexpr = CLEAR and TOP_K == 0
+    logit = gate_logit(peak, total, mark * factor, past, is_own, ALL)
     higher = tl.maximum(gate_peak, tl.max(logit, axis=1))
     shrink = tl.exp2(gate_peak - higher)
     gate = tl.exp2(logit - higher[:, None])
-    gate_total = gate_total * shrink + tl.sum(gate_mass(gate, total, past, CLEAR), axis=1)
-    share = text_share(gate, total, past, CLEAR)
+    gate_total = gate_total * shrink + tl.sum(gate_mass(gate, total, past, ALL), axis=1)
+    share = text_share(gate, total, past, ALL)
     out = out * shrink[:, None]
-    for piece in tl.static_range(0, PIECES):
+    for piece in range(0, PIECES):
         if PIECES > 1:
             key = load_keys(keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -82,37 +84,49 @@ def attend_tile(
 
 @triton.jit
 def attend_document(
-    state, query, keys, values, first, o_slot, origin, end, n_keys, factor,
+    state, query, chosen, p_listed, n_listed, keys, values, first, o_slot, origin, end, n_keys, factor,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the queries see of the document from ``origin`` to ``end``: their own blocks, then past blocks."""
+    """Adds what the queries see of the document from ``origin`` to ``end``: their own blocks, then past blocks.
+
+    With ``TOP_K`` the past blocks are those that some query of the tile chose, ``n_listed`` of them at ``p_listed``.
+    """
     slot, own, n_keys, n_closed, n_clear, n_seen = visible(
         first, o_slot, origin, end, n_keys, BLOCK, ROWS, BLOCKS
     )  # fmt: skip
     for block in range(n_clear, n_seen, BLOCKS):
         state = attend_tile(
-            state, query, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
-            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA, False,
+            state, query, chosen, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
+            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA, False,
         )  # fmt: skip
-    for block in range(0, n_clear, BLOCKS):
-        state = attend_tile(
-            state, query, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
-            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA, True,
-        )  # fmt: skip
+    if TOP_K > 0:
+        for i_listed in range(0, n_listed):
+            block = tl.load(p_listed + i_listed)
+            state = attend_tile(
+                state, query, chosen, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
+                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA, True,
+            )  # fmt: skip
+    else:
+        for block in range(0, n_clear, BLOCKS):
+            state = attend_tile(
+                state, query, chosen, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
+                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA, True,
+            )  # fmt: skip
     return state
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
-    p_query, p_key, p_value, p_out, p_lse, p_start, p_origin,
+    p_query, p_key, p_value, p_out, p_lse, p_start, p_origin, p_chosen, p_listed, p_counts, listed_stride,
     query_batch, query_head, query_stride,
     key_batch, key_head, key_stride,
     value_batch, value_head, value_stride,
     out_batch, out_head, out_stride,
     n_heads, group, n_queries, n_keys, query_start, factor,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, STARTS: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, STARTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    TOP_K: tl.constexpr, KEPT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a tile of queries; the tiles that see most come first."""
     n_tiles = tl.cdiv(n_queries, ROWS)
@@ -139,14 +153,20 @@ def forward_kernel(
         while end > tl.maximum(first, start):
             origin = tl.load(p_origin + i_row.to(tl.int64) * n_keys + end - 1)
             state = attend_document(
-                state, query, keys, values, first, first + o_query, origin, end, n_keys, factor,
-                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA,
+                state, query, 0, 0, 0, keys, values, first, first + o_query, origin, end, n_keys, factor,
+                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, 0, TMA,
             )  # fmt: skip
             end = origin
     else:
+        n_listed = 0
+        if TOP_K > 0:
+            i_tile = (i_row * n_heads + i_head) * n_tiles + i_query // ROWS
+            n_listed = tl.load(p_counts + i_tile)
+            p_listed += i_tile.to(tl.int64) * listed_stride
+        chosen = load_choice(p_chosen, i_row * n_heads + i_head, n_queries, i_query, o_query, TOP_K, KEPT)
         state = attend_document(
-            state, query, keys, values, first, first + o_query, start, first + ROWS + n_keys, n_keys, factor,
-            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TMA,
+            state, query, chosen, p_listed, n_listed, keys, values, first, first + o_query, start,
+            first + ROWS + n_keys, n_keys, factor, BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA,
         )  # fmt: skip
     out, peak, total = state
     seen = total > 0

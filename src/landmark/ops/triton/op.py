@@ -1,13 +1,13 @@
 """The kernels as operators of torch, which autograd and ``torch.compile`` know: ``landmark::attention``.
 
 Query, key and value may have any strides but in the last dimension, which lies side by side. The output has the strides
-of the query. ``starts`` (B,) is int32; ``origins`` and ``ends`` (B, S) int32 are the first slot of each slot's document
-and the first behind it, both or neither.
+of the query. ``starts`` (B,) is int32. ``documents`` is empty, or the first slot of each slot's document and the first
+behind it, two int32 (B, S). ``choice`` is empty, or the chosen blocks and the four tensors of ``Meetings``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,8 +17,27 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
 from landmark.ops.triton.configs import Tiles, config_for
 from landmark.ops.triton.forward import forward_kernel
+from landmark.ops.triton.meetings import meetings
+from landmark.ops.triton.select import choice_kernel
 
 LOG2_E = 1.4426950408889634
+LANDMARKS = 64  # of a tile, where blocks are chosen
+
+
+class Call(NamedTuple):
+    """The arguments beside query, key and value."""
+
+    starts: Tensor | None
+    documents: list[Tensor]
+    choice: list[Tensor]
+    block_size: int
+    query_start: int
+    scale: float
+
+    @property
+    def top_k(self) -> int:
+        """Blocks that a query keeps, 0 for all."""
+        return self.choice[0].shape[3] if self.choice else 0
 
 
 def fused(
@@ -35,17 +54,25 @@ def fused(
     landmarks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, T, D) and the gate's log-sum-exp (B, H, T); arguments as checked by ``landmark_attention``."""
-    assert top_k is None and landmarks is None
+    assert landmarks is None and (top_k is None or segments is None)
     if scale <= 0:  # the kernels take maxima of scores before they scale them
         query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
     query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
-    origins, ends = (None, None) if segments is None else documents(segments, starts)
+    documents = [] if segments is None else list(documents_of(segments, starts))
     starts = None if starts is None else starts.int()
-    out, lse = attention(query, key, value, starts, origins, ends, block_size, query_start, scale)
+    choice: list[Tensor] = []
+    if top_k is not None:
+        chosen = choose(query.detach(), key.detach(), starts, block_size, query_start, scale, top_k)
+        rows = config_for(query.device, query.dtype, query.shape[3], top_k=True).forward.rows
+        met = meetings(
+            chosen, starts, keys=key.shape[2], block_size=block_size, query_start=query_start, rows=rows
+        )  # fmt: skip
+        choice = [chosen, *met]
+    out, lse = attention(query, key, value, starts, documents, choice, block_size, query_start, scale)
     return out, lse
 
 
-def documents(segments: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+def documents_of(segments: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """First slot of the document of each slot, and the first behind it: two int32 (B, S); padding is a document."""
     length = segments.shape[1]
     slot = torch.arange(length, device=segments.device, dtype=torch.int32)
@@ -60,23 +87,50 @@ def documents(segments: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     return origins.contiguous(), ends.contiguous()
 
 
+@torch.library.custom_op("landmark::choose", mutates_args=())
+def choose(
+    query: Tensor, key: Tensor, starts: Tensor | None, block_size: int, query_start: int, scale: float, top_k: int
+) -> Tensor:
+    """Numbers of the chosen blocks (B, H, T, top_k) int32, -1 for none, the highest score first."""
+    batch, heads, queries, dim = query.shape
+    chosen = torch.empty((batch, heads, queries, top_k), dtype=torch.int32, device=query.device)
+    if chosen.numel() == 0:
+        return chosen
+    rows = 64 if query.dtype != torch.float32 else 32
+    choice_kernel[(triton.cdiv(queries, rows) * batch * heads,)](
+        query, key, chosen, starts, *query.stride()[:3], *key.stride()[:3],
+        heads, heads // key.shape[1], queries, key.shape[2], query_start, scale,
+        BLOCK=block_size, DIM=dim, PADDED=triton.next_power_of_2(dim), ROWS=rows, MARKS=LANDMARKS,
+        TOP_K=top_k, KEPT=max(2, triton.next_power_of_2(top_k)), STARTS=starts is not None,
+    )  # fmt: skip
+    return chosen
+
+
+@choose.register_fake
+def _(
+    query: Tensor, key: Tensor, starts: Tensor | None, block_size: int, query_start: int, scale: float, top_k: int
+) -> Tensor:
+    return torch.empty((*query.shape[:3], top_k), dtype=torch.int32, device=query.device)
+
+
 @torch.library.custom_op("landmark::attention", mutates_args=())
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     starts: Tensor | None,
-    origins: Tensor | None,
-    ends: Tensor | None,
+    documents: list[Tensor],
+    choice: list[Tensor],
     block_size: int,
     query_start: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, T, D) and log-sum-exp (B, H, T)."""
+    call = Call(starts, documents, choice, block_size, query_start, scale)
+    config = config_for(query.device, query.dtype, query.shape[3], top_k=call.top_k > 0)
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    tiles = config_for(query.device, query.dtype, query.shape[3]).forward
-    run_forward(tiles, query, key, value, out, lse, starts, origins, block_size, query_start, scale)
+    run_forward(config.forward, query, key, value, out, lse, call)
     return out, lse
 
 
@@ -90,23 +144,22 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     starts: Tensor | None,
-    origins: Tensor | None,
-    ends: Tensor | None,
+    documents: list[Tensor],
+    choice: list[Tensor],
     block_size: int,
     query_start: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    config = config_for(query.device, query.dtype, query.shape[3])
+    call = Call(starts, documents, choice, block_size, query_start, scale)
+    config = config_for(query.device, query.dtype, query.shape[3], top_k=call.top_k > 0)
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
-    delta = torch.empty_like(lse)
+    sums = (lse, lse_grad.contiguous(), torch.empty_like(lse))
     d_query = torch.empty_like(query)
     make = torch.empty_like if starts is None else torch.zeros_like  # no program writes the gradients of padding
     d_key, d_value = make(key), make(value)
-    sums = (lse, lse_grad.contiguous(), delta)
-    call = (starts, origins, ends, block_size, query_start, scale)
-    run_query_gradient(config.query_gradient, query, key, value, out, grad, sums, d_query, *call)
-    run_key_value_gradient(config.key_value_gradient, query, key, value, grad, sums, d_key, d_value, *call)
+    run_query_gradient(config.query_gradient, query, key, value, out, grad, sums, d_query, call)
+    run_key_value_gradient(config.key_value_gradient, query, key, value, grad, sums, d_key, d_value, call)
     return d_query, d_key, d_value
 
 
@@ -121,39 +174,30 @@ def _(grad: Tensor, lse_grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, starts, origins, ends, *ctx.numbers = inputs
-    ctx.save_for_backward(query, key, value, *output, starts, origins, ends)
+    query, key, value, starts, documents, choice, *ctx.numbers = inputs
+    ctx.lists = len(documents), len(choice)
+    ctx.save_for_backward(query, key, value, *output, starts, *documents, *choice)
 
 
-def _differentiate(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = attention_backward(grad, lse_grad, *ctx.saved_tensors, *ctx.numbers)
-    return (*grads, None, None, None, None, None, None)
+def _differentiate(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Any, ...]:
+    query, key, value, out, lse, starts, *lists = ctx.saved_tensors
+    documents, choice = lists[: ctx.lists[0]], lists[ctx.lists[0] :]
+    tensors = (grad, lse_grad, query, key, value, out, lse, starts, documents, choice)
+    grads = attention_backward(*tensors, *ctx.numbers)
+    return (*grads, None, [None] * len(documents), [None] * len(choice), None, None, None)
 
 
 attention.register_autograd(_differentiate, setup_context=_keep)
 
 
-def run_forward(
-    tiles: Tiles,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    starts: Tensor | None,
-    origins: Tensor | None,
-    block_size: int,
-    query_start: int,
-    scale: float,
-) -> None:
+def run_forward(tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: Call) -> None:
     """Fills ``out`` and ``lse``."""
-    (batch, heads, queries, _), keys = query.shape, key.shape[2]
     if query.numel() == 0:
         return
-    shape = _shape(tiles, block_size, query, starts, origins)
-    forward_kernel[(triton.cdiv(queries, tiles.rows) * batch * heads,)](
-        query, *_sources(tiles, shape, key, value), out, lse, starts, origins, *_strides(query, key, value, out),
-        heads, heads // key.shape[1], queries, keys, query_start, scale * LOG2_E, **shape,
+    shape = _shape(tiles, query, call)
+    forward_kernel[_programs(query, tiles)](
+        query, *_sources(tiles, shape, key, value), out, lse, *_rows(call), *_blocks(call),
+        *_strides(query, key, value, out), *_numbers(query, key, call), call.scale * LOG2_E, **shape,
     )  # fmt: skip
 
 
@@ -166,23 +210,17 @@ def run_query_gradient(
     grad: Tensor,
     sums: tuple[Tensor, Tensor, Tensor],
     d_query: Tensor,
-    starts: Tensor | None,
-    origins: Tensor | None,
-    ends: Tensor | None,
-    block_size: int,
-    query_start: int,
-    scale: float,
+    call: Call,
 ) -> None:
     """Fills ``d_query`` and the last of ``sums``: log-sum-exp, its gradient, delta."""
-    (batch, heads, queries, _), keys = query.shape, key.shape[2]
     if query.numel() == 0:
         return
     lse, lse_grad, delta = sums
-    shape = _shape(tiles, block_size, query, starts, origins)
-    query_gradient_kernel[(triton.cdiv(queries, tiles.rows) * batch * heads,)](
-        query, *_sources(tiles, shape, key, value), out, lse, grad, lse_grad, delta, d_query, starts, origins,
-        *_strides(query, key, value, out, grad, d_query),
-        heads, heads // key.shape[1], queries, keys, query_start, scale, scale * LOG2_E, **shape,
+    shape = _shape(tiles, query, call)
+    query_gradient_kernel[_programs(query, tiles)](
+        query, *_sources(tiles, shape, key, value), out, lse, grad, lse_grad, delta, d_query,
+        *_rows(call), *_blocks(call), *_strides(query, key, value, out, grad, d_query),
+        *_numbers(query, key, call), call.scale, call.scale * LOG2_E, **shape,
     )  # fmt: skip
 
 
@@ -195,28 +233,47 @@ def run_key_value_gradient(
     sums: tuple[Tensor, Tensor, Tensor],
     d_key: Tensor,
     d_value: Tensor,
-    starts: Tensor | None,
-    origins: Tensor | None,
-    ends: Tensor | None,
-    block_size: int,
-    query_start: int,
-    scale: float,
+    call: Call,
 ) -> None:
     """Fills ``d_key`` and ``d_value`` but for padding; ``sums`` as ``run_query_gradient`` left them."""
-    (batch, heads, queries, _), (groups, keys) = query.shape, key.shape[1:3]
     if key.numel() == 0:
         return
-    lse, _, delta = sums
-    shape = _shape(tiles, block_size, query, starts, origins)
-    if origins is not None:
+    batch, groups, keys, _ = key.shape
+    shape = _shape(tiles, query, call)
+    if call.documents:
         shape["BLOCKS"] = 1  # the blocks of several documents are visited one by one
-    programs = triton.cdiv(keys, shape["BLOCKS"] * block_size) * shape["PIECES"] * batch * groups
+    programs = triton.cdiv(keys, shape["BLOCKS"] * call.block_size) * shape["PIECES"] * batch * groups
     query_source, grad_source = _sources(tiles, shape, query, grad, rows=tiles.rows)
+    ends = call.documents[1] if call.documents else None
+    chosen, _, _, listed, borders = call.choice or (None,) * 5
     key_value_gradient_kernel[(programs,)](
-        query_source, key, value, lse, grad_source, delta, d_key, d_value, starts, origins, ends,
+        query_source, key, value, sums[0], grad_source, sums[2], d_key, d_value, *_rows(call), ends,
+        chosen, listed, borders, 0 if listed is None else listed.shape[2],
         *_strides(query, key, value, grad, d_key, d_value),
-        heads, heads // groups, queries, keys, query_start, scale, scale * LOG2_E, **shape,
+        *_numbers(query, key, call), call.scale, call.scale * LOG2_E, **shape,
     )  # fmt: skip
+
+
+def _programs(query: Tensor, tiles: Tiles) -> tuple[int]:
+    batch, heads, queries, _ = query.shape
+    return (triton.cdiv(queries, tiles.rows) * batch * heads,)
+
+
+def _rows(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    return call.starts, call.documents[0] if call.documents else None
+
+
+def _blocks(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """The choice, the blocks of each tile of queries, how many, and the distance between two tiles' lists."""
+    if not call.choice:
+        return None, None, None, 0
+    chosen, blocks, counts, *_ = call.choice
+    return chosen, blocks, counts, blocks.shape[3]
+
+
+def _numbers(query: Tensor, key: Tensor, call: Call) -> tuple[int, int, int, int, int]:
+    heads, queries = query.shape[1:3]
+    return heads, heads // key.shape[1], queries, key.shape[2], call.query_start
 
 
 def _sources(tiles: Tiles, shape: dict[str, Any], *tensors: Tensor, rows: int | None = None) -> list[Any]:
@@ -226,8 +283,8 @@ def _sources(tiles: Tiles, shape: dict[str, Any], *tensors: Tensor, rows: int | 
     """
     adjacent = rows is not None or shape["BLOCKS"] == 1 or shape["BLOCK"] == shape["WIDTH"]
     aligned = all(
-        each.data_ptr() % 16 == 0 and all(stride * each.element_size() % 16 == 0 for stride in each.stride()[:3])
-        for each in tensors
+        each.data_ptr() % 16 == 0 and all(stride > 0 and stride * each.element_size() % 16 == 0 for stride in strides)
+        for each, strides in ((each, each.stride()[:3]) for each in tensors)
     )
     shape["TMA"] = tiles.tma and adjacent and aligned and shape["DIM"] == shape["PADDED"]
     if not shape["TMA"]:
@@ -240,23 +297,23 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for each in tensors for stride in each.stride()[:3]]
 
 
-def _shape(
-    tiles: Tiles, block_size: int, query: Tensor, starts: Tensor | None, origins: Tensor | None
-) -> dict[str, Any]:
+def _shape(tiles: Tiles, query: Tensor, call: Call) -> dict[str, Any]:
     """The constants of a kernel; a block longer than a tile is cut into pieces."""
-    dim, padded = query.shape[3], triton.next_power_of_2(block_size)
+    dim, padded = query.shape[3], triton.next_power_of_2(call.block_size)
     width = min(padded, tiles.keys)
     return {
-        "BLOCK": block_size,
+        "BLOCK": call.block_size,
         "DIM": dim,
-        "PADDED": max(16, triton.next_power_of_2(dim)),
+        "PADDED": triton.next_power_of_2(dim),
         "ROWS": tiles.rows,
-        "BLOCKS": max(1, tiles.keys // padded),
+        "BLOCKS": 1 if call.top_k else max(1, tiles.keys // padded),
         "WIDTH": width,
-        "PIECES": triton.cdiv(block_size, width),
+        "PIECES": triton.cdiv(call.block_size, width),
+        "STARTS": call.starts is not None,
+        "SEGMENTS": bool(call.documents),
+        "TOP_K": call.top_k,
+        "KEPT": max(2, triton.next_power_of_2(call.top_k)) if call.top_k else 0,
         "TMA": False,
-        "STARTS": starts is not None,
-        "SEGMENTS": origins is not None,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }

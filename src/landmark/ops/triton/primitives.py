@@ -17,7 +17,7 @@ LOWEST = tl.constexpr(-1.0e30)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Arguments of the kernels for whose values nothing is compiled anew.
-NUMBERS = ("n_heads", "group", "n_queries", "n_keys", "query_start")
+NUMBERS = ("n_heads", "group", "n_queries", "n_keys", "query_start", "listed_stride", "tiles_stride")
 
 
 @triton.jit
@@ -115,10 +115,28 @@ def visible(
 
 
 @triton.jit
-def relation(block, own, n_closed, BLOCKS: tl.constexpr):
-    """Which blocks (ROWS, BLOCKS) are past blocks of a query, and which is its own."""
+def relation(block, own, chosen, n_closed, BLOCKS: tl.constexpr, TOP_K: tl.constexpr):
+    """Which blocks (ROWS, BLOCKS) are past blocks of a query, and which is its own.
+
+    With ``TOP_K``, only the ``chosen`` ones (ROWS, a power of two) are past blocks, and a tile holds one block.
+    """
     o_block = block + tl.arange(0, BLOCKS)[None, :]
-    return (o_block < own[:, None]) & (o_block < n_closed), o_block == own[:, None]
+    past = (o_block < own[:, None]) & (o_block < n_closed)
+    if TOP_K > 0:
+        past = past & (tl.max((chosen == block).to(tl.int32), axis=1) > 0)[:, None]
+    return past, o_block == own[:, None]
+
+
+@triton.jit
+def load_choice(p_chosen, i_head, n_rows, first, o_row, TOP_K: tl.constexpr, KEPT: tl.constexpr):
+    """The chosen blocks (ROWS, KEPT) of queries ``first + o_row`` of a row's head, -1 for none; 0 without ``TOP_K``."""
+    chosen = 0
+    if TOP_K > 0:
+        o_kept = tl.arange(0, KEPT)
+        p_first = p_chosen + (i_head.to(tl.int64) * n_rows + first) * TOP_K
+        inside = (first + o_row < n_rows)[:, None] & (o_kept < TOP_K)[None, :]
+        chosen = tl.load(p_first + o_row[:, None] * TOP_K + o_kept[None, :], mask=inside, other=-1)
+    return chosen
 
 
 @triton.jit

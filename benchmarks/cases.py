@@ -1,0 +1,110 @@
+"""What the operation is measured on: shapes, each with a name, and tensors of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Topics of which a structured query is made, and queries after which they are all others.
+TOPICS, CHANGE = 12, 256
+
+
+class Case(NamedTuple):
+    """A call; its queries are the last of its keys.
+
+    Attributes:
+        name: what it is called, once for all.
+        rows: B.
+        heads: H, query heads.
+        groups: G, key/value heads.
+        queries: T.
+        keys: S.
+        dim: D.
+        block_size: slots of a block, landmark included.
+        top_k: as for ``landmark_attention``.
+    """
+
+    name: str
+    rows: int
+    heads: int
+    groups: int
+    queries: int
+    keys: int
+    dim: int
+    block_size: int = 64
+    top_k: int | None = None
+
+    def pairs(self) -> int:
+        """Pairs of a query and a key that is not behind it, in one row and head."""
+        return self.queries * self.keys - self.queries * (self.queries - 1) // 2
+
+    def flops(self, backward: bool = False) -> int:
+        """Operations of dense causal attention, by which all are counted: forward, or forward and backward.
+
+        Two products for each pair forward, five backward; a product is ``2 * dim`` operations.
+        """
+        return (7 if backward else 2) * 2 * self.rows * self.heads * self.dim * self.pairs()
+
+
+DENSE = (
+    *(
+        Case(f"dense-{keys}", rows, 16, 16, keys, keys, 128)
+        for keys, rows in ((2048, 8), (4096, 4), (8192, 2), (16384, 1), (32768, 1), (65536, 1))
+    ),
+    Case("dense-4096-dim64", 8, 16, 16, 4096, 4096, 64),
+)
+GROUPED = tuple(
+    Case(f"grouped-{keys}", rows, 32, 8, keys, keys, 128)
+    for keys, rows in ((2048, 4), (4096, 2), (8192, 1), (16384, 1), (32768, 1))
+)
+OFFSET = (
+    Case("offset-65536", 1, 16, 16, 4096, 65536, 128),
+    Case("offset-65536-grouped", 1, 32, 8, 4096, 65536, 128),
+)
+TOP_K = tuple(Case(f"top8-{keys}", 1, 16, 16, keys, keys, 128, top_k=8) for keys in (32768, 65536))
+CASES = {case.name: case for case in (*DENSE, *GROUPED, *OFFSET, *TOP_K)}
+
+
+def normal(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random query (B, H, T, D), key and value (B, G, S, D) in bfloat16, laid out as transformers hands them."""
+    noise = torch.Generator(device).manual_seed(seed)
+    shapes = ((case.heads, case.queries), (case.groups, case.keys), (case.groups, case.keys))
+    query, key, value = (
+        torch.randn(case.rows, length, heads, case.dim, generator=noise, device=device, dtype=torch.bfloat16)
+        for heads, length in shapes
+    )
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def structured(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``normal``, but adjacent queries choose about the same blocks, and distant ones choose others.
+
+    Each block has a topic, a random vector: its landmark key is the topic, its other keys are the topic and noise. A
+    query is a mixture of the topics of blocks before it, which changes slowly, and some noise. Neighbours share about
+    7.5 of 8 blocks, and 64 of them choose about 12 in all: what a model chooses may agree less.
+    """
+    noise = torch.Generator(device).manual_seed(seed)
+    size, (rows, heads) = case.block_size, (case.rows, case.heads)
+    topics = torch.randn(rows, case.groups, -(-case.keys // size), case.dim, generator=noise, device=device)
+    key = topics.repeat_interleave(size, dim=2)[:, :, : case.keys]
+    strength = torch.full((case.keys, 1), 0.5, device=device)
+    strength[size - 1 :: size] = 0.0
+    key = key + strength * torch.randn(key.shape, generator=noise, device=device)
+    value = torch.randn(key.shape, generator=noise, device=device)
+
+    steps = torch.arange(case.queries // CHANGE + 2, device=device)
+    before = ((case.keys - case.queries + steps * CHANGE) // size).clamp(1, topics.shape[2])
+    drawn = torch.rand(rows, heads, len(steps), TOPICS, generator=noise, device=device)
+    place = (drawn * before[:, None]).long().flatten(2)[..., None].expand(-1, -1, -1, case.dim)
+    picked = topics.repeat_interleave(heads // case.groups, dim=1).gather(2, place)
+    mixtures = torch.unflatten(picked, 2, (len(steps), TOPICS)).sum(dim=3) / TOPICS**0.5
+
+    step = torch.arange(case.queries, device=device) / CHANGE
+    low, share = step.long(), step.frac()[:, None]
+    query = (1 - share) * mixtures[:, :, low] + share * mixtures[:, :, low + 1]
+    query = query / ((1 - share) ** 2 + share**2).sqrt()  # components of variance 1 all the way
+    query = query + 0.1 * torch.randn(query.shape, generator=noise, device=device)
+    query, key, value = (each.bfloat16().transpose(1, 2).contiguous().transpose(1, 2) for each in (query, key, value))
+    return query, key, value

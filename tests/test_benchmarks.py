@@ -1,0 +1,205 @@
+"""What the benchmark of the operation asks and says; the parts of it that need no GPU."""
+
+import importlib.util
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from landmark import landmark_attention
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import cases  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("benchmarks_ops", BENCHMARKS / "ops.py")
+ops = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ops)
+sys.path.remove(str(BENCHMARKS))  # or other tests would find this file where they look for tests/ops
+
+SMALL = cases.Case("small", 1, 4, 2, 40, 100, 32, block_size=16)
+SHAPES = [SMALL, cases.Case("square", 3, 2, 1, 17, 17, 8), cases.Case("single", 2, 2, 2, 1, 9, 8)]
+
+
+def test_every_name_means_one_case():
+    told = [*cases.DENSE, *cases.GROUPED, *cases.OFFSET, *cases.TOP_K]
+    assert list(cases.CASES.values()) == told
+    assert len({case._replace(name="") for case in told}) == len(told)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_operations_are_those_of_the_visible_pairs(case):
+    first = case.keys - case.queries
+    pairs = sum(key <= first + query for query in range(case.queries) for key in range(case.keys))
+    forward = pairs * case.rows * case.heads * 4 * case.dim
+    assert case.flops() == forward
+    assert case.flops(backward=True) == forward + 2.5 * forward
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_roofline_of_dense_attention(case):
+    """Bound by arithmetic it does the operations that all are counted by, bound by memory it reads and writes once."""
+    dense = ops.Peer("cudnn", lambda: None)
+    for backward in (False, True):
+        by_flops = ops.least_seconds(case, dense, backward, {"flops": 1.0, "bytes": float("inf")})
+        assert by_flops == case.flops(backward)
+    elements = case.heads * case.queries * case.dim * 2 + case.groups * case.keys * case.dim * 2
+    by_bytes = ops.least_seconds(case, dense, False, {"flops": float("inf"), "bytes": 1.0})
+    assert by_bytes == case.rows * (2 * elements + 4 * case.heads * case.queries)
+
+
+def test_roofline_of_landmark_attention_knows_its_blocks():
+    ceilings = {"flops": 1.0, "bytes": float("inf")}
+    every, few = (ops.Peer("landmark", lambda: None, 16, top_k) for top_k in (None, 2))
+    assert ops.least_seconds(SMALL, few, False, ceilings) < ops.least_seconds(SMALL, every, False, ceilings)
+    assert ops.least_seconds(SMALL, every, False, ceilings) < SMALL.flops()
+
+
+@pytest.mark.parametrize("make", [cases.normal, cases.structured])
+@pytest.mark.parametrize("case", [SMALL, SMALL._replace(keys=96, rows=2)])
+def test_tensors_are_laid_out_as_transformers_hands_them(make, case):
+    tensors = make(case, "cpu", 0)
+    for each, heads, length in zip(tensors, (4, 2, 2), (40, case.keys, case.keys), strict=True):
+        assert each.shape == (case.rows, heads, length, 32) and each.dtype == torch.bfloat16
+        assert each.transpose(1, 2).is_contiguous() and each.isfinite().all()
+    for each, again, other in zip(tensors, make(case, "cpu", 0), make(case, "cpu", 1), strict=True):
+        assert torch.equal(each, again) and not torch.equal(each, other)
+
+
+def chosen_blocks(make):
+    """Which of the 8 best past blocks each query chooses, from where it has a choice: (T, N) of zeros and ones."""
+    case = cases.Case("", 1, 1, 1, 2048, 2048, 64, block_size=16, top_k=8)
+    query, key, _ = (each[0, 0].float() for each in make(case, "cpu", 0))
+    scores = query @ key[15::16].T
+    own = torch.arange(2048) // 16
+    scores = scores.masked_fill(torch.arange(128) >= own[:, None], -torch.inf)
+    return torch.zeros_like(scores).scatter(1, scores.topk(8).indices, 1.0)[8 * 16 :]
+
+
+def test_structured_neighbours_choose_the_same_blocks():
+    shared = {}
+    for make in (cases.structured, cases.normal):
+        chosen = chosen_blocks(make)
+        shared[make] = [(chosen[distance:] * chosen[:-distance]).sum(dim=1) for distance in (1, 1024)]
+    near, far = shared[cases.structured]
+    assert (near >= 6).float().mean() > 0.9
+    assert far.mean() < 2
+    assert shared[cases.normal][0].mean() < 3, "the measure itself sees no agreement among random queries"
+
+
+@pytest.mark.parametrize("case", cases.CASES.values(), ids=cases.CASES)
+def test_who_is_asked(case):
+    found = {peer.name: peer for peer in ops.peers(case, torch.empty(1, 1, 1, case.dim, dtype=torch.bfloat16))}
+    assert list(found)[:4] == list(ops.PEERS)
+    assert (ops.ALL_BLOCKS in found) == (case.top_k is not None)
+    assert not any(found[name].refused for name in ("cudnn", "flash", "flex"))
+    hidden = ops.settings(case, found["cudnn"], 1.0)["hidden"]
+    assert hidden == ("later keys" if case.queries == case.keys else "nothing"), "no lower-right mask for cuDNN"
+    assert found["landmark"].top_k == case.top_k and found["landmark"].refused, "these tensors are not on a GPU"
+
+
+def begin(peer, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    leaves = [each.requires_grad_() for each in cases.normal(SMALL, "cpu", 0)]
+    return ops.begin(SMALL, peer, leaves, cases.normal(SMALL, "cpu", 1)[0])
+
+
+def chunked(query, key, value):
+    return landmark_attention(query, key, value, block_size=16, impl="chunked")
+
+
+def test_right_results_are_let_through(monkeypatch):
+    attend, found = begin(ops.Peer("landmark", lambda: chunked, 16), monkeypatch)
+    assert attend is chunked
+    assert set(found["errors"]) == set(ops.RESULTS) and all(0 < each < 0.01 for each in found["errors"].values())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda *leaves: 1.02 * chunked(*leaves),
+        lambda *leaves: torch.nan * chunked(*leaves),
+        lambda query, key, value: chunked(query, key.detach() + 0 * key, value),
+        lambda query, key, value: chunked(query, key, value.roll(1, dims=2)),
+        partial(landmark_attention, block_size=16, top_k=2, impl="chunked"),
+    ],
+    ids=["scaled", "nan", "no gradient of key", "shifted values", "too few blocks"],
+)
+def test_wrong_results_end_the_command(wrong, monkeypatch):
+    with pytest.raises(SystemExit, match="small, landmark: expected errors of at most"):
+        begin(ops.Peer("landmark", lambda: wrong, 16), monkeypatch)
+
+
+def test_a_peer_that_cannot_says_why(monkeypatch):
+    def fails(query, key, value):
+        ops.warnings.warn("Flash attention kernel not used because:", stacklevel=1)
+        ops.warnings.warn("head_dim should be even (Triggered internally at x.cpp)", stacklevel=1)
+        ops.warnings.warn("cuDNN attention has been runtime disabled.", stacklevel=1)
+        raise RuntimeError("No available kernel.\nAborting.")
+
+    attend, found = begin(ops.Peer("flash", lambda: fails), monkeypatch)
+    assert attend is None and found == {"refused": "No available kernel. Aborting. head_dim should be even"}
+    assert begin(ops.Peer("cudnn", lambda: fails, refused="known"), monkeypatch) == (None, {"refused": "known"})
+    with pytest.raises(RuntimeError, match="No available"):
+        begin(ops.Peer("landmark", lambda: fails, 16), monkeypatch)
+
+
+def row(case, peer, forward, both, **ratios):
+    shown = {"forward_tflops": forward, "forward_backward_tflops": both}
+    return {"case": case, "peer": peer, "keys": 2048, **shown, **ratios}
+
+
+RESULTS = {
+    "versions": {"device": "a machine"},
+    "ceilings": {"flops": 8e14, "bytes": 4e12},
+    "rows": [
+        row("dense-2048", "cudnn", 500.4, 450.0, forward_to_cudnn=1.0, forward_backward_to_cudnn=1.0),
+        row("dense-2048", "flash", 300.6, 250.0, forward_to_cudnn=0.6, forward_backward_to_cudnn=0.55),
+        {"case": "dense-2048", "peer": "flex", "refused": "no"},
+        row("dense-2048", "landmark", 400.0, 349.7, forward_to_cudnn=0.799, forward_backward_to_cudnn=0.777),
+        {"case": "offset", "peer": "cudnn", "refused": "no"},
+        row("offset", "landmark", 20.0, 10.0, forward_to_cudnn=None, forward_backward_to_cudnn=None),
+        row("offset", ops.ALL_BLOCKS, 7.0, 7.0, forward_to_cudnn=None, forward_backward_to_cudnn=None),
+    ],
+}
+
+
+def test_readme_table():
+    columns = "cuDNN | flash | flex | landmark | landmark / cuDNN"
+    assert ops.readme_table(RESULTS).splitlines() == [
+        f"| TFLOP/s | forward: {columns} | forward + backward: {columns} |",
+        "| --- " * 11 + "|",
+        "| dense-2048 | 500 | 301 | refused | 400 | 0.80 | 450 | 250 | refused | 350 | 0.78 |",
+        "| offset | refused |  |  | 20 |  | refused |  |  | 10 |  |",
+    ]
+
+
+def test_results_are_written_and_drawn(tmp_path):
+    ops.write(RESULTS, tmp_path / "new" / "ops.json")
+    assert json.loads((tmp_path / "new" / "ops.json").read_text()) == RESULTS
+    pytest.importorskip("matplotlib")
+    ops.plot(RESULTS, tmp_path / "ops.png")
+    assert (tmp_path / "ops.png").stat().st_size > 10_000
+
+
+def test_rates_and_ratios():
+    case, peer = SMALL, ops.Peer("flash", lambda: None)
+    row = {"forward_ms": 2.0, "forward_backward_ms": 10.0}
+    found = ops.judge(case, peer, row, {"forward_ms": 1.0}, {"flops": case.flops() * 1e3, "bytes": float("inf")})
+    assert found["forward_tflops"] == pytest.approx(case.flops() / 2e-3 / 1e12)
+    assert found["forward_backward_tflops"] == pytest.approx(3.5 * case.flops() / 10e-3 / 1e12)
+    assert found["forward_to_cudnn"] == 0.5 and found["forward_backward_to_cudnn"] is None
+    assert found["forward_of_roofline"] == pytest.approx(0.5)
+    assert found["forward_backward_of_roofline"] == pytest.approx(0.35)
+
+
+def test_unknown_cases_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ops.py", "--out", "x.json", "--cases", "dense-2048,dense-9"])
+    with pytest.raises(SystemExit) as ended:
+        ops.main()
+    assert ended.value.code == 2
+    assert "got dense-9; name others" in capsys.readouterr().err
