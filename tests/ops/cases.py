@@ -60,12 +60,17 @@ def results(attention, query, key, value, options, seed=0):
     """Output, log-sum-exp and the gradients of a random function of both, the same one in every dtype."""
     leaves = [each.detach().clone().requires_grad_() for each in (query, key, value)]
     out, lse = attention(*leaves, **options)
-    noise = torch.Generator().manual_seed(seed)
-    weights = torch.randn(out.shape, generator=noise).bfloat16().to(out.device, out.dtype)
-    lse_weights = torch.randn(lse.shape, generator=noise).bfloat16().to(out.device, lse.dtype)
+    weights, lse_weights = random_weights(out, lse, seed)
     total = (out * weights).sum() + torch.where(lse > -torch.inf, lse, 0.0).mul(lse_weights).sum()
     gradients = torch.autograd.grad(total, leaves)
     return dict(zip(("out", "lse", "d_query", "d_key", "d_value"), (out, lse, *gradients), strict=True))
+
+
+def random_weights(out, lse, seed=0):
+    """What the gradients of ``results`` weigh output and log-sum-exp with."""
+    noise = torch.Generator().manual_seed(seed)
+    weights = torch.randn(out.shape, generator=noise).bfloat16().to(out.device, out.dtype)
+    return weights, torch.randn(lse.shape, generator=noise).bfloat16().to(out.device, lse.dtype)
 
 
 def assert_same(actual, expected, budget, what=""):

@@ -1,8 +1,7 @@
 """The kernels as operators of torch, which autograd and ``torch.compile`` know: ``landmark::attention``.
 
 Query, key and value may have any strides but in the last dimension, which lies side by side. The output has the strides
-of the query. ``starts`` (B,) is int32. ``documents`` is empty, or the first slot of each slot's document and the first
-behind it, two int32 (B, S). ``choice`` is empty, or the chosen blocks and the four tensors of ``Meetings``.
+of the query. An operator takes the fields of ``Call`` one by one: lists would cost more than the launch of a kernel.
 """
 
 from __future__ import annotations
@@ -25,11 +24,26 @@ LANDMARKS = 64  # of a tile, where blocks are chosen
 
 
 class Call(NamedTuple):
-    """The arguments beside query, key and value."""
+    """The arguments beside query, key and value.
+
+    Attributes:
+        starts: (B,) int32.
+        origins: (B, S) int32, the first slot of each slot's document; only with ``segments``.
+        ends: (B, S) int32, the first slot behind it.
+        chosen: (B, H, T, K) int32, only with ``top_k``; the next four are those of ``Meetings``.
+        block_size: slots of a block.
+        query_start: slot of the first query.
+        scale: above 0.
+    """
 
     starts: Tensor | None
-    documents: list[Tensor]
-    choice: list[Tensor]
+    origins: Tensor | None
+    ends: Tensor | None
+    chosen: Tensor | None
+    blocks: Tensor | None
+    counts: Tensor | None
+    tiles: Tensor | None
+    borders: Tensor | None
     block_size: int
     query_start: int
     scale: float
@@ -37,7 +51,7 @@ class Call(NamedTuple):
     @property
     def top_k(self) -> int:
         """Blocks that a query keeps, 0 for all."""
-        return self.choice[0].shape[3] if self.choice else 0
+        return 0 if self.chosen is None else self.chosen.shape[3]
 
 
 def fused(
@@ -58,17 +72,15 @@ def fused(
     if scale <= 0:  # the kernels take maxima of scores before they scale them
         query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
     query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
-    documents = [] if segments is None else list(documents_of(segments, starts))
+    origins, ends = (None, None) if segments is None else documents_of(segments, starts)
     starts = None if starts is None else starts.int()
-    choice: list[Tensor] = []
+    choice: tuple[Tensor | None, ...] = (None,) * 5
     if top_k is not None:
         chosen = choose(query.detach(), key.detach(), starts, block_size, query_start, scale, top_k)
         rows = config_for(query.device, query.dtype, query.shape[3], top_k=True).forward.rows
-        met = meetings(
-            chosen, starts, keys=key.shape[2], block_size=block_size, query_start=query_start, rows=rows
-        )  # fmt: skip
-        choice = [chosen, *met]
-    out, lse = attention(query, key, value, starts, documents, choice, block_size, query_start, scale)
+        grid = {"keys": key.shape[2], "block_size": block_size, "query_start": query_start}
+        choice = chosen, *meetings(chosen, starts, **grid, rows=rows)
+    out, lse = attention(query, key, value, starts, origins, ends, *choice, block_size, query_start, scale)
     return out, lse
 
 
@@ -119,14 +131,20 @@ def attention(
     key: Tensor,
     value: Tensor,
     starts: Tensor | None,
-    documents: list[Tensor],
-    choice: list[Tensor],
+    origins: Tensor | None,
+    ends: Tensor | None,
+    chosen: Tensor | None,
+    blocks: Tensor | None,
+    counts: Tensor | None,
+    tiles: Tensor | None,
+    borders: Tensor | None,
     block_size: int,
     query_start: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, T, D) and log-sum-exp (B, H, T)."""
-    call = Call(starts, documents, choice, block_size, query_start, scale)
+    choice = chosen, blocks, counts, tiles, borders
+    call = Call(starts, origins, ends, *choice, block_size, query_start, scale)
     config = config_for(query.device, query.dtype, query.shape[3], top_k=call.top_k > 0)
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
@@ -144,14 +162,20 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     starts: Tensor | None,
-    documents: list[Tensor],
-    choice: list[Tensor],
+    origins: Tensor | None,
+    ends: Tensor | None,
+    chosen: Tensor | None,
+    blocks: Tensor | None,
+    counts: Tensor | None,
+    tiles: Tensor | None,
+    borders: Tensor | None,
     block_size: int,
     query_start: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    call = Call(starts, documents, choice, block_size, query_start, scale)
+    choice = chosen, blocks, counts, tiles, borders
+    call = Call(starts, origins, ends, *choice, block_size, query_start, scale)
     config = config_for(query.device, query.dtype, query.shape[3], top_k=call.top_k > 0)
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     sums = (lse, lse_grad.contiguous(), torch.empty_like(lse))
@@ -174,17 +198,14 @@ def _(grad: Tensor, lse_grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, starts, documents, choice, *ctx.numbers = inputs
-    ctx.lists = len(documents), len(choice)
-    ctx.save_for_backward(query, key, value, *output, starts, *documents, *choice)
+    query, key, value, *call = inputs
+    ctx.numbers = call[-3:]
+    ctx.save_for_backward(query, key, value, *output, *call[:-3])
 
 
-def _differentiate(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Any, ...]:
-    query, key, value, out, lse, starts, *lists = ctx.saved_tensors
-    documents, choice = lists[: ctx.lists[0]], lists[ctx.lists[0] :]
-    tensors = (grad, lse_grad, query, key, value, out, lse, starts, documents, choice)
-    grads = attention_backward(*tensors, *ctx.numbers)
-    return (*grads, None, [None] * len(documents), [None] * len(choice), None, None, None)
+def _differentiate(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = attention_backward(grad, lse_grad, *ctx.saved_tensors, *ctx.numbers)
+    return *grads, *(None,) * len(Call._fields)
 
 
 attention.register_autograd(_differentiate, setup_context=_keep)
@@ -196,7 +217,7 @@ def run_forward(tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, out: Te
         return
     shape = _shape(tiles, query, call)
     forward_kernel[_programs(query, tiles)](
-        query, *_sources(tiles, shape, key, value), out, lse, *_rows(call), *_blocks(call),
+        query, *_sources(tiles, shape, key, value), out, lse, *_seen(call),
         *_strides(query, key, value, out), *_numbers(query, key, call), call.scale * LOG2_E, **shape,
     )  # fmt: skip
 
@@ -219,7 +240,7 @@ def run_query_gradient(
     shape = _shape(tiles, query, call)
     query_gradient_kernel[_programs(query, tiles)](
         query, *_sources(tiles, shape, key, value), out, lse, grad, lse_grad, delta, d_query,
-        *_rows(call), *_blocks(call), *_strides(query, key, value, out, grad, d_query),
+        *_seen(call), *_strides(query, key, value, out, grad, d_query),
         *_numbers(query, key, call), call.scale, call.scale * LOG2_E, **shape,
     )  # fmt: skip
 
@@ -240,15 +261,13 @@ def run_key_value_gradient(
         return
     batch, groups, keys, _ = key.shape
     shape = _shape(tiles, query, call)
-    if call.documents:
+    if call.origins is not None:
         shape["BLOCKS"] = 1  # the blocks of several documents are visited one by one
     programs = triton.cdiv(keys, shape["BLOCKS"] * call.block_size) * shape["PIECES"] * batch * groups
     query_source, grad_source = _sources(tiles, shape, query, grad, rows=tiles.rows)
-    ends = call.documents[1] if call.documents else None
-    chosen, _, _, listed, borders = call.choice or (None,) * 5
     key_value_gradient_kernel[(programs,)](
-        query_source, key, value, sums[0], grad_source, sums[2], d_key, d_value, *_rows(call), ends,
-        chosen, listed, borders, 0 if listed is None else listed.shape[2],
+        query_source, key, value, sums[0], grad_source, sums[2], d_key, d_value, call.starts, call.origins, call.ends,
+        call.chosen, call.tiles, call.borders, 0 if call.tiles is None else call.tiles.shape[2],
         *_strides(query, key, value, grad, d_key, d_value),
         *_numbers(query, key, call), call.scale, call.scale * LOG2_E, **shape,
     )  # fmt: skip
@@ -259,16 +278,10 @@ def _programs(query: Tensor, tiles: Tiles) -> tuple[int]:
     return (triton.cdiv(queries, tiles.rows) * batch * heads,)
 
 
-def _rows(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    return call.starts, call.documents[0] if call.documents else None
-
-
-def _blocks(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    """The choice, the blocks of each tile of queries, how many, and the distance between two tiles' lists."""
-    if not call.choice:
-        return None, None, None, 0
-    chosen, blocks, counts, *_ = call.choice
-    return chosen, blocks, counts, blocks.shape[3]
+def _seen(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]:
+    """What the kernels over tiles of queries take of a call; last the distance between two tiles' lists of blocks."""
+    distance = 0 if call.blocks is None else call.blocks.shape[3]
+    return call.starts, call.origins, call.chosen, call.blocks, call.counts, distance
 
 
 def _numbers(query: Tensor, key: Tensor, call: Call) -> tuple[int, int, int, int, int]:
@@ -310,7 +323,7 @@ def _shape(tiles: Tiles, query: Tensor, call: Call) -> dict[str, Any]:
         "WIDTH": width,
         "PIECES": triton.cdiv(call.block_size, width),
         "STARTS": call.starts is not None,
-        "SEGMENTS": bool(call.documents),
+        "SEGMENTS": call.origins is not None,
         "TOP_K": call.top_k,
         "KEPT": max(2, triton.next_power_of_2(call.top_k)) if call.top_k else 0,
         "TMA": False,
