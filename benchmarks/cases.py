@@ -11,6 +11,10 @@ from torch import Tensor
 TOPICS, CHANGE = 12, 256
 
 
+PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
+PEERS = {"cudnn": "cuDNN", "flash": "flash", "flex": "flex", "landmark": "landmark"}
+
+
 class Case(NamedTuple):
     """A call; its queries are the last of its keys.
 

@@ -1,4 +1,4 @@
-"""Writes the model cards of the bundled models from what was recorded beside their weights.
+"""Writes the model cards of the bundled models, and README's tables, from what was recorded.
 
 python benchmarks/model_cards.py
 """
@@ -10,8 +10,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cases import CASES, PASSES, PEERS
+
 ROOT = Path(__file__).parents[1]
 BUNDLED = ROOT / "src" / "landmark" / "bundled"
+KERNELS = ROOT / "benchmarks" / "results" / "ops.json"
 
 KINDS = {
     "landmark": "a language model of 12.2M parameters with landmark attention, trained at 512 positions",
@@ -53,6 +56,10 @@ def pages() -> dict[Path, str]:
     for name, make in (("passkey", passkey_summary), ("facts", facts_summary), ("perplexity", perplexity_summary)):
         between = re.compile(f"(<!-- figures: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
         readme = between.sub(lambda match, make=make: f"{match[1]}\n{make(figures['rows'])}\n\n{match[2]}", readme)
+    results = json.loads(KERNELS.read_text(encoding="utf-8"))
+    made = f"{kernels_summary(results)}\n\nMeasured with {versions_line(results)}."
+    between = re.compile("(<!-- figures: kernels -->\n).*?(<!-- end: kernels -->)", re.DOTALL)
+    readme = between.sub(lambda match: f"{match[1]}\n{made}\n\n{match[2]}", readme)
     return {**found, ROOT / "README.md": readme}
 
 
@@ -98,6 +105,30 @@ def perplexity_summary(rows: list[dict[str, Any]]) -> str:
     ordered = sorted(lines.items(), key=lambda line: (line[0][2] if line[0][2] != "all" else 10**9, line[0][0]))
     head = ["", "local tokens", "attention size", *(f"{length:,}" for length in lengths)]
     return table(head, [[*key, *(cells.get(length, "") for length in lengths)] for key, cells in ordered])
+
+
+def kernels_summary(results: dict[str, Any]) -> str:
+    """Returns TFLOP/s of every peer and case as a Markdown table, and landmark attention as a multiple of cuDNN."""
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        cells.setdefault(row["case"], {})[row["peer"]] = row
+    head = ["TFLOP/s"]
+    for title in PASSES.values():
+        head += [f"{title}: cuDNN", *list(PEERS.values())[1:], "landmark / cuDNN"]
+    body = []
+    for case in (name for name in CASES if name in cells):
+        by_peer, found = cells[case], [case]
+        for name in PASSES:
+            found += [_cell(by_peer.get(peer), f"{name}_tflops", ".0f") for peer in PEERS]
+            found.append(_cell(by_peer.get("landmark"), f"{name}_to_cudnn", ".2f"))
+        body.append(found)
+    return table(head, body)
+
+
+def _cell(row: dict[str, Any] | None, name: str, form: str) -> str:
+    if row is None or ("refused" not in row and row[name] is None):
+        return ""
+    return "refused" if "refused" in row else format(row[name], form)
 
 
 def card(name: str, figures: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ Landmark attention is compared with the chunked implementation in float32 before
 the command ends with exit code 1 and the case has no figures. Operations are counted as for dense causal attention,
 whoever does them; ``of_roofline`` counts what each has to do by ``landmark.ops.cost``. ``first_seconds`` is the first
 forward and backward pass of the case in this process, compilation included as far as no earlier case and no cache on
-disk (``TRITON_CACHE_DIR``, ``TORCHINDUCTOR_CACHE_DIR``) spared it. Rows are written after every case.
+disk (``TRITON_CACHE_DIR``, ``TORCHINDUCTOR_CACHE_DIR``) spared it. Rows are written after every case;
+``model_cards.py`` makes README's table of them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import model_cards
 import torch
-from cases import CASES, DENSE, Case, normal, structured
+from cases import CASES, DENSE, PASSES, PEERS, Case, normal, structured
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -36,8 +36,6 @@ from landmark.versions import versions
 
 SEED = 0
 DEVICE = "cuda"
-PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
-PEERS = {"cudnn": "cuDNN", "flash": "flash", "flex": "flex", "landmark": "landmark"}
 ALL_BLOCKS = "landmark, all blocks"
 RESULTS = ("output", "gradient of query", "gradient of key", "gradient of value")
 # A result sums products with a factor (weights, gradients of scores) that was rounded to bfloat16, and is rounded
@@ -293,30 +291,6 @@ def heading() -> str:
     """Returns the line above the rows."""
     columns = "".join(f"{title + ', / cuDNN, of roofline':<39}" for title in PASSES.values())
     return f"{'case':<22}{'peer':<22}{columns}{'peak':>12}{'first':>9}"
-
-
-def readme_table(results: dict[str, Any]) -> str:
-    """Returns TFLOP/s of every peer and case as a Markdown table, and landmark attention as a multiple of cuDNN."""
-    cells: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in results["rows"]:
-        cells.setdefault(row["case"], {})[row["peer"]] = row
-    head = ["TFLOP/s"]
-    for title in PASSES.values():
-        head += [f"{title}: cuDNN", *list(PEERS.values())[1:], "landmark / cuDNN"]
-    body = []
-    for case, by_peer in cells.items():
-        found = [case]
-        for name in PASSES:
-            found += [_cell(by_peer.get(peer), f"{name}_tflops", ".0f") for peer in PEERS]
-            found.append(_cell(by_peer.get("landmark"), f"{name}_to_cudnn", ".2f"))
-        body.append(found)
-    return model_cards.table(head, body)
-
-
-def _cell(row: dict[str, Any] | None, name: str, form: str) -> str:
-    if row is None or ("refused" not in row and row[name] is None):
-        return ""
-    return "refused" if "refused" in row else format(row[name], form)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import cases  # noqa: E402
+import model_cards  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("benchmarks_ops", BENCHMARKS / "ops.py")
 ops = importlib.util.module_from_spec(spec)
@@ -161,20 +162,20 @@ RESULTS = {
         row("dense-2048", "flash", 300.6, 250.0, forward_to_cudnn=0.6, forward_backward_to_cudnn=0.55),
         {"case": "dense-2048", "peer": "flex", "refused": "no"},
         row("dense-2048", "landmark", 400.0, 349.7, forward_to_cudnn=0.799, forward_backward_to_cudnn=0.777),
-        {"case": "offset", "peer": "cudnn", "refused": "no"},
-        row("offset", "landmark", 20.0, 10.0, forward_to_cudnn=None, forward_backward_to_cudnn=None),
-        row("offset", ops.ALL_BLOCKS, 7.0, 7.0, forward_to_cudnn=None, forward_backward_to_cudnn=None),
+        {"case": "offset-65536", "peer": "cudnn", "refused": "no"},
+        row("offset-65536", "landmark", 20.0, 10.0, forward_to_cudnn=None, forward_backward_to_cudnn=None),
+        row("offset-65536", ops.ALL_BLOCKS, 7.0, 7.0, forward_to_cudnn=None, forward_backward_to_cudnn=None),
     ],
 }
 
 
 def test_readme_table():
     columns = "cuDNN | flash | flex | landmark | landmark / cuDNN"
-    assert ops.readme_table(RESULTS).splitlines() == [
+    assert model_cards.kernels_summary(RESULTS).splitlines() == [
         f"| TFLOP/s | forward: {columns} | forward + backward: {columns} |",
         "| --- " * 11 + "|",
         "| dense-2048 | 500 | 301 | refused | 400 | 0.80 | 450 | 250 | refused | 350 | 0.78 |",
-        "| offset | refused |  |  | 20 |  | refused |  |  | 10 |  |",
+        "| offset-65536 | refused |  |  | 20 |  | refused |  |  | 10 |  |",
     ]
 
 

@@ -22,6 +22,6 @@ def test_page_is_made_from_the_recorded_figures(path: Path) -> None:
 
 def test_readme_has_every_table() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in ("passkey", "facts", "perplexity"):
+    for name in ("passkey", "facts", "perplexity", "kernels"):
         table = readme.split(f"<!-- figures: {name} -->")[1].split(f"<!-- end: {name} -->")[0]
         assert table.count("|") > 20

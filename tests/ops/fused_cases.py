@@ -46,8 +46,8 @@ def any_call(variant, seed, longest):
     if variant.rows == "starts":
         options["starts"] = torch.tensor([rng.choice([0, rng.randint(0, keys)]) for _ in range(rows)])
     if variant.rows == "segments":
-        share = rng.choice([0.01, 0.04, 0.3])
-        options["segments"] = (torch.rand(rows, keys, generator=noise) < share).cumsum(1)
+        documents = rng.choice([1, 4, 20])
+        options["segments"] = (torch.rand(rows, keys, generator=noise) < documents / keys).cumsum(1)
         if rng.random() < 0.3:
             options["starts"] = torch.tensor([rng.randint(0, keys) for _ in range(rows)])
     if variant.top_k:
