@@ -204,3 +204,16 @@ def test_unknown_cases_are_refused(monkeypatch, capsys):
         ops.main()
     assert ended.value.code == 2
     assert "got dense-9; name others" in capsys.readouterr().err
+
+
+def test_both_models_of_the_training_step_take_one():
+    spec = importlib.util.spec_from_file_location("benchmarks_step", BENCHMARKS / "step.py")
+    step = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(step)
+    shape = {**step.LARGE, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    shape |= {"num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 64}
+    for make, tokens in ((step.stock_model, 128), (step.landmark_model, 126)):
+        model = make(shape, "cpu", torch.float32)
+        before = model.lm_head.weight.clone()
+        step.stepper(model, tokens, compiled=False, backend=None)()
+        assert not torch.equal(model.lm_head.weight, before)

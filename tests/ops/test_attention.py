@@ -40,7 +40,7 @@ class Device(NamedTuple):
         (Device(9, 0, 232448), None),
         (Device(8, 6, 101376), None),
         (Device(7, 5, 65536), "expected a GPU of compute capability 8.0 or later, got 7.5"),
-        (Device(8, 0, 49152), "expected 65536 bytes of shared memory for a block of threads, got 49152"),
+        (Device(8, 0, 49152), "expected 98304 bytes of shared memory for a block of threads, got 49152"),
     ],
 )
 def test_a_gpu_that_cannot_run_the_kernels_is_named(monkeypatch, device, reason):

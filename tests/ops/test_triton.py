@@ -1,9 +1,12 @@
 """The fused kernels against float64: small calls through Triton's interpreter, or many on a GPU (``make test-gpu``)."""
 
+import json
+import os
 import random
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,3 +205,18 @@ def test_the_very_first_call_may_be_a_compiled_one():
             assert torch.equal(each, other)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.parametrize(("capability", "shared"), [(80, 163), (86, 99), (89, 99), (90, 227)])
+def test_compiles_for_cards_that_are_not_here(capability, shared):
+    """Every table of tiles, within the shared memory (KiB) that a block of threads gets there."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {name: each for name, each in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) == 27
+    assert {name: taken for name, taken in found.items() if taken > shared * 1024} == {}

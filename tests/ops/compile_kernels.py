@@ -1,0 +1,69 @@
+"""Compiles the kernels for a GPU that need not be there; prints the shared memory that each takes, in bytes.
+
+    python tests/ops/compile_kernels.py 86
+
+Run in a process of its own, as Triton's interpreter is chosen when triton is imported.
+"""
+
+import json
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from landmark.ops.triton import configs
+from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
+from landmark.ops.triton.forward import forward_kernel
+
+KERNELS = (forward_kernel, query_gradient_kernel, key_value_gradient_kernel)
+BY_DESCRIPTOR = {"forward_kernel": ("p_key", "p_value"), "query_gradient_kernel": ("p_key", "p_value")}
+ABSENT = ("p_start", "p_origin", "p_end", "p_chosen", "p_listed", "p_counts", "p_tiles", "p_borders")
+DTYPES = {"bf16": (64, 128, 256), "fp32": (64, 128, 256)}
+
+
+def constants(kernel, tiles, dim, block_size):
+    padded = triton.next_power_of_2(block_size)
+    width = min(padded, tiles.keys)
+    shape = {"BLOCK": block_size, "DIM": dim, "PADDED": dim, "ROWS": tiles.rows, "WIDTH": width, "TMA": tiles.tma}
+    shape |= {"BLOCKS": max(1, tiles.keys // padded), "PIECES": triton.cdiv(block_size, width)}
+    shape |= {"STARTS": False, "SEGMENTS": False, "TOP_K": 0, "KEPT": 0, **dict.fromkeys(ABSENT)}
+    return {name: each for name, each in shape.items() if name in kernel.arg_names}
+
+
+def shared_memory(kernel, tiles, dtype, dim, block_size, capability):
+    fixed = constants(kernel, tiles, dim, block_size)
+    described = BY_DESCRIPTOR.get(kernel.__name__, ("p_query", "p_grad")) if tiles.tma else ()
+    rows = tiles.rows if "p_query" in described else fixed["BLOCKS"] * fixed["WIDTH"]
+    types, aligned = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        types[name] = "i32"
+        if name in fixed:
+            types[name] = "constexpr"
+        elif name in described:
+            types[name] = f"tensordesc<{dtype}[1, 1, {rows}, {dim}]>"
+        elif name.startswith("p_"):
+            types[name] = "*fp32" if name in ("p_lse", "p_delta", "p_lse_grad") else f"*{dtype}"
+        elif name in ("scale", "factor"):
+            types[name] = "fp32"
+        if types[name].startswith("*") or name.endswith(("_stride", "_batch", "_head")):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    source = ASTSource(kernel, types, fixed, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+
+
+def main(capability):
+    found = {}
+    for dtype, dims in DTYPES.items():
+        table = configs.FLOAT32 if dtype == "fp32" else configs.HOPPER if capability == 90 else configs.SAFE
+        for dim in dims:
+            for block_size in (64, 200) if dtype == "bf16" else (64,):
+                for kernel, tiles in zip(KERNELS, table[dim], strict=True):
+                    name = f"{kernel.__name__} {dtype} {dim} {block_size}"
+                    found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
