@@ -187,14 +187,15 @@ def test_gradcheck(options):
 
 
 @interpreted
-def test_the_very_first_call_may_be_a_compiled_one():
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_the_very_first_call_may_be_a_compiled_one(top_k):
     """In a fresh process: one graph, forward and backward, and the results of the uncompiled call."""
-    code = """
+    code = f"""
         import torch
         from landmark import landmark_attention
 
         def attend(query, key, value):
-            return landmark_attention(query, key, value, block_size=16, impl="triton")
+            return landmark_attention(query, key, value, block_size=16, top_k={top_k}, impl="triton")
 
         tensors = [torch.randn(1, heads, 40, 32, requires_grad=True) for heads in (2, 1, 1)]
         out = torch.compile(attend, fullgraph=True, backend="aot_eager")(*tensors)
@@ -205,6 +206,25 @@ def test_the_very_first_call_may_be_a_compiled_one():
             assert torch.equal(each, other)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_auto_is_compiled_into_one_graph(device):
+    """In a fresh process, whichever implementation ``auto`` chooses there, with and without ``top_k``."""
+    code = f"""
+        import torch
+        from landmark import landmark_attention
+
+        tensors = [torch.randn(1, 2, 130, 64, device="{device}") for _ in range(3)]
+        for top_k in (None, 1):
+            def attend(*tensors):
+                return landmark_attention(*tensors, block_size=64, top_k=top_k)
+
+            out = torch.compile(attend, fullgraph=True, backend="aot_eager")(*tensors)
+            torch.testing.assert_close(out, attend(*tensors), rtol=0, atol=1e-5)
+    """
+    environment = {name: each for name, each in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
 
 
 @interpreted

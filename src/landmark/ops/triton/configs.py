@@ -66,5 +66,11 @@ def config_for(device: torch.device, dtype: torch.dtype, dim: int, *, top_k: boo
     return Config(config.forward._replace(rows=tiles.rows, warps=tiles.warps), tiles, tiles)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def rows_of_choice(device: torch.device, dtype: torch.dtype, dim: int) -> int:
+    """Returns the queries of a tile with ``top_k``, also while a call is compiled."""
+    return config_for(device, dtype, dim, top_k=True).forward.rows
+
+
 def _of_width(table: dict[int, Config], dim: int) -> Config:
     return next(config for widest, config in table.items() if dim <= widest)

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
-from landmark.ops.triton.configs import Tiles, config_for
+from landmark.ops.triton.configs import Tiles, config_for, rows_of_choice
 from landmark.ops.triton.forward import forward_kernel
 from landmark.ops.triton.meetings import meetings
 from landmark.ops.triton.select import choice_kernel
@@ -77,7 +77,7 @@ def fused(
     choice: tuple[Tensor | None, ...] = (None,) * 5
     if top_k is not None:
         chosen = choose(query.detach(), key.detach(), starts, block_size, query_start, scale, top_k)
-        rows = config_for(query.device, query.dtype, query.shape[3], top_k=True).forward.rows
+        rows = rows_of_choice(query.device, query.dtype, query.shape[3])
         grid = {"keys": key.shape[2], "block_size": block_size, "query_start": query_start}
         choice = chosen, *meetings(chosen, starts, **grid, rows=rows)
     out, lse = attention(query, key, value, starts, origins, ends, *choice, block_size, query_start, scale)
