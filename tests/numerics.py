@@ -44,3 +44,14 @@ def weight_error(lse):
     finite = lse[lse.isfinite()].abs()
     largest = finite.max().item() if finite.numel() else 0.0
     return 5 * 2**-24 * largest + 2 * 2**-22
+
+
+def lse_error(tensors, lse):
+    """Absolute error of a log-sum-exp in float32: it is never rounded to a lower dtype.
+
+    A score is a sum of D products in float32: about ``D ** 0.5`` roundings of its size, at most ``|query| |key| scale``
+    with a scale of at most ``D ** -0.5``. Then the relative error of a sum of exponentials, as for a weight.
+    """
+    query, key, _ = tensors
+    largest = query.double().norm(dim=-1).max().item() * key.double().norm(dim=-1).max().item()
+    return 2**-24 * largest + weight_error(lse)

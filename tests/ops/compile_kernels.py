@@ -8,6 +8,7 @@ Run in a process of its own, as Triton's interpreter is chosen when triton is im
 import json
 import sys
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -15,11 +16,13 @@ from triton.compiler import ASTSource
 from landmark.ops.triton import configs
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
 from landmark.ops.triton.forward import forward_kernel
+from landmark.ops.triton.select import choice_kernel
 
 KERNELS = (forward_kernel, query_gradient_kernel, key_value_gradient_kernel)
 BY_DESCRIPTOR = {"forward_kernel": ("p_key", "p_value"), "query_gradient_kernel": ("p_key", "p_value")}
 ABSENT = ("p_start", "p_origin", "p_end", "p_chosen", "p_listed", "p_counts", "p_tiles", "p_borders")
-DTYPES = {"bf16": (64, 128, 256), "fp32": (64, 128, 256)}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TOP_K = 64
 
 
 def constants(kernel, tiles, dim, block_size):
@@ -28,13 +31,16 @@ def constants(kernel, tiles, dim, block_size):
     shape = {"BLOCK": block_size, "DIM": dim, "PADDED": dim, "ROWS": tiles.rows, "WIDTH": width, "TMA": tiles.tma}
     shape |= {"BLOCKS": max(1, tiles.keys // padded), "PIECES": triton.cdiv(block_size, width)}
     shape |= {"STARTS": False, "SEGMENTS": False, "TOP_K": 0, "KEPT": 0, **dict.fromkeys(ABSENT)}
+    if kernel is choice_kernel:
+        shape |= {"TOP_K": TOP_K, "KEPT": TOP_K, "MARKS": tiles.keys}
+        del shape["p_chosen"]
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
 def shared_memory(kernel, tiles, dtype, dim, block_size, capability):
     fixed = constants(kernel, tiles, dim, block_size)
     described = BY_DESCRIPTOR.get(kernel.__name__, ("p_query", "p_grad")) if tiles.tma else ()
-    rows = tiles.rows if "p_query" in described else fixed["BLOCKS"] * fixed["WIDTH"]
+    rows = tiles.rows if "p_query" in described else fixed.get("BLOCKS", 0) * fixed.get("WIDTH", 0)
     types, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
         types[name] = "i32"
@@ -44,6 +50,7 @@ def shared_memory(kernel, tiles, dtype, dim, block_size, capability):
             types[name] = f"tensordesc<{dtype}[1, 1, {rows}, {dim}]>"
         elif name.startswith("p_"):
             types[name] = "*fp32" if name in ("p_lse", "p_delta", "p_lse_grad") else f"*{dtype}"
+            types[name] = "*i32" if name == "p_chosen" else types[name]
         elif name in ("scale", "factor"):
             types[name] = "fp32"
         if types[name].startswith("*") or name.endswith(("_stride", "_batch", "_head")):
@@ -55,11 +62,12 @@ def shared_memory(kernel, tiles, dtype, dim, block_size, capability):
 
 def main(capability):
     found = {}
-    for dtype, dims in DTYPES.items():
+    for dtype, exact in DTYPES.items():
         table = configs.FLOAT32 if dtype == "fp32" else configs.HOPPER if capability == 90 else configs.SAFE
-        for dim in dims:
+        for dim, config in table.items():
+            chosen = (choice_kernel, configs.tiles_of_choice(exact, dim))
             for block_size in (64, 200) if dtype == "bf16" else (64,):
-                for kernel, tiles in zip(KERNELS, table[dim], strict=True):
+                for kernel, tiles in (*zip(KERNELS, config, strict=True), chosen):
                     name = f"{kernel.__name__} {dtype} {dim} {block_size}"
                     found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability)
     print(json.dumps(found))

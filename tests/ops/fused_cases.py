@@ -44,7 +44,8 @@ def any_call(variant, seed, longest):
     if rng.random() < 0.3:
         options["scale"] = rng.choice([0.3, -0.2, 0.0, 1.0]) / variant.dim**0.5
     if variant.rows == "starts":
-        options["starts"] = torch.tensor([rng.choice([0, rng.randint(0, keys)]) for _ in range(rows)])
+        starts = torch.tensor([[rng.choice([0, rng.randint(0, keys)])] * 2 for _ in range(rows)])
+        options["starts"] = rng.choice([starts[:, 0], starts.int()[:, 0], starts[:1, 0].int().expand(rows)])
     if variant.rows == "segments":
         documents = rng.choice([1, 4, 20])
         options["segments"] = (torch.rand(rows, keys, generator=noise) < documents / keys).cumsum(1)
@@ -64,14 +65,23 @@ def any_call(variant, seed, longest):
 
 
 def strided(rng, noise, shape, dtype, spread):
-    """A random tensor (B, H, T, D): contiguous, laid out as transformers hands it, or part of a wider one."""
+    """A random tensor (B, H, T, D): contiguous, laid out as transformers hands it, or part of a wider one.
+
+    Parts of a wider one are aligned to 16 bytes or not, and heads may be one and the same.
+    """
     rows, heads, length, dim = shape
     tensor = (spread * torch.randn(shape, generator=noise)).to(dtype)
-    layout = rng.choice(["contiguous", "transposed", "transposed", "part"])
+    layout = rng.choice(["contiguous", "transposed", "transposed", "part", "unaligned", "expanded"])
     if layout == "transposed":
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "part":
         wide = torch.full((rows, length, heads, 2 * dim), torch.nan, dtype=dtype)
         wide[..., :dim] = tensor.transpose(1, 2)
         return wide[..., :dim].transpose(1, 2)
+    if layout == "unaligned":
+        wide = torch.full((rows, heads, length, dim + 1), torch.nan, dtype=dtype)
+        wide[..., 1:] = tensor
+        return wide[..., 1:]
+    if layout == "expanded":
+        return tensor[:, :1].expand(shape)
     return tensor

@@ -264,7 +264,7 @@ def key_value_blocks(
     """Gradients of a tile of keys and values in the document from ``origin`` to ``end``, over a group's query heads.
 
     ``query`` and ``grad`` are tensors with their strides, as ``head_of`` takes them. With ``TOP_K`` tiles of queries
-    begin at multiples of ``ROWS``, and those that have the block in their past are listed at ``p_tiles``.
+    begin at multiples of ``ROWS``; those that have the block in their past and chose it are listed at ``p_tiles``.
     """
     n_keys = tl.minimum(n_keys, end) - origin
     n_closed = n_keys // BLOCK

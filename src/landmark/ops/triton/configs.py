@@ -1,7 +1,8 @@
 """How large the tiles are, by architecture, dtype and head dim; nothing is tuned when a program runs.
 
-Rows and keys of a tile, warps, and stages of the loads' pipeline, for each of the three kernels. ``sm_90`` was measured
-(``benchmarks/ops.py --sweep`` on one H200); all others are sized by their shared memory, compile, and are unmeasured.
+Rows and keys of a tile, warps, and stages of the loads' pipeline, for each of the three kernels. Those of ``HOPPER``
+for head dims up to 128 are the fastest of about fifty that were timed on one H200 (8,192 slots at 128, 4,096 at 64,
+blocks of 64, bfloat16). All others are sized by shared memory, compile, and are unmeasured.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ FLOAT32 = {
     128: Config(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
     256: Config(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
 }
+# Bytes of a tile of queries where blocks are chosen, for the smallest shared memory.
+CHOICE_BYTES = 2**14
 INTERPRETED = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
 
 
@@ -66,10 +69,10 @@ def config_for(device: torch.device, dtype: torch.dtype, dim: int, *, top_k: boo
     return Config(config.forward._replace(rows=tiles.rows, warps=tiles.warps), tiles, tiles)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def rows_of_choice(device: torch.device, dtype: torch.dtype, dim: int) -> int:
-    """Returns the queries of a tile with ``top_k``, also while a call is compiled."""
-    return config_for(device, dtype, dim, top_k=True).forward.rows
+def tiles_of_choice(dtype: torch.dtype, dim: int) -> Tiles:
+    """Returns the tiles of the kernel that chooses blocks; ``keys`` are landmarks."""
+    rows = CHOICE_BYTES // (dtype.itemsize * (64 if dim <= 64 else 128 if dim <= 128 else 256))
+    return Tiles(max(16, min(64, rows)), 64, 4, 1)
 
 
 def _of_width(table: dict[int, Config], dim: int) -> Config:

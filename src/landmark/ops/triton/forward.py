@@ -128,7 +128,7 @@ def forward_kernel(
     WIDTH: tl.constexpr, PIECES: tl.constexpr, STARTS: tl.constexpr, SEGMENTS: tl.constexpr,
     TOP_K: tl.constexpr, KEPT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of a tile of queries; the tiles that see most come first."""
+    """Output and log-sum-exp of a tile of queries; of a head's tiles those that see most come first."""
     n_tiles = tl.cdiv(n_queries, ROWS)
     i_query = (n_tiles - 1 - tl.program_id(0) % n_tiles) * ROWS
     i_row, i_head = tl.program_id(0) // n_tiles // n_heads, tl.program_id(0) // n_tiles % n_heads

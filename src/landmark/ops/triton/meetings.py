@@ -35,7 +35,7 @@ def meetings(
     clear = ((first - start[:, None]) // block_size).clamp(min=0)
     clear = torch.minimum(clear, (keys - start[:, None]) // block_size)[:, None, :, None]
     padded = torch.nn.functional.pad(chosen, (0, 0, 0, tiles * rows - queries), value=-1)
-    each = padded.view(batch, heads, tiles, -1)
+    each = padded.view(batch, heads, tiles, rows * chosen.shape[3])
     each = torch.where((each >= 0) & (each < clear), each, blocks).sort(dim=-1).values
     new = (each < blocks) & (each != torch.nn.functional.pad(each, (1, 0), value=-1)[..., :-1])
     counts = new.sum(dim=-1, dtype=torch.int32)

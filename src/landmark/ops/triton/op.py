@@ -1,11 +1,13 @@
 """The kernels as operators of torch, which autograd and ``torch.compile`` know: ``landmark::attention``.
 
-Query, key and value may have any strides but in the last dimension, which lies side by side. The output has the strides
-of the query. An operator takes the fields of ``Call`` one by one: lists would cost more than the launch of a kernel.
+Query, key and value may have any strides but in the last dimension, which lies side by side. The output has its
+dimensions in the order of the query's. An operator takes the fields of ``Call`` one by one: lists would cost more than
+the launch of a kernel.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +16,17 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
-from landmark.ops.triton.configs import Tiles, config_for, rows_of_choice
+from landmark.ops.triton.configs import Tiles, config_for, tiles_of_choice
 from landmark.ops.triton.forward import forward_kernel
 from landmark.ops.triton.meetings import meetings
 from landmark.ops.triton.select import choice_kernel
 
 LOG2_E = 1.4426950408889634
-LANDMARKS = 64  # of a tile, where blocks are chosen
+LEAST_SCALE = 1e-37  # less is 0 in float32
 
 
 class Call(NamedTuple):
-    """The arguments beside query, key and value.
+    """The arguments beside query, key and value, and what follows from them.
 
     Attributes:
         starts: (B,) int32.
@@ -69,19 +71,23 @@ def fused(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, T, D) and the gate's log-sum-exp (B, H, T); arguments as checked by ``landmark_attention``."""
     assert landmarks is None and (top_k is None or segments is None)
-    if scale <= 0:  # the kernels take maxima of scores before they scale them
-        query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
-    query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
+    if scale < LEAST_SCALE:  # the kernels take maxima of scores before they scale them
+        query, scale = (query * 0, 1.0) if abs(scale) < LEAST_SCALE else (-query, -scale)
+    query, key, value = (_side_by_side(each) for each in (query, key, value))
+    if starts is not None:
+        starts = starts.int().clamp(min=0).contiguous()
     origins, ends = (None, None) if segments is None else documents_of(segments, starts)
-    starts = None if starts is None else starts.int()
     choice: tuple[Tensor | None, ...] = (None,) * 5
     if top_k is not None:
-        chosen = choose(query.detach(), key.detach(), starts, block_size, query_start, scale, top_k)
-        rows = rows_of_choice(query.device, query.dtype, query.shape[3])
-        grid = {"keys": key.shape[2], "block_size": block_size, "query_start": query_start}
-        choice = chosen, *meetings(chosen, starts, **grid, rows=rows)
+        choice = choose(query.detach(), key.detach(), starts, block_size, query_start, scale, top_k)
     out, lse = attention(query, key, value, starts, origins, ends, *choice, block_size, query_start, scale)
     return out, lse
+
+
+def _side_by_side(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its last dimension does not lie side by side, or would not in a tensor made like it."""
+    whole = tensor.stride(3) == 1 and torch.empty_like(tensor).stride(3) == 1
+    return tensor if whole else tensor.contiguous()
 
 
 def documents_of(segments: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -99,30 +105,41 @@ def documents_of(segments: Tensor, starts: Tensor | None) -> tuple[Tensor, Tenso
     return origins.contiguous(), ends.contiguous()
 
 
+Choice = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 @torch.library.custom_op("landmark::choose", mutates_args=())
 def choose(
     query: Tensor, key: Tensor, starts: Tensor | None, block_size: int, query_start: int, scale: float, top_k: int
-) -> Tensor:
-    """Numbers of the chosen blocks (B, H, T, top_k) int32, -1 for none, the highest score first."""
+) -> Choice:
+    """The chosen blocks (B, H, T, top_k) int32, -1 for none, the highest score first; and the four of ``Meetings``."""
     batch, heads, queries, dim = query.shape
     chosen = torch.empty((batch, heads, queries, top_k), dtype=torch.int32, device=query.device)
-    if chosen.numel() == 0:
-        return chosen
-    rows = 64 if query.dtype != torch.float32 else 32
-    choice_kernel[(triton.cdiv(queries, rows) * batch * heads,)](
-        query, key, chosen, starts, *query.stride()[:3], *key.stride()[:3],
-        heads, heads // key.shape[1], queries, key.shape[2], query_start, scale,
-        BLOCK=block_size, DIM=dim, PADDED=triton.next_power_of_2(dim), ROWS=rows, MARKS=LANDMARKS,
-        TOP_K=top_k, KEPT=max(2, triton.next_power_of_2(top_k)), STARTS=starts is not None,
-    )  # fmt: skip
-    return chosen
+    tiles = tiles_of_choice(query.dtype, dim)
+    with _on(query.device):
+        if chosen.numel():
+            choice_kernel[_programs(query, tiles)](
+                query, key, chosen, starts, *query.stride()[:3], *key.stride()[:3],
+                heads, heads // key.shape[1], queries, key.shape[2], query_start, scale,
+                BLOCK=block_size, DIM=dim, PADDED=triton.next_power_of_2(dim), ROWS=tiles.rows, MARKS=tiles.keys,
+                TOP_K=top_k, KEPT=_kept(top_k), STARTS=starts is not None,
+                num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
+    rows = config_for(query.device, query.dtype, dim, top_k=True).forward.rows
+    grid = {"keys": key.shape[2], "block_size": block_size, "query_start": query_start}
+    return chosen, *meetings(chosen, starts, **grid, rows=rows)
 
 
 @choose.register_fake
 def _(
     query: Tensor, key: Tensor, starts: Tensor | None, block_size: int, query_start: int, scale: float, top_k: int
-) -> Tensor:
-    return torch.empty((*query.shape[:3], top_k), dtype=torch.int32, device=query.device)
+) -> Choice:
+    batch, heads, queries, dim = query.shape
+    rows = config_for(query.device, query.dtype, dim, top_k=True).forward.rows
+    tiles, most, blocks = -(-queries // rows), rows * top_k, -(-key.shape[2] // block_size)
+    shapes = (queries, top_k), (tiles, most), (tiles,), (tiles * most,), (max(1, blocks) + 1,)
+    made = [torch.empty((batch, heads, *shape), dtype=torch.int32, device=query.device) for shape in shapes]
+    return made[0], made[1], made[2], made[3], made[4]
 
 
 @torch.library.custom_op("landmark::attention", mutates_args=())
@@ -148,7 +165,8 @@ def attention(
     config = config_for(query.device, query.dtype, query.shape[3], top_k=call.top_k > 0)
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    run_forward(config.forward, query, key, value, out, lse, call)
+    with _on(query.device):
+        run_forward(config.forward, query, key, value, out, lse, call)
     return out, lse
 
 
@@ -180,10 +198,12 @@ def attention_backward(
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     sums = (lse, lse_grad.contiguous(), torch.empty_like(lse))
     d_query = torch.empty_like(query)
-    make = torch.empty_like if starts is None else torch.zeros_like  # no program writes the gradients of padding
+    unwritten = starts is not None or query.numel() == 0  # of padding, or where nobody looks
+    make = torch.zeros_like if unwritten else torch.empty_like
     d_key, d_value = make(key), make(value)
-    run_query_gradient(config.query_gradient, query, key, value, out, grad, sums, d_query, call)
-    run_key_value_gradient(config.key_value_gradient, query, key, value, grad, sums, d_key, d_value, call)
+    with _on(query.device):
+        run_query_gradient(config.query_gradient, query, key, value, out, grad, sums, d_query, call)
+        run_key_value_gradient(config.key_value_gradient, query, key, value, grad, sums, d_key, d_value, call)
     return d_query, d_key, d_value
 
 
@@ -257,7 +277,7 @@ def run_key_value_gradient(
     call: Call,
 ) -> None:
     """Fills ``d_key`` and ``d_value`` but for padding; ``sums`` as ``run_query_gradient`` left them."""
-    if key.numel() == 0:
+    if key.numel() == 0 or query.numel() == 0:
         return
     batch, groups, keys, _ = key.shape
     shape = _shape(tiles, query, call)
@@ -273,6 +293,11 @@ def run_key_value_gradient(
     )  # fmt: skip
 
 
+def _on(device: torch.device) -> Any:
+    """Makes ``device`` the one that kernels are launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _programs(query: Tensor, tiles: Tiles) -> tuple[int]:
     batch, heads, queries, _ = query.shape
     return (triton.cdiv(queries, tiles.rows) * batch * heads,)
@@ -282,6 +307,10 @@ def _seen(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tens
     """What the kernels over tiles of queries take of a call; last the distance between two tiles' lists of blocks."""
     distance = 0 if call.blocks is None else call.blocks.shape[3]
     return call.starts, call.origins, call.chosen, call.blocks, call.counts, distance
+
+
+def _kept(top_k: int) -> int:
+    return max(2, int(triton.next_power_of_2(top_k)))
 
 
 def _numbers(query: Tensor, key: Tensor, call: Call) -> tuple[int, int, int, int, int]:
@@ -296,7 +325,9 @@ def _sources(tiles: Tiles, shape: dict[str, Any], *tensors: Tensor, rows: int | 
     """
     adjacent = rows is not None or shape["BLOCKS"] == 1 or shape["BLOCK"] == shape["WIDTH"]
     aligned = all(
-        each.data_ptr() % 16 == 0 and all(stride > 0 and stride * each.element_size() % 16 == 0 for stride in strides)
+        each.numel() > 0
+        and each.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * each.element_size() % 16 == 0 for stride in strides)
         for each, strides in ((each, each.stride()[:3]) for each in tensors)
     )
     shape["TMA"] = tiles.tma and adjacent and aligned and shape["DIM"] == shape["PADDED"]
@@ -325,7 +356,7 @@ def _shape(tiles: Tiles, query: Tensor, call: Call) -> dict[str, Any]:
         "STARTS": call.starts is not None,
         "SEGMENTS": call.origins is not None,
         "TOP_K": call.top_k,
-        "KEPT": max(2, triton.next_power_of_2(call.top_k)) if call.top_k else 0,
+        "KEPT": _kept(call.top_k) if call.top_k else 0,
         "TMA": False,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
