@@ -22,10 +22,13 @@ class Variant(NamedTuple):
         return f"{str(self.dtype)[6:]}-{self.dim}-{self.block_size}-{self.rows}{top_k}"
 
 
-def random_call(variant, seed, longest, device="cpu"):
-    """Query, key, value and options; lengths up to ``longest``; with a ``top_k``, no choice hangs on a rounding."""
+def random_call(variant, seed, longest, device="cpu", most=2):
+    """Query, key, value and options; lengths up to ``longest``, up to ``most`` rows and groups.
+
+    With a ``top_k``, no choice hangs on a rounding.
+    """
     for attempt in range(100):
-        tensors, options = any_call(variant, f"{seed} {attempt}", longest)
+        tensors, options = any_call(variant, f"{seed} {attempt}", longest, most)
         if not variant.top_k or smallest_gap(*tensors[:2], options) > 1e-6:
             break
     else:
@@ -34,11 +37,11 @@ def random_call(variant, seed, longest, device="cpu"):
     return [each.to(device) for each in tensors], on_device
 
 
-def any_call(variant, seed, longest):
+def any_call(variant, seed, longest, most):
     """As ``random_call``, near ties or not."""
     rng = random.Random(f"{variant} {seed}")
     noise = torch.Generator().manual_seed(rng.randrange(2**31))
-    rows, groups, repeats = rng.randint(1, 2), rng.randint(1, 2), rng.choice([1, 1, 2, 3])
+    rows, groups, repeats = rng.randint(1, most), rng.randint(1, most), rng.choice([1, 1, 2, most + 1])
     keys = rng.choice([rng.randint(1, longest // 4), rng.randint(longest // 4, longest)])
     queries, options = keys, {"block_size": variant.block_size}
     if rng.random() < 0.3:
@@ -47,7 +50,7 @@ def any_call(variant, seed, longest):
         starts = torch.tensor([[rng.choice([0, rng.randint(0, keys)])] * 2 for _ in range(rows)])
         options["starts"] = rng.choice([starts[:, 0], starts.int()[:, 0], starts[:1, 0].int().expand(rows)])
     if variant.rows == "segments":
-        documents = rng.choice([1, 4, 20])
+        documents = min(rng.choice([1, 4, 20]), keys // 4)
         options["segments"] = (torch.rand(rows, keys, generator=noise) < documents / keys).cumsum(1)
         if rng.random() < 0.3:
             options["starts"] = torch.tensor([rng.randint(0, keys) for _ in range(rows)])
