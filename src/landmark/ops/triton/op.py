@@ -105,13 +105,13 @@ def documents_of(segments: Tensor, starts: Tensor | None) -> tuple[Tensor, Tenso
     return origins.contiguous(), ends.contiguous()
 
 
-Choice = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Chosen = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("landmark::choose", mutates_args=())
 def choose(
     query: Tensor, key: Tensor, starts: Tensor | None, block_size: int, query_start: int, scale: float, top_k: int
-) -> Choice:
+) -> Chosen:
     """The chosen blocks (B, H, T, top_k) int32, -1 for none, the highest score first; and the four of ``Meetings``."""
     batch, heads, queries, dim = query.shape
     chosen = torch.empty((batch, heads, queries, top_k), dtype=torch.int32, device=query.device)
@@ -133,7 +133,7 @@ def choose(
 @choose.register_fake
 def _(
     query: Tensor, key: Tensor, starts: Tensor | None, block_size: int, query_start: int, scale: float, top_k: int
-) -> Choice:
+) -> Chosen:
     batch, heads, queries, dim = query.shape
     rows = config_for(query.device, query.dtype, dim, top_k=True).forward.rows
     tiles, most, blocks = -(-queries // rows), rows * top_k, -(-key.shape[2] // block_size)
