@@ -41,9 +41,21 @@ def weight_error(lse):
     the peak's, the difference), each of 2 ** -24 of at most about ``|lse|``, as scores that weigh lie near it. The
     exponential and a quotient add 2 ** -22 each (PTX ISA: ``ex2.approx``, ``div.full``).
     """
+    return 5 * 2**-24 * _largest(lse) + 2 * 2**-22
+
+
+def online_error(lse):
+    """The same of a weight that comes out of online softmaxes, as in the forward pass.
+
+    Seven times 2 ** -22: the exponential of a score, the sum that it is divided by (its exponentials, and those that it
+    was scaled by when the peak rose), the quotient; the exponential of the gate and its sum likewise.
+    """
+    return 5 * 2**-24 * _largest(lse) + 7 * 2**-22
+
+
+def _largest(lse):
     finite = lse[lse.isfinite()].abs()
-    largest = finite.max().item() if finite.numel() else 0.0
-    return 5 * 2**-24 * largest + 2 * 2**-22
+    return finite.max().item() if finite.numel() else 0.0
 
 
 def lse_error(tensors, lse):

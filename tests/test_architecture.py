@@ -38,6 +38,7 @@ THIRD_PARTY = {
     "ops": {"torch"},
     "ops/triton": {"torch", "triton"},
     "memory": {"torch"},
+    "memory/triton": {"torch", "triton"},
     "hf": {"torch", "transformers", "safetensors", "numpy", "peft"},
     "data": {"torch", "transformers", "tokenizers", "numpy", "datasets"},
     "train": {"torch", "transformers", "tokenizers", "numpy", "accelerate", "datasets", "peft", "safetensors"},
@@ -101,8 +102,8 @@ def test_imports_only_from_its_own_row_or_the_rows_above(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_third_party_imports_are_where_they_belong(path):
-    kernels = path.parent == SRC / "ops" / "triton"  # imported only by the function that runs them
-    part = "ops/triton" if kernels else part_of(path)
+    kernels = path.parent.name == "triton"  # imported only by the function that runs them
+    part = f"{part_of(path)}/triton" if kernels else part_of(path)
     allowed, optional = THIRD_PARTY[part], OPTIONAL - {"triton"} if kernels else OPTIONAL
     for module, _, line, at_import in imports_of(path):
         package = module.split(".")[0]

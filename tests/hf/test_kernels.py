@@ -54,6 +54,7 @@ def losses(call: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...
 @pytest.fixture
 def implementation(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets what the models' attention runs on."""
+    model()  # converted on the CPU, by what runs there
 
     def set_to(impl: str) -> None:
         run = functools.partial(landmark.landmark_attention, impl=impl)

@@ -17,7 +17,7 @@ import models
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.layout import Layout
-from landmark.memory import layer, retrieval
+from landmark.memory import layer, plain, retrieval
 from landmark.ops.select import select_top
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
@@ -135,17 +135,35 @@ def test_7_a_cut_off_computed_finely_and_met_coarsely(granularity: str) -> None:
     turns_red(lambda: green(policy_case(6, granularity=granularity)), put_in)
 
 
-@pytest.mark.parametrize("term", ["_local", "_retrieved", "_scores"])
-def test_8_a_term_without_the_scale(term: str) -> None:
-    real = getattr(layer.LayerMemory, term)
-    place = {"_local": 2, "_retrieved": 4, "_scores": 3}[term]
+@pytest.mark.parametrize("term", [0, 1], ids=["shared", "chosen"])
+def test_8_a_term_without_the_scale(term: int) -> None:
+    """Scores of the local blocks, or of the retrieved ones."""
+    attend, effective, terms = plain.attend, plain._effective, []
 
-    def unscaled(self: Any, *arguments: Any, **more: Any) -> Any:
-        assert arguments[place] == pytest.approx(8**-0.5)
-        return real(self, *arguments[:place], 1.0, *arguments[place + 1 :], **more)
+    def counted(*arguments: Any) -> Any:
+        terms.clear()
+        return attend(*arguments)
+
+    def unscaled(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        terms.append(scores)
+        return effective(scores / 8**-0.5 if len(terms) == term + 1 else scores, valid)
 
     def put_in(patch: Patch) -> None:
-        patch.setattr(layer.LayerMemory, term, unscaled)
+        patch.setattr(plain, "attend", counted)
+        patch.setattr(plain, "_effective", unscaled)
+
+    turns_red(lambda: green(policy_case(6, granularity="group")), put_in)
+
+
+def test_8_a_choice_without_the_scale() -> None:
+    real = layer.LayerMemory._scores
+
+    def unscaled(self: Any, *arguments: Any) -> Any:
+        assert arguments[3] == pytest.approx(8**-0.5)
+        return real(self, *arguments[:3], 1.0)
+
+    def put_in(patch: Patch) -> None:
+        patch.setattr(layer.LayerMemory, "_scores", unscaled)
 
     turns_red(lambda: green(policy_case(6, granularity="group")), put_in)
 

@@ -13,6 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from landmark.memory.layer import FUSED_BYTES, FUSED_TOP_K
+from landmark.memory.triton import kernels as memory
+from landmark.memory.triton.launch import MARKS, MOST_ROWS, WARPS, rows_of_choice
 from landmark.ops.triton import configs
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
 from landmark.ops.triton.forward import forward_kernel
@@ -21,6 +24,9 @@ from landmark.ops.triton.select import choice_kernel
 KERNELS = (forward_kernel, query_gradient_kernel, key_value_gradient_kernel)
 BY_DESCRIPTOR = {"forward_kernel": ("p_key", "p_value"), "query_gradient_kernel": ("p_key", "p_value")}
 ABSENT = ("p_start", "p_origin", "p_end", "p_chosen", "p_listed", "p_counts", "p_tiles", "p_borders")
+MEMORY = (memory.choice_kernel, memory.shared_kernel, memory.chosen_kernel)
+IN_INT32 = ("p_own", "p_first", "p_distance", "p_chosen", "p_shared", "p_offset")
+IN_FLOAT32 = ("p_lse", "p_delta", "p_lse_grad", "p_cos", "p_sin", "p_part", "p_gate")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOP_K = 64
 
@@ -37,8 +43,16 @@ def constants(kernel, tiles, dim, block_size):
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
-def shared_memory(kernel, tiles, dtype, dim, block_size, capability):
-    fixed = constants(kernel, tiles, dim, block_size)
+def memory_constants(kernel, dtype, dim, block_size, rows):
+    shape = {"BLOCK": block_size, "WIDTH": triton.next_power_of_2(block_size), "DIM": dim, "PADDED": dim}
+    kept = dict.fromkeys(("TOP_K", "KEPT", "RECENT"), FUSED_TOP_K if kernel is memory.choice_kernel else TOP_K)
+    shape |= {"TURNED": dim, "PAIRS": False, "ROWS": rows, "MARKS": MARKS, "EQUAL": False, "KEEP_FIRST": True, **kept}
+    shape |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32x3"}
+    return {name: each for name, each in shape.items() if name in kernel.arg_names}
+
+
+def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None):
+    fixed = fixed or constants(kernel, tiles, dim, block_size)
     described = BY_DESCRIPTOR.get(kernel.__name__, ("p_query", "p_grad")) if tiles.tma else ()
     rows = tiles.rows if "p_query" in described else fixed.get("BLOCKS", 0) * fixed.get("WIDTH", 0)
     types, aligned = {}, {}
@@ -49,8 +63,7 @@ def shared_memory(kernel, tiles, dtype, dim, block_size, capability):
         elif name in described:
             types[name] = f"tensordesc<{dtype}[1, 1, {rows}, {dim}]>"
         elif name.startswith("p_"):
-            types[name] = "*fp32" if name in ("p_lse", "p_delta", "p_lse_grad") else f"*{dtype}"
-            types[name] = "*i32" if name == "p_chosen" else types[name]
+            types[name] = "*fp32" if name in IN_FLOAT32 else "*i32" if name in IN_INT32 else f"*{dtype}"
         elif name in ("scale", "factor"):
             types[name] = "fp32"
         if types[name].startswith("*") or name.endswith(("_stride", "_batch", "_head")):
@@ -70,6 +83,16 @@ def main(capability):
                 for kernel, tiles in (*zip(KERNELS, config, strict=True), chosen):
                     name = f"{kernel.__name__} {dtype} {dim} {block_size}"
                     found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability)
+            for block_size in (64, 200):
+                if triton.next_power_of_2(block_size) * dim * exact.itemsize > FUSED_BYTES:
+                    continue
+                for kernel in MEMORY:
+                    whole = torch.empty(1, 1, 1, 1, MOST_ROWS, dim)
+                    rows = rows_of_choice(whole) if kernel is memory.choice_kernel else MOST_ROWS
+                    tiles = configs.Tiles(rows, MARKS, WARPS, 3)
+                    fixed = memory_constants(kernel, dtype, dim, block_size, rows)
+                    name = f"memory {kernel.__name__} {dtype} {dim} {block_size}"
+                    found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed)
     print(json.dumps(found))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from landmark import landmark_attention
-from numerics import assert_close, low_precision_budget, lse_error, weight_error
+from numerics import assert_close, low_precision_budget, lse_error, online_error, weight_error
 from ops.cases import random_weights, results
 from ops.eager import eager_attention
 from ops.fused_cases import ROWS, Variant, random_call
@@ -22,7 +22,7 @@ configs = pytest.importorskip("landmark.ops.triton.configs")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here: make test-gpu")
 
 FAST, FULL, LONGEST = 60, 160, 256
-CASES = 12
+CASES, PARTS = 12, 3
 VARIANTS = [
     Variant(dtype, dim, block_size, rows)
     for dtype, dim, block_size in (
@@ -105,7 +105,8 @@ def check(tensors, options):
         if name == "lse":
             continue
         budget = low_precision_budget(eager[name].to(tensors[0].dtype), each)
-        budget += weight_error(exact["lse"]) * each.abs().max().item() + 2 * moved.get(name, 0.0)
+        weights = online_error(exact["lse"]) if name == "out" else weight_error(exact["lse"])
+        budget += weights * each.abs().max().item() + 2 * moved.get(name, 0.0)
         assert_close(found[name], each, budget, name)
     assert_close(found["lse"], exact["lse"], lse_error(tensors, exact["lse"]), "lse")
     return found
@@ -139,10 +140,11 @@ def test_within_the_budget_full(seed, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_within_the_budget_on_a_gpu(variant):
+def test_within_the_budget_on_a_gpu(variant, part):
     """Twelve calls of each compiled variant; the same bits in a second run."""
-    for seed in range(CASES):
+    for seed in range(part, CASES, PARTS):
         tensors, options = random_call(variant, seed, 1500, "cuda")
         found = check(tensors, options)
         for name, each in results(fused, *tensors, options).items():

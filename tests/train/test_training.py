@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from toy import silent, toy_recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 import landmark
 from landmark.data.tokenizer import load_tokenizer
 from landmark.train.prepare import prepare_rows
-from landmark.train.run import train
+from landmark.train.run import compile_layers, train
 
 
 def losses(summary):
@@ -32,6 +33,24 @@ def test_saved_model_retrieves_and_knows_its_length(scratch):
     assert model.config.use_cache is True and model.config.eos_token_id == tokenizer.eos_token_id
     prompt = tokenizer("The old man went over the river. " * 30, return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] == prompt["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config, GPTNeoXConfig])
+def test_layers_share_one_compiled_graph(kind):
+    """Also more of them than torch compiles one function for; losses are those of the model as it is."""
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
+    torch.manual_seed(0)
+    model = landmark.convert(AutoModelForCausalLM.from_config(kind(vocab_size=61, num_hidden_layers=10, **shape)))
+    model.configure_landmark(mode="all")
+    model.train()
+    ids = torch.arange(200).view(2, 100) * 7 % 61
+    expected = model(input_ids=ids, labels=ids, use_cache=False).loss
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compile_layers(model, backend=graphs)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    assert graphs.frame_count == 1
+    torch.testing.assert_close(loss, expected)
 
 
 def test_summary(scratch, books):
@@ -147,7 +166,7 @@ TWO_DEVICES = """
 import sys
 sys.path[:0] = {paths!r}
 from toy import toy_recipe
-from landmark.train.run import train
+from landmark.train.run import compile_layers, train
 train({data!r}, {out!r}, recipe=toy_recipe(position_gap=0), tokenizer={tokenizer!r})
 """
 

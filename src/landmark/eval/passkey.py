@@ -190,8 +190,8 @@ def answers_right(subject: Subject, episodes: Sequence[Episode], read: str = "lo
 
 
 def read_into_memory(subject: Subject, documents: Tensor, *, retrieve: bool) -> Any:
-    """Reads ``documents (B, T)`` into a cache; without retrieval in larger chunks on a GPU (a matter of rounding)."""
-    large = not retrieve and documents.is_cuda and subject.model.landmark.local == "blocks"
+    """Reads ``documents (B, T)`` into a cache, in larger chunks on a GPU (a matter of rounding)."""
+    large = documents.is_cuda and subject.model.landmark.local == "blocks"
     with subject.configured(**({"chunk_tokens": _LARGE_CHUNK} if large else {})):
         return subject.model.read(documents, retrieve=retrieve)
 

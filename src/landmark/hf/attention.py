@@ -30,8 +30,11 @@ class Call:
         """Returns itself: tensors follow each layer's device (accelerate moves arguments by calling this)."""
         return self
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attends, un-rotated query ``(B, H, T, D)``, key and value ``(B, G, T, D)`` to ``(B, T, H, D)``."""
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attends in the attention layer ``module``.
+
+        Takes un-rotated query ``(B, H, T, D)``, key and value ``(B, G, T, D)``; returns ``(B, T, H, D)``.
+        """
         raise NotImplementedError
 
 
@@ -42,15 +45,21 @@ class OnePass(Call):
     rotations: dict[str | None, Rotation]
     segments: Tensor | None
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attends as ``Call.attend`` says."""
-        rotation = self.rotations[self.layer_types[layer]].to(query.device)
+        rotation = self._rotation(module).to(query.device)
         segments = None if self.segments is None else self.segments.to(query.device)
         size = self.settings.block_size
         query, key = rotation.rotate(query), rotation.rotate(key)
         output = landmark_attention(query, key, value, block_size=size, scale=scale, segments=segments)
         assert isinstance(output, Tensor)
         return output.transpose(1, 2).contiguous()
+
+    def _rotation(self, module: nn.Module) -> Rotation:
+        """The layer's rotation; where all have the same, its index is not looked at, so that one graph serves all."""
+        if len(self.rotations) == 1:
+            return next(iter(self.rotations.values()))
+        return self.rotations[self.layer_types[_index(module)]]
 
 
 @dataclass
@@ -63,10 +72,11 @@ class Remembered(Call):
     retrieve: bool
     _plans: dict[torch.device, Plan] = field(default_factory=dict)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attends as ``Call.attend`` says."""
         if query.device not in self._plans:
             self._plans[query.device] = move(self.plan, query.device)
+        layer = _index(module)
         memory = self.cache.memory(layer, self.tables[self.layer_types[layer]])
         plan, record = self._plans[query.device], self.cache.record
         output, found = memory.attend(query, key, value, plan, scale=scale, retrieve=self.retrieve, record=record)
@@ -92,7 +102,11 @@ def landmark_attention_forward(
     if dropout:
         raise ValueError(f"expected no attention dropout, got {dropout}: set config.attention_dropout = 0")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return landmark.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
+    return landmark.attend(module, query, key, value, scale), None
+
+
+def _index(module: nn.Module) -> int:
+    return int(module.layer_idx)  # type: ignore[arg-type]
 
 
 def claim_attention(config: Any) -> None:

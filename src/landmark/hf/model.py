@@ -136,7 +136,7 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
 
     def _run(self, embeds: Tensor, layout: Layout, call: Call, kwargs: Any) -> Any:
         tokens = embeds.shape[1]
-        inserted = layout.insert(embeds, self._landmark(embeds))
+        inserted = layout.insert(embeds, self._landmark(embeds)).contiguous()  # as later layers get it: one graph
         zeros = torch.zeros(1, layout.width, dtype=torch.long, device=embeds.device)
         output = super().forward(inputs_embeds=inserted, position_ids=zeros, use_cache=False, landmark=call, **kwargs)
         output.last_hidden_state = layout.extract(output.last_hidden_state, tokens)

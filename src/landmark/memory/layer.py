@@ -12,9 +12,12 @@ from landmark.memory.plan import Grid, Plan
 from landmark.memory.positions import RotationTables, final_distances
 from landmark.memory.retrieval import choose, head_peaks, landmark_scores
 from landmark.memory.store import BlockStore
+from landmark.ops.choice import refusal
 
 SLAB_BYTES = {"cpu": 2**26, "cuda": 2**31}  # fetched blocks and scores alive at once
 COPIES = 8  # of a score that are alive while softmaxes are taken
+FUSED_BYTES = 2**15  # of the keys of a block, at most, for the fused kernels
+FUSED_TOP_K = 16  # at most, for the fused choice: sorting more takes a compiler minutes
 RECENT_BLOCKS = 8  # blocks whose queries `head` keeps, so that a cache can be cropped into them
 
 
@@ -33,15 +36,6 @@ class Retrieval:
     positions: Tensor
     blocks: Tensor
     weights: Tensor
-
-
-@dataclass(frozen=True)
-class _Past:
-    """Finished blocks that queries see: scores, gates' places and values, ``S`` sharing heads (``R`` or 1)."""
-
-    scores: Tensor  # (B, G, R, n, W, K, L)
-    valid: Tensor  # broadcasts to (B, G, R, n, W, K)
-    values: Tensor  # (B, G, K, L, D) after (B, G, n) or (B, G, S, n, W)
 
 
 class LayerMemory:
@@ -89,14 +83,14 @@ class LayerMemory:
         earlier = self._earlier_peak(plan, scale) if retrieve and self._needs_peak(plan) else None
         if self.config.granularity == "head" and self.retrieves:
             self._remember_queries(query, plan.grid)
-        outputs, found = [], []
-        step, wide = self._slab(query, plan, retrieve)
+        outputs, found, fused = [], [], runs_fused(query, self.config)
+        step, wide = self._slab(query, plan, retrieve=retrieve, fused=fused)
         for begin in range(0, query.shape[3], step):
             grid, part = plan.grid.narrow(begin, begin + step), query[:, :, :, begin : begin + step]
             chosen = None
             if retrieve:
-                chosen = self._choose(part, grid, plan.candidates, scale, earlier if begin == 0 else None)
-            output, read = self._attend_slab(part, grid, chosen, scale, wide, sink=sink)
+                chosen = self._choose(part, grid, plan.candidates, scale, earlier if begin == 0 else None, fused=fused)
+            output, read = self._attend_slab(part, grid, chosen, scale, wide, sink=sink, fused=fused)
             outputs.append(output)
             if record and read is not None:
                 found.append(read)
@@ -106,9 +100,15 @@ class LayerMemory:
         return _from_grid(torch.cat(outputs, dim=3), plan.cells), retrieval
 
     def _choose(
-        self, query: Tensor, grid: Grid, blocks: int, scale: float, earlier: Tensor | None
+        self, query: Tensor, grid: Grid, blocks: int, scale: float, earlier: Tensor | None, *, fused: bool
     ) -> tuple[Tensor, Tensor]:
         """Returns chosen blocks and whether each is valid, ``(B, G or 1, R or 1, n, W, K)``."""
+        if fused and self._chooses_fused():
+            from landmark.memory.triton.launch import choose_places
+
+            count = self._scored(blocks)
+            places, valid = choose_places(query, grid, count, self.store, self.tables, self.config, scale)
+            return self.store.block_of(places), valid
         scores = self._scores(query, grid, blocks, scale)
         peaks = None
         if self.config.granularity == "head":
@@ -118,86 +118,66 @@ class LayerMemory:
         shape = (*places.shape[:3], *query.shape[3:5], places.shape[-1])
         return self.store.block_of(places).expand(shape), valid.expand(shape)
 
+    def _chooses_fused(self) -> bool:
+        """The other granularities need every score, for their softmax."""
+        return self.config.granularity == "token_head" and self.config.top_k <= FUSED_TOP_K
+
     def _scores(self, query: Tensor, grid: Grid, blocks: int, scale: float) -> Tensor:
-        count = max(1, blocks - self.store.first + 1)
-        return landmark_scores(query * scale, grid, count, self.store, self.tables, self.config)
+        return landmark_scores(query * scale, grid, self._scored(blocks), self.store, self.tables, self.config)
+
+    def _scored(self, blocks: int) -> int:
+        """Places that hold all of the blocks ``0..blocks - 1`` that are kept."""
+        return max(1, blocks - self.store.first + 1)
 
     def _attend_slab(
-        self, query: Tensor, grid: Grid, chosen: tuple[Tensor, Tensor] | None, scale: float, wide: int, *, sink: bool
+        self,
+        query: Tensor,
+        grid: Grid,
+        chosen: tuple[Tensor, Tensor] | None,
+        scale: float,
+        wide: int,
+        *,
+        sink: bool,
+        fused: bool,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Attends with ``wide`` places of every own block at a time."""
-        outputs, found = [], []
+        """Output of some own blocks, ``wide`` places of each at a time; also what was chosen, weighed."""
+        if fused:
+            from landmark.memory.triton.launch import attend
+        else:
+            from landmark.memory.plain import attend
+        blocks, distances = grid.local, torch.where(grid.local >= 0, grid.own[..., None] - grid.local, -1)
+        if sink:
+            block, there = torch.zeros_like(grid.own), grid.local_first > 0
+            distance = self._distances(block[:, None, None, :, None, None], there[:, None, None, :, None, None], grid)
+            blocks = torch.cat((blocks, block[..., None]), dim=-1)
+            distances = torch.cat((distances, distance[:, 0, 0, :, 0]), dim=-1)
+        shared = self.store.place_of(blocks), distances
+        past = None if chosen is None else (self.store.place_of(chosen[0]), self._distances(*chosen, grid))
+        outputs, gates, rest = [], [], (self.store, self.tables, scale, self._farthest(grid))
         for left in range(0, query.shape[4], wide):
             cut = slice(left, left + wide)
-            some = None if chosen is None else (chosen[0][:, :, :, :, cut], chosen[1][:, :, :, :, cut])
-            output, read = self._attend(query[:, :, :, :, cut], grid.within(cut), some, scale, sink=sink)
+            some = None if past is None else (past[0][:, :, :, :, cut], past[1][:, :, :, :, cut])
+            output, weights = attend(query[:, :, :, :, cut], grid.within(cut), shared, some, *rest)
             outputs.append(output)
-            if read is not None:
-                found.append(read)
+            gates.append(weights)
         output = torch.cat(outputs, dim=4)
-        if not found:
-            return output, None
-        blocks, weights = (torch.cat(parts, dim=4) for parts in zip(*found, strict=True))
-        return output, (blocks, weights)
-
-    def _attend(
-        self, query: Tensor, grid: Grid, chosen: tuple[Tensor, Tensor] | None, scale: float, *, sink: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Attends to own text, local blocks, and the chosen ones in one gate softmax; also what was chosen, weighed."""
-        size = self.config.block_size
-        keys, values = self.store.gather(self.store.place_of(grid.own)[:, None])
-        own = torch.einsum("bgrnwd,bgnld->bgrnwl", query * scale, keys)
-        place = torch.arange(size, device=query.device)
-        seen = (place <= grid.offsets[..., None]) & (place < size - 1)
-        own = _at_least_float32(own).masked_fill(~seen[:, None, None], -torch.inf)
-        past = [self._local(query, grid, scale)]
-        if sink:
-            block = torch.zeros_like(grid.own)[:, None, None, :, None, None]
-            valid = (grid.local_first > 0)[:, None, None, :, None, None]
-            past.append(self._retrieved(query, grid, block, valid, scale, shared=True))
-        elif chosen is not None:
-            past.append(self._retrieved(query, grid, *chosen, scale, shared=False))
-        logits = [own, *(_effective(p).flatten(-2) for p in past)]
-        weights = torch.softmax(torch.cat(logits, dim=-1), dim=-1)
-        parts = torch.split(weights.to(values.dtype), [part.shape[-1] for part in logits], dim=-1)
-        output = torch.einsum("bgrnwl,bgnld->bgrnwd", parts[0], values)
-        for part, blocks in zip(parts[1:], past, strict=True):
-            output = output + _weighted(torch.unflatten(part, -1, (-1, size)), blocks.values)
         if chosen is None:
             return output, None
-        gates = torch.unflatten(weights[..., -parts[-1].shape[-1] :], -1, (-1, size)).sum(-1)
-        found = torch.where(chosen[1], chosen[0], -1).expand(gates.shape)
-        return output, (found, gates)
+        weights = torch.cat(gates, dim=4)
+        return output, (torch.where(chosen[1], chosen[0], -1).expand(weights.shape), weights)
 
-    def _local(self, query: Tensor, grid: Grid, scale: float) -> _Past:
-        """The local finished blocks, shared by the queries of an own block."""
-        keys, values = self.store.gather(self.store.place_of(grid.local)[:, None])
-        largest = self.store.first + self.store.places if self.config.mode == "all" else grid.local.shape[-1]
-        distance = grid.own[..., None] - grid.local
-        turned = self.tables.by_blocks(distance, query.dtype, largest)[:, None, None, :, None].rotate(
-            query[..., None, :] * scale
-        )
-        scores = torch.einsum("bgrnwkd,bgnkld->bgrnwkl", turned, keys)
-        return _Past(_at_least_float32(scores), (grid.local >= 0)[:, None, None, :, None], values)
+    def _distances(self, blocks: Tensor, valid: Tensor, grid: Grid) -> Tensor:
+        """Distances of retrieved blocks from the queries' own, -1 where there is none."""
+        found = final_distances(blocks, valid, grid, self.config.top_k, self.config.positions)
+        return found.masked_fill(~valid, -1)
 
-    def _retrieved(
-        self, query: Tensor, grid: Grid, blocks: Tensor, valid: Tensor, scale: float, *, shared: bool
-    ) -> _Past:
-        """Blocks at their final slots; ``shared`` if all queries of an own block read the same."""
-        stingy = self.config.positions == "stingy"
-        largest = self.config.top_k + 1 + grid.local.shape[-1] if stingy else self.store.first + self.store.places
-        distance = final_distances(blocks, valid, grid, self.config.top_k, self.config.positions)
-        turned = self.tables.by_blocks(distance, query.dtype, largest).rotate(query[..., None, :] * scale)
-        places = self.store.place_of(blocks)
-        if shared:
-            keys, values = self.store.gather(places[:, :, 0, :, 0])
-            scores = torch.einsum("bgrnwkd,bgnkld->bgrnwkl", turned, keys)
-        else:
-            keys, values = self.store.gather(places)
-            scores = _per_query(turned, keys)
-        return _Past(_at_least_float32(scores), valid, values)
+    def _farthest(self, grid: Grid) -> int:
+        """Largest distance in blocks at which a block may stand."""
+        if self.config.mode == "all" or self.config.positions == "exact":
+            return self.store.first + self.store.places
+        return self.config.top_k + 1 + grid.local.shape[-1]
 
-    def _slab(self, query: Tensor, plan: Plan, retrieve: bool) -> tuple[int, int]:
+    def _slab(self, query: Tensor, plan: Plan, *, retrieve: bool, fused: bool) -> tuple[int, int]:
         """Own blocks, and places in them, attended at once, so that what is alive stays within the budget."""
         batch, groups, repeats, blocks, width, dim = query.shape
         size, local, stored = self.config.block_size, plan.grid.local.shape[-1], query.element_size()
@@ -209,6 +189,9 @@ class LayerMemory:
             fetchers = groups * (repeats if self.config.granularity in ("token_head", "head") else 1)
             each += 2 * batch * fetchers * self.config.top_k * size * dim * stored
             choice = scored * plan.candidates
+        if fused:  # nothing is fetched, and the kernels keep no scores; lists of chosen blocks remain
+            each, shared = COPIES * batch * groups * repeats * (self.config.top_k * 8 + dim * 4), 0
+            choice = 0 if self._chooses_fused() else choice
         budget = SLAB_BYTES.get(query.device.type, SLAB_BYTES["cpu"])
         step = min(blocks, max(1, budget // (width * (each + choice) + shared)))
         if retrieve and self.config.granularity == "head" and self.config.local == "chunk":
@@ -228,7 +211,7 @@ class LayerMemory:
             none = plan.positions.new_full((batch, groups * repeats, plan.cells.shape[1], self.config.top_k), -1).cpu()
             return Retrieval(self.layer, plan.positions.cpu(), none, none.clamp(min=0).to(query.dtype))
         blocks, weights = (torch.cat(parts, dim=3) for parts in zip(*found, strict=True))
-        blocks, weights = (_from_grid(x, plan.cells).transpose(1, 2).cpu() for x in (blocks, weights))
+        blocks, weights = (_from_grid(x, plan.cells).transpose(1, 2).cpu() for x in (blocks.long(), weights))
         nobody = plan.positions.cpu()[:, None, :, None] < 0
         blocks, weights = blocks.masked_fill(nobody, -1), weights.masked_fill(nobody, 0)
         return Retrieval(self.layer, plan.positions.cpu(), blocks, weights)
@@ -305,6 +288,19 @@ class LayerMemory:
             self._queries = self._queries.index_select(0, rows.to(self._queries.device))
 
 
+def runs_fused(query: Tensor, config: LandmarkConfig) -> bool:
+    """Whether the kernels of ``memory/triton`` compute a call: on an NVIDIA GPU, where no gradient is asked for.
+
+    A block of keys has to fit one tile.
+    """
+    if not query.is_cuda or (torch.is_grad_enabled() and query.requires_grad):
+        return False
+    slots, columns = (1 << (size - 1).bit_length() for size in (config.block_size, query.shape[-1]))
+    if slots * columns * query.element_size() > FUSED_BYTES:
+        return False
+    return refusal(query, config.block_size, config.top_k) is None
+
+
 def _to_grid(query: Tensor, grid: Grid) -> Tensor:
     """``(B, G, R, T, D)`` to ``(B, G, R, n, W, D)``."""
     rows = torch.arange(len(query), device=query.device)[:, None, None]
@@ -315,30 +311,3 @@ def _from_grid(x: Tensor, cells: Tensor) -> Tensor:
     """``(B, G, R, n, W, X)`` to ``(B, T, H, X)``."""
     rows = torch.arange(len(x), device=x.device)[:, None]
     return x.permute(0, 3, 4, 1, 2, 5).flatten(1, 2)[rows, cells].flatten(2, 3)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _effective(past: _Past) -> Tensor:
-    """Logits of past text in the one softmax, ``text + (landmark - logsumexp(text))`` by block; landmarks ``-inf``."""
-    text, landmark = past.scores[..., :-1], past.scores[..., -1].masked_fill(~past.valid, -torch.inf)
-    logits = text + (landmark - text.logsumexp(-1))[..., None]
-    return torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
-
-
-def _per_query(query: Tensor, keys: Tensor) -> Tensor:
-    """Scores ``(B, G, R, n, W, K, L)`` against keys ``(B, G, S, n, W, K, L, D)``, where ``S`` is ``R`` or 1."""
-    if keys.shape[2] == 1:
-        return torch.einsum("bgrnwkd,bgnwkld->bgrnwkl", query, keys[:, :, 0])
-    return (keys @ query[..., None])[..., 0]
-
-
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """Sums values by ``weights (B, G, R, n, W, K, L)``."""
-    if values.ndim == 6:
-        return torch.einsum("bgrnwkl,bgnkld->bgrnwd", weights, values)
-    if values.shape[2] == 1:
-        return torch.einsum("bgrnwkl,bgnwkld->bgrnwd", weights, values[:, :, 0])
-    return (weights.flatten(-2)[..., None, :] @ values.flatten(5, 6))[..., 0, :]

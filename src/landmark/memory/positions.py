@@ -36,11 +36,15 @@ class RotationTables:
 
     def by_blocks(self, distances: Tensor, dtype: torch.dtype, largest: int) -> Rotation:
         """Returns the rotation by whole blocks; ``distances`` are clamped to ``0..largest``."""
-        key = (distances.device, dtype)
+        return self.blocks(distances.device, dtype, largest)[distances.clamp(0, largest)]
+
+    def blocks(self, device: torch.device, dtype: torch.dtype, largest: int) -> Rotation:
+        """Returns the rotations by ``0..largest`` blocks, and perhaps by more."""
+        key = (device, dtype)
         if key not in self._blocks or len(self._blocks[key].cos) <= largest:
-            count = torch.arange(2 * largest + 2, device=distances.device)
+            count = torch.arange(2 * largest + 2, device=device)
             self._blocks[key] = self.rotary.rotation(count * self.block_size, dtype)
-        return self._blocks[key][distances.clamp(0, largest)]
+        return self._blocks[key]
 
 
 def own_slot(grid: Grid, top_k: int) -> Tensor:

@@ -71,7 +71,7 @@ class RunSettings:
         micro_batch: rows of a device at once; ``None`` for all of its share of the batch.
         precision: ``auto`` (bf16 where the device has it), ``bf16`` (autocast) or ``fp32``.
         weights: dtype in which a given model is loaded and trained: ``float32``, ``bfloat16`` or ``auto``.
-        compile: ``torch.compile``; ``None`` for yes on a GPU.
+        compile: ``torch.compile``, layer by layer; ``None`` for yes on a GPU.
         gradient_checkpointing: recompute activations in the backward pass.
         workers: processes that make rows; ``None`` for one less than the cores, 12 at most.
         log_every: steps between log lines.

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
@@ -100,7 +102,10 @@ def train(
         made = add_lora(made, lora)
     if not plain:
         base_of(made).configure_landmark(mode="all")
-    trainer = _trainer(made, args, recipe, rows, row_tokens, Progress(report, max_seconds))
+    compiled = torch.cuda.is_available() if recipe.run.compile is None else recipe.run.compile
+    if compiled:
+        compile_layers(made)
+    trainer = _trainer(made, args, compiled, recipe, rows, row_tokens, Progress(report, max_seconds))
     if args.should_save and not resume:
         save_recipe(out, recipe, rest)
     report(_opening(trainer, recipe, row_tokens))
@@ -109,7 +114,7 @@ def train(
     seconds = time.perf_counter() - begin
     if rows.held_out and trainer.evaluated != trainer.state.global_step:
         trainer.evaluate()
-    final = base_of(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
+    final = base_of(trainer.accelerator.unwrap_model(trainer.model))
     final.config.use_cache = True
     if not plain:
         length = int(slots_for(row_tokens, settings.block_size))
@@ -135,8 +140,21 @@ def _check(out: Path, recipe: Recipe, rest: dict[str, Any], *, resume: bool) -> 
     return last_checkpoint(out)
 
 
+def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
+    """Compiles a model's decoder layers in place; they share one graph, so depth costs no time at the first step."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(backend=backend)
+
+
 def _trainer(
-    model: Any, args: TrainingArguments, recipe: Recipe, rows: Prepared, row_tokens: int, progress: Progress
+    model: Any,
+    args: TrainingArguments,
+    compiled: bool,
+    recipe: Recipe,
+    rows: Prepared,
+    row_tokens: int,
+    progress: Progress,
 ) -> LandmarkTrainer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     trainer = LandmarkTrainer(
@@ -146,6 +164,7 @@ def _trainer(
         eval_dataset=rows.held_out or None,
         answer_weight=recipe.data.answer_weight if recipe.data.episodes else None,
         row_tokens=row_tokens,
+        compiled=compiled,
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
@@ -185,7 +204,6 @@ def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
         adam_beta2=optimiser.beta2,
         max_grad_norm=optimiser.clip,
         bf16=run.precision == "bf16" or (run.precision == "auto" and gpu and torch.cuda.is_bf16_supported()),
-        torch_compile=gpu if run.compile is None else run.compile,
         **({"gradient_checkpointing": True} if run.gradient_checkpointing else {}),
         seed=run.seed,
         logging_steps=run.log_every,
@@ -227,7 +245,7 @@ def _save(
         return
     if not trainer.args.should_save:
         return
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     if lora:
         model = save_lora(model, out)
     model.to(getattr(torch, dtype)).save_pretrained(str(out), max_shard_size=shard)

@@ -30,6 +30,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         eval_dataset: named ``FixedRows``.
         answer_weight: of the mean over answers; ``None`` when no row has answers.
         row_tokens: text tokens of a row.
+        compiled: whether to compile the loss.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         eval_dataset: Mapping[str, Dataset[Row]] | None,
         answer_weight: float | None,
         row_tokens: int,
+        compiled: bool,
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(
@@ -57,7 +59,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         if answer_weight is not None:
             self.model_accepts_loss_kwargs = True  # the loss is divided by the step's counts, not by its batches
         self.step_tokens = row_tokens * self.get_total_train_batch_size(args)
-        self._loss = torch.compile(answer_weighted_loss) if args.torch_compile else answer_weighted_loss
+        self._loss = torch.compile(answer_weighted_loss) if compiled else answer_weighted_loss
         self.evaluated = 0
         self.evaluation_seconds = 0.0
         self._paused = 0.0

@@ -43,13 +43,38 @@ def block_scores(
 
 
 @triton.jit
+def clear_peak(
+    query, marks, origin, n_clear, factor,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, MARKS: tl.constexpr,
+):  # fmt: skip
+    """Highest logit (ROWS,) of the first ``n_clear`` blocks, past blocks of all queries: landmarks alone say it."""
+    peak = tl.full((ROWS,), LOWEST, tl.float32)
+    for block in range(0, n_clear, MARKS):
+        o_mark = tl.minimum(tl.arange(0, MARKS), n_clear - 1 - block) * BLOCK  # the last one again and again
+        mark = load_rows(marks, origin + block * BLOCK + BLOCK - 1, o_mark, 0, MARKS, DIM, PADDED, False, True)
+        peak = tl.maximum(peak, tl.max(tl.dot(query, tl.trans(mark), input_precision="ieee"), axis=1))
+    return peak * factor
+
+
+@triton.jit
+def raise_peak(state, peak):
+    """The state under a higher running maximum."""
+    out, gate_peak, gate_total = state
+    higher = tl.maximum(gate_peak, peak)
+    shrink = tl.exp2(gate_peak - higher)
+    return out * shrink[:, None], higher, gate_total * shrink
+
+
+@triton.jit
 def attend_tile(
     state, query, chosen, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr, PIECES: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
-    """Adds the blocks from ``block`` on to ``state``: output (ROWS, PADDED), peak and total (ROWS,) of the gate."""
-    out, gate_peak, gate_total = state
+    """Adds the blocks from ``block`` on to ``state``: output (ROWS, PADDED), peak and total (ROWS,) of the gate.
+
+    Where all are past blocks of all queries, the peak must be theirs already.
+    """
     if PIECES == 1:
         key = load_keys(keys, origin, block, 0, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -64,12 +89,12 @@ def attend_tile(
     past, is_own = relation(block, own, chosen, n_closed, BLOCKS, TOP_K)
     ALL: tl.constexpr = CLEAR and TOP_K == 0
     logit = gate_logit(peak, total, mark * factor, past, is_own, ALL)
-    higher = tl.maximum(gate_peak, tl.max(logit, axis=1))
-    shrink = tl.exp2(gate_peak - higher)
-    gate = tl.exp2(logit - higher[:, None])
-    gate_total = gate_total * shrink + tl.sum(gate_mass(gate, total, past, ALL), axis=1)
+    if not ALL:
+        state = raise_peak(state, tl.max(logit, axis=1))
+    out, gate_peak, gate_total = state
+    gate = tl.exp2(logit - gate_peak[:, None])
+    gate_total += tl.sum(gate_mass(gate, total, past, ALL), axis=1)
     share = text_share(gate, total, past, ALL)
-    out = out * shrink[:, None]
     for piece in range(0, PIECES):
         if PIECES > 1:
             key = load_keys(keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR)
@@ -79,12 +104,12 @@ def attend_tile(
         weights = tl.reshape(exponent * share[:, :, None], (ROWS, BLOCKS * WIDTH))
         value = load_keys(values, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR)
         out = tl.dot(weights.to(value.dtype), value, out, input_precision="ieee")
-    return out, higher, gate_total
+    return out, gate_peak, gate_total
 
 
 @triton.jit
 def attend_document(
-    state, query, chosen, p_listed, n_listed, keys, values, first, o_slot, origin, end, n_keys, factor,
+    state, query, chosen, p_listed, n_listed, keys, values, marks, first, o_slot, origin, end, n_keys, factor,
     BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr, PIECES: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -108,6 +133,8 @@ def attend_document(
                 BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA, True,
             )  # fmt: skip
     else:
+        peak = clear_peak(query, marks, origin, n_clear, factor, BLOCK, DIM, PADDED, ROWS, 64)
+        state = raise_peak(state, peak)
         for block in range(0, n_clear, BLOCKS):
             state = attend_tile(
                 state, query, chosen, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
@@ -118,7 +145,7 @@ def attend_document(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
-    p_query, p_key, p_value, p_out, p_lse, p_start, p_origin, p_chosen, p_listed, p_counts, listed_stride,
+    p_query, p_key, p_value, p_mark, p_out, p_lse, p_start, p_origin, p_chosen, p_listed, p_counts, listed_stride,
     query_batch, query_head, query_stride,
     key_batch, key_head, key_stride,
     value_batch, value_head, value_stride,
@@ -134,6 +161,7 @@ def forward_kernel(
     i_row, i_head = tl.program_id(0) // n_tiles // n_heads, tl.program_id(0) // n_tiles % n_heads
     keys = head_of(p_key, key_batch, key_head, key_stride, i_row, i_head // group, TMA)
     values = head_of(p_value, value_batch, value_head, value_stride, i_row, i_head // group, TMA)
+    marks = head_of(p_mark, key_batch, key_head, key_stride, i_row, i_head // group, False)
     queries = head_of(p_query, query_batch, query_head, query_stride, i_row, i_head, False)
     outs = head_of(p_out, out_batch, out_head, out_stride, i_row, i_head, False)
 
@@ -153,7 +181,7 @@ def forward_kernel(
         while end > tl.maximum(first, start):
             origin = tl.load(p_origin + i_row.to(tl.int64) * n_keys + end - 1)
             state = attend_document(
-                state, query, 0, 0, 0, keys, values, first, first + o_query, origin, end, n_keys, factor,
+                state, query, 0, 0, 0, keys, values, marks, first, first + o_query, origin, end, n_keys, factor,
                 BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, 0, TMA,
             )  # fmt: skip
             end = origin
@@ -165,7 +193,7 @@ def forward_kernel(
             p_listed += i_tile.to(tl.int64) * listed_stride
         chosen = load_choice(p_chosen, i_row * n_heads + i_head, n_queries, i_query, o_query, TOP_K, KEPT)
         state = attend_document(
-            state, query, chosen, p_listed, n_listed, keys, values, first, first + o_query, start,
+            state, query, chosen, p_listed, n_listed, keys, values, marks, first, first + o_query, start,
             first + ROWS + n_keys, n_keys, factor, BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA,
         )  # fmt: skip
     out, peak, total = state

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
@@ -80,8 +82,19 @@ def fused(
     choice: tuple[Tensor | None, ...] = (None,) * 5
     if top_k is not None:
         choice = choose(query.detach(), key.detach(), starts, block_size, query_start, scale, top_k)
-    out, lse = attention(query, key, value, starts, origins, ends, *choice, block_size, query_start, scale)
+    run: Any = attention if _traced(query) else Attention.apply
+    out, lse = run(query, key, value, starts, origins, ends, *choice, block_size, query_start, scale)
     return out, lse
+
+
+def _traced(query: Tensor) -> bool:
+    """Whether someone has to see the operator itself: a compiler, a dispatch mode, a kind of tensor of its own.
+
+    Otherwise the same functions run without torch's bookkeeping for operators written in Python, which takes longer
+    than a short kernel.
+    """
+    plain = type(query) in (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not plain
 
 
 def _side_by_side(tensor: Tensor) -> Tensor:
@@ -142,8 +155,7 @@ def _(
     return made[0], made[1], made[2], made[3], made[4]
 
 
-@torch.library.custom_op("landmark::attention", mutates_args=())
-def attention(
+def run_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -170,8 +182,7 @@ def attention(
     return out, lse
 
 
-@torch.library.custom_op("landmark::attention_backward", mutates_args=())
-def attention_backward(
+def run_attention_backward(
     grad: Tensor,
     lse_grad: Tensor,
     query: Tensor,
@@ -207,6 +218,10 @@ def attention_backward(
     return d_query, d_key, d_value
 
 
+attention = torch.library.custom_op("landmark::attention", run_attention, mutates_args=())
+attention_backward = torch.library.custom_op("landmark::attention_backward", run_attention_backward, mutates_args=())
+
+
 @attention.register_fake
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
@@ -231,13 +246,31 @@ def _differentiate(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Tensor | N
 attention.register_autograd(_differentiate, setup_context=_keep)
 
 
+class Attention(torch.autograd.Function):
+    """The operator ``attention`` without the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """As ``run_attention``."""
+        output = run_attention(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of all arguments of ``attention``."""
+        grads = run_attention_backward(grad, lse_grad, *ctx.saved_tensors, *ctx.numbers)
+        return *grads, *(None,) * len(Call._fields)
+
+
 def run_forward(tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: Call) -> None:
     """Fills ``out`` and ``lse``."""
     if query.numel() == 0:
         return
     shape = _shape(tiles, query, call)
     forward_kernel[_programs(query, tiles)](
-        query, *_sources(tiles, shape, key, value), out, lse, *_seen(call),
+        query, *_sources(tiles, shape, key, value), key, out, lse, *_seen(call),
         *_strides(query, key, value, out), *_numbers(query, key, call), call.scale * LOG2_E, **shape,
     )  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""Reading from the memory as fused kernels for NVIDIA GPUs; ``docs/memory.md`` says what they compute."""

@@ -1,0 +1,108 @@
+"""The memory's fused kernels against plain PyTorch: through Triton's interpreter, or on a GPU (`make test-gpu`)."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from landmark import LandmarkConfig
+from landmark.memory import layer
+from landmark.memory.layer import LayerMemory
+from landmark.memory.plan import make_plan, move
+from landmark.memory.positions import RotationTables
+from landmark.rotary import Rotary
+
+pytest.importorskip("triton")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+CASES = 60 if ON_GPU else 20
+SCALE = 0.125  # a power of two: the scaled query is rounded nowhere, so that both choose by the same float32 scores
+CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclasses.dataclass
+class Case:
+    config: LandmarkConfig
+    layer: int
+    rotary: Rotary
+    dtype: torch.dtype
+    heads: tuple[int, int]
+    dim: int
+    calls: list[tuple[list[int], bool]]  # slots that each row adds, and whether the call retrieves
+
+
+def case(seed):
+    rng = random.Random(seed)
+    block_size = rng.choice([51, 64] if ON_GPU else [16, 16, 20])
+    dim = rng.choice([40, 64, 128] if ON_GPU else [32, 40])
+    positions = rng.choice(["stingy", "stingy", "exact"])
+    config = LandmarkConfig(
+        block_size=block_size,
+        top_k=rng.choice([1, 3, 4]),
+        local_blocks=rng.choice([0, 1, 2]),
+        max_blocks=rng.choice([None, None, 6]),
+        granularity=rng.choice(["token_head"] * 4 + ["head", "group", "token"]),
+        positions=positions,
+        mode=rng.choice(["retrieval"] * 5 + ["all"]),
+    )
+    turned = rng.choice([dim, dim // 2])
+    rotary = Rotary(torch.linspace(0.01, 1, turned).double(), torch.ones(turned).double(), rng.random() < 0.3)
+    rows, groups = rng.choice([1, 2]), rng.choice([1, 1 + ON_GPU])
+    longest = 12 * block_size if ON_GPU else 3 * block_size
+    calls = [[rng.randint(1, longest) for _ in range(rows)], [1] * rows, [rng.randint(1, longest) for _ in range(rows)]]
+    kinds = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
+    return Case(
+        config=config,
+        layer=rng.choice([0, 1, 1]),
+        rotary=rotary,
+        dtype=rng.choice(kinds),
+        heads=(groups * rng.choice([1, 2]), groups),
+        dim=dim,
+        calls=[(lengths, rng.random() < 0.85) for lengths in calls],
+    )
+
+
+def outputs(case, seed, *, upcast=False):
+    """What each call gives, and what it retrieved."""
+    noise = torch.Generator().manual_seed(seed)
+    memory = LayerMemory(case.config, RotationTables(case.rotary, case.config.block_size), case.layer)
+    rows = len(case.calls[0][0])
+    starts, found = [0] * rows, []
+    shared = torch.randn(1, case.heads[1], 1, case.dim, generator=noise)
+    for lengths, retrieve in case.calls:
+        plan = make_plan(starts, lengths, case.config)
+        width = plan.cells.shape[1]
+        query, key, value = (
+            torch.randn(rows, heads, width, case.dim, generator=noise)
+            for heads in (case.heads[0], case.heads[1], case.heads[1])
+        )
+        if case.layer == 0:  # all landmarks are the same vector
+            key = torch.where((plan.offsets == case.config.block_size - 1)[:, None, :, None], shared, key)
+        tensors = [(spread * each).to(case.dtype).to(DEVICE) for each, spread in ((query, 2), (key, 1), (value, 1))]
+        if upcast:
+            tensors = [each.double() for each in tensors]
+        output, read = memory.attend(
+            *tensors, move(plan, torch.device(DEVICE)), scale=SCALE, retrieve=retrieve, record=True
+        )
+        there = (plan.positions >= 0).to(DEVICE)
+        found.append((output[there], read))
+        starts = [start + length for start, length in zip(starts, lengths, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_fused_is_plain(seed, monkeypatch):
+    """In float32 the plain one is computed in float64, else in the same dtype: a query is rounded before it chooses."""
+    made = case(seed)
+    monkeypatch.setattr(layer, "runs_fused", lambda *_: False)
+    expected = outputs(made, seed, upcast=made.dtype == torch.float32)
+    used = []
+    monkeypatch.setattr(layer, "runs_fused", lambda *_: used.append(1) or True)
+    for (output, read), (right, other) in zip(outputs(made, seed), expected, strict=True):
+        assert torch.equal(read.blocks, other.blocks)
+        torch.testing.assert_close(read.weights.double(), other.weights.double(), rtol=0, atol=CLOSE[made.dtype])
+        torch.testing.assert_close(output.double(), right.double(), rtol=0, atol=CLOSE[made.dtype])
+    assert used
