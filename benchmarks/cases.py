@@ -28,6 +28,7 @@ class Case(NamedTuple):
         dim: D.
         block_size: slots of a block, landmark included.
         top_k: as for ``landmark_attention``.
+        tensors: what it is asked about, one of ``MAKERS``.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     dim: int
     block_size: int = 64
     top_k: int | None = None
+    tensors: str = "normal"
 
     def pairs(self) -> int:
         """Pairs of a query and a key that is not behind it, in one row and head."""
@@ -67,7 +69,10 @@ OFFSET = (
     Case("offset-65536", 1, 16, 16, 4096, 65536, 128),
     Case("offset-65536-grouped", 1, 32, 8, 4096, 65536, 128),
 )
-TOP_K = tuple(Case(f"top8-{keys}", 1, 16, 16, keys, keys, 128, top_k=8) for keys in (32768, 65536))
+TOP_K = (
+    *(Case(f"top8-{n}", 1, 16, 16, n, n, 128, top_k=8, tensors="structured") for n in (32768, 65536)),
+    *(Case(f"top8-{n}-recorded", 1, 6, 6, n, n, 64, top_k=8, tensors="recorded") for n in (32768, 65536)),
+)
 CASES = {case.name: case for case in (*DENSE, *GROUPED, *OFFSET, *TOP_K)}
 
 
@@ -112,3 +117,42 @@ def structured(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tens
     query = query + 0.1 * torch.randn(query.shape, generator=noise, device=device)
     query, key, value = (each.bfloat16().transpose(1, 2).contiguous().transpose(1, 2) for each in (query, key, value))
     return query, key, value
+
+
+def recorded(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a middle layer of the bundled model, which reads Python's language reference.
+
+    As the memory scores them: keys turned by their place in the block, queries by theirs and the distance to the place
+    where old landmarks are scored. ``seed`` says where in the text it begins.
+    """
+    from landmark.blocks import tokens_for
+    from landmark.eval.fillers import load_filler
+    from landmark.eval.subjects import load
+    from landmark.hf.attention import Remembered
+
+    subject, taken = load(None, device), []
+    tokens = load_filler("pydoc", subject.tokenizer).take(1000 * seed, tokens_for(case.keys, case.block_size))
+    attend = Remembered.attend
+
+    def record(self: Remembered, module: torch.nn.Module, *tensors: Tensor, **more: float) -> Tensor:
+        if module.layer_idx == subject.model.config.num_hidden_layers // 2:
+            taken.append(tensors[:3])
+        return attend(self, module, *tensors, **more)
+
+    Remembered.attend = record  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            subject.model.read(tokens[None].to(device))
+    finally:
+        Remembered.attend = attend  # type: ignore[method-assign]
+    query, key, value = (torch.cat(parts, dim=2) for parts in zip(*taken, strict=True))
+    settings, rotary = subject.model.landmark, next(iter(subject.model.base_model._rotaries.values()))
+    place = torch.arange(case.keys, device=device) % case.block_size
+    distance = (settings.top_k + 1 + settings.local_blocks) * case.block_size
+    key = rotary.rotation(place, key.dtype).rotate(key)
+    query = rotary.rotation(place + distance, query.dtype).rotate(query)[:, :, -case.queries :]
+    query, key, value = (each.bfloat16().transpose(1, 2).contiguous().transpose(1, 2) for each in (query, key, value))
+    return query, key, value
+
+
+MAKERS = {"normal": normal, "structured": structured, "recorded": recorded}

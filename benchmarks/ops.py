@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cases import CASES, DENSE, PASSES, PEERS, Case, normal, structured
+from cases import CASES, DENSE, MAKERS, PASSES, PEERS, Case, normal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -128,11 +128,12 @@ def measure(case: Case, milliseconds: float, ceilings: dict[str, float]) -> list
     Raises:
         SystemExit: landmark attention computes something else.
     """
-    make = normal if case.top_k is None else structured
-    leaves = [each.requires_grad_() for each in make(case, DEVICE, SEED)]
+    leaves = [each.requires_grad_() for each in MAKERS[case.tensors](case, DEVICE, SEED)]
     grad = normal(case, DEVICE, SEED + 1)[0]
+    close = near_ties(case, *leaves[:2])
+    grad[:1, : close.shape[1]].masked_fill_(close[..., None], 0)
     asked = peers(case, leaves[0])
-    begun = [begin(case, peer, leaves, grad) for peer in asked]
+    begun = [begin(case, peer, leaves, grad, close) for peer in asked]
     rows: list[dict[str, Any]] = []
     for peer, (attend, found) in zip(asked, begun, strict=True):
         row = {**settings(case, peer, milliseconds), **found}
@@ -151,12 +152,13 @@ def settings(case: Case, peer: Peer, milliseconds: float) -> dict[str, Any]:
     own = {"block_size": peer.block_size, "top_k": peer.top_k}
     shape = {name: value for name, value in case._asdict().items() if name not in ("name", *own)}
     hidden = "nothing" if peer.name == "cudnn" and unmasked(case, SDPBackend.CUDNN_ATTENTION) else "later keys"
-    tensors = "normal" if case.top_k is None else "structured"
-    made = {"tensors": tensors, "hidden": hidden, "dtype": "bfloat16", "seed": SEED, "milliseconds": milliseconds}
+    made = {"hidden": hidden, "dtype": "bfloat16", "seed": SEED, "milliseconds": milliseconds}
     return {"case": case.name, "peer": peer.name, **shape, **own, **made}
 
 
-def begin(case: Case, peer: Peer, leaves: list[Tensor], grad: Tensor) -> tuple[Attend | None, dict[str, Any]]:
+def begin(
+    case: Case, peer: Peer, leaves: list[Tensor], grad: Tensor, close: Tensor
+) -> tuple[Attend | None, dict[str, Any]]:
     """Runs a peer once; returns what is to be timed, ``None`` if it is refused, and what its row has to say by now.
 
     Raises:
@@ -176,7 +178,8 @@ def begin(case: Case, peer: Peer, leaves: list[Tensor], grad: Tensor) -> tuple[A
             return None, {"refused": " ".join(" ".join([str(error), *reasons(told)]).split())[:LONGEST_REASON]}
     found: dict[str, Any] = {"first_seconds": seconds, "warnings": reasons(told)}
     if ours:
-        found["errors"] = errors(results, exact(peer, leaves, grad))
+        found["errors"] = errors(results, exact(peer, leaves, grad), close)
+        found |= {"near_ties": int(close.sum()), "checked": close.numel()}
         if not all(error <= TOLERANCE for error in found["errors"].values()):
             raise SystemExit(f"{case.name}, {peer.name}: expected errors of at most {TOLERANCE}, got {found['errors']}")
     return attend, found
@@ -202,13 +205,42 @@ def exact(peer: Peer, leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     return both_passes(chunked, [each.requires_grad_() for each in parts], grad[:1, :repeats].float())
 
 
-def errors(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> dict[str, float]:
-    """Returns the norm of each difference over the norm of what is right, where that is known."""
+def errors(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], close: Tensor) -> dict[str, float]:
+    """Returns the norm of each difference over the norm of what is right, where that is known.
+
+    Outputs of queries whose choice is ``close`` are left out; their gradients are 0.
+    """
     found = {}
     for name, ours, right in zip(RESULTS, results, expected, strict=True):
         difference = ours[:1, : right.shape[1]].float() - right
+        if name == "output":
+            difference = difference.masked_fill(close[..., None], 0)
         found[name] = (difference.norm() / right.norm()).item()
     return found
+
+
+@torch.no_grad()
+def near_ties(case: Case, query: Tensor, key: Tensor) -> Tensor:
+    """Returns which queries choose by less than rounding (1, H / G, T), of the first row and key/value head.
+
+    That is where the scores of the last block chosen and of the next one are closer than twice what the order of the
+    additions in a product can change: D roundings of ``|query| |key|``.
+    """
+    query, size = query[:1, : case.heads // case.groups].float(), case.block_size
+    close = torch.zeros(query.shape[:3], dtype=torch.bool, device=query.device)
+    marks = key[0, 0, size - 1 :: size].float()
+    if case.top_k is None or len(marks) <= case.top_k:
+        return close
+    rounding = 2 * case.dim * 2**-24 * marks.norm(dim=-1).max() * query.norm(dim=-1)
+    own = torch.arange(case.keys - case.queries, case.keys, device=query.device) // size
+    step = max(1, 2**26 // (query.shape[1] * len(marks)))
+    for begin in range(0, case.queries, step):
+        part = slice(begin, begin + step)
+        scores = query[:, :, part] @ marks.T
+        scores = scores.masked_fill(torch.arange(len(marks), device=own.device) >= own[part, None], -torch.inf)
+        best = scores.topk(case.top_k + 1, dim=-1).values
+        close[:, :, part] = best[..., -2] - best[..., -1] < rounding[:, :, part]
+    return close
 
 
 def first_call(step: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], float]:

@@ -103,10 +103,32 @@ def test_who_is_asked(case):
     assert found["landmark"].top_k == case.top_k and found["landmark"].refused, "these tensors are not on a GPU"
 
 
+def test_recorded_tensors_are_those_of_the_bundled_model():
+    case = cases.CASES["top8-32768-recorded"]._replace(keys=640, queries=600)
+    query, key, value = cases.recorded(case, "cpu", 0)
+    assert query.shape == (1, 6, 600, 64) and key.shape == value.shape == (1, 6, 640, 64)
+    landmarks = key[:, :, 63::64].float()
+    assert query.isfinite().all() and landmarks.std(dim=2).mean() > 0.1, "each block has a landmark of its own"
+
+
+def test_near_ties_are_left_out():
+    case = SMALL._replace(top_k=1, queries=100)
+    query, key, _ = cases.normal(case, "cpu", 0)
+    assert not ops.near_ties(case._replace(top_k=None), query, key).any()
+    assert not ops.near_ties(case, query, key).any()
+    key[:, :, 47] = key[:, :, 31]
+    scores = query[0, :2].float() @ key[0, 0, 15::16].float().T
+    tied = scores.masked_fill(torch.arange(6) >= torch.arange(100)[:, None] // 16, -torch.inf).argmax(-1) == 1
+    late = torch.arange(100) >= 48  # both are past
+    close = ops.near_ties(case, query, key)[0]
+    assert torch.equal(close, tied & late) and close.any()
+
+
 def begin(peer, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     leaves = [each.requires_grad_() for each in cases.normal(SMALL, "cpu", 0)]
-    return ops.begin(SMALL, peer, leaves, cases.normal(SMALL, "cpu", 1)[0])
+    close = torch.zeros(1, 2, SMALL.queries, dtype=torch.bool)
+    return ops.begin(SMALL, peer, leaves, cases.normal(SMALL, "cpu", 1)[0], close)
 
 
 def chunked(query, key, value):
