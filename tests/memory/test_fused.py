@@ -12,6 +12,7 @@ from landmark.memory.layer import LayerMemory
 from landmark.memory.plan import make_plan, move
 from landmark.memory.positions import RotationTables
 from landmark.rotary import Rotary
+from numerics import assert_close, low_precision_budget, online_error
 
 pytest.importorskip("triton")
 
@@ -20,7 +21,6 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 CASES = 60 if ON_GPU else 20
 SCALE = 0.125  # a power of two: the scaled query is rounded nowhere, so that both choose by the same float32 scores
-CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @dataclasses.dataclass
@@ -66,7 +66,7 @@ def case(seed):
 
 
 def outputs(case, seed, *, upcast=False):
-    """What each call gives, and what it retrieved."""
+    """Of each call the output (B, T, H, D), which of it is text (B, T), and what was retrieved."""
     noise = torch.Generator().manual_seed(seed)
     memory = LayerMemory(case.config, RotationTables(case.rotary, case.config.block_size), case.layer)
     rows = len(case.calls[0][0])
@@ -87,22 +87,34 @@ def outputs(case, seed, *, upcast=False):
         output, read = memory.attend(
             *tensors, move(plan, torch.device(DEVICE)), scale=SCALE, retrieve=retrieve, record=True
         )
-        there = (plan.positions >= 0).to(DEVICE)
-        found.append((output[there], read))
+        found.append((output, (plan.positions >= 0).to(DEVICE), read))
         starts = [start + length for start, length in zip(starts, lengths, strict=True)]
     return found
 
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_fused_is_plain(seed, monkeypatch):
-    """In float32 the plain one is computed in float64, else in the same dtype: a query is rounded before it chooses."""
+    """The choices of plain PyTorch in the same dtype, and at most twice its error, where float64 chooses alike.
+
+    Beside that, what an online softmax in float32 adds, with no score above the product of the usual norms.
+    """
     made = case(seed)
     monkeypatch.setattr(layer, "runs_fused", lambda *_: False)
-    expected = outputs(made, seed, upcast=made.dtype == torch.float32)
+    plain, exact = outputs(made, seed), outputs(made, seed, upcast=True)
     used = []
     monkeypatch.setattr(layer, "runs_fused", lambda *_: used.append(1) or True)
-    for (output, read), (right, other) in zip(outputs(made, seed), expected, strict=True):
-        assert torch.equal(read.blocks, other.blocks)
-        torch.testing.assert_close(read.weights.double(), other.weights.double(), rtol=0, atol=CLOSE[made.dtype])
-        torch.testing.assert_close(output.double(), right.double(), rtol=0, atol=CLOSE[made.dtype])
+    for (output, there, read), (eager, _, ours), (right, _, best) in zip(
+        outputs(made, seed), plain, exact, strict=True
+    ):
+        assert torch.equal(read.blocks, ours.blocks)
+        alike = (ours.blocks == best.blocks).all(dim=3).all(dim=1)
+        share = alike.float().mean()
+        assert share > (0.99 if made.dtype == torch.float32 else 0.3), "hardly any query is compared"
+        weights = [each.weights.movedim(1, 2)[alike] for each in (read, ours, best)]
+        results = [each[there & alike.to(DEVICE)] for each in (output, eager, right)]
+        for name, (fused, other, wanted) in {"weights": weights, "output": results}.items():
+            if wanted.numel():
+                budget = low_precision_budget(other.to(made.dtype), wanted)
+                budget += online_error(torch.tensor(2 * made.dim * SCALE)) * wanted.abs().max().item()
+                assert_close(fused, wanted, budget, name)
     assert used
