@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from landmark.ops.triton.primitives import LOG2_E, LOWEST
+from landmark.ops.triton.select import NOTHING, best_of, numbers_of, packed
 
-NOTHING = tl.constexpr(-(2**63))
 NOWHERE = tl.constexpr(2**31 - 1)
 # Arguments of the kernels for whose values nothing is compiled anew.
 NUMBERS = ("groups", "repeats", "n_own", "n_width", "n_shared", "n_places", "n_chosen", "first_stored", "most")
@@ -54,20 +54,6 @@ def load_block(p_head, place, BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl
     if BLOCK == WIDTH and DIM == PADDED:
         return tl.load(p_block)
     return tl.load(p_block, mask=(o_slot < BLOCK) & (o_dim < DIM), other=0.0)
-
-
-@triton.jit
-def packed(scores, place):
-    """Scores and places as integers that never tie: the higher score wins, among equals the lower place."""
-    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # no negative zero
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
-
-
-@triton.jit
-def better(best, found, ROWS: tl.constexpr, KEPT: tl.constexpr):
-    """The highest ``KEPT`` of two sets (ROWS, KEPT), the highest first."""
-    return tl.topk(tl.reshape(tl.join(best, found), (ROWS, 2 * KEPT)), KEPT)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -114,9 +100,7 @@ def choice_kernel(
             scores = tl.dot(query, tl.trans(mark), input_precision=PRECISION)
         block = tl.where(place == 0, 0, place + first_stored - 1)
         candidate = (place < n_old) & (block < last) & ((block >= lowest) | (KEEP_FIRST & (block == 0)))
-        found = tl.where(candidate[None, :] & (scores > float("-inf")), packed(scores, place[None, :]), NOTHING)
-        if tl.max((tl.max(found, axis=1) > tl.min(best, axis=1)).to(tl.int32), axis=0) > 0:
-            best = better(best, tl.topk(found, KEPT), ROWS, KEPT)
+        best = best_of(best, packed(scores, place[None, :], candidate[None, :]), ROWS, KEPT)
     if RECENT > 0:
         found = tl.full((ROWS, KEPT), NOTHING, tl.int64)
         for i_recent in range(0, RECENT):
@@ -126,11 +110,10 @@ def choice_kernel(
                 mark = tl.load(p_mark + place.to(tl.int64) * DIM + o_dim, mask=o_dim < DIM, other=0.0).to(tl.float32)
                 query = turn(p_rows, inside, p_cos, p_sin, own - block, scale, DIM, PADDED, TURNED, PAIRS)
                 scores = tl.sum(query * mark[None, :], axis=1)
-                these = tl.where(scores > float("-inf"), packed(scores, place), NOTHING)
-                found = tl.where((o_kept == i_recent)[None, :], these[:, None], found)
-        best = better(best, found, ROWS, KEPT)
-    kept = (best != NOTHING) & (o_kept < TOP_K)[None, :]
-    places = tl.sort(tl.where(kept, 0x7FFFFFFF - (best & 0x7FFFFFFF), NOWHERE).to(tl.int32))
+                here = packed(scores, place, block >= 0)
+                found = tl.where((o_kept == i_recent)[None, :], here[:, None], found)
+        best = best_of(best, found, ROWS, KEPT)
+    places = tl.sort(numbers_of(tl.where((o_kept < TOP_K)[None, :], best, NOTHING), NOWHERE))
     p_chosen += (((i_row * groups + i_group) * repeats + i_repeat).to(tl.int64) * n_own + i_own) * n_width * TOP_K
     p_chosen += o_place[:, None] * TOP_K + o_kept[None, :]
     tl.store(p_chosen, tl.where(places == NOWHERE, -1, places), mask=inside & (o_kept < TOP_K)[None, :])

@@ -12,6 +12,32 @@ from landmark.ops.triton.primitives import NUMBERS, head_of, load_rows
 NOTHING = tl.constexpr(-(2**63))
 
 
+@triton.jit
+def packed(scores, number, candidate):
+    """Scores and numbers as integers in the order of choice; ``NOTHING`` where there is no candidate."""
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # no negative zero
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    order = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - number).to(tl.int64)
+    return tl.where(candidate & (scores > float("-inf")), order, NOTHING)
+
+
+@triton.jit
+def numbers_of(order, missing):
+    """The numbers that were packed, ``missing`` for ``NOTHING``."""
+    return tl.where(order == NOTHING, missing, 0x7FFFFFFF - (order & 0x7FFFFFFF)).to(tl.int32)
+
+
+@triton.jit
+def best_of(best, found, ROWS: tl.constexpr, KEPT: tl.constexpr):
+    """The highest ``KEPT`` of ``best`` (ROWS, KEPT) and ``found`` (ROWS, any power of two), the highest first.
+
+    Nothing is sorted where no row has found better than its last.
+    """
+    if tl.max((tl.max(found, axis=1) > tl.min(best, axis=1)).to(tl.int32), axis=0) > 0:
+        best = tl.topk(tl.reshape(tl.join(best, tl.topk(found, KEPT)), (ROWS, 2 * KEPT)), KEPT)
+    return best
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def choice_kernel(
     p_query, p_key, p_chosen, p_start,
@@ -40,16 +66,10 @@ def choice_kernel(
     for first in range(0, tl.minimum(last, n_closed), MARKS):
         o_mark = tl.arange(0, MARKS).to(tl.int64) * BLOCK
         mark = load_rows(keys, start + first * BLOCK + BLOCK - 1, o_mark, n_keys, MARKS, DIM, PADDED, False)
-        scores = tl.dot(query, tl.trans(mark), input_precision="ieee") * scale + 0.0  # no negative zero
-        block = first + tl.arange(0, MARKS)
-        past = (block[None, :] < own[:, None]) & (block < n_closed)[None, :] & (scores > float("-inf"))
-        bits = scores.to(tl.int32, bitcast=True)
-        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        packed = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)[None, :]
-        found = tl.topk(tl.where(past, packed, NOTHING), KEPT)
-        best = tl.topk(tl.reshape(tl.join(best, found), (ROWS, 2 * KEPT)), KEPT)
-    chosen = tl.where(best == NOTHING, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
+        scores = tl.dot(query, tl.trans(mark), input_precision="ieee") * scale
+        block = first + tl.arange(0, MARKS)[None, :]
+        best = best_of(best, packed(scores, block, (block < own[:, None]) & (block < n_closed)), ROWS, KEPT)
     o_kept = tl.arange(0, KEPT)
     p_chosen += ((i_row * n_heads + i_head).to(tl.int64) * n_queries + i_query) * TOP_K
     inside = (i_query + o_query < n_queries)[:, None] & (o_kept < TOP_K)[None, :]
-    tl.store(p_chosen + o_query[:, None] * TOP_K + o_kept[None, :], chosen, mask=inside)
+    tl.store(p_chosen + o_query[:, None] * TOP_K + o_kept[None, :], numbers_of(best, -1), mask=inside)
