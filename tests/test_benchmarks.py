@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -239,3 +240,14 @@ def test_both_models_of_the_training_step_take_one():
         before = model.lm_head.weight.clone()
         step.stepper(model, tokens, compiled=False, backend=None)()
         assert not torch.equal(model.lm_head.weight, before)
+
+
+@pytest.mark.parametrize("remembered", ["0", "1300"])
+def test_reading_is_timed(remembered, tmp_path):
+    """The same memory is read into again and again; a CPU has no kernels."""
+    out = tmp_path / "read.json"
+    command = [sys.executable, str(BENCHMARKS / "read.py"), "--out", str(out), "--device", "cpu"]
+    subprocess.run([*command, "--remembered", remembered, "--tokens", "200", "--repeats", "2"], check=True)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["by"], row["read"]) for row in rows] == [("plain", "retrieve"), ("plain", "local")]
+    assert all(row["seconds"] > 0 and row["remembered"] == int(remembered) for row in rows)
