@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
@@ -14,6 +13,7 @@ from landmark.memory.plan import Grid
 from landmark.memory.positions import RotationTables, own_slot
 from landmark.memory.store import BlockStore
 from landmark.memory.triton.kernels import choice_kernel, chosen_kernel, shared_kernel
+from landmark.ops.triton.configs import kept_of, power_of_two
 
 ALL_BLOCKS = 2**30
 MARKS = 64
@@ -59,8 +59,8 @@ def choose_places(
             query, marks, *_turns(tables, query, largest), grid.own.int(), grid.local_first.int(), distance.int(),
             chosen, *query.stride()[:5], *marks.stride()[:2], *query.shape[1:5], count, store.first,
             config.max_blocks or ALL_BLOCKS, scale, **_turned(tables, query),
-            ROWS=rows, MARKS=MARKS, TOP_K=config.top_k, KEPT=_kept(config.top_k), RECENT=config.top_k if stingy else 0,
-            EQUAL=store.shared_landmark, KEEP_FIRST=config.local == "blocks",
+            ROWS=rows, MARKS=MARKS, TOP_K=config.top_k, KEPT=kept_of(config.top_k),
+            RECENT=config.top_k if stingy else 0, EQUAL=store.shared_landmark, KEEP_FIRST=config.local == "blocks",
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32x3", num_warps=WARPS,
         )  # fmt: skip
     chosen = chosen[..., : min(config.top_k, count)]
@@ -79,7 +79,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """As ``landmark.memory.plain.attend``."""
     rows, turns = _rows(query), _turns(tables, query, largest)
-    shape = {**_turned(tables, query), "BLOCK": store.block_size, "WIDTH": triton.next_power_of_2(store.block_size)}
+    shape = {**_turned(tables, query), "BLOCK": store.block_size, "WIDTH": power_of_two(store.block_size)}
     strides = (*query.stride()[:5], *store.keys.stride()[:2])
     out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     lse = torch.empty(query.shape[:5], dtype=torch.float32, device=query.device)
@@ -96,7 +96,7 @@ def attend(
         gates = torch.empty((*query.shape[:5], count), dtype=torch.float32, device=query.device)
         chosen_kernel[(lse.numel(),)](
             query, store.keys, store.values, *turns, places, distances, out, lse, result, gates, *strides,
-            *places.stride(), *distances.stride(), *query.shape[1:5], count, scale, **shape, KEPT=_kept(count),
+            *places.stride(), *distances.stride(), *query.shape[1:5], count, scale, **shape, KEPT=kept_of(count),
             num_warps=WARPS,
         )  # fmt: skip
     return result, gates
@@ -111,7 +111,7 @@ def _turned(tables: RotationTables, query: Tensor) -> dict[str, Any]:
     dim = query.shape[-1]
     return {
         "DIM": dim,
-        "PADDED": triton.next_power_of_2(dim),
+        "PADDED": power_of_two(dim),
         "TURNED": len(tables.rotary.frequencies),
         "PAIRS": tables.rotary.interleaved,
     }
@@ -119,19 +119,15 @@ def _turned(tables: RotationTables, query: Tensor) -> dict[str, Any]:
 
 def rows_of_choice(query: Tensor) -> int:
     """Returns the rows of a tile of the choice: products in float32 take much shared memory."""
-    return max(LEAST_ROWS, min(_rows(query), CHOICE_NUMBERS // int(triton.next_power_of_2(query.shape[-1]))))
+    return max(LEAST_ROWS, min(_rows(query), CHOICE_NUMBERS // power_of_two(query.shape[-1])))
 
 
 def _rows(query: Tensor) -> int:
-    return max(LEAST_ROWS, min(MOST_ROWS, int(triton.next_power_of_2(query.shape[4]))))
+    return max(LEAST_ROWS, min(MOST_ROWS, power_of_two(query.shape[4])))
 
 
 def _programs(query: Tensor, rows: int) -> int:
-    return query.shape[:4].numel() * int(triton.cdiv(query.shape[4], rows))
-
-
-def _kept(top_k: int) -> int:
-    return max(2, int(triton.next_power_of_2(top_k)))
+    return query.shape[:4].numel() * -(-query.shape[4] // rows)
 
 
 def _on(device: torch.device) -> Any:

@@ -77,3 +77,13 @@ def tiles_of_choice(dtype: torch.dtype, dim: int) -> Tiles:
 
 def _of_width(table: dict[int, Config], dim: int) -> Config:
     return next(config for widest, config in table.items() if dim <= widest)
+
+
+def power_of_two(number: int) -> int:
+    """Returns the least power of two that is not below ``number``, as Triton's own does, without its wrapping."""
+    return 1 << (number - 1).bit_length()
+
+
+def kept_of(top_k: int) -> int:
+    """Returns how many places the kernels that choose keep for ``top_k`` blocks."""
+    return max(2, power_of_two(top_k))

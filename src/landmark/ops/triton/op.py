@@ -11,14 +11,13 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
-from landmark.ops.triton.configs import Tiles, config_for, tiles_of_choice
+from landmark.ops.triton.configs import Tiles, config_for, kept_of, power_of_two, tiles_of_choice
 from landmark.ops.triton.forward import forward_kernel
 from landmark.ops.triton.meetings import meetings
 from landmark.ops.triton.select import choice_kernel
@@ -134,8 +133,8 @@ def choose(
             choice_kernel[_programs(query, tiles)](
                 query, key, chosen, starts, *query.stride()[:3], *key.stride()[:3],
                 heads, heads // key.shape[1], queries, key.shape[2], query_start, scale,
-                BLOCK=block_size, DIM=dim, PADDED=triton.next_power_of_2(dim), ROWS=tiles.rows, MARKS=tiles.keys,
-                TOP_K=top_k, KEPT=_kept(top_k), STARTS=starts is not None,
+                BLOCK=block_size, DIM=dim, PADDED=power_of_two(dim), ROWS=tiles.rows, MARKS=tiles.keys,
+                TOP_K=top_k, KEPT=kept_of(top_k), STARTS=starts is not None,
                 num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
     rows = config_for(query.device, query.dtype, dim, top_k=True).forward.rows
@@ -316,7 +315,7 @@ def run_key_value_gradient(
     shape = _shape(tiles, query, call)
     if call.origins is not None:
         shape["BLOCKS"] = 1  # the blocks of several documents are visited one by one
-    programs = triton.cdiv(keys, shape["BLOCKS"] * call.block_size) * shape["PIECES"] * batch * groups
+    programs = -(-keys // (shape["BLOCKS"] * call.block_size)) * shape["PIECES"] * batch * groups
     query_source, grad_source = _sources(tiles, shape, query, grad, rows=tiles.rows)
     key_value_gradient_kernel[(programs,)](
         query_source, key, value, sums[0], grad_source, sums[2], d_key, d_value, call.starts, call.origins, call.ends,
@@ -333,17 +332,13 @@ def _on(device: torch.device) -> Any:
 
 def _programs(query: Tensor, tiles: Tiles) -> tuple[int]:
     batch, heads, queries, _ = query.shape
-    return (triton.cdiv(queries, tiles.rows) * batch * heads,)
+    return (-(-queries // tiles.rows) * batch * heads,)
 
 
 def _seen(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]:
     """What the kernels over tiles of queries take of a call; last the distance between two tiles' lists of blocks."""
     distance = 0 if call.blocks is None else call.blocks.shape[3]
     return call.starts, call.origins, call.chosen, call.blocks, call.counts, distance
-
-
-def _kept(top_k: int) -> int:
-    return max(2, int(triton.next_power_of_2(top_k)))
 
 
 def _numbers(query: Tensor, key: Tensor, call: Call) -> tuple[int, int, int, int, int]:
@@ -376,20 +371,20 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 def _shape(tiles: Tiles, query: Tensor, call: Call) -> dict[str, Any]:
     """The constants of a kernel; a block longer than a tile is cut into pieces."""
-    dim, padded = query.shape[3], triton.next_power_of_2(call.block_size)
+    dim, padded = query.shape[3], power_of_two(call.block_size)
     width = min(padded, tiles.keys)
     return {
         "BLOCK": call.block_size,
         "DIM": dim,
-        "PADDED": triton.next_power_of_2(dim),
+        "PADDED": power_of_two(dim),
         "ROWS": tiles.rows,
         "BLOCKS": 1 if call.top_k else max(1, tiles.keys // padded),
         "WIDTH": width,
-        "PIECES": triton.cdiv(call.block_size, width),
+        "PIECES": -(-call.block_size // width),
         "STARTS": call.starts is not None,
         "SEGMENTS": call.origins is not None,
         "TOP_K": call.top_k,
-        "KEPT": _kept(call.top_k) if call.top_k else 0,
+        "KEPT": kept_of(call.top_k) if call.top_k else 0,
         "TMA": False,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
