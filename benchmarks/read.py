@@ -85,8 +85,9 @@ def main() -> None:
     subject, rows = load(None, options.device), []
     with subject.configured(chunk_tokens=CHUNK):
         for remembered in map(int, options.remembered.split(",")):
-            rows += measure(subject, remembered, options.tokens, options.repeats)
-            for row in rows[-4:]:
+            found = measure(subject, remembered, options.tokens, options.repeats)
+            rows += found
+            for row in found:
                 print(*(f"{key} {row[key]}" for key in ("remembered", "read", "by", "tokens_per_second")), flush=True)
     on_gpu = torch.cuda.is_available() and str(subject.device).startswith("cuda")
     made_with = {**versions("torch", "triton"), "device": torch.cuda.get_device_name() if on_gpu else "cpu"}

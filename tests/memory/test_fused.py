@@ -109,7 +109,7 @@ def test_fused_is_plain(seed, monkeypatch):
         assert torch.equal(read.blocks, ours.blocks)
         alike = (ours.blocks == best.blocks).all(dim=3).all(dim=1)
         share = alike.float().mean()
-        assert share > (0.99 if made.dtype == torch.float32 else 0.3), "hardly any query is compared"
+        assert share > 0.9, "most queries are compared"
         weights = [each.weights.movedim(1, 2)[alike] for each in (read, ours, best)]
         results = [each[there & alike.to(DEVICE)] for each in (output, eager, right)]
         for name, (fused, other, wanted) in {"weights": weights, "output": results}.items():

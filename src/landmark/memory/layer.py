@@ -13,6 +13,7 @@ from landmark.memory.positions import RotationTables, final_distances
 from landmark.memory.retrieval import choose, head_peaks, landmark_scores
 from landmark.memory.store import BlockStore
 from landmark.ops.choice import refusal
+from landmark.ops.triton.configs import power_of_two
 
 SLAB_BYTES = {"cpu": 2**26, "cuda": 2**31}  # fetched blocks and scores alive at once
 COPIES = 8  # of a score that are alive while softmaxes are taken
@@ -295,8 +296,8 @@ def runs_fused(query: Tensor, config: LandmarkConfig) -> bool:
     """
     if not query.is_cuda or (torch.is_grad_enabled() and query.requires_grad):
         return False
-    slots, columns = (1 << (size - 1).bit_length() for size in (config.block_size, query.shape[-1]))
-    if slots * columns * query.element_size() > FUSED_BYTES:
+    numbers = power_of_two(config.block_size) * power_of_two(query.shape[-1])
+    if numbers * query.element_size() > FUSED_BYTES:
         return False
     return refusal(query, config.block_size, config.top_k) is None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from landmark.memory.plan import Grid
 from landmark.memory.positions import RotationTables, own_slot
 from landmark.memory.store import BlockStore
 from landmark.memory.triton.kernels import choice_kernel, chosen_kernel, shared_kernel
-from landmark.ops.triton.configs import kept_of, power_of_two
+from landmark.ops.triton.configs import kept_of, on_device, power_of_two
 
 ALL_BLOCKS = 2**30
 MARKS = 64
@@ -54,9 +53,9 @@ def choose_places(
         marks = tables.by_blocks(blocks, torch.float32, largest).rotate(marks.float())
     chosen = torch.empty((*query.shape[:5], config.top_k), dtype=torch.int32, device=query.device)
     rows = rows_of_choice(query)
-    with _on(query.device):
+    with on_device(query.device):
         choice_kernel[(_programs(query, rows),)](
-            query, marks, *_turns(tables, query, largest), grid.own.int(), grid.local_first.int(), distance.int(),
+            query, marks, *_turns(tables, query, largest), *map(_numbers, (grid.own, grid.local_first, distance)),
             chosen, *query.stride()[:5], *marks.stride()[:2], *query.shape[1:5], count, store.first,
             config.max_blocks or ALL_BLOCKS, scale, **_turned(tables, query),
             ROWS=rows, MARKS=MARKS, TOP_K=config.top_k, KEPT=kept_of(config.top_k),
@@ -83,11 +82,11 @@ def attend(
     strides = (*query.stride()[:5], *store.keys.stride()[:2])
     out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     lse = torch.empty(query.shape[:5], dtype=torch.float32, device=query.device)
-    with _on(query.device):
+    with on_device(query.device):
         shared_kernel[(_programs(query, rows),)](
-            query, store.keys, store.values, *turns, store.place_of(grid.own).int(), grid.offsets.int().contiguous(),
-            *(each.int().contiguous() for each in shared), out, lse, *strides, *query.shape[1:5], shared[0].shape[-1],
-            scale, **shape, ROWS=rows, num_warps=WARPS,
+            query, store.keys, store.values, *turns,
+            *map(_numbers, (store.place_of(grid.own), grid.offsets, *shared)), out, lse, *strides,
+            *query.shape[1:5], shared[0].shape[-1], scale, **shape, ROWS=rows, num_warps=WARPS,
         )  # fmt: skip
         if chosen is None:
             return out.to(query.dtype), out.new_empty((*query.shape[:5], 0))
@@ -130,5 +129,6 @@ def _programs(query: Tensor, rows: int) -> int:
     return query.shape[:4].numel() * -(-query.shape[4] // rows)
 
 
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def _numbers(tensor: Tensor) -> Tensor:
+    """As the kernels read them."""
+    return tensor.int().contiguous()

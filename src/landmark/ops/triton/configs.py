@@ -7,7 +7,8 @@ blocks of 64, bfloat16). All others are sized by shared memory, compile, and are
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,6 +78,11 @@ def tiles_of_choice(dtype: torch.dtype, dim: int) -> Tiles:
 
 def _of_width(table: dict[int, Config], dim: int) -> Config:
     return next(config for widest, config in table.items() if dim <= widest)
+
+
+def on_device(device: torch.device) -> Any:
+    """Returns a context in which kernels are launched on ``device``."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def power_of_two(number: int) -> int:

@@ -7,7 +7,6 @@ the launch of a kernel.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
-from landmark.ops.triton.configs import Tiles, config_for, kept_of, power_of_two, tiles_of_choice
+from landmark.ops.triton.configs import Tiles, config_for, kept_of, on_device, power_of_two, tiles_of_choice
 from landmark.ops.triton.forward import forward_kernel
 from landmark.ops.triton.meetings import meetings
 from landmark.ops.triton.select import choice_kernel
@@ -128,7 +127,7 @@ def choose(
     batch, heads, queries, dim = query.shape
     chosen = torch.empty((batch, heads, queries, top_k), dtype=torch.int32, device=query.device)
     tiles = tiles_of_choice(query.dtype, dim)
-    with _on(query.device):
+    with on_device(query.device):
         if chosen.numel():
             choice_kernel[_programs(query, tiles)](
                 query, key, chosen, starts, *query.stride()[:3], *key.stride()[:3],
@@ -176,7 +175,7 @@ def run_attention(
     config = config_for(query.device, query.dtype, query.shape[3], top_k=call.top_k > 0)
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    with _on(query.device):
+    with on_device(query.device):
         run_forward(config.forward, query, key, value, out, lse, call)
     return out, lse
 
@@ -211,7 +210,7 @@ def run_attention_backward(
     unwritten = starts is not None or query.numel() == 0  # of padding, or where nobody looks
     make = torch.zeros_like if unwritten else torch.empty_like
     d_key, d_value = make(key), make(value)
-    with _on(query.device):
+    with on_device(query.device):
         run_query_gradient(config.query_gradient, query, key, value, out, grad, sums, d_query, call)
         run_key_value_gradient(config.key_value_gradient, query, key, value, grad, sums, d_key, d_value, call)
     return d_query, d_key, d_value
@@ -237,9 +236,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(query, key, value, *output, *call[:-3])
 
 
-def _differentiate(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = attention_backward(grad, lse_grad, *ctx.saved_tensors, *ctx.numbers)
-    return *grads, *(None,) * len(Call._fields)
+def _differentiate(ctx: Any, grad: Tensor, lse_grad: Tensor, run: Any = attention_backward) -> tuple[Any, ...]:
+    return *run(grad, lse_grad, *ctx.saved_tensors, *ctx.numbers), *(None,) * len(Call._fields)
 
 
 attention.register_autograd(_differentiate, setup_context=_keep)
@@ -259,8 +257,7 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of all arguments of ``attention``."""
-        grads = run_attention_backward(grad, lse_grad, *ctx.saved_tensors, *ctx.numbers)
-        return *grads, *(None,) * len(Call._fields)
+        return _differentiate(ctx, grad, lse_grad, run_attention_backward)
 
 
 def run_forward(tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: Call) -> None:
@@ -323,11 +320,6 @@ def run_key_value_gradient(
         *_strides(query, key, value, grad, d_key, d_value),
         *_numbers(query, key, call), call.scale, call.scale * LOG2_E, **shape,
     )  # fmt: skip
-
-
-def _on(device: torch.device) -> Any:
-    """Makes ``device`` the one that kernels are launched on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _programs(query: Tensor, tiles: Tiles) -> tuple[int]:
