@@ -73,8 +73,34 @@ def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 
+def pipelined_memory(dtype, dim):
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from landmark.ops.triton.hopper import LAYOUT, pipelined_kernel
+
+    types, aligned = {}, {}
+    for index, name in enumerate(pipelined_kernel.arg_names):
+        types[name] = "i32"
+        if name == "STAGES":
+            types[name] = "constexpr"
+        elif name in ("key", "value", "mark"):
+            types[name] = f"tensordesc<{dtype}[1, 1, {configs.PIPELINED_BLOCK}, {dim}],{LAYOUT!r}>"
+        elif name.startswith("p_"):
+            types[name] = "*fp32" if name in IN_FLOAT32 else f"*{dtype}"
+        elif name == "factor":
+            types[name] = "fp32"
+        if types[name].startswith("*") or name.startswith(("out_", "query_batch", "query_head", "query_stride")):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(pipelined_kernel, types, {"STAGES": configs.PIPELINED_STAGES}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).metadata.shared
+
+
 def main(capability):
     found = {}
+    if capability == 90:
+        for dtype in ("bf16", "fp16"):
+            for dim in configs.PIPELINED_DIMS:
+                found[f"pipelined_kernel {dtype} {dim}"] = pipelined_memory(dtype, dim)
     for dtype, exact in DTYPES.items():
         table = configs.FLOAT32 if dtype == "fp32" else configs.HOPPER if capability == 90 else configs.SAFE
         for dim, config in table.items():

@@ -7,7 +7,7 @@ import torch
 
 from ops.eager import smallest_gap
 
-ROWS = ("plain", "starts", "segments")
+ROWS = ("plain", "starts", "segments")  # and "blocks": plain ones whose first query opens a block
 
 
 class Variant(NamedTuple):
@@ -56,7 +56,10 @@ def any_call(variant, seed, longest, most):
             options["starts"] = torch.tensor([rng.randint(0, keys) for _ in range(rows)])
     if variant.top_k:
         options["top_k"] = variant.top_k
-    if rng.random() < 0.5:
+    if variant.rows == "blocks":
+        options["query_start"] = rng.randrange(0, keys, variant.block_size)
+        queries = rng.choice([keys - options["query_start"], rng.randint(1, keys - options["query_start"])])
+    elif rng.random() < 0.5:
         queries = rng.randint(1, keys)
         if variant.rows != "segments":
             options["query_start"] = rng.choice([rng.randint(0, keys), keys, keys + rng.randint(0, 2 * longest)])

@@ -47,7 +47,7 @@ def test_a_gpu_that_cannot_run_the_kernels_is_named(monkeypatch, device, reason)
     monkeypatch.setattr(choice, "_INTERPRETED", False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    assert choice._refusal_of_device(torch.device("cuda:0")) == reason
+    assert choice._refusal_of_device.__wrapped__(torch.device("cuda:0")) == reason
 
 
 def test_the_kernels_need_their_package_and_a_gpu(monkeypatch):

@@ -139,6 +139,28 @@ def test_within_the_budget_full(seed, monkeypatch):
     check(*small_case(seed, monkeypatch))
 
 
+PIPELINED = [Variant(dtype, 128, 64, "blocks") for dtype in (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="not Hopper")
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("variant", PIPELINED, ids=str)
+def test_pipelined_within_the_budget_on_a_gpu(variant, part, monkeypatch):
+    """The forward pass in Gluon, which no interpreter runs, ran wherever tensors can be described."""
+    launch = pytest.importorskip("landmark.ops.triton.launch")
+    ran, run = [], launch.run_pipelined
+    monkeypatch.setattr(launch, "run_pipelined", lambda *args: (ran.append(1), run(*args)))
+    expected = 0
+    for seed in range(part, 4 * CASES, PARTS):
+        tensors, options = random_call(variant, seed, 1500, "cuda")
+        found = check(tensors, options)
+        for name, each in results(fused, *tensors, options).items():
+            assert torch.equal(each, found[name]), (name, seed)
+        expected += 2 * (tensors[1].shape[2] >= 64 and launch._describable(*tensors[1:]))
+    assert len(ran) == expected > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -82,11 +83,16 @@ def refusal(
         return f"expected top_k of at most {MOST_TOP_K} and no segments beside it, got {top_k}"
     if _INTERPRETED:
         return "Triton's interpreter has no arithmetic in bfloat16" if query.dtype == torch.bfloat16 else None
-    reason: str | None = _refusal_of_device(query.device)
+    reason: str | None = _known_refusal(query.device)
     return reason
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _known_refusal(device: torch.device) -> str | None:
+    return _refusal_of_device(device)
+
+
+@cache
 def _refusal_of_device(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.cuda is None:
         return f"expected tensors on an NVIDIA GPU, got {device.type}"

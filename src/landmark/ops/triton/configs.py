@@ -8,6 +8,7 @@ blocks of 64, bfloat16). All others are sized by shared memory, compile, and are
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,12 @@ FLOAT32 = {
 }
 # Bytes of a tile of queries where blocks are chosen, for the smallest shared memory.
 CHOICE_BYTES = 2**14
+# The forward pass of ``hopper.py``, for 16 bits a number; and the versions of Triton, whose language for it may change,
+# that were tried: 3.6 measured on one H200, 3.7 compiled.
+PIPELINED_BLOCK = 64
+PIPELINED_DIMS = (128,)  # at 64 it is no faster than Triton
+PIPELINED_STAGES = 2
+PIPELINED_TRITON = ("3.6.", "3.7.")
 INTERPRETED = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
 
 
@@ -63,11 +70,21 @@ def config_for(device: torch.device, dtype: torch.dtype, dim: int, *, top_k: boo
     elif dtype == torch.float32:
         config = _of_width(FLOAT32, dim)
     else:
-        config = _of_width(HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else SAFE, dim)
+        config = _of_width(HOPPER if is_hopper(device) else SAFE, dim)
     if not top_k:
         return config
     tiles = config.key_value_gradient
     return Config(config.forward._replace(rows=tiles.rows, warps=tiles.warps), tiles, tiles)
+
+
+@cache
+def pipelines(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether the pipelined forward pass runs for tensors of ``dtype`` and head dim ``dim`` on ``device``."""
+    if device.type != "cuda" or dtype == torch.float32 or dim not in PIPELINED_DIMS:
+        return False
+    import triton
+
+    return is_hopper(device) and triton.__version__.startswith(PIPELINED_TRITON)
 
 
 def tiles_of_choice(dtype: torch.dtype, dim: int) -> Tiles:
@@ -76,13 +93,19 @@ def tiles_of_choice(dtype: torch.dtype, dim: int) -> Tiles:
     return Tiles(max(16, min(64, rows)), 64, 4, 1)
 
 
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU is of compute capability 9."""
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _of_width(table: dict[int, Config], dim: int) -> Config:
     return next(config for widest, config in table.items() if dim <= widest)
 
 
 def on_device(device: torch.device) -> Any:
     """Returns a context in which kernels are launched on ``device``."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device.index) if device.type == "cuda" else nullcontext()
 
 
 def power_of_two(number: int) -> int:

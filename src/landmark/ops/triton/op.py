@@ -7,53 +7,19 @@ the launch of a kernel.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
-from landmark.ops.triton.configs import Tiles, config_for, kept_of, on_device, power_of_two, tiles_of_choice
-from landmark.ops.triton.forward import forward_kernel
+from landmark.ops.triton.configs import config_for, kept_of, on_device, power_of_two, tiles_of_choice
+from landmark.ops.triton.launch import Call, programs, run_forward, run_key_value_gradient, run_query_gradient
 from landmark.ops.triton.meetings import meetings
 from landmark.ops.triton.select import choice_kernel
 
-LOG2_E = 1.4426950408889634
 LEAST_SCALE = 1e-37  # less is 0 in float32
-
-
-class Call(NamedTuple):
-    """The arguments beside query, key and value, and what follows from them.
-
-    Attributes:
-        starts: (B,) int32.
-        origins: (B, S) int32, the first slot of each slot's document; only with ``segments``.
-        ends: (B, S) int32, the first slot behind it.
-        chosen: (B, H, T, K) int32, only with ``top_k``; the next four are those of ``Meetings``.
-        block_size: slots of a block.
-        query_start: slot of the first query.
-        scale: above 0.
-    """
-
-    starts: Tensor | None
-    origins: Tensor | None
-    ends: Tensor | None
-    chosen: Tensor | None
-    blocks: Tensor | None
-    counts: Tensor | None
-    tiles: Tensor | None
-    borders: Tensor | None
-    block_size: int
-    query_start: int
-    scale: float
-
-    @property
-    def top_k(self) -> int:
-        """Blocks that a query keeps, 0 for all."""
-        return 0 if self.chosen is None else self.chosen.shape[3]
 
 
 def fused(
@@ -129,7 +95,7 @@ def choose(
     tiles = tiles_of_choice(query.dtype, dim)
     with on_device(query.device):
         if chosen.numel():
-            choice_kernel[_programs(query, tiles)](
+            choice_kernel[programs(query, tiles)](
                 query, key, chosen, starts, *query.stride()[:3], *key.stride()[:3],
                 heads, heads // key.shape[1], queries, key.shape[2], query_start, scale,
                 BLOCK=block_size, DIM=dim, PADDED=power_of_two(dim), ROWS=tiles.rows, MARKS=tiles.keys,
@@ -258,126 +224,3 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of all arguments of ``attention``."""
         return _differentiate(ctx, grad, lse_grad, run_attention_backward)
-
-
-def run_forward(tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: Call) -> None:
-    """Fills ``out`` and ``lse``."""
-    if query.numel() == 0:
-        return
-    shape = _shape(tiles, query, call)
-    forward_kernel[_programs(query, tiles)](
-        query, *_sources(tiles, shape, key, value), key, out, lse, *_seen(call),
-        *_strides(query, key, value, out), *_numbers(query, key, call), call.scale * LOG2_E, **shape,
-    )  # fmt: skip
-
-
-def run_query_gradient(
-    tiles: Tiles,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    grad: Tensor,
-    sums: tuple[Tensor, Tensor, Tensor],
-    d_query: Tensor,
-    call: Call,
-) -> None:
-    """Fills ``d_query`` and the last of ``sums``: log-sum-exp, its gradient, delta."""
-    if query.numel() == 0:
-        return
-    lse, lse_grad, delta = sums
-    shape = _shape(tiles, query, call)
-    query_gradient_kernel[_programs(query, tiles)](
-        query, *_sources(tiles, shape, key, value), out, lse, grad, lse_grad, delta, d_query,
-        *_seen(call), *_strides(query, key, value, out, grad, d_query),
-        *_numbers(query, key, call), call.scale, call.scale * LOG2_E, **shape,
-    )  # fmt: skip
-
-
-def run_key_value_gradient(
-    tiles: Tiles,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad: Tensor,
-    sums: tuple[Tensor, Tensor, Tensor],
-    d_key: Tensor,
-    d_value: Tensor,
-    call: Call,
-) -> None:
-    """Fills ``d_key`` and ``d_value`` but for padding; ``sums`` as ``run_query_gradient`` left them."""
-    if key.numel() == 0 or query.numel() == 0:
-        return
-    batch, groups, keys, _ = key.shape
-    shape = _shape(tiles, query, call)
-    if call.origins is not None:
-        shape["BLOCKS"] = 1  # the blocks of several documents are visited one by one
-    programs = -(-keys // (shape["BLOCKS"] * call.block_size)) * shape["PIECES"] * batch * groups
-    query_source, grad_source = _sources(tiles, shape, query, grad, rows=tiles.rows)
-    key_value_gradient_kernel[(programs,)](
-        query_source, key, value, sums[0], grad_source, sums[2], d_key, d_value, call.starts, call.origins, call.ends,
-        call.chosen, call.tiles, call.borders, 0 if call.tiles is None else call.tiles.shape[2],
-        *_strides(query, key, value, grad, d_key, d_value),
-        *_numbers(query, key, call), call.scale, call.scale * LOG2_E, **shape,
-    )  # fmt: skip
-
-
-def _programs(query: Tensor, tiles: Tiles) -> tuple[int]:
-    batch, heads, queries, _ = query.shape
-    return (-(-queries // tiles.rows) * batch * heads,)
-
-
-def _seen(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]:
-    """What the kernels over tiles of queries take of a call; last the distance between two tiles' lists of blocks."""
-    distance = 0 if call.blocks is None else call.blocks.shape[3]
-    return call.starts, call.origins, call.chosen, call.blocks, call.counts, distance
-
-
-def _numbers(query: Tensor, key: Tensor, call: Call) -> tuple[int, int, int, int, int]:
-    heads, queries = query.shape[1:3]
-    return heads, heads // key.shape[1], queries, key.shape[2], call.query_start
-
-
-def _sources(tiles: Tiles, shape: dict[str, Any], *tensors: Tensor, rows: int | None = None) -> list[Any]:
-    """The tensors, or descriptors of them where ``tiles`` asks for and the tensors allow it; says so in ``shape``.
-
-    A descriptor loads ``rows`` rows, or else the keys of a tile, which must lie side by side.
-    """
-    adjacent = rows is not None or shape["BLOCKS"] == 1 or shape["BLOCK"] == shape["WIDTH"]
-    aligned = all(
-        each.numel() > 0
-        and each.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * each.element_size() % 16 == 0 for stride in strides)
-        for each, strides in ((each, each.stride()[:3]) for each in tensors)
-    )
-    shape["TMA"] = tiles.tma and adjacent and aligned and shape["DIM"] == shape["PADDED"]
-    if not shape["TMA"]:
-        return list(tensors)
-    box = [1, 1, rows or shape["BLOCKS"] * shape["WIDTH"], shape["PADDED"]]
-    return [TensorDescriptor(each, list(each.shape), list(each.stride()), box) for each in tensors]
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for each in tensors for stride in each.stride()[:3]]
-
-
-def _shape(tiles: Tiles, query: Tensor, call: Call) -> dict[str, Any]:
-    """The constants of a kernel; a block longer than a tile is cut into pieces."""
-    dim, padded = query.shape[3], power_of_two(call.block_size)
-    width = min(padded, tiles.keys)
-    return {
-        "BLOCK": call.block_size,
-        "DIM": dim,
-        "PADDED": power_of_two(dim),
-        "ROWS": tiles.rows,
-        "BLOCKS": 1 if call.top_k else max(1, tiles.keys // padded),
-        "WIDTH": width,
-        "PIECES": -(-call.block_size // width),
-        "STARTS": call.starts is not None,
-        "SEGMENTS": call.origins is not None,
-        "TOP_K": call.top_k,
-        "KEPT": kept_of(call.top_k) if call.top_k else 0,
-        "TMA": False,
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-    }
