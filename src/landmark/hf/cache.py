@@ -15,6 +15,7 @@ from landmark.config import LandmarkConfig
 from landmark.memory.layer import RECENT_BLOCKS, LayerMemory, Retrieval
 from landmark.memory.plan import oldest_needed
 from landmark.memory.positions import RotationTables
+from landmark.memory.tiers import TIERS, Tiers, Traffic
 
 FREE_TO_CHANGE = ("chunk_tokens", "trained_length", "landmark_trained", "position_gap")
 
@@ -26,6 +27,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     Args:
         config: a landmark model's config (or the model itself).
+        tier: ``device``, ``host`` or ``disk``: the lowest that blocks may move down to.
+        **budgets: ``device_bytes``, ``host_bytes`` and ``folder`` of ``landmark.memory.tiers.Tiers``.
 
     Attributes:
         settings: the ``LandmarkConfig`` it was made with.
@@ -33,10 +36,11 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         retrievals: what was retrieved while ``record`` was set, oldest first.
 
     Raises:
-        ValueError: ``config`` is not that of a landmark model.
+        ValueError: ``config`` is not that of a landmark model, or as ``Tiers``.
+        FileNotFoundError: there is no such folder.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, tier: str = "device", **budgets: Any) -> None:
         super().__init__(layers=[])
         config = getattr(config, "config", config)
         fields = getattr(config, "landmark", None)
@@ -44,6 +48,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             raise ValueError(f"expected a landmark model's config, got {type(config).__name__}; use landmark.convert")
         self.settings = LandmarkConfig.from_dict(fields)
         self.memories: list[LayerMemory | None] = [None] * config.num_hidden_layers
+        self.tiers = Tiers(tier, **budgets)
         self.record = False
         self.retrievals: list[Retrieval] = []
         self._mask: Tensor | None = None  # (B, columns) bool on the CPU
@@ -63,7 +68,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """Returns layer ``layer``'s memory, made at its first use."""
         found = self.memories[layer]
         if found is None:
-            found = self.memories[layer] = LayerMemory(self.settings, tables, layer)
+            found = self.memories[layer] = LayerMemory(
+                self.settings, tables, layer, self.tiers.share(len(self.memories))
+            )
         return found
 
     def check(self, settings: LandmarkConfig, batch: int) -> None:
@@ -164,9 +171,14 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """Repeats every row ``repeats`` times."""
         self.reorder_cache(torch.arange(len(self._tokens)).repeat_interleave(repeats))
 
-    def nbytes(self) -> int:
-        """Bytes of keys and values held."""
-        return sum(memory.store.nbytes() for memory in self._made())
+    def nbytes(self, *tiers: str) -> int:
+        """Bytes of keys and values held, in the given tiers or in all."""
+        return sum(memory.store.nbytes(tier) for memory in self._made() for tier in tiers or TIERS)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What moved between tiers, over all layers."""
+        return sum((memory.store.traffic for memory in self._made()), Traffic())
 
     def _made(self) -> list[LayerMemory]:
         return [memory for memory in self.memories if memory is not None]

@@ -12,6 +12,7 @@ from landmark.memory.plan import Grid, Plan
 from landmark.memory.positions import RotationTables, final_distances
 from landmark.memory.retrieval import choose, head_peaks, landmark_scores
 from landmark.memory.store import BlockStore
+from landmark.memory.tiers import Tiers
 from landmark.ops.choice import refusal
 from landmark.ops.triton.configs import power_of_two
 
@@ -46,11 +47,17 @@ class LayerMemory:
         config: the settings.
         tables: rotations of this layer's rotary type.
         layer: the layer's index.
+        tiers: where its blocks live, ``None`` for the device; budgets of this layer.
     """
 
-    def __init__(self, config: LandmarkConfig, tables: RotationTables, layer: int) -> None:
+    def __init__(self, config: LandmarkConfig, tables: RotationTables, layer: int, tiers: Tiers | None = None) -> None:
         self.config, self.tables, self.layer = config, tables, layer
-        self.store = BlockStore(config.block_size, shared_landmark=layer == 0 and config.positions == "stingy")
+        self.store = BlockStore(
+            config.block_size,
+            local_blocks=config.local_blocks,
+            shared_landmark=layer == 0 and config.positions == "stingy",
+            tiers=tiers,
+        )
         self.retrieves = config.mode == "retrieval" and (config.layers is None or layer in config.layers)
         self._peak: Tensor | None = None  # (B, G, R, P), `head` only: of the rows' unfinished blocks
         self._queries: Tensor | None = None  # (B, G, R, RECENT_BLOCKS, L, D), `head` only
@@ -77,6 +84,7 @@ class LayerMemory:
         self._evict(plan)
         rotation = self.tables.by_offset(plan.offsets, key.dtype)[:, None]
         self.store.reserve(plan.blocks, key)
+        self.store.open(plan)
         self.store.write(rotation.rotate(key), value, plan.writes)
         query = _to_grid(torch.unflatten(rotation.rotate(query), 1, (groups, -1)), plan.grid)
         retrieve = retrieve and self.retrieves and plan.candidates > 0
@@ -185,13 +193,15 @@ class LayerMemory:
         scored = COPIES * batch * groups * repeats * max(stored, 4)
         seen = local + 1 + (self.config.top_k if retrieve else 1)
         each, shared = scored * seen * size, 2 * batch * groups * (local + 1) * size * dim * stored
-        choice = 0
+        choice = fetched = 0
         if retrieve:
             fetchers = groups * (repeats if self.config.granularity in ("token_head", "head") else 1)
-            each += 2 * batch * fetchers * self.config.top_k * size * dim * stored
+            fetched = 2 * batch * fetchers * self.config.top_k * size * dim * stored
             choice = scored * plan.candidates
-        if fused:  # nothing is fetched, and the kernels keep no scores; lists of chosen blocks remain
+        each += fetched
+        if fused:  # the kernels copy no blocks and keep no scores; lists of chosen blocks remain, and what lay lower
             each, shared = COPIES * batch * groups * repeats * (self.config.top_k * 8 + dim * 4), 0
+            each += fetched * self.store.fetches
             choice = 0 if self._chooses_fused() else choice
         budget = SLAB_BYTES.get(query.device.type, SLAB_BYTES["cpu"])
         step = min(blocks, max(1, budget // (width * (each + choice) + shared)))

@@ -50,7 +50,7 @@ def attend(
     logits = [own, _effective(scores, (distances >= 0)[:, None, None, :, None])]
     if chosen is not None:
         places, distances = chosen
-        keys, chosen_values = store.gather(places)
+        keys, chosen_values = store.gather(places.expand(-1, query.shape[1], *places.shape[2:]))
         turned = tables.by_blocks(distances, query.dtype, largest)
         scores = _per_query(turned.rotate(query[..., None, :] * scale), keys)
         logits.append(_effective(scores, distances >= 0))

@@ -1,7 +1,7 @@
-"""Where one layer's blocks live: keys and values addressed by (row, block), on the model's device.
+"""One layer's blocks, addressed by (row, block): their landmark keys, and the tier that holds their keys and values.
 
-The contract that other tiers will have to keep: ``write`` puts slots of any rows, ``landmarks`` gives every landmark
-key without touching the blocks, ``gather`` fetches blocks by place. Nothing else reads the tensors.
+``write`` puts slots of any rows, ``landmarks`` gives every landmark key without touching the blocks, ``fetch`` brings
+blocks near by place. Nothing else reads the tensors, so that every tier computes the same.
 """
 
 from __future__ import annotations
@@ -9,31 +9,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from landmark.memory.plan import Writes
+from landmark.memory.frames import SomeNear
+from landmark.memory.near import AllNear, Near, grown, shift
+from landmark.memory.plan import Plan, Writes
+from landmark.memory.tiers import Tiers, Traffic
 
 EVICTION_STEP = 16  # blocks are dropped this many at a time
 SPARE_BLOCKS = 8  # blocks kept beyond what is needed, so that a cache can be cropped a little
 
 
 class BlockStore:
-    """Keys and values of the blocks of one layer, ``(B, G, places, L, D)``; keys hold their in-block position only.
+    """Blocks of one layer; keys hold their in-block position only.
 
     Place 0 is block 0. Place ``p > 0`` is block ``first + p - 1``; ``first`` grows when blocks are evicted, for all
     rows at once.
 
     Args:
         block_size: positions of a block, landmark included.
+        local_blocks: finished blocks before a query's own that it always sees.
         shared_landmark: all landmark keys are one vector (a model's first layer): the one written first is kept for
             all, so that their scores tie exactly.
+        tiers: where blocks live; budgets of this layer.
     """
 
-    def __init__(self, block_size: int, *, shared_landmark: bool = False) -> None:
+    def __init__(
+        self, block_size: int, *, local_blocks: int = 0, shared_landmark: bool = False, tiers: Tiers | None = None
+    ) -> None:
+        tiers = tiers or Tiers()
         self.block_size = block_size
         self.shared_landmark = shared_landmark
         self.first = 1
-        self.keys = torch.empty(0)
-        self.values = torch.empty(0)
+        self.near: Near = (
+            AllNear(block_size, tiers) if tiers.tier == "device" else SomeNear(block_size, local_blocks, tiers)
+        )
         self.landmark_keys = torch.empty(0)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether blocks are copied to be read."""
+        return isinstance(self.near, SomeNear)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What moved between tiers."""
+        return self.near.traffic
 
     @property
     def places(self) -> int:
@@ -54,10 +73,13 @@ class BlockStore:
         if needed <= self.places:
             return
         batch, heads, _, dim = like.shape
-        grown = max(needed, self.places + self.places // 2, 4)
-        self.keys = _grow(self.keys, like.new_zeros(batch, heads, grown, self.block_size, dim))
-        self.values = _grow(self.values, like.new_zeros(batch, heads, grown, self.block_size, dim))
-        self.landmark_keys = _grow(self.landmark_keys, like.new_zeros(batch, heads, grown, dim))
+        places = max(needed, self.places + self.places // 2, 4)
+        self.near.reserve(places, like)
+        self.landmark_keys = grown(self.landmark_keys, like.new_zeros(batch, heads, places, dim))
+
+    def open(self, plan: Plan) -> None:
+        """Begins a call: the blocks that it writes and their unfinished parts are near until the next."""
+        self.near.open(plan)
 
     def write(self, key: Tensor, value: Tensor, writes: Writes) -> None:
         """Files new slots.
@@ -67,39 +89,35 @@ class BlockStore:
             value: ``(B, G, T, D)``.
             writes: which column goes to which slot of which row; the blocks must have been reserved.
         """
-        places = self.place_of(writes.blocks)
-        self.keys[writes.rows, :, places, writes.offsets] = key[writes.rows, :, writes.columns]
-        self.values[writes.rows, :, places, writes.offsets] = value[writes.rows, :, writes.columns]
-        rows, columns, blocks = writes.landmark_rows, writes.landmark_columns, writes.landmark_blocks
+        self.near.write(key, value, writes, self.place_of(writes.blocks))
+        rows, columns = writes.landmark_rows, writes.landmark_columns
         if len(rows) == 0:
             return
-        places = self.place_of(blocks)
+        places, shared = self.place_of(writes.landmark_blocks), None
         self.landmark_keys[rows, :, places] = key[rows, :, columns]
         if self.shared_landmark:
             shared = self.landmark_keys[rows, :, 0]
             self.landmark_keys[rows, :, places] = shared
-            self.keys[rows, :, places, self.block_size - 1] = shared
+        self.near.finish(rows, places, shared)
 
     def landmarks(self, count: int) -> Tensor:
         """Returns the landmark keys at places ``0..count - 1``, ``(B, G, count, D)``."""
         return self.landmark_keys[:, :, :count]
 
+    def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
+        """Brings whole blocks near; as ``Near.fetch``."""
+        return self.near.fetch(*places)
+
     def gather(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Fetches whole blocks.
-
-        Args:
-            places: ``(B, G, ...)`` place of each block; the second dimension may be 1 for "the same for all heads".
-
-        Returns:
-            keys and values, ``(B, G, ..., L, D)`` each.
-        """
-        batch, heads, count, length, dim = self.keys.shape
-        places = places.expand(batch, heads, *places.shape[2:])
-        origin = torch.arange(batch * heads, device=places.device).view(batch, heads, *[1] * (places.ndim - 2)) * count
-        flat = (places + origin).flatten()
-        shape = (*places.shape, length, dim)
-        keys = self.keys.view(-1, length * dim).index_select(0, flat).view(shape)
-        values = self.values.view(-1, length * dim).index_select(0, flat).view(shape)
+        """Copies whole blocks: keys and values, ``(B, G, ..., L, D)`` each, of places ``(B, G or 1, ...)``."""
+        near_keys, near_values, frames = self.fetch(places)
+        batch, heads, count, length, dim = near_keys.shape
+        frames = frames.expand(batch, heads, *frames.shape[2:])
+        origin = torch.arange(batch * heads, device=frames.device).view(batch, heads, *[1] * (frames.ndim - 2)) * count
+        flat = (frames + origin).flatten()
+        shape = (*frames.shape, length, dim)
+        keys = near_keys.view(-1, length * dim).index_select(0, flat).view(shape)
+        values = near_values.view(-1, length * dim).index_select(0, flat).view(shape)
         return keys, values
 
     def evict(self, needed_from: int) -> None:
@@ -107,24 +125,18 @@ class BlockStore:
         drop = needed_from - SPARE_BLOCKS - self.first
         if drop < EVICTION_STEP or self.places == 0:
             return
-        for tensor in (self.keys, self.values, self.landmark_keys):
-            kept = tensor[:, :, 1 + drop :].clone()
-            tensor[:, :, 1 : 1 + kept.shape[2]] = kept
+        shift(self.landmark_keys, drop)
+        self.near.evict(drop)
         self.first += drop
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows, repeated or reordered."""
         if self.places:
-            rows = rows.to(self.keys.device)
-            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            rows = rows.to(self.landmark_keys.device)
+            self.near.select_rows(rows)
             self.landmark_keys = self.landmark_keys.index_select(0, rows)
 
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(t.numel() * t.element_size() for t in (self.keys, self.values, self.landmark_keys))
-
-
-def _grow(old: Tensor, new: Tensor) -> Tensor:
-    if old.numel():
-        new[:, :, : old.shape[2]] = old
-    return new
+    def nbytes(self, tier: str) -> int:
+        """Bytes held in a tier; landmark keys count on the device."""
+        marks = self.landmark_keys.numel() * self.landmark_keys.itemsize if tier == "device" else 0
+        return marks + self.near.nbytes(tier)

@@ -79,24 +79,25 @@ def attend(
     """As ``landmark.memory.plain.attend``."""
     rows, turns = _rows(query), _turns(tables, query, largest)
     shape = {**_turned(tables, query), "BLOCK": store.block_size, "WIDTH": power_of_two(store.block_size)}
-    strides = (*query.stride()[:5], *store.keys.stride()[:2])
+    keys, values, own, past = store.fetch(store.place_of(grid.own)[:, None], shared[0][:, None])
     out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     lse = torch.empty(query.shape[:5], dtype=torch.float32, device=query.device)
     with on_device(query.device):
         shared_kernel[(_programs(query, rows),)](
-            query, store.keys, store.values, *turns,
-            *map(_numbers, (store.place_of(grid.own), grid.offsets, *shared)), out, lse, *strides,
-            *query.shape[1:5], shared[0].shape[-1], scale, **shape, ROWS=rows, num_warps=WARPS,
+            query, keys, values, *turns, *map(_numbers, (own, grid.offsets, past, shared[1])), out, lse,
+            *query.stride()[:5], *keys.stride()[:2], *query.shape[1:5], past.shape[-1], scale, **shape, ROWS=rows,
+            num_warps=WARPS,
         )  # fmt: skip
         if chosen is None:
             return out.to(query.dtype), out.new_empty((*query.shape[:5], 0))
-        places, distances = (each.int().expand(*query.shape[:5], -1) for each in chosen)
-        result, count = torch.empty(query.shape, dtype=query.dtype, device=query.device), places.shape[-1]
+        keys, values, frames = store.fetch(chosen[0].expand(-1, query.shape[1], *chosen[0].shape[2:]))
+        frames, distances = (each.int().expand(*query.shape[:5], -1) for each in (frames, chosen[1]))
+        result, count = torch.empty(query.shape, dtype=query.dtype, device=query.device), frames.shape[-1]
         gates = torch.empty((*query.shape[:5], count), dtype=torch.float32, device=query.device)
         chosen_kernel[(lse.numel(),)](
-            query, store.keys, store.values, *turns, places, distances, out, lse, result, gates, *strides,
-            *places.stride(), *distances.stride(), *query.shape[1:5], count, scale, **shape, KEPT=kept_of(count),
-            num_warps=WARPS,
+            query, keys, values, *turns, frames, distances, out, lse, result, gates,
+            *query.stride()[:5], *keys.stride()[:2], *frames.stride(), *distances.stride(), *query.shape[1:5], count,
+            scale, **shape, KEPT=kept_of(count), num_warps=WARPS,
         )  # fmt: skip
     return result, gates
 

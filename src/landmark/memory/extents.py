@@ -1,0 +1,159 @@
+"""Extents: some consecutive blocks of all rows of a layer, in the memory of the CPU or in a file.
+
+An extent is ``(n, B, G, 2, L, D)``, so that the keys and values of a block in one key/value head lie together, and
+blocks that are finished one after another are written one after another.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MAPPED_BYTES = (
+    2**24
+)  # read through one mapping of a file before it is made anew, so that its pages do not stay resident
+PAGE = mmap.ALLOCATIONGRANULARITY
+
+
+class HostExtent:
+    """An extent in the memory of the CPU, pinned where there is CUDA."""
+
+    tier = "host"
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._blocks = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+
+    def blocks(self) -> Tensor:
+        """Returns the extent to read from."""
+        return self._blocks
+
+    def write(self, offsets: Tensor, rows: Tensor, data: Tensor) -> None:
+        """Puts ``data (M, G, 2, L, D)`` to the given blocks of the given rows, ``(M,)`` each."""
+        self._blocks[offsets, rows] = data
+
+    def fill(self, data: Tensor) -> None:
+        """Puts a whole extent."""
+        self._blocks.copy_(data)
+
+    def count(self, amount: int) -> None:
+        """Told of bytes that were read."""
+
+
+class BlockFile:
+    """A file of extents of one shape, at multiples of a whole number of pages; removed when nothing reads it any more.
+
+    Args:
+        folder: where it lies, ``None`` for the system's folder of temporary files.
+        shape: of an extent.
+        dtype: of its numbers.
+    """
+
+    def __init__(self, folder: str | Path | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.extent_bytes = torch.Size(shape).numel() * dtype.itemsize
+        self.stride = -(-self.extent_bytes // PAGE) * PAGE
+        self.handle, path = tempfile.mkstemp(prefix="landmark-", suffix=".blocks", dir=folder)
+        self.path = Path(path)
+        self.places = 0
+        self.free: list[int] = []
+        self._map: Tensor | None = None
+        self._left = 0
+        weakref.finalize(self, _remove, self.handle, path)
+
+    def allot(self) -> int:
+        """Returns the place of a new extent: one that is free again, else at the end."""
+        if self.free:
+            return self.free.pop()
+        with self._said(self.stride):
+            os.ftruncate(self.handle, (self.places + 1) * self.stride)
+        self.places += 1
+        return self.places - 1
+
+    def write(self, place: int, offset: int, data: Tensor) -> None:
+        """Writes at a byte offset of an extent."""
+        left = memoryview(data.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        begin = place * self.stride + offset
+        with self._said(len(left)):
+            while left:
+                written = os.pwrite(self.handle, left, begin)
+                left, begin = left[written:], begin + written
+
+    def read(self, place: int) -> Tensor:
+        """Returns an extent as it is mapped, to be read and let go of before the next call."""
+        if self._map is None or self._left <= 0 or len(self._map) < (place + 1) * self.stride:
+            mapped = mmap.mmap(self.handle, self.places * self.stride)
+            self._map, self._left = torch.frombuffer(mapped, dtype=torch.uint8), MAPPED_BYTES
+        begin = place * self.stride
+        return self._map[begin : begin + self.extent_bytes].view(self.dtype).view(self.shape)
+
+    def count(self, amount: int) -> None:
+        """Told of bytes that were read."""
+        self._left -= amount
+
+    def _said(self, wanted: int) -> _Said:
+        return _Said(self, wanted)
+
+
+class _Said:
+    """Turns the system's error into one that names the folder and the bytes."""
+
+    def __init__(self, file: BlockFile, wanted: int) -> None:
+        self.file, self.wanted = file, wanted
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            held = self.file.places * self.file.stride
+            raise ValueError(
+                f"no room for {self.wanted} more bytes of blocks in {str(self.file.path.parent)!r}, which holds {held} "
+                f"of this layer ({error.strerror}): make room there or give another folder; the cache is as before"
+            ) from error
+
+
+def _remove(handle: int, path: str) -> None:
+    os.close(handle)
+    Path(path).unlink(missing_ok=True)
+
+
+class DiskExtent:
+    """An extent in a file."""
+
+    tier = "disk"
+
+    def __init__(self, file: BlockFile) -> None:
+        self.file, self.place = file, file.allot()
+        self._row_bytes = torch.Size(file.shape[2:]).numel() * file.dtype.itemsize
+
+    def __del__(self) -> None:
+        if hasattr(self, "place"):
+            self.file.free.append(self.place)
+
+    def blocks(self) -> Tensor:
+        """As ``HostExtent``; to be let go of before the next call."""
+        return self.file.read(self.place)
+
+    def write(self, offsets: Tensor, rows: Tensor, data: Tensor) -> None:
+        """As ``HostExtent``."""
+        at = (offsets * self.file.shape[1] + rows) * self._row_bytes
+        order = at.argsort()
+        for begin, part in zip(at[order].tolist(), data[order], strict=True):
+            self.file.write(self.place, begin, part)
+
+    def fill(self, data: Tensor) -> None:
+        """As ``HostExtent``."""
+        self.file.write(self.place, 0, data)
+
+    def count(self, amount: int) -> None:
+        """As ``HostExtent``."""
+        self.file.count(amount)
+
+
+Extent = HostExtent | DiskExtent

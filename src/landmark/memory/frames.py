@@ -1,0 +1,223 @@
+"""Tiers ``host`` and ``disk``: some blocks near in frames, all finished ones below (``shelf.py``).
+
+Frame 0 holds block 0. The next ``recent`` frames are a ring, the same for all heads: block ``b`` stands at ``b`` modulo
+their number, so that the blocks of the call in progress and the local ones are there without being looked for. The
+last ``hot`` frames of each row and key/value head hold older blocks; the one that was not asked for longest makes room.
+What is where is known on the CPU, so that asking for older blocks of a GPU waits for their numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from landmark.memory.plan import Plan, Writes
+from landmark.memory.shelf import Shelf
+from landmark.memory.tiers import Tiers, Traffic
+
+HOT_BLOCKS = 64  # of each row and key/value head, where no budget is given
+MANY = 2**32  # more than there are blocks
+
+
+class SomeNear:
+    """As ``near.Near``, for blocks most of which lie lower.
+
+    Args:
+        block_size: positions of a block.
+        local_blocks: finished blocks before a query's own that it always sees.
+        tiers: the budgets of this layer.
+    """
+
+    def __init__(self, block_size: int, local_blocks: int, tiers: Tiers) -> None:
+        self.block_size, self.local_blocks, self.tiers, self.traffic = block_size, local_blocks, tiers, Traffic()
+        self.shelf = Shelf(tiers, self.traffic)
+        self.first = 1  # block at place 1
+        self.keys = torch.empty(0)
+        self.values = torch.empty(0)
+        self.recent = torch.empty(0)  # (B, N) block in each frame of the ring, -1 for none; on the CPU, as all below
+        self.hot = torch.empty(0)  # (B * G, H) block in each hot frame, -1 for none
+        self.asked = torch.empty(0)  # (B * G, H) when it was asked for last
+        self.clock = 0
+
+    def reserve(self, places: int, like: Tensor) -> None:
+        """As ``Near.reserve``; raises ``ValueError`` where the budget does not hold one block."""
+        if self.keys.numel():
+            return
+        batch, heads, _, dim = like.shape
+        hot, one = HOT_BLOCKS, 2 * batch * heads * self.block_size * dim * like.itemsize
+        if self.tiers.device_bytes is not None:
+            hot = self.tiers.device_bytes // one
+        if hot == 0:
+            raise ValueError(
+                f"device_bytes: expected at least {one} bytes in each layer, one block of all rows and heads, got "
+                f"{self.tiers.device_bytes}: give more"
+            )
+        self.keys = like.new_zeros(batch, heads, 1 + hot, self.block_size, dim)
+        self.values = torch.zeros_like(self.keys)
+        self.recent = torch.full((batch, 0), -1)
+        self.hot = torch.full((batch * heads, hot), -1)
+        self.asked = torch.zeros_like(self.hot)
+
+    def open(self, plan: Plan) -> None:
+        """As ``Near.open``."""
+        own = plan.grid.own.cpu()
+        first = own[:, 0]
+        self.recent.masked_fill_(self.recent > first[:, None], -1)  # cropped, or of a call that failed
+        span = int((own[:, -1] - first).max()) + 1 + self.local_blocks
+        if span > self.recent.shape[1]:
+            self._widen(span, first)
+        ring = self.recent.shape[1]
+        rows = torch.arange(len(own))
+        started = (torch.tensor(plan.within) > 0) & (first > 0)
+        rows = rows[started & (self.recent[rows, first % ring] != first)]
+        if len(rows):
+            self._load_unfinished(rows, first[rows])
+        self.recent[torch.arange(len(own))[:, None], own % ring] = own
+
+    def write(self, key: Tensor, value: Tensor, writes: Writes, places: Tensor) -> None:
+        """As ``Near.write``."""
+        frames = self._recent_frame(self._block_of(places))
+        self.keys[writes.rows, :, frames, writes.offsets] = key[writes.rows, :, writes.columns]
+        self.values[writes.rows, :, frames, writes.offsets] = value[writes.rows, :, writes.columns]
+
+    def finish(self, rows: Tensor, places: Tensor, landmark: Tensor | None) -> None:
+        """As ``Near.finish``; finished blocks are copied down."""
+        blocks = self._block_of(places)
+        frames = self._recent_frame(blocks)
+        if landmark is not None:
+            self.keys[rows, :, frames, self.block_size - 1] = landmark
+        data = torch.stack((self.keys[rows, :, frames], self.values[rows, :, frames]), dim=2).cpu()
+        rows, blocks, batch = rows.cpu(), blocks.cpu(), len(self.recent)
+        self.shelf.write(rows, blocks, data, batch)
+        row_of = torch.arange(batch).repeat_interleave(len(self.hot) // batch)[:, None]
+        written_anew = torch.isin(row_of * MANY + self.hot, rows * MANY + blocks)
+        self.hot.masked_fill_(written_anew, -1)
+
+    def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
+        """As ``Near.fetch``.
+
+        More blocks than there are hot frames, and older ones that all heads ask for, lie in frames of this call alone.
+        """
+        batch, heads = self.keys.shape[:2]
+        blocks = self._block_of(torch.cat([each.flatten(2) for each in places], dim=2)).cpu()
+        if bool(self._is_recent(torch.arange(batch)[:, None, None], blocks).all()):
+            keys, values, frames = self.keys, self.values, self._recent_frame(blocks)
+        else:
+            owner = torch.arange(batch * heads).view(batch, heads, 1)
+            distinct, inverse = torch.unique(owner * MANY + blocks, return_inverse=True)
+            keys, values, frame = self._bring(distinct // MANY, distinct % MANY, alike=blocks.shape[1] < heads)
+            frames = frame[inverse[:, : blocks.shape[1]]]
+        parts = torch.split(frames.to(keys.device), [each[0, 0].numel() for each in places], dim=2)
+        return keys, values, *(part.view(each.shape) for part, each in zip(parts, places, strict=True))
+
+    def evict(self, drop: int) -> None:
+        """As ``Near.evict``."""
+        self.first += drop
+        self.shelf.drop(self.first)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """As ``Near.select_rows``."""
+        heads = self.keys.shape[1]
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        rows = rows.cpu()
+        owners = (rows[:, None] * heads + torch.arange(heads)).flatten()
+        self.recent, self.hot, self.asked = self.recent[rows], self.hot[owners], self.asked[owners]
+        self.shelf.select_rows(rows)
+
+    def nbytes(self, tier: str) -> int:
+        """As ``Near.nbytes``."""
+        if tier == "device":
+            return sum(each.numel() * each.itemsize for each in (self.keys, self.values))
+        return self.shelf.nbytes(tier)
+
+    def _block_of(self, places: Tensor) -> Tensor:
+        return torch.where(places == 0, 0, places.long() + self.first - 1)
+
+    def _recent_frame(self, blocks: Tensor) -> Tensor:
+        return torch.where(blocks == 0, 0, 1 + blocks % self.recent.shape[1])
+
+    def _widen(self, ring: int, own: Tensor) -> None:
+        """Makes the ring longer; ``own (B,)`` is the latest block of each row."""
+        rows, frames = (self.recent > (own - ring)[:, None]).nonzero(as_tuple=True)
+        blocks = self.recent[rows, frames]
+        rows, frames, blocks = (each[blocks > 0] for each in (rows, frames, blocks))
+        recent = torch.full((len(own), ring), -1)
+        recent[rows, blocks % ring] = blocks
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            batch, heads, count, size, dim = old.shape
+            new = old.new_zeros(batch, heads, count + ring - self.recent.shape[1], size, dim)
+            new[:, :, 0], new[:, :, 1 + ring :] = old[:, :, 0], old[:, :, 1 + self.recent.shape[1] :]
+            new[rows, :, 1 + blocks % ring] = old[rows, :, 1 + frames]
+            setattr(self, name, new)
+        self.recent = recent
+
+    def _load_unfinished(self, rows: Tensor, blocks: Tensor) -> None:
+        """Brings blocks that were finished and are no more, after a crop, to where they are written."""
+        heads = self.keys.shape[1]
+        owner = (rows[:, None] * heads + torch.arange(heads)).flatten()
+        data = self._read(owner, blocks.repeat_interleave(heads))
+        data = torch.unflatten(data, 0, (len(rows), heads))
+        frames = self._recent_frame(blocks)
+        self.keys[rows, :, frames], self.values[rows, :, frames] = data[:, :, 0], data[:, :, 1]
+        self.traffic.count("misses", len(owner))
+
+    def _bring(self, owner: Tensor, block: Tensor, *, alike: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and frames ``(M,)`` of distinct blocks ``(M,)``, ascending by row and head ``owner``.
+
+        ``alike``: the frames are to be the same for all heads of a row, which have the same blocks.
+        """
+        frame, ring = self._find(owner, block), 1 + self.recent.shape[1]
+        old, missing = frame >= ring, frame < 0
+        self.clock += 1
+        self.asked[owner[old], frame[old] - ring] = self.clock
+        self.traffic.count("hits", int(old.sum()))
+        self.traffic.count("misses", int(missing.sum()))
+        data = self.keys.new_empty(0, 2, *self.keys.shape[3:])
+        if bool(missing.any()):
+            data = self._read(owner[missing], block[missing])
+        if alike or int(torch.bincount(owner[old | missing]).max()) > self.hot.shape[1]:
+            return self._apart(owner, frame, data)
+        frame[missing] = self._admit(owner[missing], block[missing], data)
+        return self.keys, self.values, frame
+
+    def _is_recent(self, row: Tensor, block: Tensor) -> Tensor:
+        return (block == 0) | (self.recent[row, block % self.recent.shape[1]] == block)
+
+    def _find(self, owner: Tensor, block: Tensor) -> Tensor:
+        """The frame of each block, -1 for those that are not near."""
+        held, order = (torch.arange(len(self.hot))[:, None] * MANY + self.hot).flatten().sort()
+        wanted = owner * MANY + block
+        at = torch.searchsorted(held, wanted).clamp_(max=len(held) - 1)
+        hot = torch.where(held[at] == wanted, 1 + self.recent.shape[1] + order[at] % self.hot.shape[1], -1)
+        return torch.where(self._is_recent(owner // self.keys.shape[1], block), self._recent_frame(block), hot)
+
+    def _read(self, owner: Tensor, block: Tensor) -> Tensor:
+        """Keys and values ``(M, 2, L, D)`` from below."""
+        heads = self.keys.shape[1]
+        return self.shelf.read(owner // heads, block, owner % heads).to(self.keys.device)
+
+    def _admit(self, owner: Tensor, block: Tensor, data: Tensor) -> Tensor:
+        """Puts blocks ``data (M, 2, L, D)`` into the hot frames that were not asked for longest."""
+        place = self.asked.argsort(dim=1, stable=True)[owner, _rank(owner)]
+        frame = 1 + self.recent.shape[1] + place
+        for tensor, part in ((self.keys, data[:, 0]), (self.values, data[:, 1])):
+            tensor.view(-1, *tensor.shape[2:])[owner, frame] = part
+        self.hot[owner, place], self.asked[owner, place] = block, self.clock
+        return frame
+
+    def _apart(self, owner: Tensor, frame: Tensor, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies what is near and ``data (M, 2, L, D)``, the missing, to frames of this call alone."""
+        place, there, found = _rank(owner), frame >= 0, []
+        for tensor, part in ((self.keys, data[:, 0]), (self.values, data[:, 1])):
+            new = tensor.new_empty(len(self.hot), int(place.max()) + 1, *tensor.shape[3:])
+            new[owner[there], place[there]] = tensor.flatten(0, 1)[owner[there], frame[there]]
+            new[owner[~there], place[~there]] = part
+            found.append(torch.unflatten(new, 0, tensor.shape[:2]))
+        return found[0], found[1], place
+
+
+def _rank(owner: Tensor) -> Tensor:
+    """Counts the entries of each owner, ascending ``(M,)``, from 0."""
+    counts = torch.bincount(owner)
+    return torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]

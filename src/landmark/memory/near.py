@@ -1,0 +1,130 @@
+"""What lies beside the computation: the contract of a tier, and its null implementation, where every block does."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from landmark.memory.plan import Plan, Writes
+from landmark.memory.tiers import Tiers, Traffic
+
+
+class Near(Protocol):
+    """The contract of a tier. Blocks are named by place, as in ``BlockStore``.
+
+    Attributes:
+        keys: ``(B, G, frames, L, D)`` on the model's device.
+        values: likewise.
+        traffic: what moved.
+    """
+
+    keys: Tensor
+    values: Tensor
+    traffic: Traffic
+
+    def reserve(self, places: int, like: Tensor) -> None:
+        """Makes room for so many places of keys like ``like (B, G, *, D)``."""
+
+    def open(self, plan: Plan) -> None:
+        """Begins a call: the blocks that it writes and their unfinished parts are near until the next."""
+
+    def write(self, key: Tensor, value: Tensor, writes: Writes, places: Tensor) -> None:
+        """Files slots; ``places (M,)`` are those of ``writes.blocks``."""
+
+    def finish(self, rows: Tensor, places: Tensor, landmark: Tensor | None) -> None:
+        """Told that blocks are finished, ``(M,)`` each; ``landmark (M, G, D)`` replaces their last key."""
+
+    def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
+        """Brings blocks near.
+
+        Args:
+            *places: ``(B, G, ...)`` place of each block; ``G`` may be 1 in all of them for "the same for all heads".
+
+        Returns:
+            keys and values ``(B, G, frames, L, D)``, then for each of ``places`` the frames, of its shape; valid until
+            the next call of this memory.
+        """
+
+    def evict(self, drop: int) -> None:
+        """Drops the blocks at places ``1..drop``; those after them take their places."""
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replaces the batch by the given rows, repeated or reordered."""
+
+    def nbytes(self, tier: str) -> int:
+        """Bytes of keys and values held in a tier."""
+
+
+class AllNear:
+    """Tier ``device``: frames are places, nothing moves.
+
+    Args:
+        block_size: positions of a block.
+        tiers: the budget of this layer.
+    """
+
+    def __init__(self, block_size: int, tiers: Tiers) -> None:
+        self.block_size, self.tiers, self.traffic = block_size, tiers, Traffic()
+        self.keys = torch.empty(0)
+        self.values = torch.empty(0)
+
+    def reserve(self, places: int, like: Tensor) -> None:
+        """As ``Near.reserve``; raises ``ValueError`` beyond the budget."""
+        shape, budget = (*like.shape[:2], places, self.block_size, like.shape[-1]), self.tiers.device_bytes
+        needed = 2 * torch.Size(shape).numel() * like.itemsize
+        if budget is not None and needed > budget:
+            raise ValueError(
+                f"device_bytes: expected room for {needed} bytes in each layer, got {budget}: give more or use "
+                "tier='host'"
+            )
+        self.keys = grown(self.keys, like.new_zeros(shape))
+        self.values = grown(self.values, like.new_zeros(shape))
+
+    def open(self, plan: Plan) -> None:
+        """As ``Near.open``."""
+
+    def write(self, key: Tensor, value: Tensor, writes: Writes, places: Tensor) -> None:
+        """As ``Near.write``."""
+        self.keys[writes.rows, :, places, writes.offsets] = key[writes.rows, :, writes.columns]
+        self.values[writes.rows, :, places, writes.offsets] = value[writes.rows, :, writes.columns]
+
+    def finish(self, rows: Tensor, places: Tensor, landmark: Tensor | None) -> None:
+        """As ``Near.finish``."""
+        if landmark is not None:
+            self.keys[rows, :, places, self.block_size - 1] = landmark
+
+    def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
+        """As ``Near.fetch``."""
+        return self.keys, self.values, *places
+
+    def evict(self, drop: int) -> None:
+        """As ``Near.evict``."""
+        shift(self.keys, drop)
+        shift(self.values, drop)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """As ``Near.select_rows``."""
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
+    def nbytes(self, tier: str) -> int:
+        """As ``Near.nbytes``."""
+        return _bytes(self.keys) + _bytes(self.values) if tier == "device" else 0
+
+
+def grown(old: Tensor, new: Tensor) -> Tensor:
+    """Returns ``new (B, G, more, ...)`` that begins with ``old``."""
+    if old.numel():
+        new[:, :, : old.shape[2]] = old
+    return new
+
+
+def shift(tensor: Tensor, drop: int) -> None:
+    """Drops the places ``1..drop`` of ``(B, G, places, ...)``."""
+    kept = tensor[:, :, 1 + drop :].clone()
+    tensor[:, :, 1 : 1 + kept.shape[2]] = kept
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize

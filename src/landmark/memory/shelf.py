@@ -1,0 +1,145 @@
+"""What lies below the device: the finished blocks of one layer, by block number."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landmark.memory.extents import BlockFile, DiskExtent, Extent, HostExtent
+from landmark.memory.tiers import Tiers, Traffic
+
+EXTENT_BYTES = 2**24  # of an extent, at most, unless one block of all rows is larger
+
+
+class Shelf:
+    """Finished blocks in extents of equal length; block ``b`` lies in extent ``b // length``.
+
+    A fork shares extents with its origin, and rows that were repeated share what they have in common: an extent that
+    somebody else may read is copied before it is written.
+
+    Args:
+        tiers: budgets of this layer.
+        traffic: where moved bytes are counted.
+    """
+
+    def __init__(self, tiers: Tiers, traffic: Traffic) -> None:
+        self.tiers, self.traffic = tiers, traffic
+        self.length = 0  # blocks of an extent
+        self.extents: list[Extent | None] = []
+        self.rows: list[Tensor] = []  # of each extent (B,): where in it each row of the batch lies
+        self.own: list[bool] = []  # of each extent: nobody else reads it
+        self.file: BlockFile | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shelf:
+        """A fork: both share what there is and write no more into it."""
+        self.own = [False] * len(self.own)
+        fork = Shelf(self.tiers, copy.deepcopy(self.traffic, memo))
+        memo[id(self)] = fork
+        fork.length, fork.extents, fork.rows, fork.own = self.length, self.extents[:], self.rows[:], self.own[:]
+        return fork
+
+    def write(self, rows: Tensor, blocks: Tensor, data: Tensor, batch: int) -> None:
+        """Files finished blocks, all of them for the first time or once more after a crop.
+
+        Args:
+            rows: ``(M,)`` row of each.
+            blocks: ``(M,)`` its number.
+            data: ``(M, G, 2, L, D)`` its keys and values.
+            batch: rows there are.
+
+        Raises:
+            ValueError: a budget that nothing can move down from is full, or the disk.
+        """
+        if self.length == 0:
+            self.length = max(1, EXTENT_BYTES // (batch * data[0].numel() * data.itemsize))
+        shape = (self.length, batch, *data.shape[1:])
+        for index in torch.unique(blocks // self.length).tolist():
+            here = blocks // self.length == index
+            extent = self._writable(index, shape, data.dtype)
+            extent.write(blocks[here] % self.length, rows[here], data[here])
+            self.traffic.count(f"written_{extent.tier}", data[here].numel() * data.itemsize)
+
+    def read(self, rows: Tensor, blocks: Tensor, heads: Tensor) -> Tensor:
+        """Returns keys and values ``(M, 2, L, D)`` of the blocks ``(M,)`` of given rows and key/value heads."""
+        found: Tensor | None = None
+        for index in torch.unique(blocks // self.length).tolist():
+            here = (blocks // self.length == index).nonzero()[:, 0]
+            extent = self.extents[index]
+            assert extent is not None, "a block that was dropped"
+            part = extent.blocks()[blocks[here] % self.length, self.rows[index][rows[here]], heads[here]]
+            if found is None:
+                found = part.new_empty(len(blocks), *part.shape[1:], pin_memory=torch.cuda.is_available())
+            found[here] = part
+            extent.count(part.numel() * part.itemsize)
+            self.traffic.count(f"fetched_{extent.tier}", part.numel() * part.itemsize)
+        assert found is not None, "no blocks"
+        return found
+
+    def drop(self, first: int) -> None:
+        """Lets go of blocks ``1..first - 1``, as far as they fill extents."""
+        for index in range(1, min(len(self.extents), first // max(self.length, 1))):
+            self.extents[index] = None
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replaces the batch by the given rows, repeated or reordered; nothing is moved."""
+        self.rows = [each[rows] for each in self.rows]
+        self.own = [False] * len(self.own)
+
+    def nbytes(self, tier: str) -> int:
+        """Bytes of the extents of one tier, those shared with a fork included."""
+        return sum(_bytes(extent) for extent in self.extents if extent is not None and extent.tier == tier)
+
+    def _writable(self, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> Extent:
+        while len(self.extents) <= index:
+            self.extents.append(None)
+            self.rows.append(torch.arange(shape[1]))
+            self.own.append(False)
+        old = self.extents[index]
+        if old is not None and self.own[index]:
+            return old
+        new = self._allot(shape, dtype)
+        if old is not None:
+            self._fill(new, old.blocks()[:, self.rows[index]])
+        self.extents[index], self.rows[index], self.own[index] = new, torch.arange(shape[1]), True
+        return new
+
+    def _allot(self, shape: tuple[int, ...], dtype: torch.dtype) -> Extent:
+        """Returns an empty extent in the highest tier whose budget has room for it, or can make room."""
+        size, budget = torch.Size(shape).numel() * dtype.itemsize, self.tiers.host_bytes
+        if self.tiers.tier == "disk" and (budget is None or budget < size):
+            return DiskExtent(self._file(shape, dtype))
+        while budget is not None and self.nbytes("host") + size > budget:
+            if self.tiers.tier == "host":
+                raise ValueError(
+                    f"host_bytes: expected room for {self.nbytes('host') + size} bytes in each layer, got {budget}: "
+                    "give more or use tier='disk'"
+                )
+            self._move_down()
+        return HostExtent(shape, dtype)
+
+    def _move_down(self) -> None:
+        """Moves the oldest extent of the host to the disk."""
+        index, old = next((i, each) for i, each in enumerate(self.extents) if isinstance(each, HostExtent))
+        data = old.blocks()[:, self.rows[index]]
+        new = DiskExtent(self._file(tuple(data.shape), data.dtype))
+        self._fill(new, data)
+        self.extents[index], self.rows[index], self.own[index] = new, torch.arange(data.shape[1]), True
+
+    def _fill(self, extent: Extent, data: Tensor) -> None:
+        extent.fill(data)
+        self.traffic.count(f"written_{extent.tier}", data.numel() * data.itemsize)
+
+    def _file(self, shape: tuple[int, ...], dtype: torch.dtype) -> BlockFile:
+        if self.file is None or self.file.shape != shape:
+            self.file = BlockFile(self.tiers.folder, shape, dtype)
+        return self.file
+
+
+def _bytes(extent: Extent) -> int:
+    if isinstance(extent, DiskExtent):
+        return extent.file.extent_bytes
+    blocks = extent.blocks()
+    return blocks.numel() * blocks.itemsize

@@ -1,0 +1,93 @@
+"""Where blocks may live, how many bytes of them, and how many bytes were moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+TIERS = ("device", "host", "disk")
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """The lowest tier that blocks may move down to, and the budgets of the tiers above.
+
+    Attributes:
+        tier: ``device`` keeps all blocks beside the computation, ``host`` in the memory of the CPU (pinned where there
+            is CUDA), ``disk`` in files. Landmark keys stay on the device.
+        device_bytes: of blocks on the device, over all layers. On lower tiers they hold the blocks that were read
+            lately (``None``: 64 for each row and key/value head); the blocks of the call in progress and the local ones
+            come on top.
+        host_bytes: of blocks in the memory of the CPU, over all layers; when they are full, the oldest move down.
+            ``None``: no limit for tier ``host``, none at all for tier ``disk``.
+        folder: where the files of tier ``disk`` lie, ``None`` for the system's folder of temporary files. They are
+            removed with the last cache that reads them.
+
+    Raises:
+        ValueError: an unknown tier, a budget below 1, or a budget or folder that the tier has no use for.
+        FileNotFoundError: there is no such folder.
+    """
+
+    tier: str = "device"
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    folder: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.tier not in TIERS:
+            raise ValueError(f"tier: expected one of {', '.join(TIERS)}, got {self.tier!r}")
+        for name in ("device_bytes", "host_bytes"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected a number of bytes of at least 1, got {value!r}")
+        for name, users in (("host_bytes", TIERS[1:]), ("folder", TIERS[2:])):
+            if getattr(self, name) is not None and self.tier not in users:
+                raise ValueError(
+                    f"{name}: expected none for tier {self.tier!r}, got {getattr(self, name)!r}; leave it out"
+                )
+        if self.folder is not None and not Path(self.folder).is_dir():
+            raise FileNotFoundError(f"folder: expected a folder that exists, got {str(self.folder)!r}; make it first")
+
+    def share(self, layers: int) -> Tiers:
+        """Returns the same with the budgets of one of ``layers`` layers."""
+        device, host = (None if each is None else each // layers for each in (self.device_bytes, self.host_bytes))
+        return _unchecked(self, device, host)
+
+
+def _unchecked(tiers: Tiers, device_bytes: int | None, host_bytes: int | None) -> Tiers:
+    """A share may be 0 bytes; what needs one refuses it, naming how many it needs."""
+    share = object.__new__(Tiers)
+    given = {**vars(tiers), "device_bytes": device_bytes, "host_bytes": host_bytes}
+    for name, value in given.items():
+        object.__setattr__(share, name, value)
+    return share
+
+
+@dataclass
+class Traffic:
+    """What moved between tiers; blocks are those of one row and one key/value head.
+
+    Attributes:
+        hits: blocks that were asked for and found among those read lately. Local blocks and block 0 are always near
+            and count nowhere.
+        misses: blocks that had to be fetched.
+        fetched_host: bytes fetched from the memory of the CPU.
+        fetched_disk: bytes fetched from files.
+        written_host: bytes moved down into the memory of the CPU.
+        written_disk: bytes moved down into files.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    fetched_host: int = 0
+    fetched_disk: int = 0
+    written_host: int = 0
+    written_disk: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        """Returns the sums."""
+        return Traffic(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def count(self, name: str, amount: int) -> None:
+        """Adds to one of the numbers."""
+        setattr(self, name, getattr(self, name) + amount)
