@@ -101,6 +101,7 @@ class Shelf:
         if old is not None and self.own[index]:
             return old
         new = self._allot(shape, dtype)
+        old = self.extents[index]  # which may have moved down to make room
         if old is not None:
             self._fill(new, old.blocks()[:, self.rows[index]])
         self.extents[index], self.rows[index], self.own[index] = new, torch.arange(shape[1]), True

@@ -1,0 +1,319 @@
+"""The tiers: every one computes the same bits, moves what it says, and keeps forks, crops and rows apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import models
+from landmark import LandmarkCache
+from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
+from landmark.memory import extents, layer, shelf, store
+from landmark.memory.plan import make_plan
+from landmark.memory.store import BlockStore
+from landmark.memory.tiers import Tiers
+
+CASES, ALWAYS = 320, 16
+LAYERS = 2
+SIZE, DIM, HEADS = 3, 2, 2  # of the blocks of the tests below the models
+
+
+def few_frames(chance: random.Random) -> int:
+    """A budget of one block at least, for both layers: at most 3 rows, 6 slots, 12 numbers of 8 bytes a head."""
+    return LAYERS * chance.randint(1, 3) * 3 * models.HEADS * 2 * 6 * 12 * 8
+
+
+def tiers(chance: random.Random, folder: Path) -> list[dict[str, Any]]:
+    near = chance.choice((None, few_frames(chance)))
+    return [
+        {},
+        {"tier": "host", "device_bytes": near},
+        {"tier": "disk", "device_bytes": near, "folder": folder},
+        {"tier": "disk", "device_bytes": near, "host_bytes": chance.randint(1, 20) * 1000, "folder": folder},
+    ]
+
+
+class Histories:
+    """The same history on caches of several tiers."""
+
+    def __init__(self, model: Any, rows: int, chance: random.Random, caches: list[LandmarkCache]) -> None:
+        self.model, self.chance, self.caches, self.rows = model, chance, caches, rows
+        self.columns = 0
+        self.compared = 0
+
+    def feed(self) -> None:
+        text = self.model.landmark.text_per_block
+        tokens = self.chance.choice((1, 1, 2, text, self.chance.randint(1, 40)))
+        self.call(self.caches, tokens)
+        self.columns += tokens
+
+    def call(self, caches: list[LandmarkCache], tokens: int) -> None:
+        ids = torch.randint(1, models.VOCAB, (self.rows, tokens))
+        mask = torch.ones_like(ids) if self.chance.random() < 0.5 else (torch.rand(ids.shape) < 0.8).long()
+        logits = [self.model(ids, attention_mask=mask, past_key_values=cache).logits for cache in caches]
+        for each in logits[1:]:
+            assert torch.equal(each[mask == 1], logits[0][mask == 1])
+            self.compared += 1
+
+    def crop(self) -> None:
+        tokens = self.chance.randint(0, min(self.columns, self.chance.choice((1, 3, 8, 30, 90))))
+        refusals = []
+        for cache in self.caches:
+            try:
+                cache.crop(-tokens)
+            except ValueError as refusal:
+                refusals.append(str(refusal))
+        assert len(refusals) in (0, len(self.caches)) and len(set(refusals)) < 2
+        self.columns -= 0 if refusals else tokens
+
+    def reorder(self) -> None:
+        if self.columns:
+            self.rows = self.chance.choice((self.rows, self.rows, self.chance.randint(1, 3)))
+            rows = torch.randint(0, len(self.caches[0].tokens), (self.rows,))
+            for cache in self.caches:
+                cache.reorder_cache(rows)
+
+    def fork(self) -> None:
+        """Both go on; sometimes the origin is kept."""
+        forks = [cache.fork() for cache in self.caches]
+        if self.chance.random() < 0.5:
+            self.caches, forks = forks, self.caches
+        for _ in range(self.chance.randint(1, 2)):
+            self.call(forks, self.chance.choice((1, 3, 20)))
+
+    def fail(self) -> None:
+        """A call that ends in the second layer."""
+        hook = self.model.base_model.layers[1].register_forward_pre_hook(failing)
+        ids = torch.randint(1, models.VOCAB, (self.rows, self.chance.choice((1, 9, 30))))
+        for cache in self.caches:
+            with pytest.raises(RuntimeError, match="on purpose"):
+                self.model(ids[:, : self.model.landmark.chunk_tokens], past_key_values=cache)
+        hook.remove()
+
+
+def failing(*_: Any) -> None:
+    raise RuntimeError("on purpose")
+
+
+def draw(chance: random.Random) -> LandmarkConfig:
+    block_size = chance.randint(2, 6)
+    return LandmarkConfig(
+        block_size=block_size,
+        top_k=chance.randint(1, 4),
+        granularity=chance.choice(GRANULARITIES),
+        positions=chance.choice(POSITIONS),
+        local_blocks=chance.randint(0, 2),
+        local=chance.choice(("blocks", "blocks", "blocks", "chunk")),
+        max_blocks=chance.choice((None, None, None, 0, 1, 3)),
+        layers=chance.choice((None, None, (1,), (0,))),
+        mode=chance.choice(("retrieval",) * 5 + ("all",)),
+        chunk_tokens=chance.choice((1, 2, block_size, 5, 11, 100)),
+    )
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=() if seed < ALWAYS else pytest.mark.full) for seed in range(CASES)]
+)
+@torch.no_grad()
+def test_every_tier_computes_the_same_bits(seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    settings, family, kv_heads = draw(chance), chance.choice(models.FAMILIES), chance.choice((1, 2, 4))
+    monkeypatch.setitem(layer.SLAB_BYTES, "cpu", chance.choice((1, 20_000, 2**26)))
+    monkeypatch.setattr(shelf, "EXTENT_BYTES", chance.choice((1, 3_000, 20_000)))
+    monkeypatch.setattr(extents, "MAPPED_BYTES", chance.choice((1, 2**24)))
+    step, spare = chance.choice(((1, 3), (2, 8), (16, 8)))
+    monkeypatch.setattr(store, "EVICTION_STEP", step)
+    monkeypatch.setattr(store, "SPARE_BLOCKS", spare)
+    dtype = chance.choice((torch.float32, torch.float64, torch.bfloat16))
+    model = models.landmark_model(family, settings, kv_heads=kv_heads, dtype=dtype)
+    torch.manual_seed(seed)
+    caches = [LandmarkCache(model.config, **each) for each in tiers(chance, tmp_path)]
+    history = Histories(model, chance.randint(1, 3), chance, caches)
+    history.feed()
+    for _ in range(chance.randint(4, 13)):
+        getattr(history, chance.choice(("feed", "feed", "feed", "crop", "reorder", "fork", "fail")))()
+    history.feed()
+    assert history.compared >= 6
+    del history, caches
+    gc.collect()
+    assert list(tmp_path.iterdir()) == [], "the files went with the caches"
+
+
+class Counted:
+    """One row and key/value head of a tier, in plain loops: what is near, and what was counted."""
+
+    def __init__(self, hot: int) -> None:
+        self.frames: list[tuple[int, int]] = [(-1, 0)] * hot  # block, when it was asked for last
+        self.ring = 0
+        self.recent = {0}
+
+    def open(self, first: int, latest: int, span: int) -> None:
+        self.ring = max(self.ring, span)
+        written = self.recent | set(range(first, latest + 1))
+        self.recent = {0} | {block for block in written if block > latest - self.ring}
+
+    def ask(self, blocks: set[int], now: int) -> tuple[list[int], list[int]]:
+        held = {block: index for index, (block, _) in enumerate(self.frames)}
+        old = sorted(blocks - self.recent)
+        for block in old:
+            if block in held:
+                self.frames[held[block]] = (block, now)
+        return [block for block in old if block in held], [block for block in old if block not in held]
+
+    def admit(self, blocks: list[int], now: int) -> None:
+        for block in blocks:
+            oldest = min(range(len(self.frames)), key=lambda index: (self.frames[index][1], index))
+            self.frames[oldest] = (block, now)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_counters_and_contents_against_plain_loops(seed: int, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance, unit = random.Random(seed), 2 * SIZE * DIM * 4
+    monkeypatch.setattr(shelf, "EXTENT_BYTES", chance.choice((1, 5 * unit)))
+    rows, hot, config = chance.randint(1, 3), chance.randint(1, 4), LandmarkConfig(block_size=SIZE, local_blocks=1)
+    blocks = BlockStore(SIZE, local_blocks=1, tiers=Tiers(tier, device_bytes=hot * rows * HEADS * unit))
+    counted = {(row, head): Counted(hot) for row in range(rows) for head in range(HEADS)}
+    written: dict[tuple[int, int], torch.Tensor] = {}  # (2, G, D) of a row's slot
+    starts, finished, hits, misses, now = [0] * rows, 0, 0, 0, 0
+    for _ in range(20):
+        lengths = [chance.choice((1, 1, 2, chance.randint(0, 20))) for _ in range(rows)]
+        plan, width = make_plan(starts, lengths, config), max(*lengths, 1)
+        key, value = torch.rand(2, rows, HEADS, width, DIM)
+        blocks.reserve(plan.blocks, key)
+        blocks.open(plan)
+        blocks.write(key, value, plan.writes)
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            for column in range(length):
+                written[row, start + column] = torch.stack((key[row, :, column], value[row, :, column]))
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        finished += sum(end // SIZE - start // SIZE for start, end in zip(starts, ends, strict=True))
+        latest = [max(start, end - 1) // SIZE for start, end in zip(starts, ends, strict=True)]
+        span = max(last - start // SIZE for last, start in zip(latest, starts, strict=True)) + 2
+        for (row, _), each in counted.items():
+            each.open(starts[row] // SIZE, latest[row], span)
+        for _ in range(3):
+            count = chance.randint(1, 5)
+            whole = [max(1, end // SIZE) for end in ends]
+            places = torch.tensor(
+                [[[chance.randrange(whole[row]) for _ in range(count)] for _ in range(HEADS)] for row in range(rows)]
+            )
+            keys, values, frames = blocks.fetch(places)
+            now, asked = now + 1, {}
+            for (row, head), each in counted.items():
+                asked[row, head] = each.ask(set(places[row, head].tolist()), now)
+                for place, frame in zip(places[row, head].tolist(), frames[row, head].tolist(), strict=True):
+                    for slot in range(SIZE):
+                        found = torch.stack((keys[row, head, frame, slot], values[row, head, frame, slot]))
+                        expected = written.get((row, place * SIZE + slot))
+                        assert expected is None or torch.equal(found, expected[:, head])
+            hits += sum(len(each[0]) for each in asked.values())
+            misses += sum(len(each[1]) for each in asked.values())
+            if all(len(found) + len(missing) <= hot for found, missing in asked.values()):
+                for owner, (_, missing) in asked.items():
+                    counted[owner].admit(missing, now)
+        starts = ends
+    traffic = blocks.traffic
+    assert misses > 0 and finished > 0
+    assert (traffic.hits, traffic.misses) == (hits, misses)
+    moved = {f"fetched_{tier}": misses * unit, f"written_{tier}": finished * HEADS * unit}
+    empty = dict.fromkeys(("fetched_host", "fetched_disk", "written_host", "written_disk"), 0)
+    assert dataclasses.asdict(traffic) == {"hits": hits, "misses": misses, **empty, **moved}
+
+
+def settings() -> LandmarkConfig:
+    return LandmarkConfig(block_size=4, top_k=2, local_blocks=1, chunk_tokens=30)
+
+
+@pytest.mark.parametrize("budgets", [{"tier": "host"}, {"tier": "disk"}, {"tier": "disk", "host_bytes": 2**15}])
+def test_the_device_holds_no_more_when_the_memory_grows(budgets: dict[str, Any], monkeypatch: Any) -> None:
+    """But for landmarks; and the host no more than its budget."""
+    monkeypatch.setattr(shelf, "EXTENT_BYTES", 2**12)
+    model = models.landmark_model("llama", settings())
+    cache, held = LandmarkCache(model.config, **budgets), []
+    for _ in range(10):
+        model.read(models.text(300)[None], cache=cache)
+        marks = sum(memory.store.landmark_keys.nbytes for memory in cache.memories if memory is not None)
+        held.append((cache.nbytes("device") - marks, cache.nbytes("host"), cache.nbytes("disk")))
+    device, host, disk = zip(*held, strict=True)
+    assert len(set(device)) == 1
+    below = [a + b for a, b in zip(host, disk, strict=True)]
+    assert below[-1] > 9 * below[0]
+    if budgets == {"tier": "host"}:
+        assert set(disk) == {0}
+    else:
+        assert max(host) <= budgets.get("host_bytes", 0)
+        assert cache.traffic.written_disk >= disk[-1]
+
+
+def test_the_null_implementation_moves_nothing() -> None:
+    model = models.landmark_model("llama", settings())
+    cache = model.read(models.text(200)[None])
+    assert set(dataclasses.asdict(cache.traffic).values()) == {0}
+    assert cache.nbytes() == cache.nbytes("device") > 0
+
+
+def test_neighbouring_steps_choose_what_is_near() -> None:
+    """What the cache of older blocks is for: asked for the same again, nothing moves."""
+    model = models.landmark_model("llama", settings())
+    cache = model.read(models.text(400)[None], cache=LandmarkCache(model.config, "host"))
+    before = cache.traffic
+    with torch.no_grad():
+        for _ in range(3):
+            model(models.text(1)[None], past_key_values=cache)
+            cache.crop(-1)
+    after = cache.traffic
+    assert after.hits - before.hits >= 2 * (after.misses - before.misses)
+
+
+def test_a_fork_writes_nothing_into_the_files_of_its_origin(tmp_path: Path) -> None:
+    model = models.landmark_model("llama", settings())
+    cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", folder=tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    fork = cache.fork()
+    fork.crop(-50)
+    model.read(models.text(100, seed=1)[None], cache=fork)
+    assert len(before) == LAYERS < len(list(tmp_path.iterdir()))
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_places_of_a_file_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``max_blocks`` a memory that goes on for ever takes no more of the disk."""
+    for module, name, value in ((shelf, "EXTENT_BYTES", 1), (store, "EVICTION_STEP", 1), (store, "SPARE_BLOCKS", 0)):
+        monkeypatch.setattr(module, name, value)
+    model = models.landmark_model("llama", settings().replace(max_blocks=3))
+    cache, sizes = LandmarkCache(model.config, "disk"), []
+    for _ in range(5):
+        model.read(models.text(100)[None], cache=cache)
+        sizes.append([memory.store.near.shelf.file.path.stat().st_size for memory in cache.memories])
+    assert sizes[1] == sizes[-1]
+
+
+def limited(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@torch.no_grad()
+def test_a_full_disk_leaves_the_memory_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's own refusal, by a limit on the size of files."""
+    monkeypatch.setattr(shelf, "EXTENT_BYTES", 2**13)
+    model = models.landmark_model("llama", settings())
+    ids = models.text(400)[None]
+    expected = model(ids).logits[:, 100:]
+    cache = model.read(ids[:, :100], cache=LandmarkCache(model.config, "disk", folder=tmp_path))
+    limited(2**14 + 2**12)
+    try:
+        with pytest.raises(ValueError, match=f"no room for .* bytes of blocks in '{tmp_path}'"):
+            while True:
+                model(ids[:, 100:200], past_key_values=cache)
+    finally:
+        limited(resource.RLIM_INFINITY)
+    cache.crop(100)
+    torch.testing.assert_close(model(ids[:, 100:], past_key_values=cache).logits, expected, rtol=0, atol=1e-9)
