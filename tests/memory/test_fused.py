@@ -11,6 +11,7 @@ from landmark.memory import layer
 from landmark.memory.layer import LayerMemory
 from landmark.memory.plan import make_plan, move
 from landmark.memory.positions import RotationTables
+from landmark.memory.tiers import Tiers
 from landmark.rotary import Rotary
 from numerics import assert_close, low_precision_budget, online_error
 
@@ -65,10 +66,10 @@ def case(seed):
     )
 
 
-def outputs(case, seed, *, upcast=False):
+def outputs(case, seed, *, upcast=False, tiers=None):
     """Of each call the output (B, T, H, D), which of it is text (B, T), and what was retrieved."""
     noise = torch.Generator().manual_seed(seed)
-    memory = LayerMemory(case.config, RotationTables(case.rotary, case.config.block_size), case.layer)
+    memory = LayerMemory(case.config, RotationTables(case.rotary, case.config.block_size), case.layer, tiers)
     rows = len(case.calls[0][0])
     starts, found = [0] * rows, []
     shared = torch.randn(1, case.heads[1], 1, case.dim, generator=noise)
@@ -118,3 +119,17 @@ def test_fused_is_plain(seed, monkeypatch):
                 budget += online_error(torch.tensor(2 * made.dim * SCALE)) * wanted.abs().max().item()
                 assert_close(fused, wanted, budget, name)
     assert used
+
+
+@pytest.mark.parametrize("seed", range(CASES if ON_GPU else 3))
+def test_fused_computes_the_same_bits_on_every_tier(seed, monkeypatch):
+    """With few frames, so that blocks come and go."""
+    made = case(seed)
+    block = 2 * len(made.calls[0][0]) * made.heads[1] * made.config.block_size * made.dim * made.dtype.itemsize
+    monkeypatch.setattr(layer, "runs_fused", lambda *_: True)
+    expected = outputs(made, seed)
+    for tier in ("host", "disk"):
+        found = outputs(made, seed, tiers=Tiers(tier, device_bytes=3 * block))
+        for (output, there, read), (right, _, best) in zip(found, expected, strict=True):
+            assert torch.equal(output[there], right[there])
+            assert torch.equal(read.blocks, best.blocks) and torch.equal(read.weights, best.weights)

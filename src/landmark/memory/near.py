@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from landmark.memory.plan import Plan, Writes
-from landmark.memory.tiers import Tiers, Traffic
+from landmark.memory.tiers import Traffic
 
 
 class Near(Protocol):
@@ -62,23 +62,16 @@ class AllNear:
 
     Args:
         block_size: positions of a block.
-        tiers: the budget of this layer.
     """
 
-    def __init__(self, block_size: int, tiers: Tiers) -> None:
-        self.block_size, self.tiers, self.traffic = block_size, tiers, Traffic()
+    def __init__(self, block_size: int) -> None:
+        self.block_size, self.traffic = block_size, Traffic()
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
 
     def reserve(self, places: int, like: Tensor) -> None:
-        """As ``Near.reserve``; raises ``ValueError`` beyond the budget."""
-        shape, budget = (*like.shape[:2], places, self.block_size, like.shape[-1]), self.tiers.device_bytes
-        needed = 2 * torch.Size(shape).numel() * like.itemsize
-        if budget is not None and needed > budget:
-            raise ValueError(
-                f"device_bytes: expected room for {needed} bytes in each layer, got {budget}: give more or use "
-                "tier='host'"
-            )
+        """As ``Near.reserve``."""
+        shape = (*like.shape[:2], places, self.block_size, like.shape[-1])
         self.keys = grown(self.keys, like.new_zeros(shape))
         self.values = grown(self.values, like.new_zeros(shape))
 

@@ -39,9 +39,7 @@ class BlockStore:
         self.block_size = block_size
         self.shared_landmark = shared_landmark
         self.first = 1
-        self.near: Near = (
-            AllNear(block_size, tiers) if tiers.tier == "device" else SomeNear(block_size, local_blocks, tiers)
-        )
+        self.near: Near = AllNear(block_size) if tiers.tier == "device" else SomeNear(block_size, local_blocks, tiers)
         self.landmark_keys = torch.empty(0)
 
     @property

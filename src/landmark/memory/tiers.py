@@ -15,9 +15,9 @@ class Tiers:
     Attributes:
         tier: ``device`` keeps all blocks beside the computation, ``host`` in the memory of the CPU (pinned where there
             is CUDA), ``disk`` in files. Landmark keys stay on the device.
-        device_bytes: of blocks on the device, over all layers. On lower tiers they hold the blocks that were read
-            lately (``None``: 64 for each row and key/value head); the blocks of the call in progress and the local ones
-            come on top.
+        device_bytes: of blocks beside the computation that were read lately, over all layers (``None``: 64 blocks for
+            each row and key/value head). The blocks of the call in progress and the local ones come on top, as do,
+            while a call needs them, more blocks than there is room for.
         host_bytes: of blocks in the memory of the CPU, over all layers; when they are full, the oldest move down.
             ``None``: no limit for tier ``host``, none at all for tier ``disk``.
         folder: where the files of tier ``disk`` lie, ``None`` for the system's folder of temporary files. They are
@@ -40,11 +40,10 @@ class Tiers:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected a number of bytes of at least 1, got {value!r}")
-        for name, users in (("host_bytes", TIERS[1:]), ("folder", TIERS[2:])):
-            if getattr(self, name) is not None and self.tier not in users:
-                raise ValueError(
-                    f"{name}: expected none for tier {self.tier!r}, got {getattr(self, name)!r}; leave it out"
-                )
+        for name, users in (("device_bytes", TIERS[1:]), ("host_bytes", TIERS[1:]), ("folder", TIERS[2:])):
+            given = getattr(self, name)
+            if given is not None and self.tier not in users:
+                raise ValueError(f"{name}: expected none for tier {self.tier!r}, got {str(given)!r}; leave it out")
         if self.folder is not None and not Path(self.folder).is_dir():
             raise FileNotFoundError(f"folder: expected a folder that exists, got {str(self.folder)!r}; make it first")
 

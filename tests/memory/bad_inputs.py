@@ -1,0 +1,52 @@
+"""What the memory refuses: (name, call, what the message says). A call may take an empty folder."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import models
+from landmark import LandmarkCache, LandmarkConfig
+
+TEXT = models.text(60)[None]
+
+
+def cache(tier: str = "device", **budgets: Any) -> LandmarkCache:
+    return LandmarkCache(model(), tier, **budgets)
+
+
+def model() -> Any:
+    return models.landmark_model("llama", LandmarkConfig(block_size=5))
+
+
+def no_room(folder: Path) -> None:
+    """The system refuses files above a size."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, most[1]))
+    try:
+        model().read(TEXT, cache=cache("disk", folder=folder))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+
+
+CASES = [
+    ("an unknown tier", lambda: cache("tape"), "tier: expected one of device, host, disk, got 'tape'"),
+    ("a budget of 0", lambda: cache("host", device_bytes=0), "device_bytes: expected .* at least 1, got 0"),
+    ("a budget in words", lambda: cache("host", host_bytes="1 GB"), "host_bytes: expected .* got '1 GB'"),
+    ("a device budget of no use", lambda: cache(device_bytes=10), "device_bytes: expected none for tier 'device'"),
+    ("a host budget of no use", lambda: cache(host_bytes=10), "host_bytes: expected none for tier 'device', got '10'"),
+    ("a folder of no use", lambda folder: cache("host", folder=folder), "folder: expected none for tier 'host'.*leave"),
+    ("a folder not there", lambda folder: cache("disk", folder=folder / "none"), "folder that exists, got .*none"),
+    (
+        "a budget below one block",
+        lambda: model().read(TEXT, cache=cache("host", device_bytes=100)),
+        "device_bytes: expected at least .* in each layer.*got 50",
+    ),
+    (
+        "more than the host may hold",
+        lambda: model().read(TEXT, cache=cache("host", host_bytes=1000)),
+        "host_bytes: expected room .*tier='disk'",
+    ),
+    ("a full disk", no_room, "no room for .* more bytes of blocks in .*make room"),
+]
