@@ -30,6 +30,14 @@ def no_room(folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
 
 
+def lost(folder: Path) -> LandmarkCache:
+    """The folder goes after the cache was made."""
+    (folder / "gone").mkdir()
+    made = cache("disk", folder=folder / "gone")
+    (folder / "gone").rmdir()
+    return made
+
+
 CASES = [
     ("an unknown tier", lambda: cache("tape"), "tier: expected one of device, host, disk, got 'tape'"),
     ("a budget of 0", lambda: cache("host", device_bytes=0), "device_bytes: expected .* at least 1, got 0"),
@@ -47,6 +55,11 @@ CASES = [
         "more than the host may hold",
         lambda: model().read(TEXT, cache=cache("host", host_bytes=1000)),
         "host_bytes: expected room .*tier='disk'",
+    ),
+    (
+        "a folder that takes no files",
+        lambda folder: model().read(TEXT, cache=lost(folder)),
+        "no room for .*(No such|make)",
     ),
     ("a full disk", no_room, "no room for .* more bytes of blocks in .*make room"),
 ]

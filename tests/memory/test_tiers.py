@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import random
 import resource
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +288,20 @@ def test_a_fork_writes_nothing_into_the_files_of_its_origin(tmp_path: Path) -> N
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+def test_more_rows_stay_within_the_budget() -> None:
+    model, block = models.landmark_model("llama", settings()), 2 * 2 * 4 * 8 * 8
+    cache = LandmarkCache(model.config, "host", device_bytes=LAYERS * 4 * block)
+    model.read(models.text(200)[None], cache=cache)
+    found = []
+    for rows in (1, 2, 4):
+        cache.reorder_cache(torch.zeros(rows, dtype=torch.long))
+        found += [memory.store.near.hot.shape[1] for memory in cache.memories]
+    assert found == [4, 4, 2, 2, 1, 1]
+    with pytest.raises(ValueError, match="device_bytes: expected at least"):
+        cache.reorder_cache(torch.zeros(5, dtype=torch.long))
+    assert len(cache.tokens) == 4
+
+
 def test_places_of_a_file_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``max_blocks`` a memory that goes on for ever takes no more of the disk."""
     for module, name, value in ((shelf, "EXTENT_BYTES", 1), (store, "EVICTION_STEP", 1), (store, "SPARE_BLOCKS", 0)):
@@ -294,6 +312,40 @@ def test_places_of_a_file_are_used_again(monkeypatch: pytest.MonkeyPatch) -> Non
         model.read(models.text(100)[None], cache=cache)
         sizes.append([memory.store.near.shelf.file.path.stat().st_size for memory in cache.memories])
     assert sizes[1] == sizes[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_lies_on_disk_is_not_resident() -> None:
+    """300 MiB written and read again, in a process of its own: neither pages written nor pages read stay."""
+    code = """
+        import re, torch
+        from landmark import LandmarkConfig
+        from landmark.memory.plan import make_plan
+        from landmark.memory.store import BlockStore
+        from landmark.memory.tiers import Tiers
+
+        def resident():
+            return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+        torch.set_num_threads(1)
+        store, config = BlockStore(64, local_blocks=2, tiers=Tiers("disk")), LandmarkConfig()
+        key = torch.randn(1, 6, 1024, 64)
+        for begin in range(0, 100 * 1024, 1024):
+            plan = make_plan([begin], [1024], config)
+            store.reserve(plan.blocks, key)
+            store.open(plan)
+            store.write(key + begin, key, plan.writes)
+            if begin == 4096:
+                before = resident()
+        for place in range(0, 1600, 16):
+            store.fetch(torch.arange(place, place + 16).expand(1, 6, 16))
+        assert store.traffic.fetched_disk > 2**28 < store.nbytes("disk")
+        print(resident() - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    paths = {**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=paths)
+    assert int(done.stdout) / 2**10 < 100
 
 
 def limited(size: int) -> None:

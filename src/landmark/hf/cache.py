@@ -158,10 +158,10 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         if self._mask is None:
             return
         rows = beam_idx.cpu()
-        self._mask = self._mask[rows]
-        self._tokens = [self._tokens[row] for row in rows.tolist()]
         for memory in self._made():
             memory.select_rows(rows)
+        self._mask = self._mask[rows]
+        self._tokens = [self._tokens[row] for row in rows.tolist()]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows (a boolean mask or indices)."""

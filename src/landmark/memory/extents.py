@@ -6,10 +6,12 @@ blocks that are finished one after another are written one after another.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -58,7 +60,8 @@ class BlockFile:
         self.shape, self.dtype = shape, dtype
         self.extent_bytes = torch.Size(shape).numel() * dtype.itemsize
         self.stride = -(-self.extent_bytes // PAGE) * PAGE
-        self.handle, path = tempfile.mkstemp(prefix="landmark-", suffix=".blocks", dir=folder)
+        with _refused(folder or tempfile.gettempdir(), self.stride):
+            self.handle, path = tempfile.mkstemp(prefix="landmark-", suffix=".blocks", dir=folder)
         self.path = Path(path)
         self.places = 0
         self.free: list[int] = []
@@ -70,7 +73,7 @@ class BlockFile:
         """Returns the place of a new extent: one that is free again, else at the end."""
         if self.free:
             return self.free.pop()
-        with self._said(self.stride):
+        with _refused(self.path.parent, self.stride):
             os.ftruncate(self.handle, (self.places + 1) * self.stride)
         self.places += 1
         return self.places - 1
@@ -79,7 +82,7 @@ class BlockFile:
         """Writes at a byte offset of an extent."""
         left = memoryview(data.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
         begin = place * self.stride + offset
-        with self._said(len(left)):
+        with _refused(self.path.parent, len(left)):
             while left:
                 written = os.pwrite(self.handle, left, begin)
                 left, begin = left[written:], begin + written
@@ -96,26 +99,17 @@ class BlockFile:
         """Told of bytes that were read."""
         self._left -= amount
 
-    def _said(self, wanted: int) -> _Said:
-        return _Said(self, wanted)
 
-
-class _Said:
+@contextlib.contextmanager
+def _refused(folder: str | Path, wanted: int) -> Iterator[None]:
     """Turns the system's error into one that names the folder and the bytes."""
-
-    def __init__(self, file: BlockFile, wanted: int) -> None:
-        self.file, self.wanted = file, wanted
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            held = self.file.places * self.file.stride
-            raise ValueError(
-                f"no room for {self.wanted} more bytes of blocks in {str(self.file.path.parent)!r}, which holds {held} "
-                f"of this layer ({error.strerror}): make room there or give another folder; the cache is as before"
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"no room for {wanted} more bytes of blocks in {str(folder)!r} ({error.strerror}): make room there or give "
+            "another folder; the cache is as before"
+        ) from error
 
 
 def _remove(handle: int, path: str) -> None:

@@ -44,14 +44,7 @@ class SomeNear:
         if self.keys.numel():
             return
         batch, heads, _, dim = like.shape
-        hot, one = HOT_BLOCKS, 2 * batch * heads * self.block_size * dim * like.itemsize
-        if self.tiers.device_bytes is not None:
-            hot = self.tiers.device_bytes // one
-        if hot == 0:
-            raise ValueError(
-                f"device_bytes: expected at least {one} bytes in each layer, one block of all rows and heads, got "
-                f"{self.tiers.device_bytes}: give more"
-            )
+        hot = self._affordable(batch, heads * self.block_size * dim * like.itemsize)
         self.keys = like.new_zeros(batch, heads, 1 + hot, self.block_size, dim)
         self.values = torch.zeros_like(self.keys)
         self.recent = torch.full((batch, 0), -1)
@@ -116,12 +109,14 @@ class SomeNear:
         self.shelf.drop(self.first)
 
     def select_rows(self, rows: Tensor) -> None:
-        """As ``Near.select_rows``."""
+        """As ``Near.select_rows``; more rows have fewer hot frames each, where there is a budget."""
         heads = self.keys.shape[1]
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        hot = min(self.hot.shape[1], self._affordable(len(rows), self.keys[0, :, 0].nbytes))
+        near = slice(1 + self.recent.shape[1] + hot)
+        self.keys, self.values = (each[:, :, near].index_select(0, rows) for each in (self.keys, self.values))
         rows = rows.cpu()
         owners = (rows[:, None] * heads + torch.arange(heads)).flatten()
-        self.recent, self.hot, self.asked = self.recent[rows], self.hot[owners], self.asked[owners]
+        self.recent, self.hot, self.asked = self.recent[rows], self.hot[owners, :hot], self.asked[owners, :hot]
         self.shelf.select_rows(rows)
 
     def nbytes(self, tier: str) -> int:
@@ -129,6 +124,18 @@ class SomeNear:
         if tier == "device":
             return sum(each.numel() * each.itemsize for each in (self.keys, self.values))
         return self.shelf.nbytes(tier)
+
+    def _affordable(self, batch: int, key_bytes: int) -> int:
+        """Hot frames of each row and head, where the keys of a block of a row take ``key_bytes``."""
+        one, budget = 2 * batch * key_bytes, self.tiers.device_bytes
+        if budget is None:
+            return HOT_BLOCKS
+        if budget < one:
+            raise ValueError(
+                f"device_bytes: expected at least {one} bytes in each layer, one block of all rows and heads, got "
+                f"{budget}: give more"
+            )
+        return budget // one
 
     def _block_of(self, places: Tensor) -> Tensor:
         return torch.where(places == 0, 0, places.long() + self.first - 1)

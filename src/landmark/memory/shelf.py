@@ -11,7 +11,7 @@ from torch import Tensor
 from landmark.memory.extents import BlockFile, DiskExtent, Extent, HostExtent
 from landmark.memory.tiers import Tiers, Traffic
 
-EXTENT_BYTES = 2**24  # of an extent, at most, unless one block of all rows is larger
+EXTENT_BYTES = 2**22  # of an extent, at most, unless one block of all rows is larger
 
 
 class Shelf:
