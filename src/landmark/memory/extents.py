@@ -17,9 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MAPPED_BYTES = (
-    2**24
-)  # read through one mapping of a file before it is made anew, so that its pages do not stay resident
+MAPPED_BYTES = 2**24  # read through a mapping before it is made anew, so that its pages do not stay resident
 PAGE = mmap.ALLOCATIONGRANULARITY
 
 
