@@ -19,7 +19,7 @@ import torch
 import models
 from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
-from landmark.memory import extents, layer, shelf, store
+from landmark.memory import extents, frames, layer, shelf, store
 from landmark.memory.plan import make_plan
 from landmark.memory.store import BlockStore
 from landmark.memory.tiers import Tiers
@@ -286,6 +286,23 @@ def test_a_fork_writes_nothing_into_the_files_of_its_origin(tmp_path: Path) -> N
     model.read(models.text(100, seed=1)[None], cache=fork)
     assert len(before) == LAYERS < len(list(tmp_path.iterdir()))
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("forked_goes_back", [True, False])
+@torch.no_grad()
+def test_a_fork_and_its_origin_go_back_without_the_other(tier: str, forked_goes_back: bool, monkeypatch: Any) -> None:
+    """What was finished is rewritten by one of them, while the other goes on reading it: no frames hide it."""
+    monkeypatch.setattr(frames, "HOT_BLOCKS", 1)
+    model, found = models.landmark_model("llama", settings()), []
+    for each in ("device", tier):
+        origin = model.read(models.text(200)[None], cache=LandmarkCache(model.config, each))
+        fork = origin.fork()
+        back, on = (fork, origin) if forked_goes_back else (origin, fork)
+        back.crop(-120)
+        model.read(models.text(90, seed=1)[None], cache=back)
+        found.append(model(models.text(60, seed=2)[None], past_key_values=on).logits)
+    assert torch.equal(*found)
 
 
 def test_more_rows_stay_within_the_budget() -> None:
