@@ -14,6 +14,7 @@ _HOME = {
     "LandmarkCache": "landmark.hf.cache",
     "LandmarkConfig": "landmark.config",
     "convert": "landmark.hf.convert",
+    "explain": "landmark.eval.explain",
     "insert_landmarks": "landmark.blocks",
     "landmark_attention": "landmark.ops.attention",
     "load": "landmark.hf.convert",
@@ -25,6 +26,7 @@ __all__ = [
     "LandmarkConfig",
     "__version__",
     "convert",
+    "explain",
     "insert_landmarks",
     "landmark_attention",
     "load",
@@ -34,6 +36,7 @@ __all__ = [
 if TYPE_CHECKING:
     from landmark.blocks import insert_landmarks, strip_landmarks
     from landmark.config import LandmarkConfig
+    from landmark.eval.explain import explain
     from landmark.hf.cache import LandmarkCache
     from landmark.hf.convert import convert, load
     from landmark.ops.attention import landmark_attention

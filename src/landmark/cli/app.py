@@ -11,6 +11,7 @@ import typer
 import landmark
 from landmark.cli.convert import convert
 from landmark.cli.demo import demo
+from landmark.cli.explain import explain
 from landmark.cli.generate import generate
 from landmark.cli.info import info
 from landmark.cli.passkey import passkey
@@ -27,6 +28,7 @@ evaluation = typer.Typer(help="Evaluate a model: pass key, named facts, perplexi
 app.add_typer(evaluation, name="eval")
 app.command()(demo)
 app.command()(generate)
+app.command()(explain)
 app.command()(convert)
 app.command()(train)
 app.command()(info)

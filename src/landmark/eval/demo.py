@@ -14,6 +14,7 @@ from torch import Tensor
 from landmark.blocks import slot_of
 from landmark.eval.dense import DenseRun
 from landmark.eval.episodes import Episode, build_episode, named_codes, pass_key
+from landmark.eval.explain import block_shares
 from landmark.eval.fillers import Filler, file_text, pydoc_text, tokenize
 from landmark.eval.measure import measured
 from landmark.eval.passkey import read_into_memory
@@ -165,14 +166,9 @@ def _blocks_read(
     subject: Subject, episode: Episode, retrievals: Sequence[Any], slots: Sequence[int]
 ) -> Iterator[BlockRead]:
     weights: dict[int, float] = {}
-    readers = 0
-    for retrieval in retrievals:
-        wanted = torch.isin(retrieval.positions[0], torch.tensor(slots))
-        blocks, gates = retrieval.blocks[0][:, wanted], retrieval.weights[0][:, wanted].float()
-        readers += blocks.shape[0] * blocks.shape[1]
-        for block in blocks.unique().tolist():
-            if block >= 0:
-                weights[block] = weights.get(block, 0.0) + float(gates[blocks == block].sum())
+    for shares in block_shares(retrievals, slots):
+        for block, share in shares.items():
+            weights[block] = weights.get(block, 0.0) + share / len(slots)
     per_block = subject.model.landmark.block_size - 1
     place = episode.places[0]
     for block in sorted(weights, key=lambda index: -weights[index]):
@@ -180,7 +176,7 @@ def _blocks_read(
         text = subject.tokenizer.decode(episode.document[first:last].tolist())
         middle = (first + last) / 2 / len(episode.document)
         has_fact = first < place.stop and place.start < last
-        yield BlockRead(block, middle, weights[block] / readers, text, has_fact)
+        yield BlockRead(block, middle, weights[block], text, has_fact)
 
 
 def recorded_twin(length: int) -> PasskeyRow | None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landmark.data.sources import pieces
 from landmark.data.text import read_documents
 
 PAPER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,5 @@ def file_text(path: Path, option: str) -> str:
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:
     """Returns the token ids of a text of any length ``(n,)``, no special tokens; cut at line ends, piece by piece."""
-    pieces, held, size = [], [], 0
-    for line in text.splitlines(keepends=True):
-        held.append(line)
-        size += len(line)
-        if size >= _PIECE:
-            pieces.append("".join(held))
-            held, size = [], 0
-    pieces.append("".join(held))
-    batches = tokenizer([piece for piece in pieces if piece], add_special_tokens=False, verbose=False)["input_ids"]
+    batches = tokenizer(list(pieces(text)), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor([token for ids in batches for token in ids], dtype=torch.long)

@@ -1,0 +1,41 @@
+"""``landmark explain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from landmark.cli.options import Device, Dtype, Model
+
+SHOWN_CHARACTERS = 240
+
+
+def explain(
+    files: Annotated[list[Path], typer.Argument(help="Text files or folders of .txt files, read one after the other.")],
+    question: Annotated[str, typer.Option(help="What the model goes on from; it ends where the answer begins.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("out/explain.html"),
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 16,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Ask about FILES, and show as an HTML page which passages were read for each token of the answer."""
+    from landmark.eval.explain import explain as explained
+    from landmark.eval.explain import file_sources
+    from landmark.eval.subjects import load, quiet, require_landmark
+
+    quiet()
+    sources = [(source.name, source.text) for source in file_sources(files)]
+    subject = load(model, device, dtype)
+    require_landmark(subject)
+    explanation = explained(subject.model, subject.tokenizer, sources, question, max_new_tokens=max_new_tokens)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(explanation.html(), encoding="utf-8")
+    typer.echo(f"{question.strip()}{explanation.answer.rstrip()}")
+    for passage in explanation.passages():
+        text = " ".join(passage.text.split())
+        cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
+        typer.echo(f"  {passage.weight:>4.0%}  {passage.source}:{passage.line}  {cut}")
+    typer.echo(f"Page: {out}")

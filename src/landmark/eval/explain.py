@@ -1,0 +1,179 @@
+"""Asks a memory and says which text was read for each token of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landmark.blocks import slot_of
+from landmark.data.sources import Reading, Source, read_sources
+from landmark.data.text import read_documents
+from landmark.eval.explanation import Explanation, Span, Step
+from landmark.hf.cache import LandmarkCache
+from landmark.memory.layer import Retrieval
+
+MAX_NEW_TOKENS = 16
+
+
+def explain(
+    model: Any,
+    tokenizer: Any,
+    text: str | Sequence[tuple[str, str]],
+    question: str,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> Explanation:
+    """Reads a text without retrieval, asks a question with it, and says what was read for each token of the answer.
+
+    Args:
+        model: a landmark model.
+        tokenizer: its tokenizer, a fast one.
+        text: of any length; or several, as ``(name, text)``, read one after the other.
+        question: what the model goes on from, as it stands; it ends where the answer begins.
+        max_new_tokens: at most so many tokens are written, the most probable ones.
+
+    Raises:
+        ValueError: no text, an empty question, no new tokens, or a slow tokenizer.
+    """
+    named = [("text", text)] if isinstance(text, str) else text
+    reading = read_sources([Source(name, characters) for name, characters in named], tokenizer)
+    ids = _question_ids(tokenizer, question)
+    cache = model.read(reading.ids[None].to(model.device), retrieve=False)
+    return _explained(model, tokenizer, cache, reading, question, ids, max_new_tokens)
+
+
+def explain_memory(
+    model: Any,
+    tokenizer: Any,
+    memory: LandmarkCache,
+    reading: Reading,
+    question: str,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> Explanation:
+    """The same of what was read before; the memory stays as it is, the question runs on a fork.
+
+    Args:
+        model: a landmark model.
+        tokenizer: its tokenizer.
+        memory: of one row, without padding.
+        reading: what it has read.
+        question: see ``explain``.
+        max_new_tokens: see ``explain``.
+
+    Raises:
+        ValueError: a memory of other text, or of several rows; else as ``explain``.
+    """
+    length = len(reading.ids)
+    if memory.tokens != [length] or memory.get_seq_length() != length:
+        raise ValueError(
+            f"memory: expected one row of the {length} text tokens of the reading, without padding, got rows of "
+            f"{memory.tokens} in {memory.get_seq_length()} columns; pass what was read into it, and nothing more"
+        )
+    return _explained(
+        model, tokenizer, memory.fork(), reading, question, _question_ids(tokenizer, question), max_new_tokens
+    )
+
+
+def _question_ids(tokenizer: Any, question: str) -> list[int]:
+    ids: list[int] = tokenizer(question, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError("question: expected at least one token, got an empty text; ask something")
+    return ids
+
+
+def _explained(
+    model: Any, tokenizer: Any, cache: LandmarkCache, reading: Reading, question: str, asked: list[int], most: int
+) -> Explanation:
+    if most < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {most}; pass for example {MAX_NEW_TOKENS}")
+    cache.record, cache.retrievals = True, []
+    ids = torch.cat((reading.ids, torch.tensor(asked)))[None].to(model.device)
+    with torch.no_grad():
+        whole = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=most, do_sample=False
+        )
+    written = _without_end(whole[0, ids.shape[1] :].tolist(), model.generation_config.eos_token_id)
+    texts = list(token_texts(tokenizer, written))
+    size = model.landmark.block_size
+    slots = [slot_of(ids.shape[1] - 1 + index, size) for index in range(len(written))]
+    shares = block_shares(cache.retrievals, slots)
+    steps = (Step(text, spans_of(share, reading, size - 1)) for text, share in zip(texts, shares, strict=True))
+    return Explanation(reading.sources, question, "".join(texts), tuple(steps))
+
+
+def block_shares(retrievals: Iterable[Retrieval], slots: Sequence[int]) -> list[dict[int, float]]:
+    """Returns the share of the attention that each retrieved block got from the queries at some slots.
+
+    Args:
+        retrievals: what a cache of one row recorded.
+        slots: of the queries; the token after a query is what it gave.
+
+    Returns:
+        for each slot the blocks, by index, and the mean of their gate weights over layers and heads (layers that
+        retrieve nothing are counted).
+    """
+    index = {slot: number for number, slot in enumerate(slots)}
+    sums: list[dict[int, float]] = [{} for _ in slots]
+    readers = [0] * len(slots)
+    for retrieval in retrievals:
+        for column, slot in enumerate(retrieval.positions[0].tolist()):
+            if slot in index:
+                number = index[slot]
+                readers[number] += retrieval.blocks.shape[1]
+                _add(sums[number], retrieval.blocks[0, :, column], retrieval.weights[0, :, column])
+    return [{block: total / count for block, total in of.items()} for of, count in zip(sums, readers, strict=True)]
+
+
+def _add(sums: dict[int, float], blocks: Tensor, weights: Tensor) -> None:
+    found, place = torch.unique(blocks, return_inverse=True)
+    totals = torch.zeros(len(found), dtype=torch.float64)
+    totals.index_add_(0, place.flatten(), weights.flatten().double())
+    for block, total in zip(found.tolist(), totals.tolist(), strict=True):
+        if block >= 0:
+            sums[block] = sums.get(block, 0.0) + total
+
+
+def spans_of(shares: dict[int, float], reading: Reading, text_per_block: int) -> tuple[Span, ...]:
+    """Returns the blocks, by place, that hold text of the sources, with their characters."""
+    spans = (Span(block, *reading.of_block(block, text_per_block), shares[block]) for block in sorted(shares))
+    return tuple(span for span in spans if span.begin < span.end)
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
+    """Yields the text of each token; joined, they are the text of all.
+
+    A token whose bytes make a character only with those of the next has none, the last of them has the character.
+    """
+    done = 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and end < len(ids):
+            yield ""
+        else:
+            yield text[done:]
+            done = len(text)
+
+
+def _without_end(ids: list[int], end: int | list[int] | None) -> list[int]:
+    ends = [] if end is None else [end] if isinstance(end, int) else end
+    return ids[:-1] if ids and ids[-1] in ends else ids
+
+
+def file_sources(files: Iterable[Path]) -> list[Source]:
+    """Returns text files by their paths: those named, those below folders (.txt), each row of JSONL files.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: empty, no UTF-8 text, or a folder without .txt files.
+    """
+    found: list[Path] = []
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"FILES: expected text files or folders of .txt files, got {file}: no such file")
+        found += (sorted(file.rglob("*.txt")) if file.is_dir() else []) or [file]
+    return [Source(str(file.parent / each.title), each.text) for file in found for each in read_documents(file)]
