@@ -160,6 +160,7 @@ PUBLIC = {
         "max_blocks=None, "
     ),
     "load": "path=None, ",
+    "explain": "model, tokenizer, text, question, *, max_new_tokens=16",
 }
 
 
@@ -177,8 +178,8 @@ def test_fixed_signatures(name):
 def test_public_names_are_there():
     import landmark
 
-    expected = {"LandmarkCache", "LandmarkConfig", "convert", "insert_landmarks", "landmark_attention", "load"}
-    assert expected | {"strip_landmarks", "__version__"} == set(landmark.__all__)
+    expected = {"LandmarkCache", "LandmarkConfig", "convert", "explain", "insert_landmarks", "landmark_attention"}
+    assert expected | {"load", "strip_landmarks", "__version__"} == set(landmark.__all__)
     for name in landmark.__all__:
         assert getattr(landmark, name) is not None
     assert re.search(rf'^version = "{re.escape(landmark.__version__)}"$', (ROOT / "pyproject.toml").read_text(), re.M)
@@ -190,6 +191,7 @@ CLI = {
     "train": {"--data", "--out", "--model", "--config"},
     "generate": {"--model"},
     "info": set(),
+    "explain": {"--question", "--out", "--model", "--max-new-tokens"},
     "eval passkey": {
         "--model",
         "--lengths",

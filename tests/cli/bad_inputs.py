@@ -66,6 +66,15 @@ CASES = [
     ("a demo of no text", run("demo --model MARKED --text FOLDER/a.txt"), "--text: expected a text file.*a.txt"),
     ("a demo of an empty text", run("demo --model MARKED --text FILE", b""), "empty file"),
     ("a demo of a short text", run("demo --model MARKED --text FILE", b"word " * 9), "at least 1024 tokens"),
+    ("explain no file", run("explain FOLDER/a.txt --question hi --model MARKED"), "FILES: expected text files.*a.txt"),
+    ("explain an empty folder", run("explain FOLDER --question hi --model MARKED"), "expected .txt files, found none"),
+    ("explain an image", run("explain FILE --question hi --model MARKED", b"\x89PNG\0\1"), "binary data"),
+    ("explain a plain model", run("explain FILE --question hi --model PLAIN", b"text"), "--model: expected a landmark"),
+    (
+        "explain in no token",
+        run("explain FILE --question hi --model MARKED --max-new-tokens 0", b"text"),
+        "got 0; pass",
+    ),
     ("a binary text", run("generate hi --model MARKED --file FILE", b"\x89PNG\0\1"), "binary data"),
     ("a text in another encoding", run("generate hi --model MARKED --file FILE", b"caf\xe9"), "UTF-8.*0xe9"),
     (

@@ -86,6 +86,27 @@ def test_generate_reads_a_file_first(run, folder, tmp_path):
     assert len({shown["alone"], shown["local"], shown["retrieve"], shown["sampled"]}) > 2
 
 
+def test_explain(run, folder, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "b.txt").write_text("What is the pass key?\n" * 40)
+    (tmp_path / "a.py").write_text("# The grass is green.\n" * 40)
+    code, out, err = run(
+        *("explain", "a.py", "notes", "--question", " What is", "--model", folder / "marked"),
+        *("--max-new-tokens", 4, "--out", "pages/a.html"),
+    )
+    assert code == 0, err
+    answer, *passages, page = out.splitlines()
+    assert answer.startswith("What is") and len(answer) > len("What is")
+    assert passages and page == "Page: pages/a.html"
+    for passage in passages:
+        share, place, text = re.fullmatch(r" +([\d.]+)%  (\S+:\d+)  (.*)", passage).groups()
+        name, line = place.split(":")
+        assert name in ("a.py", "notes/b.txt") and 1 <= int(line) <= 40 and 0 < float(share) < 100
+        assert text.removesuffix(" ...") in " ".join((tmp_path / name).read_text().split())
+    written = (tmp_path / "pages" / "a.html").read_text()
+    assert "What is the pass key?" in written and "# The grass is green." in written
+
+
 def test_eval_passkey(run, folder, tmp_path):
     code, out, err = run(
         *("eval", "passkey", "--model", folder / "marked", "--compare", folder / "plain", "--lengths", "200,300"),

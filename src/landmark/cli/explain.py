@@ -37,5 +37,5 @@ def explain(
     for passage in explanation.passages():
         text = " ".join(passage.text.split())
         cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
-        typer.echo(f"  {passage.weight:>4.0%}  {passage.source}:{passage.line}  {cut}")
+        typer.echo(f"  {passage.weight:>5.1%}  {passage.source}:{passage.line}  {cut}")
     typer.echo(f"Page: {out}")

@@ -56,8 +56,9 @@ class Passage:
         begin: its first character, counted over all sources.
         end: the one after its last.
         text: its characters.
-        weight: its share of the attention. A block across the border of two sources is part of a passage in both, each
-            with the whole weight: which part was read is not known.
+        weight: share of the attention of its strongest block, so that many weak blocks do not outweigh the one that was
+            read. A block across the border of two sources is part of a passage in both: which part was read is not
+            known.
     """
 
     source: str
@@ -119,7 +120,7 @@ def _passages(spans: Sequence[Span], sources: Sequence[Source]) -> Iterator[Pass
         for _, group in itertools.groupby(enumerate(inside), key=lambda pair: pair[1].block - pair[0]):
             run = [span for _, span in group]
             first, last = max(run[0].begin, start) - start, min(run[-1].end, end) - start
-            weight = sum(span.weight for span in run)
+            weight = max(span.weight for span in run)
             text = source.text[first:last]
             yield Passage(source.name, source.line(first), start + first, start + last, text, weight)
         start = end
