@@ -200,8 +200,8 @@ def test_passages_are_neighbours_merged_the_strongest_first():
 
 
 def test_blocks_that_are_no_neighbours_are_two_passages():
-    explanation = Explanation(SOURCES, "?", "x", (Step("x", (Span(1, 4, 6, 0.2), Span(3, 14, 19, 0.1))),))
-    assert [(p.source, p.line, p.text) for p in explanation.passages(0)] == [("a.txt", 2, "tw"), ("b.txt", 2, "four\n")]
+    explanation = Explanation(SOURCES, "?", "x", (Step("x", (Span(2, 8, 10, 0.2), Span(4, 14, 19, 0.1))),))
+    assert [(p.source, p.line, p.text) for p in explanation.passages(0)] == [("b.txt", 1, "th"), ("b.txt", 2, "four\n")]
 
 
 def test_a_block_across_a_border_is_a_passage_in_both_sources():

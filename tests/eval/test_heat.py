@@ -300,6 +300,19 @@ def test_an_answer_of_no_tokens(visit):
     assert seen.page.locator("#passages").text_content() == "Nothing was retrieved."
 
 
+def test_a_long_answer_leaves_room_for_the_text(visit):
+    steps = tuple(Step(f" {number}", (Span(0, 0, 60, 0.1),)) for number in range(300))
+    seen = visit(Explanation(SOURCES, "?", "", steps), viewport={"width": 390, "height": 700})
+    for number in (300, 150, 0):
+        seen.page.evaluate(f"show({number})")
+        header, bar, token = (
+            seen.page.locator(each).bounding_box() for each in ("header", "#tokens", "#tokens [aria-pressed=true]")
+        )
+        assert header["y"] == 0 and header["height"] < 350
+        assert bar["y"] <= token["y"] and token["y"] + token["height"] <= bar["y"] + bar["height"]
+        assert seen.in_view("\nbegin")
+
+
 def test_the_heat_is_where_the_model_read(visit, tokenizer):
     explanation = explain(tiny_landmark(), tokenizer, "The grass is green. " * 60, " What is", max_new_tokens=4)
     seen = visit(explanation)
