@@ -7,7 +7,7 @@ import torch
 import landmark
 from landmark.data.sources import Source, read_sources
 from landmark.eval.explain import explain_memory
-from tiny import tiny_landmark, tiny_tokenizer
+from tiny import tiny_landmark, tiny_llama, tiny_tokenizer
 
 
 def explain(text: object, question: str, **more: int) -> object:
@@ -31,6 +31,11 @@ def padded_memory() -> None:
 
 
 CASES = [
+    (
+        "a plain model",
+        lambda: landmark.explain(tiny_llama(), tiny_tokenizer(), "a", "b"),
+        "model: expected a landmark model, got LlamaForCausalLM; use landmark.convert",
+    ),
     ("no text", lambda: explain("", "What"), "text: expected at least one character.*pass a text"),
     ("no sources", lambda: explain([], "What"), "text: expected at least one character, got 0 empty texts"),
     ("no question", lambda: explain("The grass", ""), "question: expected at least one token.*ask"),

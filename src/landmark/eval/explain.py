@@ -37,8 +37,10 @@ def explain(
         max_new_tokens: at most so many tokens are written, the most probable ones.
 
     Raises:
-        ValueError: no text, an empty question, no new tokens, or a slow tokenizer.
+        ValueError: a plain model, no text, an empty question, no new tokens, or a slow tokenizer.
     """
+    if not hasattr(model, "landmark"):
+        raise ValueError(f"model: expected a landmark model, got {type(model).__name__}; use landmark.convert")
     named = [("text", text)] if isinstance(text, str) else text
     reading = read_sources([Source(name, characters) for name, characters in named], tokenizer)
     ids = _question_ids(tokenizer, question)
