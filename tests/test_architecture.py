@@ -27,7 +27,7 @@ ROWS = {
     "cli": 5,
 }
 STRANGERS = {("train", "eval"), ("eval", "train")}
-OPTIONAL = {"matplotlib", "datasets", "peft", "accelerate", "faiss", "triton"}
+OPTIONAL = {"bm25s", "matplotlib", "datasets", "peft", "accelerate", "faiss", "triton"}
 # What a folder may import besides the standard library; optional packages only inside functions.
 THIRD_PARTY = {
     "": set(),
@@ -42,7 +42,7 @@ THIRD_PARTY = {
     "hf": {"torch", "transformers", "safetensors", "numpy", "peft"},
     "data": {"torch", "transformers", "tokenizers", "numpy", "datasets"},
     "train": {"torch", "transformers", "tokenizers", "numpy", "accelerate", "datasets", "peft", "safetensors"},
-    "eval": {"torch", "transformers", "numpy", "datasets", "matplotlib", "rich"},
+    "eval": {"torch", "transformers", "numpy", "datasets", "matplotlib", "rich", "bm25s"},
     "cli": {"torch", "transformers", "typer", "rich", "click"},
 }
 

@@ -14,8 +14,10 @@ from landmark.cli.demo import demo
 from landmark.cli.explain import explain
 from landmark.cli.generate import generate
 from landmark.cli.info import info
+from landmark.cli.passages import passages
 from landmark.cli.passkey import passkey
 from landmark.cli.perplexity import perplexity
+from landmark.cli.rank import rank
 from landmark.cli.train import train
 
 app = typer.Typer(
@@ -24,16 +26,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-evaluation = typer.Typer(help="Evaluate a model: pass key, named facts, perplexity.", add_completion=False)
+evaluation = typer.Typer(help="Evaluate a model: pass key, named facts, perplexity, ranking.", add_completion=False)
 app.add_typer(evaluation, name="eval")
 app.command()(demo)
 app.command()(generate)
 app.command()(explain)
 app.command()(convert)
 app.command()(train)
+app.command()(rank)
 app.command()(info)
 evaluation.command()(passkey)
 evaluation.command()(perplexity)
+evaluation.command("rank")(passages)
 
 # ClickException, of whichever click typer stands on
 _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from landmark.eval.results import PasskeyRow, PerplexityRow
+    from landmark.eval.rank import Line
+    from landmark.eval.results import PasskeyRow, PerplexityRow, RankRow
 
 BEYOND = "beyond the trained length"
+PASSAGE = 80  # characters shown of a passage
 
 
 def show(table: Table) -> None:
@@ -82,6 +86,39 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
             str(row.attention_size),
             f"{row.perplexity:.2f}",
             ", ".join(notes),
+        )
+    return table
+
+
+def ranking_table(lines: Sequence[Line]) -> Table:
+    """Returns documents as they were ranked, the passage cut to one line."""
+    table = Table(title="Documents by their highest landmark score")
+    for name in ("rank", "file", "score", "passage"):
+        table.add_column(name, justify="right" if name in {"rank", "score"} else "left", no_wrap=True)
+    for place, line in enumerate(lines, 1):
+        passage = textwrap.shorten(line.passage, PASSAGE, placeholder=" ...")
+        table.add_row(str(place), escape(line.title), f"{line.score:.3f}", escape(passage))
+    return table
+
+
+def rank_table(rows: Sequence[RankRow]) -> Table:
+    """Returns how often passages led to their documents, by ranker."""
+    table = Table(title=f"A passage's document, {rows[0].data}" if rows else "A passage's document")
+    for name in ("ranker", "model", "text"):
+        table.add_column(name)
+    for name in ("documents", "tokens", "passages", "recall@1", "nDCG@10", "s"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.ranker,
+            _or_dash(row.model),
+            row.text,
+            str(row.documents),
+            f"{row.tokens:,}",
+            str(row.passages),
+            f"{row.recall_at_1:.1%}",
+            f"{row.ndcg_at_10:.3f}",
+            f"{row.seconds:.1f}",
         )
     return table
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from landmark.eval.results import FIGURES, PasskeyRow, PerplexityRow, read
+from landmark.eval.results import FIGURES, PerplexityRow, RankRow, Row, read
 from landmark.eval.subjects import model_folder
 from landmark.ops.choice import explain_impl
 from landmark.versions import versions
@@ -64,7 +64,10 @@ def bundled_lines() -> list[str]:
     return lines + [_line(row) for row in read(folder / FIGURES)]
 
 
-def _line(row: PasskeyRow | PerplexityRow) -> str:
+def _line(row: Row) -> str:
+    if isinstance(row, RankRow):
+        asked = f"{row.passages} passages, {row.documents} documents, text {row.text}, {row.data}"
+        return f"recall@1 {row.recall_at_1:.1%}, nDCG@10 {row.ndcg_at_10:.3f}: {row.ranker}, {asked}"
     settings = f"{row.model}, {row.attention}" + ("" if row.top_k is None else f", k={row.top_k}")
     if isinstance(row, PerplexityRow):
         local = f"{row.scheme} local {row.local}"

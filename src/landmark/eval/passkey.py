@@ -189,11 +189,11 @@ def answers_right(subject: Subject, episodes: Sequence[Episode], read: str = "lo
     return right
 
 
-def read_into_memory(subject: Subject, documents: Tensor, *, retrieve: bool) -> Any:
-    """Reads ``documents (B, T)`` into a cache, in larger chunks on a GPU (a matter of rounding)."""
+def read_into_memory(subject: Subject, documents: Tensor, *, retrieve: bool, cache: Any = None) -> Any:
+    """Reads ``documents (B, T)`` into a cache, a new one for ``None``, in larger chunks on a GPU (rounding only)."""
     large = documents.is_cuda and subject.model.landmark.local == "blocks"
     with subject.configured(**({"chunk_tokens": _LARGE_CHUNK} if large else {})):
-        return subject.model.read(documents, retrieve=retrieve)
+        return subject.model.read(documents, retrieve=retrieve, cache=cache)
 
 
 def _padded(rows: Sequence[list[int]]) -> Tensor:

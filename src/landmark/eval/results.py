@@ -115,8 +115,49 @@ class PerplexityRow:
     data: str
 
 
-Row = PasskeyRow | PerplexityRow
-Some = TypeVar("Some", PasskeyRow, PerplexityRow)
+@dataclasses.dataclass(frozen=True)
+class RankRow:
+    """How often a passage led to its document, by one way of ranking.
+
+    Attributes:
+        ranker: ``landmark`` or ``bm25``.
+        model: name or path of the model; ``None`` for BM25.
+        text: ``cut`` (all passages are cut out of the documents that are searched) or ``whole``.
+        documents: how many are searched.
+        tokens: their text tokens, after cutting.
+        max_tokens: each document's first so many tokens are used; ``None`` for all.
+        passages: how many were asked for.
+        passage_tokens: text tokens of each.
+        recall_at_1: share of passages whose document came first; equal scores count against it.
+        ndcg_at_10: mean of ``1 / log2(1 + rank)`` of the passage's document, 0 beyond rank 10.
+        settings: of the attention while documents are read, or of BM25.
+        seed: of the choice of passages.
+        dtype: of the weights; ``None`` for BM25.
+        library_bytes: what is kept of the documents; ``None`` for BM25.
+        seconds: wall time of reading or indexing the documents and of all passages.
+        data: where the text came from.
+    """
+
+    ranker: str
+    model: str | None
+    text: str
+    documents: int
+    tokens: int
+    max_tokens: int | None
+    passages: int
+    passage_tokens: int
+    recall_at_1: float
+    ndcg_at_10: float
+    settings: dict[str, Any]
+    seed: int
+    dtype: str | None
+    library_bytes: int | None
+    seconds: float
+    data: str
+
+
+Row = PasskeyRow | PerplexityRow | RankRow
+Some = TypeVar("Some", PasskeyRow, PerplexityRow, RankRow)
 
 
 def made_with(device: str) -> dict[str, str | None]:
@@ -184,4 +225,6 @@ def read(path: str | Path) -> list[Row]:
 def _row(fields: dict[str, Any]) -> Row:
     if "perplexity" in fields:
         return PerplexityRow(**fields)
+    if "recall_at_1" in fields:
+        return RankRow(**fields)
     return PasskeyRow(**{**fields, "depths": tuple(fields["depths"])})

@@ -1,0 +1,43 @@
+"""``landmark eval rank``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from landmark.cli.options import Device, Dtype, Model, Seed, words
+
+
+def passages(
+    data: Annotated[str, typer.Option(help="Folder of .txt, .txt or .jsonl file, or a data set of the hub.")],
+    model: Model = None,
+    passages: Annotated[int, typer.Option(help="How many, drawn evenly from the documents.")] = 200,
+    passage_tokens: Annotated[int, typer.Option(help="Text tokens of a passage.")] = 126,
+    max_tokens: Annotated[int | None, typer.Option(help="Only each document's first tokens. By default all.")] = None,
+    split: Annotated[str, typer.Option(help="Part of a divided data set that passages are drawn from.")] = "test",
+    among: Annotated[str, typer.Option(help="Further parts whose documents are searched, with commas.")] = "",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
+) -> None:
+    """Given a passage, find its document: recall@1 and nDCG@10 by landmarks and by BM25."""
+    from landmark.cli.tables import rank_table, show
+    from landmark.data.text import read_documents
+    from landmark.eval import passages as task_module
+    from landmark.eval import results, subjects
+
+    task = task_module.PassageTask(passages, passage_tokens, max_tokens, seed)
+    documents = list(read_documents(data, split=split))
+    others = [document for part in words(among) for document in read_documents(data, split=part)]
+    subjects.quiet()
+    subject = subjects.load(model, device, dtype)
+
+    def tell(row: results.RankRow) -> None:
+        typer.echo(f"{row.ranker}, text {row.text}: recall@1 {row.recall_at_1:.1%}", err=True)
+
+    report = results.Recorder(out, subject.device, tell)
+    name = ", ".join([Path(data).name, split, *(f"among {part}" for part in words(among))])
+    show(rank_table(task_module.run(subject, task, documents, others, name, report)))

@@ -1,0 +1,29 @@
+"""``landmark rank``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from landmark.cli.options import Device, Dtype, Model
+
+
+def rank(
+    query: Annotated[str, typer.Argument(help="Text to look for.")],
+    files: Annotated[list[Path], typer.Argument(help="Text files, or .jsonl files with a document in each row.")],
+    model: Model = None,
+    top: Annotated[int, typer.Option(help="How many documents are shown.")] = 10,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Order FILES by their highest landmark scores for QUERY; the passage is the text of the best block."""
+    if top < 1:
+        raise ValueError(f"--top: expected at least 1, got {top}; pass for example --top 10")
+    from landmark.cli.tables import ranking_table, show
+    from landmark.eval.rank import rank_files
+    from landmark.eval.subjects import load, quiet
+
+    quiet()
+    show(ranking_table(rank_files(load(model, device, dtype), query, files)[:top]))

@@ -1,0 +1,211 @@
+"""Given a passage, find the document it comes from: ranking by landmarks beside BM25, on the same text."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landmark.data.text import Document
+from landmark.eval.bm25 import Bm25, require_bm25s
+from landmark.eval.fillers import tokenize
+from landmark.eval.measure import measured
+from landmark.eval.rank import SETTINGS, TextRead, build_library, read_document, read_text, search
+from landmark.eval.results import RankRow
+from landmark.eval.subjects import Subject, require_landmark
+
+TEXTS = ("cut", "whole")
+CUTOFF = 10  # of nDCG
+
+
+@dataclass(frozen=True)
+class PassageTask:
+    """What is asked.
+
+    Attributes:
+        passages: how many, drawn evenly from the documents, without overlap.
+        passage_tokens: text tokens of a passage.
+        max_tokens: text tokens of a document that are searched and drawn from, its first; ``None`` for all.
+        seed: of the choice of passages.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    passages: int = 200
+    passage_tokens: int = 126
+    max_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("passages", self.passages), ("passage-tokens", self.passage_tokens)):
+            if value < 1:
+                raise ValueError(f"--{name}: expected at least 1, got {value}; leave --{name} out for the default")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"--max-tokens: expected at least 1, got {self.max_tokens}; leave it out for all")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage: its tokens ``start..start + len(ids) - 1`` of document ``document``."""
+
+    document: int
+    start: int
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class _Ranker:
+    """Scores of all searched documents for a passage, and the fields of a row that say what gives them."""
+
+    scores: Callable[[Tensor], Sequence[float]]
+    fields: dict[str, Any]
+
+
+def run(
+    subject: Subject,
+    task: PassageTask,
+    documents: Sequence[Document],
+    others: Sequence[Document],
+    data: str,
+    report: Callable[[RankRow], None],
+) -> list[RankRow]:
+    """Ranks the documents for every passage: first with all passages cut out of their documents, then whole.
+
+    Args:
+        subject: a landmark model.
+        task: what is asked.
+        documents: texts that passages are drawn from.
+        others: further texts that are searched.
+        data: their name, for the rows.
+        report: called with each row as soon as it is there.
+
+    Raises:
+        ValueError: no landmark model, or documents that are too few or too short.
+        ModuleNotFoundError: bm25s is missing.
+    """
+    require_landmark(subject)
+    require_bm25s()
+    ids, more = ([_head(subject, document, task) for document in some] for some in (documents, others))
+    passages = draw_passages(ids, task)
+    with measured(subject.device) as reading:
+        known = [read_document(subject, other) for other in more]
+    rows = []
+    for text in TEXTS:
+        searched = [*(ids if text == "whole" else cut_out(ids, passages)), *more]
+        for make in (_landmarks, _bm25):
+            with measured(subject.device) as measure:
+                ranker = make(subject, searched, known)
+                ranks = [rank_of(ranker.scores(passage.ids), passage.document) for passage in passages]
+            seconds = measure.seconds + (reading.seconds if make is _landmarks else 0.0)
+            rows.append(_row(task, text, ranks, searched, data, seconds, ranker.fields))
+            report(rows[-1])
+    return rows
+
+
+def _head(subject: Subject, document: Document, task: PassageTask) -> Tensor:
+    return tokenize(document.text, subject.tokenizer)[: task.max_tokens]
+
+
+def _landmarks(subject: Subject, searched: Sequence[Tensor], known: Sequence[TextRead]) -> _Ranker:
+    """By landmarks; the last of the documents are ``known`` already."""
+    new = searched[: len(searched) - len(known)]
+    library = build_library([*(read_document(subject, document) for document in new), *known])
+    with subject.configured(**SETTINGS):
+        settings = subject.settings()
+    fields = {
+        "ranker": "landmark",
+        "model": subject.name,
+        "settings": settings,
+        "dtype": subject.dtype,
+        "library_bytes": library.nbytes(),
+    }
+    return _Ranker(lambda passage: [found.score for found in search(library, read_text(subject, passage))], fields)
+
+
+def _bm25(subject: Subject, searched: Sequence[Tensor], known: Sequence[TextRead]) -> _Ranker:
+    """By BM25 on the text of the same tokens."""
+    index = Bm25([subject.tokenizer.decode(document.tolist()) for document in searched])
+    fields = {
+        "ranker": "bm25",
+        "model": None,
+        "settings": index.settings(),
+        "dtype": None,
+        "library_bytes": None,
+    }
+    return _Ranker(lambda passage: index.scores(subject.tokenizer.decode(passage.tolist())), fields)
+
+
+def _row(
+    task: PassageTask,
+    text: str,
+    ranks: Sequence[int],
+    searched: Sequence[Tensor],
+    data: str,
+    seconds: float,
+    fields: dict[str, Any],
+) -> RankRow:
+    return RankRow(
+        text=text,
+        documents=len(searched),
+        tokens=sum(len(document) for document in searched),
+        max_tokens=task.max_tokens,
+        passages=len(ranks),
+        passage_tokens=task.passage_tokens,
+        recall_at_1=recall(ranks),
+        ndcg_at_10=ndcg(ranks),
+        seed=task.seed,
+        seconds=round(seconds, 3),
+        data=data,
+        **fields,
+    )
+
+
+def draw_passages(ids: Sequence[Tensor], task: PassageTask) -> list[Passage]:
+    """Draws passages evenly from documents ``(T,)`` each, at any place, without overlap.
+
+    Raises:
+        ValueError: no document, or one of which the passages would take more than half.
+    """
+    if not ids:
+        raise ValueError("--data: expected documents to draw passages from, got none; pass a folder with .txt files")
+    rng, size, found = random.Random(task.seed), task.passage_tokens, []
+    for index, document in enumerate(ids):
+        count = task.passages // len(ids) + (index < task.passages % len(ids))
+        if len(document) < 2 * count * size:
+            raise ValueError(
+                f"--passages: expected documents of at least {2 * count * size} tokens for {count} passages of {size} "
+                f"from each, got one of {len(document)}; pass fewer or shorter passages"
+            )
+        gaps = sorted(rng.choices(range(len(document) - count * size + 1), k=count))
+        starts = [gap + number * size for number, gap in enumerate(gaps)]
+        found += [Passage(index, start, document[start : start + size]) for start in starts]
+    return found
+
+
+def cut_out(ids: Sequence[Tensor], passages: Sequence[Passage]) -> list[Tensor]:
+    """Returns the documents without their passages."""
+    kept = [torch.ones(len(document), dtype=torch.bool) for document in ids]
+    for passage in passages:
+        kept[passage.document][passage.start : passage.start + len(passage.ids)] = False
+    return [document[keep] for document, keep in zip(ids, kept, strict=True)]
+
+
+def rank_of(scores: Sequence[float], wanted: int) -> int:
+    """Returns the place of document ``wanted`` by falling score, from 1; equal scores count against it."""
+    return sum(score >= scores[wanted] for score in scores)
+
+
+def recall(ranks: Sequence[int]) -> float:
+    """Returns the share of ranks that are 1."""
+    return sum(rank == 1 for rank in ranks) / len(ranks)
+
+
+def ndcg(ranks: Sequence[int]) -> float:
+    """Returns the mean of ``1 / log2(1 + rank)``, 0 beyond rank 10: nDCG@10 where one document is relevant."""
+    return sum(1 / math.log2(1 + rank) for rank in ranks if rank <= CUTOFF) / len(ranks)
