@@ -201,6 +201,8 @@ CLI = {
         "--filler",
         "--out",
     },
+    "rank": {"--model", "--top"},
+    "eval rank": {"--model", "--data", "--passages", "--out"},
     "eval perplexity": {"--model", "--data", "--lengths", "--local", "--blocks", "--top-k", "--out"},
 }
 

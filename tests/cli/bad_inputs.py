@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -39,6 +40,20 @@ def damaged(folder: Path) -> None:
     save_models(folder)
     (folder / "marked" / "model.safetensors").write_bytes(b"no weights")
     run(f"generate hello --model {folder}/marked")(folder)
+
+
+def without_bm25s(folder: Path) -> None:
+    with mock.patch.dict(sys.modules, {"bm25s": None}):
+        run("eval rank --data FILE --model MARKED", b"word " * 900)(folder)
+
+
+def ranked_by_no_layer(folder: Path) -> None:
+    save_models(folder)
+    config = folder / "marked" / "config.json"
+    fields = json.loads(config.read_text())
+    fields["landmark"]["layers"] = [0]
+    config.write_text(json.dumps(fields))
+    run(f"rank hi FILE --model {folder}/marked", b"word " * 9)(folder)
 
 
 def without_matplotlib(folder: Path) -> None:
@@ -152,5 +167,36 @@ CASES = [
         "layers that are no numbers",
         run("convert PLAIN --out FOLDER/out --layers all"),
         "--layers: expected integers.*'all'",
+    ),
+    ("rank without files", ["rank", "hello"], "Missing argument 'files'"),
+    ("rank a file that is not there", run("rank hi FOLDER/none.txt --model MARKED"), "FILES: expected.*does not exist"),
+    ("rank a folder", run("rank hi FOLDER --model MARKED"), r"FILES: expected text files.*a folder.*/\*\.txt"),
+    ("rank an empty file", run("rank hi FILE --model MARKED", b" \n"), "text.txt: expected text, got an empty file"),
+    ("rank by a plain model", run("rank hi FILE --model PLAIN", b"a"), "--model: expected a landmark model"),
+    ("rank by a model that cannot", ranked_by_no_layer, "--model: expected a model that retrieves in some layer but"),
+    ("rank none", run("rank hi FILE --model MARKED --top 0", b"a"), "--top: expected at least 1, got 0"),
+    (
+        "rank for nothing",
+        lambda folder: app(["rank", "", __file__, "--model", str(models() / "marked")], standalone_mode=False),
+        "QUERY: expected a text of at least one token",
+    ),
+    ("rank passages without bm25s", without_bm25s, r"BM25: expected.*landmark-attention\[rank\]"),
+    (
+        "rank passages by a plain model",
+        run("eval rank --data FILE --model PLAIN", b"word " * 900),
+        "--model: expected a landmark model",
+    ),
+    ("no passages", run("eval rank --data FILE --passages 0", b"a"), "--passages: expected at least 1, got 0"),
+    ("passages of nothing", run("eval rank --data FILE --passage-tokens 0", b"a"), "--passage-tokens: expected.*got 0"),
+    ("documents of nothing", run("eval rank --data FILE --max-tokens 0", b"a"), "--max-tokens: expected.*got 0"),
+    (
+        "more passages than text",
+        run("eval rank --data FILE --model MARKED", b"word " * 90),
+        "--passages: expected documents of at least 50400 tokens for 200 passages of 126.*pass fewer",
+    ),
+    (
+        "documents without words",
+        run("eval rank --data FILE --model MARKED --passages 1 --passage-tokens 2", b". , ! " * 40),
+        "BM25: expected documents with words, got 1 without",
     ),
 ]

@@ -39,7 +39,7 @@ def test_help_comes_at_once():
         [sys.executable, "-m", "landmark.cli.app", "--help"], capture_output=True, text=True, check=True
     )
     assert time.perf_counter() - started < 3
-    for command in ("demo", "generate", "convert", "train", "info", "eval"):
+    for command in ("demo", "generate", "convert", "train", "rank", "info", "eval"):
         assert command in done.stdout
 
 
@@ -168,6 +168,41 @@ def test_eval_perplexity(run, folder, tmp_path):
     assert "attention size" in out
     assert "no retrieval" in out
     assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_rank(run, folder, tmp_path):
+    for name, text in {"a": "The grass is green. ", "b": "The [red] code. ", "c": "A north gate. "}.items():
+        (tmp_path / f"{name}.txt").write_text(text * 9)
+    code, out, err = run("rank", "The code", "a.txt", "b.txt", "c.txt", "--model", folder / "marked", "--top", 2)
+    assert code == 0, err
+    lines = re.findall(r"│ +(\d) │ ([abc])\.txt │ +(-?\d+\.\d+) │ (\S.*\S) +│\n", out)
+    assert [place for place, *_ in lines] == ["1", "2"]
+    assert float(lines[0][2]) >= float(lines[1][2])
+    assert all(len(passage) <= 80 for *_, passage in lines)
+    code, all_of_them, _ = run("rank", "The code", "a.txt", "b.txt", "c.txt", "--model", folder / "marked")
+    assert "[red]" in all_of_them
+
+
+def test_eval_rank(run, folder, tmp_path):
+    for split, files in {"test": "ab", "train": "c"}.items():
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for name in files:
+            (tmp_path / "data" / split / f"{name}.txt").write_text(f"The gate {name * 5} is green. " * 60)
+    code, out, err = run(
+        *("eval", "rank", "--model", folder / "marked", "--data", "data", "--among", "train", "--passages", 4),
+        *("--passage-tokens", 20, "--max-tokens", 300, "--seed", 3, "--out", "r.json"),
+    )
+    assert code == 0, err
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [(row["ranker"], row["text"], row["documents"], row["seed"]) for row in rows] == [
+        ("landmark", "cut", 3, 3),
+        ("bm25", "cut", 3, 3),
+        ("landmark", "whole", 3, 3),
+        ("bm25", "whole", 3, 3),
+    ]
+    assert all(row["data"] == "data, test, among train" and row["passages"] == 4 for row in rows)
+    assert rows[1]["settings"]["bm25s"]
+    assert "recall@1" in out and "nDCG@10" in out
 
 
 def test_demo_says_no_for_a_model_that_finds_nothing(run, folder, tmp_path, monkeypatch):

@@ -56,12 +56,30 @@ PERPLEXITY = results.PerplexityRow(
     peak_bytes=None,
     data="books",
 )
+RANK = results.RankRow(
+    ranker="bm25",
+    model=None,
+    text="cut",
+    documents=8,
+    tokens=1000,
+    max_tokens=None,
+    passages=200,
+    passage_tokens=126,
+    recall_at_1=0.5,
+    ndcg_at_10=0.75,
+    settings={"k1": 1.5},
+    seed=0,
+    dtype=None,
+    library_bytes=None,
+    seconds=1.0,
+    data="books, test",
+)
 
 
 def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "deep" / "rows.json"
-    results.write(path, [PASSKEY, PERPLEXITY], "cpu")
-    assert results.read(path) == [PASSKEY, PERPLEXITY]
+    results.write(path, [PASSKEY, PERPLEXITY, RANK], "cpu")
+    assert results.read(path) == [PASSKEY, PERPLEXITY, RANK]
     content = json.loads(path.read_text())
     assert set(content) == {"versions", "rows"}
     assert {"landmark", "torch", "transformers", "python", "device", "commit"} == set(content["versions"])

@@ -140,14 +140,22 @@ def read_text(subject: Subject, ids: Tensor) -> TextRead:
 
 
 def read_document(subject: Subject, ids: Tensor) -> TextRead:
-    """Reads a document ``(T,)``; its last block is filled up with its beginning, so that a landmark closes it.
+    """Reads a document ``(T,)`` behind what the tokenizer puts before every text.
+
+    Its last block is filled up with its beginning, so that a landmark closes it.
 
     Raises:
         ValueError: as ``read_text``.
     """
-    per_block = subject.model.landmark.text_per_block if subject.attention == "landmark" else 1
+    require_landmark(subject)
+    ids = torch.cat((_start(subject), ids))
+    per_block = subject.model.landmark.text_per_block
     whole = math.ceil(len(ids) / per_block) * per_block
     return read_text(subject, ids[torch.arange(whole) % max(1, len(ids))])
+
+
+def _start(subject: Subject) -> Tensor:
+    return torch.tensor(row_start(subject.tokenizer), dtype=torch.long)
 
 
 def build_library(documents: Sequence[TextRead]) -> Library:
@@ -211,22 +219,25 @@ def rank_files(subject: Subject, query: str, files: Sequence[Path]) -> list[Line
         FileNotFoundError: no such file.
     """
     require_landmark(subject)
-    wanted = tokenize(query, subject.tokenizer)
-    if len(wanted) == 0:
+    if not query.strip():
         raise ValueError("QUERY: expected a text of at least one token, got an empty one; write what to look for")
+    wanted = tokenize(query, subject.tokenizer)
     documents = [document for file in files for document in _documents(file)]
     if not documents:
         raise ValueError("FILES: expected at least one text file, got none; name the files to rank")
-    start = torch.tensor(row_start(subject.tokenizer), dtype=torch.long)
-    ids = [torch.cat((start, tokenize(document.text, subject.tokenizer))) for document in documents]
+    ids = [tokenize(document.text, subject.tokenizer) for document in documents]
     library = build_library([read_document(subject, each) for each in ids])
-    lines = []
-    for found in ordered(search(library, read_text(subject, wanted))):
-        size = subject.model.landmark.text_per_block
-        passage = ids[found.document][found.block * size : (found.block + 1) * size].tolist()
-        text = subject.tokenizer.decode(passage, skip_special_tokens=True)
-        lines.append(Line(documents[found.document].title, found.score, " ".join(text.split())))
-    return lines
+    return [
+        Line(documents[found.document].title, found.score, _text(subject, ids[found.document], found.block))
+        for found in ordered(search(library, read_text(subject, wanted)))
+    ]
+
+
+def _text(subject: Subject, ids: Tensor, block: int) -> str:
+    """Text of a block of a document ``(T,)``, in one line."""
+    size, before = subject.model.landmark.text_per_block, len(_start(subject))
+    first = block * size - before
+    return " ".join(subject.tokenizer.decode(ids[max(0, first) : first + size].tolist()).split())
 
 
 def _documents(file: Path) -> list[Document]:

@@ -1,0 +1,248 @@
+"""Ranking by landmarks, against the definition in loops, and its comparison with BM25."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import landmark.memory.layer as layer_module
+import oracle
+from landmark.data.text import Document
+from landmark.eval import passages, rank
+from landmark.eval.bm25 import Bm25
+from landmark.eval.subjects import load
+from small_text import sentences
+from tiny import BLOCK, tiny_llama
+
+TEXT = BLOCK - 1
+
+
+def ids_of(count, seed):
+    return torch.randint(0, 290, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def layers_of(model, ids, monkeypatch):
+    """The definition's layers of a text that is read without retrieval: unrotated queries and keys of all slots."""
+    found = []
+    attend = oracle.Layer.attend
+    monkeypatch.setattr(oracle.Layer, "attend", lambda self: found.append(self) or attend(self))
+    embedding = model.base_model.landmark_embedding.weight[0].detach()
+    oracle.logits(tiny_llama(), embedding, ids, model.landmark, silent=len(ids))
+    monkeypatch.setattr(oracle.Layer, "attend", attend)
+    return found
+
+
+def mean_query(layer, head, config):
+    """Mean over all slots of a text, each where a query stands that has all local blocks and old ones before it."""
+    own = (config.top_k + 1 + config.local_blocks) * BLOCK
+    turned = [layer.rotated(layer.query[head, slot], own + slot % BLOCK) for slot in range(layer.query.shape[1])]
+    return sum(turned) / len(turned) * layer.scale
+
+
+def defined_scores(model, documents, query, monkeypatch):
+    """Highest score, and its block, of each document for a query: loops over layers, heads and blocks."""
+    config = model.landmark
+    read = [layers_of(model, ids, monkeypatch) for ids in documents]
+    asked = layers_of(model, query, monkeypatch)
+    best = [(-math.inf, -1)] * len(documents)
+    for index in range(1, len(asked)):  # the first layer's landmarks are all one vector
+        for head in range(asked[index].query.shape[0]):
+            keys = {}
+            for number, layers in enumerate(read):
+                layer = layers[index]
+                for block in range(layer.key.shape[1] // BLOCK):
+                    slot = block * BLOCK + BLOCK - 1
+                    keys[number, block] = layer.rotated(layer.key[layer.head_key(head), slot], BLOCK - 1)
+            middle = sum(keys.values()) / len(keys)
+            counts = [layers[index].query.shape[1] for layers in read]
+            means = [mean_query(layers[index], head, config) for layers in read]
+            common = sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
+            surprise = mean_query(asked[index], head, config) - common
+            for (number, block), key in keys.items():
+                score = float(surprise @ (key - middle)) / float(np.linalg.norm(key - middle))
+                best[number] = max(best[number], (score, block))
+    return best
+
+
+def test_scores_are_the_definition(marked, monkeypatch):
+    documents, query = [ids_of(n * TEXT, n) for n in (7, 1, 12)], ids_of(2 * TEXT + 4, 99)
+    library = rank.build_library([rank.read_document(marked, ids) for ids in documents])
+    found = rank.search(library, rank.read_text(marked, query))
+    expected = defined_scores(marked.model, documents, query, monkeypatch)
+    assert [each.document for each in found] == [0, 1, 2]
+    assert [each.block for each in found] == [block for _, block in expected]
+    assert [each.score for each in found] == pytest.approx([score for score, _ in expected], abs=1e-9)
+
+
+def test_the_query_is_scored_as_the_model_scores_old_landmarks(marked, monkeypatch):
+    """The sum of what retrieval computes for each query and old block, without centring."""
+    config = marked.model.landmark
+    cache = rank._QueryCache(marked.model.config)
+    marked.model.read(ids_of(12 * TEXT, 1)[None], cache=cache, retrieve=False)
+    summed = {}
+    scores_of = layer_module.landmark_scores
+
+    def kept(query, grid, count, store, *rest):
+        scores = scores_of(query, grid, count, store, *rest)
+        there = scores.masked_fill(~grid.valid[:, None, None, ..., None], 0)[0].sum((2, 3))
+        summed[id(store)] = summed.get(id(store), 0) + there
+        return scores
+
+    monkeypatch.setattr(layer_module, "landmark_scores", kept)
+    for memory in cache.memories:
+        memory.total = None
+    marked.model.read(ids_of(2 * TEXT, 2)[None], cache=cache)
+    old = 12 - config.local_blocks - config.top_k
+    (memory,) = cache.deciding()
+    ours = memory.total @ memory.store.landmarks(old)[0].transpose(-1, -2)
+    assert old > 0
+    assert torch.allclose(summed[id(memory.store)][..., :old], ours, atol=1e-10)
+
+
+def test_how_a_text_is_cut_into_chunks_is_rounding(marked):
+    ids = ids_of(9 * TEXT + 3, 3)
+    whole = rank.read_text(marked, ids)
+    with marked.configured(chunk_tokens=7):
+        parts = rank.read_text(marked, ids)
+    for ours, theirs in zip((*whole.keys, *whole.query), (*parts.keys, *parts.query), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+def test_no_setting_of_the_model_loses_a_landmark(marked):
+    """`max_blocks` would evict, `exact` refuse a long text, `all` compute no retrieval."""
+    ids = ids_of(60 * TEXT, 4)
+    plain = rank.read_text(marked, ids)
+    for changes in ({"max_blocks": 2}, {"positions": "exact", "trained_length": 128}, {"mode": "all"}):
+        with marked.configured(**changes):
+            assert torch.equal(rank.read_text(marked, ids).keys[0], plain.keys[0])
+    assert plain.blocks == 60
+
+
+def test_the_last_block_is_filled_with_the_beginning(marked):
+    for count in (4, TEXT, TEXT + 4):
+        ids = ids_of(count, count)
+        filled = torch.cat([ids] * 8)[: math.ceil(count / TEXT) * TEXT]
+        document, same = rank.read_document(marked, ids), rank.read_text(marked, filled)
+        assert document.blocks == math.ceil(count / TEXT)
+        assert torch.equal(document.keys[0], same.keys[0])
+
+
+def test_the_order_of_documents_does_not_matter(marked):
+    read = [rank.read_document(marked, ids_of(n, n)) for n in (40, 90, 200)]
+    query = rank.read_text(marked, ids_of(30, 5))
+    found = rank.search(rank.build_library(read), query)
+    turned = rank.search(rank.build_library(read[::-1]), query)
+    for ours, theirs in zip(found, turned[::-1], strict=True):
+        assert ours.block == theirs.block
+        assert ours.score == pytest.approx(theirs.score, abs=1e-9)
+    assert [each.score for each in rank.ordered(found)] == sorted([each.score for each in found], reverse=True)
+
+
+def test_a_lone_block_scores_nothing(marked):
+    """All that it has is common to all landmarks."""
+    library = rank.build_library([rank.read_document(marked, ids_of(TEXT, 1))])
+    (found,) = rank.search(library, rank.read_text(marked, ids_of(9, 2)))
+    assert (found.score, found.block) == (0, 0)
+
+
+def test_files_are_ranked_with_the_text_of_their_best_block(marked, tmp_path):
+    files = []
+    for number in range(3):
+        files.append(tmp_path / f"{number}.txt")
+        files[-1].write_text(sentences(30, seed=number))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "A short one."}\n{"text": "Another short one."}\n')
+    lines = rank.rank_files(marked, "The old man went to the river.", [*files, rows])
+    titles = {str(file) for file in files} | {f"{rows}, line 1", f"{rows}, line 2"}
+    assert {line.title for line in lines} == titles
+    assert [line.score for line in lines] == sorted((line.score for line in lines), reverse=True)
+    texts = {str(file): " ".join(file.read_text().split()) for file in files}
+    for line in lines:
+        assert line.passage and line.passage in texts.get(line.title, "A short one. Another short one.")
+
+
+def test_a_document_stands_behind_what_begins_every_text(marked, monkeypatch):
+    """Of a tokenizer with a bos token: the block is one token less of the text."""
+    monkeypatch.setattr(rank, "row_start", lambda tokenizer: [7])
+    ids = ids_of(3 * TEXT - 1, 1)
+    begun = rank.read_text(marked, torch.cat((torch.tensor([7]), ids)))
+    assert torch.equal(rank.read_document(marked, ids).keys[0], begun.keys[0])
+    decode = marked.tokenizer.decode
+    assert rank._text(marked, ids, 0) == " ".join(decode(ids[: TEXT - 1].tolist()).split())
+    assert rank._text(marked, ids, 1) == " ".join(decode(ids[TEXT - 1 : 2 * TEXT - 1].tolist()).split())
+
+
+def test_the_bundled_model_ranks_the_text_with_the_key_first(tmp_path):
+    """What it was trained to look for; the other texts are alike but for the key."""
+    files = [tmp_path / f"{number}.txt" for number in range(4)]
+    for number, file in enumerate(files):
+        text = sentences(40, seed=number)
+        key = " The pass key is 48213. Remember it. 48213 is the pass key. " if number == 2 else ""
+        file.write_text(text[:600] + key + text[600:])
+    first = rank.rank_files(load(None, "cpu"), "What is the pass key? The pass key is", files)[0]
+    assert first.title == str(files[2])
+    assert "48213" in first.passage
+
+
+def test_a_passage_is_drawn_once_and_cut_out():
+    task = passages.PassageTask(passages=7, passage_tokens=10, seed=3)
+    documents = [torch.arange(100), torch.arange(1000, 1080), torch.arange(2000, 2200)]
+    drawn = passages.draw_passages(documents, task)
+    assert [sum(each.document == index for each in drawn) for index in range(3)] == [3, 2, 2]
+    taken = [token for each in drawn for token in each.ids.tolist()]
+    assert len(set(taken)) == 70
+    for each in drawn:
+        assert torch.equal(each.ids, documents[each.document][each.start : each.start + 10])
+    left = [token for document in passages.cut_out(documents, drawn) for token in document.tolist()]
+    assert sorted(left + taken) == [token for document in documents for token in document.tolist()]
+    again = passages.draw_passages(documents, task)
+    other = passages.draw_passages(documents, dataclasses.replace(task, seed=4))
+    assert [each.start for each in again] == [each.start for each in drawn] != [each.start for each in other]
+
+
+def test_passages_come_from_every_place():
+    task = passages.PassageTask(passages=1, passage_tokens=5)
+    starts = [
+        passages.draw_passages([torch.arange(20)], dataclasses.replace(task, seed=seed))[0].start for seed in range(300)
+    ]
+    assert set(starts) == set(range(16))
+
+
+def test_ranks_and_their_means():
+    assert [passages.rank_of([0.5, 2.0, 0.5, -1.0], wanted) for wanted in range(4)] == [3, 1, 3, 4]
+    assert passages.rank_of([0.0] * 9, 4) == 9
+    assert passages.recall([1, 2, 1, 11]) == 0.5
+    expected = (1 + 1 / math.log2(3) + 1 + 1 / math.log2(11) + 0) / 5
+    assert passages.ndcg([1, 2, 1, 10, 11]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_bm25_finds_the_word():
+    index = Bm25(["The cat sat on the mat.", "A dog barked.", "!"])
+    assert np.argmax(index.scores("Where is the dog?")) == 1
+    assert index.scores("zebra") == index.scores("!?") == [0, 0, 0]
+    assert index.settings()["k1"] == 1.5
+
+
+def test_every_ranker_answers_the_same_passages(marked, monkeypatch):
+    documents = [Document(f"d{seed}", sentences(60, seed=seed) + f" name{seed} " * 9, "") for seed in range(3)]
+    others = [Document("other", sentences(60, seed=9), "")]
+    searched = []
+    build, index = passages.build_library, passages.Bm25
+    monkeypatch.setattr(passages, "build_library", lambda read: searched.append(len(read)) or build(read))
+    monkeypatch.setattr(passages, "Bm25", lambda texts: searched.append(len(texts)) or index(texts))
+    task = passages.PassageTask(passages=9, passage_tokens=40, max_tokens=400)
+    told = []
+    rows = passages.run(marked, task, documents, others, "made up", told.append)
+    assert told == rows
+    assert searched == [4, 4, 4, 4]
+    assert [(row.text, row.ranker, row.documents, row.passages) for row in rows] == [
+        ("cut", "landmark", 4, 9),
+        ("cut", "bm25", 4, 9),
+        ("whole", "landmark", 4, 9),
+        ("whole", "bm25", 4, 9),
+    ]
+    assert [row.tokens for row in rows] == [1600 - 360, 1600 - 360, 1600, 1600]
+    assert rows[0].settings["positions"] == "stingy" and "k1" in rows[1].settings
+    assert rows[3].recall_at_1 == 1, "a passage that stands in its document has all its words there"
