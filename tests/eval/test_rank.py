@@ -129,6 +129,11 @@ def test_the_last_block_is_filled_with_the_beginning(marked):
         assert torch.equal(document.keys[0], same.keys[0])
 
 
+def test_a_landmark_that_was_never_trained_is_named(marked):
+    with marked.configured(landmark_trained=False), pytest.warns(UserWarning, match="never trained"):
+        rank.read_document(marked, ids_of(9, 1))
+
+
 def test_the_order_of_documents_does_not_matter(marked):
     read = [rank.read_document(marked, ids_of(n, n)) for n in (40, 90, 200)]
     query = rank.read_text(marked, ids_of(30, 5))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,12 +143,15 @@ def read_text(subject: Subject, ids: Tensor) -> TextRead:
 def read_document(subject: Subject, ids: Tensor) -> TextRead:
     """Reads a document ``(T,)`` behind what the tokenizer puts before every text.
 
-    Its last block is filled up with its beginning, so that a landmark closes it.
+    Its last block is filled up with its beginning, so that a landmark closes it. Warns where the landmark was never
+    trained.
 
     Raises:
         ValueError: as ``read_text``.
     """
     require_landmark(subject)
+    if not subject.model.landmark.landmark_trained:
+        warnings.warn("this model's landmark was never trained: fine-tune it first (landmark train)", stacklevel=2)
     ids = torch.cat((_start(subject), ids))
     per_block = subject.model.landmark.text_per_block
     whole = math.ceil(len(ids) / per_block) * per_block
