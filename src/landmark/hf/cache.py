@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import Cache
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
+from landmark.hf.saved import Saved, Source, open_saved, save
 from landmark.memory.layer import RECENT_BLOCKS, LayerMemory, Retrieval
 from landmark.memory.plan import oldest_needed
 from landmark.memory.positions import RotationTables
@@ -34,6 +37,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         settings: the ``LandmarkConfig`` it was made with.
         record: whether to keep what each layer retrieves in ``retrievals``.
         retrievals: what was retrieved while ``record`` was set, oldest first.
+        sources: which text the tokens of its one row come from, where somebody said it.
+        saved: the folder that it was opened from or saved to.
+        rewound: whether something that was saved has been taken back.
 
     Raises:
         ValueError: ``config`` is not that of a landmark model, or as ``Tiers``.
@@ -51,8 +57,13 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.tiers = Tiers(tier, **budgets)
         self.record = False
         self.retrievals: list[Retrieval] = []
+        self.sources: list[Source] = []
+        self.saved: Saved | None = None
+        self.rewound = False
         self._mask: Tensor | None = None  # (B, columns) bool on the CPU
+        self._ids: list[Tensor] = []  # (B, T) int32 of each call, on the CPU
         self._tokens: list[int] = []
+        self._decoder: weakref.ref[Any] | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -73,31 +84,49 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             )
         return found
 
-    def check(self, settings: LandmarkConfig, batch: int) -> None:
+    def check(self, settings: LandmarkConfig, batch: int, decoder: Any) -> None:
         """Raises ``ValueError`` unless a model with these settings can go on with ``batch`` rows."""
+        self.check_settings(settings, "model")
+        if self._mask is not None and len(self._tokens) != batch:
+            raise ValueError(
+                f"expected {len(self._tokens)} rows as in the cache, got {batch}; make a new LandmarkCache"
+            )
+        self._decoder = weakref.ref(decoder)
+
+    def check_settings(self, settings: LandmarkConfig, owner: str) -> None:
+        """Raises ``ValueError`` where the settings of ``owner`` compute something else."""
         same = {name: getattr(self.settings, name) for name in FREE_TO_CHANGE}
         if settings.replace(**same) != self.settings:
             ours, theirs = self.settings.to_dict(), settings.replace(**same).to_dict()
             differing = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
             raise ValueError(
-                f"cache and model differ in {differing} (cache, model): make a new LandmarkCache(model.config)"
-            )
-        if self._mask is not None and len(self._tokens) != batch:
-            raise ValueError(
-                f"expected {len(self._tokens)} rows as in the cache, got {batch}; make a new LandmarkCache"
+                f"cache and {owner} differ in {differing} (cache, {owner}): make a new LandmarkCache(model.config)"
             )
 
-    def append(self, mask: Tensor) -> None:
-        """Counts columns that all layers have filed; ``mask (B, T)`` bool on the CPU, True for text."""
-        for memory in self._made():
+    def append(self, mask: Tensor, ids: Tensor | None = None) -> None:
+        """Counts columns that all layers have filed.
+
+        Args:
+            mask: ``(B, T)`` bool on the CPU, True for text.
+            ids: ``(B, T)`` token ids, ``None`` where only embeddings are known.
+        """
+        for memory in self.made():
             memory.settle()
         counts = mask.sum(1).tolist()
         self._tokens = [a + b for a, b in zip(self._tokens or [0] * len(mask), counts, strict=True)]
         self._mask = mask if self._mask is None else torch.cat((self._mask, mask), dim=1)
+        self._ids.append(torch.full(mask.shape, -1, dtype=torch.int32) if ids is None else ids.cpu().int())
+
+    def ids(self, row: int = 0) -> Tensor:
+        """Returns a row's token ids ``(tokens,)`` int32, padding left out; -1 where only embeddings were given."""
+        if self._mask is None:
+            return torch.empty(0, dtype=torch.int32)
+        self._ids = [torch.cat(self._ids, dim=1)]
+        return self._ids[0][row, self._mask[row]]
 
     def undo(self) -> None:
         """Forgets what a call that failed in some layer has filed."""
-        for memory in self._made():
+        for memory in self.made():
             memory.undo()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -121,14 +150,17 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             raise ValueError(f"expected to remove at most {length} tokens, got {-tokens_to_remove}")
         tokens = self._mask[:, :keep].sum(1).tolist()
         self._check_crop([slots_for(n, self.settings.block_size) for n in tokens])
+        self._note_change(tokens)
+        self._ids = [torch.cat(self._ids, dim=1)[:, :keep]]
         self._mask, self._tokens = self._mask[:, :keep].clone(), tokens
-        for memory in self._made():
+        self.sources = [each for each in self.sources if each.begin < min(tokens)]
+        for memory in self.made():
             memory.forget_peak()
 
     def _check_crop(self, slots: list[int]) -> None:
         size = self.settings.block_size
         own = min(s // size for s in slots)
-        for memory in self._made():
+        for memory in self.made():
             lowest = oldest_needed(own, self.settings) if memory.retrieves else own - self.settings.local_blocks
             if max(1, lowest) < memory.store.first:
                 raise ValueError(
@@ -146,11 +178,12 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forgets everything."""
         self.memories = [None] * len(self.memories)
-        self._mask, self._tokens, self.retrievals = None, [], []
+        self._mask, self._tokens, self._ids, self.retrievals, self.sources = None, [], [], [], []
+        self.saved, self.rewound = None, False
 
     def fork(self) -> LandmarkCache:
         """Returns a copy that goes on independently."""
-        shared = {id(memory.tables): memory.tables for memory in self._made()}
+        shared = {id(memory.tables): memory.tables for memory in self.made()}
         return copy.deepcopy(self, shared)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -158,7 +191,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         if self._mask is None:
             return
         rows = beam_idx.cpu()
-        for memory in self._made():
+        self._note_change([0])
+        self._ids = [each[rows] for each in self._ids]
+        for memory in self.made():
             memory.select_rows(rows)
         self._mask = self._mask[rows]
         self._tokens = [self._tokens[row] for row in rows.tolist()]
@@ -173,14 +208,64 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     def nbytes(self, *tiers: str) -> int:
         """Bytes of keys and values held, in the given tiers or in all."""
-        return sum(memory.store.nbytes(tier) for memory in self._made() for tier in tiers or TIERS)
+        return sum(memory.store.nbytes(tier) for memory in self.made() for tier in tiers or TIERS)
 
     @property
     def traffic(self) -> Traffic:
         """What moved between tiers, over all layers."""
-        return sum((memory.store.traffic for memory in self._made()), Traffic())
+        return sum((memory.store.traffic for memory in self.made()), Traffic())
 
-    def _made(self) -> list[LayerMemory]:
+    @property
+    def decoder(self) -> Any:
+        """The decoder that read last, ``None`` if there is none any more."""
+        return None if self._decoder is None else self._decoder()
+
+    def save(self, folder: str | Path) -> None:
+        """Saves the memory of one row to a folder, or to its own folder (opened from, saved to) what came since.
+
+        When this returns, all is on the disk; when it is interrupted, the folder holds what it held before.
+
+        Args:
+            folder: a new or empty one, or that of this memory.
+
+        Raises:
+            ValueError: several rows, a memory that was cropped since it was saved, no room on the disk, or another
+                writer.
+            FileExistsError: the folder holds something else.
+        """
+        save(self, folder)
+
+    @classmethod
+    def open(cls, folder: str | Path, model: Any, tier: str = "device", **budgets: Any) -> LandmarkCache:
+        """Opens a memory that was saved; on the tiers ``host`` and ``disk`` without reading its blocks.
+
+        Everything that is read is checked; the blocks when they are fetched.
+
+        Args:
+            folder: where it was saved.
+            model: the landmark model that made it.
+            tier: as for ``LandmarkCache``; ``disk`` reads from the folder, and writes what comes on top elsewhere.
+            **budgets: likewise.
+
+        Raises:
+            FileNotFoundError: there is no memory in the folder.
+            ValueError: it was made with another model, dtype or other settings, or (``Damaged``) is not what was
+                written.
+        """
+        return open_saved(folder, model, tier, budgets)
+
+    def resume(self, ids: Tensor, sources: list[Source], decoder: Any) -> None:
+        """Counts what was read from a folder; ``ids (tokens,)`` int32."""
+        self._ids, self._tokens, self._mask = [ids[None]], [len(ids)], torch.ones(1, len(ids), dtype=torch.bool)
+        self.sources, self._decoder = sources, weakref.ref(decoder)
+
+    def _note_change(self, tokens: list[int]) -> None:
+        """Told before rows are cropped to so many tokens, or changed."""
+        if self.saved is not None and min(tokens) < self.saved.archive.manifest["tokens"]:
+            self.rewound = True
+
+    def made(self) -> list[LayerMemory]:
+        """Returns the memories of the layers that have read something."""
         return [memory for memory in self.memories if memory is not None]
 
     def __len__(self) -> int:

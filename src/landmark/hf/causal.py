@@ -81,14 +81,14 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
             raise ValueError(f"expected input_ids of shape (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
         cache = LandmarkCache(self.config) if cache is None else cache
         mask = text_mask(attention_mask, input_ids, cache)
-        cache.check(settings, len(input_ids))
+        cache.check(settings, len(input_ids), decoder)
         for begin in range(0, input_ids.shape[1], settings.chunk_tokens):
             part = input_ids[:, begin : begin + settings.chunk_tokens]
             seen = torch.ones(part.shape, dtype=torch.bool)
             if mask is not None:
                 seen = mask[:, begin : begin + settings.chunk_tokens].cpu()
             embeds = embedding(part.to(device_of(embedding)))
-            decoder.extend(embeds, seen, cache, settings, {}, retrieve=retrieve)
+            decoder.extend(embeds, seen, cache, settings, {}, ids=part, retrieve=retrieve)
         return cache
 
     def _prepare_cache_for_generation(

@@ -100,7 +100,7 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
                 if documents is not None and bool((documents != documents[:, :1]).any()):
                     output = self._by_document(embeds, documents, settings, kwargs)
                 else:
-                    output = self._remembered(embeds, mask, past_key_values, settings, use_cache, kwargs)
+                    output = self._remembered(embeds, mask, past_key_values, settings, use_cache, kwargs, input_ids)
         return output if return_dict is not False else output.to_tuple()
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -152,16 +152,18 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
         settings: LandmarkConfig,
         use_cache: bool | None,
         kwargs: Any,
+        ids: Tensor | None = None,
     ) -> Any:
         cache = LandmarkCache(self.config) if cache is None else cache
         if not isinstance(cache, LandmarkCache):
             raise ValueError(f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config)")
-        cache.check(settings, len(embeds))
+        cache.check(settings, len(embeds), self)
         parts, step = [], settings.chunk_tokens
         for begin in range(0, embeds.shape[1], step):
             part = embeds[:, begin : begin + step]
             seen = torch.ones(part.shape[:2], dtype=torch.bool) if mask is None else mask[:, begin : begin + step].cpu()
-            parts.append(self.extend(part, seen, cache, settings, kwargs))
+            known = None if ids is None else ids[:, begin : begin + step]
+            parts.append(self.extend(part, seen, cache, settings, kwargs, ids=known))
         output = _join(parts)
         if self.config.use_cache if use_cache is None else use_cache:
             output.past_key_values = cache
@@ -175,6 +177,7 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
         settings: LandmarkConfig,
         kwargs: Any,
         *,
+        ids: Tensor | None = None,
         retrieve: bool = True,
     ) -> Any:
         """Runs one chunk against the cache and files it.
@@ -185,6 +188,7 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
             cache: the memory.
             settings: the landmark settings.
             kwargs: for the stock decoder.
+            ids: ``(B, T)`` token ids, for the cache to remember.
             retrieve: whether to retrieve; otherwise the local context and block 0 are seen.
         """
         if self.training:
@@ -202,18 +206,24 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
             self._warn_untrained(settings)
         width = plan.cells.shape[1]
         layout = padded_layout(mask.to(embeds.device), settings.block_size, torch.tensor(seen).to(embeds.device), width)
-        if self._tables is None:
-            self._tables = {
-                kind: RotationTables(rotary, settings.block_size) for kind, rotary in self._rotaries.items()
-            }
-        call = Remembered(settings, self._layer_types, self._tables, cache, plan, retrieve)
+        call = Remembered(settings, self._layer_types, self._all_tables(), cache, plan, retrieve)
         try:
             output = self._run(embeds, layout, call, kwargs)
         except BaseException:
             cache.undo()
             raise
-        cache.append(mask)
+        cache.append(mask, ids)
         return output
+
+    def _all_tables(self) -> dict[str | None, RotationTables]:
+        if self._tables is None:
+            size = self.settings.block_size
+            self._tables = {kind: RotationTables(rotary, size) for kind, rotary in self._rotaries.items()}
+        return self._tables
+
+    def tables_of(self, layer: int) -> RotationTables:
+        """Returns the rotations of a layer's memory."""
+        return self._all_tables()[self._layer_types[layer]]
 
     def _by_document(self, embeds: Tensor, documents: Tensor, settings: LandmarkConfig, kwargs: Any) -> Any:
         """Reads each document of packed rows as a row of its own."""

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from landmark.memory.saved import SavedLayer
+
 MAPPED_BYTES = 2**24  # read through a mapping before it is made anew, so that its pages do not stay resident
 PAGE = mmap.ALLOCATIONGRANULARITY
 
@@ -29,9 +31,18 @@ class HostExtent:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._blocks = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
 
-    def blocks(self) -> Tensor:
-        """Returns the extent to read from."""
-        return self._blocks
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self._blocks.numel() * self._blocks.itemsize
+
+    def read(self, offsets: Tensor, rows: Tensor, heads: Tensor) -> Tensor:
+        """Returns keys and values ``(M, 2, L, D)`` of the given blocks, rows and heads, ``(M,)`` each."""
+        return self._blocks[offsets, rows, heads]
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """Returns all blocks of the given rows, ``(n, rows, G, 2, L, D)``."""
+        return self._blocks[:, rows]
 
     def write(self, offsets: Tensor, rows: Tensor, data: Tensor) -> None:
         """Puts ``data (M, G, 2, L, D)`` to the given blocks of the given rows, ``(M,)`` each."""
@@ -40,9 +51,6 @@ class HostExtent:
     def fill(self, data: Tensor) -> None:
         """Puts a whole extent."""
         self._blocks.copy_(data)
-
-    def count(self, amount: int) -> None:
-        """Told of bytes that were read."""
 
 
 class BlockFile:
@@ -128,9 +136,22 @@ class DiskExtent:
         if hasattr(self, "place"):
             self.file.free.append(self.place)
 
-    def blocks(self) -> Tensor:
-        """As ``HostExtent``; to be let go of before the next call."""
-        return self.file.read(self.place)
+    @property
+    def nbytes(self) -> int:
+        """As ``HostExtent``."""
+        return self.file.extent_bytes
+
+    def read(self, offsets: Tensor, rows: Tensor, heads: Tensor) -> Tensor:
+        """As ``HostExtent``."""
+        found = self.file.read(self.place)[offsets, rows, heads]
+        self.file.count(found.numel() * found.itemsize)
+        return found
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """As ``HostExtent``."""
+        found = self.file.read(self.place)[:, rows]
+        self.file.count(self.nbytes)
+        return found
 
     def write(self, offsets: Tensor, rows: Tensor, data: Tensor) -> None:
         """As ``HostExtent``."""
@@ -143,9 +164,32 @@ class DiskExtent:
         """As ``HostExtent``."""
         self.file.write(self.place, 0, data)
 
-    def count(self, amount: int) -> None:
+
+class SavedExtent:
+    """An extent of an archive, of one row: read and checked, never written."""
+
+    tier = "disk"
+
+    def __init__(self, saved: SavedLayer, begin: int, length: int) -> None:
+        self._saved, self._begin, self._length = saved, begin, length
+
+    @property
+    def nbytes(self) -> int:
         """As ``HostExtent``."""
-        self.file.count(amount)
+        return self._length * self._saved.block_bytes
+
+    def read(self, offsets: Tensor, rows: Tensor, heads: Tensor) -> Tensor:
+        """As ``HostExtent``; raises ``Damaged``."""
+        return self._saved.read(self._begin + offsets, heads)
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """As ``HostExtent``, zeros behind the last block; raises ``Damaged``."""
+        blocks = torch.arange(self._begin, min(self._begin + self._length, self._saved.count))
+        there = self._saved.of_all_heads(blocks)[:, None]
+        found = there.new_zeros(self._length, *there.shape[1:])
+        found[: len(there)] = there
+        return found[:, rows]
 
 
-Extent = HostExtent | DiskExtent
+Written = HostExtent | DiskExtent
+Extent = Written | SavedExtent

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from landmark.memory.plan import Plan, Writes
+from landmark.memory.saved import SavedLayer
 from landmark.memory.shelf import Shelf
 from landmark.memory.tiers import Tiers, Traffic
 
@@ -85,6 +86,20 @@ class SomeNear:
         row_of = torch.arange(batch).repeat_interleave(len(self.hot) // batch)[:, None]
         written_anew = torch.isin(row_of * MANY + self.hot, rows * MANY + blocks)
         self.hot.masked_fill_(written_anew, -1)
+
+    def resume(self, saved: SavedLayer, first: int, tail: Tensor) -> None:
+        """As ``Near.resume``: reads block 0 alone."""
+        self.first = first
+        self.shelf.adopt(saved)
+        own = torch.tensor([saved.count])
+        self._widen(1 + self.local_blocks, own)
+        self.recent[0, saved.count % self.recent.shape[1]] = saved.count
+        frames = [(self._recent_frame(own), tail[None])]
+        if saved.count:
+            frames.append((torch.tensor([0]), saved.of_all_heads(torch.tensor([0]))))
+        for frame, data in frames:
+            here = data.to(self.keys.device)
+            self.keys[:, :, frame], self.values[:, :, frame] = here[:, :, 0][:, :, None], here[:, :, 1][:, :, None]
 
     def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
         """As ``Near.fetch``.

@@ -11,6 +11,7 @@ from landmark.config import LandmarkConfig
 from landmark.memory.plan import Grid, Plan
 from landmark.memory.positions import RotationTables, final_distances
 from landmark.memory.retrieval import choose, head_peaks, landmark_scores
+from landmark.memory.saved import SavedLayer
 from landmark.memory.store import BlockStore
 from landmark.memory.tiers import Tiers
 from landmark.ops.choice import refusal
@@ -272,6 +273,36 @@ class LayerMemory:
             peaks = head_peaks(self._scores(query, whole, plan.candidates, scale), whole, self.config, None)
             self._peak = peaks[:, :, :, 0, -1].clamp(min=0)
         return self._peak * within
+
+    def tail(self, blocks: int, slots: int) -> dict[str, Tensor]:
+        """What an archive has to hold of the one row beside its first ``blocks`` blocks, which are finished.
+
+        Args:
+            blocks: finished blocks.
+            slots: slots of the block behind them.
+        """
+        _, groups, _, dim = self.store.landmark_keys.shape
+        tail = self.store.landmark_keys.new_zeros(groups, 2, self.config.block_size, dim)
+        if slots:
+            place = self.store.place_of(torch.tensor([[[blocks]]], device=tail.device))
+            tail[:, 0, :slots], tail[:, 1, :slots] = (each[0, :, 0, :slots] for each in self.store.gather(place))
+        return {"tail": tail} if self._queries is None else {"tail": tail, "queries": self._queries}
+
+    def resume(self, saved: SavedLayer, first: int, parts: dict[str, Tensor], device: torch.device) -> None:
+        """Goes on from an archive.
+
+        Args:
+            saved: the finished blocks.
+            first: the first of them that is kept, but for block 0.
+            parts: what ``tail`` gave.
+            device: the model's.
+
+        Raises:
+            Damaged: what was saved is not what was written.
+        """
+        self.store.resume(saved, first, parts["tail"].to(device)[None])
+        if "queries" in parts:
+            self._queries = parts["queries"].to(device)
 
     def settle(self) -> None:
         """Called when all layers have done a call: it will not be undone."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from landmark.memory.plan import Plan, Writes
+from landmark.memory.saved import AT_ONCE, SavedLayer
 from landmark.memory.tiers import Traffic
 
 
@@ -35,6 +36,15 @@ class Near(Protocol):
 
     def finish(self, rows: Tensor, places: Tensor, landmark: Tensor | None) -> None:
         """Told that blocks are finished, ``(M,)`` each; ``landmark (M, G, D)`` replaces their last key."""
+
+    def resume(self, saved: SavedLayer, first: int, tail: Tensor) -> None:
+        """Goes on from an archive, in one row; room was made.
+
+        Args:
+            saved: the finished blocks.
+            first: block at place 1.
+            tail: ``(G, 2, L, D)`` keys and values of the block behind them, not finished, on the CPU.
+        """
 
     def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
         """Brings blocks near.
@@ -87,6 +97,19 @@ class AllNear:
         """As ``Near.finish``."""
         if landmark is not None:
             self.keys[rows, :, places, self.block_size - 1] = landmark
+
+    def resume(self, saved: SavedLayer, first: int, tail: Tensor) -> None:
+        """As ``Near.resume``: reads all blocks."""
+        kept = [0, *range(max(first, 1), saved.count)] if saved.count else []
+        for begin in range(0, len(kept), AT_ONCE):
+            blocks = torch.tensor(kept[begin : begin + AT_ONCE])
+            data = saved.of_all_heads(blocks).to(self.keys.device)
+            places = slice(begin, begin + len(blocks))
+            self.keys[0, :, places], self.values[0, :, places] = (
+                data[:, :, 0].transpose(0, 1),
+                data[:, :, 1].transpose(0, 1),
+            )
+        self.keys[0, :, len(kept)], self.values[0, :, len(kept)] = tail[:, 0], tail[:, 1]
 
     def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
         """As ``Near.fetch``."""

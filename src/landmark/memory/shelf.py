@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landmark.memory.extents import BlockFile, DiskExtent, Extent, HostExtent
+from landmark.memory.extents import BlockFile, DiskExtent, Extent, HostExtent, SavedExtent, Written
+from landmark.memory.saved import SavedLayer
 from landmark.memory.tiers import Tiers, Traffic
 
 EXTENT_BYTES = 2**22  # of an extent, at most, unless one block of all rows is larger
@@ -67,16 +68,25 @@ class Shelf:
         found: Tensor | None = None
         for index in torch.unique(blocks // self.length).tolist():
             here = (blocks // self.length == index).nonzero()[:, 0]
-            extent = self.extents[index]
-            assert extent is not None, "a block that was dropped"
-            part = extent.blocks()[blocks[here] % self.length, self.rows[index][rows[here]], heads[here]]
+            extent = self._readable(index)
+            part = extent.read(blocks[here] % self.length, self.rows[index][rows[here]], heads[here])
             if found is None:
                 found = part.new_empty(len(blocks), *part.shape[1:], pin_memory=torch.cuda.is_available())
             found[here] = part
-            extent.count(part.numel() * part.itemsize)
             self.traffic.count(f"fetched_{extent.tier}", part.numel() * part.itemsize)
         assert found is not None, "no blocks"
         return found
+
+    def adopt(self, saved: SavedLayer) -> None:
+        """Lets an archive hold what it has of one row's blocks, but for those that are in the memory of the CPU."""
+        if self.length == 0:
+            self.length = max(1, EXTENT_BYTES // saved.block_bytes)
+        for index in range(-(-saved.count // self.length)):
+            self._lengthen(index, 1)
+            old, whole = self.extents[index], (index + 1) * self.length <= saved.count
+            if old is None or (whole and isinstance(old, DiskExtent)):
+                extent = SavedExtent(saved, index * self.length, self.length)
+                self.extents[index], self.rows[index], self.own[index] = extent, torch.arange(1), False
 
     def drop(self, first: int) -> None:
         """Lets go of blocks ``1..first - 1``, as far as they fill extents."""
@@ -90,24 +100,41 @@ class Shelf:
 
     def nbytes(self, tier: str) -> int:
         """Bytes of the extents of one tier, those shared with a fork included."""
-        return sum(_bytes(extent) for extent in self.extents if extent is not None and extent.tier == tier)
+        return sum(extent.nbytes for extent in self.extents if extent is not None and extent.tier == tier)
 
-    def _writable(self, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> Extent:
+    def _readable(self, index: int) -> Extent:
+        """An extent to read from; for tier ``host`` one of an archive is copied there, if the budget has room."""
+        extent, budget = self.extents[index], self.tiers.host_bytes
+        assert extent is not None, "a block that was dropped"
+        if self.tiers.tier != "host" or not isinstance(extent, SavedExtent):
+            return extent
+        if budget is not None and self.nbytes("host") + extent.nbytes > budget:
+            return extent
+        data = extent.whole(self.rows[index])
+        near = HostExtent(tuple(data.shape), data.dtype)
+        self._fill(near, data)
+        self.extents[index], self.rows[index], self.own[index] = near, torch.arange(data.shape[1]), True
+        return near
+
+    def _lengthen(self, index: int, batch: int) -> None:
         while len(self.extents) <= index:
             self.extents.append(None)
-            self.rows.append(torch.arange(shape[1]))
+            self.rows.append(torch.arange(batch))
             self.own.append(False)
+
+    def _writable(self, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> Written:
+        self._lengthen(index, shape[1])
         old = self.extents[index]
-        if old is not None and self.own[index]:
+        if old is not None and self.own[index] and not isinstance(old, SavedExtent):
             return old
         new = self._allot(shape, dtype)
         old = self.extents[index]  # which may have moved down to make room
         if old is not None:
-            self._fill(new, old.blocks()[:, self.rows[index]])
+            self._fill(new, old.whole(self.rows[index]))
         self.extents[index], self.rows[index], self.own[index] = new, torch.arange(shape[1]), True
         return new
 
-    def _allot(self, shape: tuple[int, ...], dtype: torch.dtype) -> Extent:
+    def _allot(self, shape: tuple[int, ...], dtype: torch.dtype) -> Written:
         """Returns an empty extent in the highest tier whose budget has room for it, or can make room."""
         size, budget = torch.Size(shape).numel() * dtype.itemsize, self.tiers.host_bytes
         if self.tiers.tier == "disk" and (budget is None or budget < size):
@@ -124,12 +151,12 @@ class Shelf:
     def _move_down(self) -> None:
         """Moves the oldest extent of the host to the disk."""
         index, old = next((i, each) for i, each in enumerate(self.extents) if isinstance(each, HostExtent))
-        data = old.blocks()[:, self.rows[index]]
+        data = old.whole(self.rows[index])
         new = DiskExtent(self._file(tuple(data.shape), data.dtype))
         self._fill(new, data)
         self.extents[index], self.rows[index], self.own[index] = new, torch.arange(data.shape[1]), True
 
-    def _fill(self, extent: Extent, data: Tensor) -> None:
+    def _fill(self, extent: Written, data: Tensor) -> None:
         extent.fill(data)
         self.traffic.count(f"written_{extent.tier}", data.numel() * data.itemsize)
 
@@ -137,10 +164,3 @@ class Shelf:
         if self.file is None or self.file.shape != shape:
             self.file = BlockFile(self.tiers.folder, shape, dtype)
         return self.file
-
-
-def _bytes(extent: Extent) -> int:
-    if isinstance(extent, DiskExtent):
-        return extent.file.extent_bytes
-    blocks = extent.blocks()
-    return blocks.numel() * blocks.itemsize

@@ -12,6 +12,7 @@ from torch import Tensor
 from landmark.memory.frames import SomeNear
 from landmark.memory.near import AllNear, Near, grown, shift
 from landmark.memory.plan import Plan, Writes
+from landmark.memory.saved import SavedLayer
 from landmark.memory.tiers import Tiers, Traffic
 
 EVICTION_STEP = 16  # blocks are dropped this many at a time
@@ -126,6 +127,37 @@ class BlockStore:
         shift(self.landmark_keys, drop)
         self.near.evict(drop)
         self.first += drop
+
+    def resume(self, saved: SavedLayer, first: int, tail: Tensor) -> None:
+        """Goes on from an archive, in one row.
+
+        Args:
+            saved: the finished blocks.
+            first: the first of them that is kept, but for block 0.
+            tail: ``(1, G, 2, L, D)`` keys and values of the block behind them, on the model's device.
+
+        Raises:
+            Damaged: what was saved is not what was written.
+            ValueError: a budget is too small.
+        """
+        self.first = first
+        self.reserve(saved.count + 1, tail[:, :, 0])
+        marks = saved.landmarks().to(tail.device)
+        kept = torch.tensor([0, *range(first, saved.count)] if saved.count else [], dtype=torch.long)
+        self.landmark_keys[:, :, : len(kept)] = marks[:, :, kept.to(tail.device)]
+        self.near.resume(saved, first, tail[0])
+
+    def finished(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Returns blocks ``begin..end - 1`` of the one row, ``(n, G, 2, L, D)``, and their landmarks ``(n, G, D)``."""
+        places = self.place_of(torch.arange(begin, end, device=self.landmark_keys.device))
+        keys, values = self.gather(places[None, None])
+        data = torch.stack((keys[0], values[0]), dim=2).transpose(0, 1)
+        return data.cpu(), self.landmark_keys[0][:, places].transpose(0, 1).cpu()
+
+    def adopt(self, saved: SavedLayer) -> None:
+        """Told that an archive holds these blocks too: files of this memory's own need not."""
+        if isinstance(self.near, SomeNear):
+            self.near.shelf.adopt(saved)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows, repeated or reordered."""

@@ -1,0 +1,136 @@
+"""A layer in an archive: its finished blocks with a checksum for each key/value head, its landmark keys, its tail.
+
+``layer-NN.blocks`` is a plain array ``(blocks, G, 2, L, D)``, so that a block of one head is read without its
+neighbours; ``layer-NN.sums`` holds the CRC-32 of each, ``(blocks, G)``; ``layer-NN.landmarks`` is ``(blocks, G, D)``.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+import zlib
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landmark.memory.archive import REMEDY, Archive, Damaged
+
+AT_ONCE = 256  # blocks read or written together
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Returns the bytes of a contiguous tensor on the CPU, not copied."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class SavedLayer:
+    """The finished blocks of one layer, as they were committed when the archive was opened or last written.
+
+    Args:
+        archive: where they lie.
+        layer: the layer's index.
+        shape: ``(G, L, D)``.
+        dtype: of keys and values.
+        count: blocks.
+    """
+
+    def __init__(
+        self, archive: Archive, layer: int, shape: tuple[int, int, int], dtype: torch.dtype, count: int
+    ) -> None:
+        self.archive, self.layer, self.shape, self.dtype, self.count = archive, layer, shape, dtype, count
+        self._part = 2 * shape[1] * shape[2] * dtype.itemsize  # bytes of one block in one head
+        self._sums = self._read_sums() if count else array("I")
+        self._file: int | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavedLayer:
+        """Itself: what was committed does not change."""
+        return self
+
+    def name(self, kind: str) -> str:
+        """Returns the stream of a kind."""
+        return f"layer-{self.layer:02d}.{kind}"
+
+    def landmarks(self) -> Tensor:
+        """Returns the landmark keys ``(1, G, count, D)``; raises ``Damaged``."""
+        groups, _, dim = self.shape
+        if self.count == 0:
+            return torch.empty(1, groups, 0, dim, dtype=self.dtype)
+        data = bytearray(self.archive.read(self.name("landmarks")))
+        return torch.frombuffer(data, dtype=self.dtype).view(-1, groups, dim)[: self.count].transpose(0, 1)[None]
+
+    def read(self, blocks: Tensor, heads: Tensor) -> Tensor:
+        """Returns keys and values ``(M, 2, L, D)`` of blocks ``(M,)`` in the given key/value heads.
+
+        Raises:
+            Damaged: one of them is not what was written.
+        """
+        groups, size, dim = self.shape
+        found = torch.empty(len(blocks), 2, size, dim, dtype=self.dtype, pin_memory=torch.cuda.is_available())
+        view = as_bytes(found)
+        for index, (block, head) in enumerate(zip(blocks.tolist(), heads.tolist(), strict=True)):
+            assert block < self.count
+            part = view[index * self._part : (index + 1) * self._part]
+            self._read_part(part, block * groups + head)
+        return found
+
+    def of_all_heads(self, blocks: Tensor) -> Tensor:
+        """Returns keys and values ``(M, G, 2, L, D)`` of blocks ``(M,)``; raises ``Damaged``."""
+        groups = self.shape[0]
+        heads = torch.arange(groups).repeat(len(blocks))
+        return torch.unflatten(self.read(blocks.repeat_interleave(groups), heads), 0, (len(blocks), groups))
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of all heads."""
+        return self.shape[0] * self._part
+
+    def append(self, data: Tensor, landmarks: Tensor) -> None:
+        """Writes the next finished blocks, which count from the archive's next commit on.
+
+        Args:
+            data: ``(n, G, 2, L, D)`` on the CPU.
+            landmarks: ``(n, G, D)`` on the CPU.
+        """
+        view = as_bytes(data.contiguous())
+        sums = array("I", (zlib.crc32(view[i : i + self._part]) for i in range(0, len(view), self._part)))
+        self.archive.append(self.name("blocks"), view, summed=False)
+        self.archive.append(self.name("sums"), memoryview(sums))
+        self.archive.append(self.name("landmarks"), as_bytes(landmarks.contiguous()))
+        self._sums.extend(sums)
+        self.count += len(data)
+
+    def cut(self, count: int) -> None:
+        """Forgets blocks that were written and not committed."""
+        del self._sums[count * self.shape[0] :]
+        self.count = count
+
+    def verify(self) -> Iterator[str]:
+        """Yields a line for each block of a head that is not what was written."""
+        groups = self.shape[0]
+        part = memoryview(bytearray(self._part))
+        for index in range(self.count * groups):
+            try:
+                self._read_part(part, index)
+            except Damaged as error:
+                yield str(error)
+
+    def _read_part(self, part: memoryview, index: int) -> None:
+        path = self.archive.folder / self.name("blocks")
+        if self._file is None:
+            self._file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+        length = os.preadv(self._file, [part], index * self._part)
+        if length != len(part) or zlib.crc32(part) != self._sums[index]:
+            block, head = divmod(index, self.shape[0])
+            begin, end = index * self._part, (index + 1) * self._part
+            raise Damaged(
+                f"{path}: block {block}, key/value head {head} (bytes {begin}-{end}) is not what was written; {REMEDY}"
+            )
+
+    def _read_sums(self) -> array[int]:
+        sums = array("I")
+        sums.frombytes(self.archive.read(self.name("sums")))
+        return sums
