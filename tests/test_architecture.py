@@ -24,7 +24,8 @@ ROWS = {
     "data": 4,
     "train": 4,
     "eval": 4,
-    "cli": 5,
+    "library": 5,
+    "cli": 6,
 }
 STRANGERS = {("train", "eval"), ("eval", "train")}
 OPTIONAL = {"bm25s", "matplotlib", "datasets", "peft", "accelerate", "faiss", "triton"}
@@ -43,6 +44,7 @@ THIRD_PARTY = {
     "data": {"torch", "transformers", "tokenizers", "numpy", "datasets"},
     "train": {"torch", "transformers", "tokenizers", "numpy", "accelerate", "datasets", "peft", "safetensors"},
     "eval": {"torch", "transformers", "numpy", "datasets", "matplotlib", "rich", "bm25s"},
+    "library": {"torch", "transformers"},
     "cli": {"torch", "transformers", "typer", "rich", "click"},
 }
 

@@ -13,23 +13,27 @@ __version__ = "0.1.0"
 _HOME = {
     "LandmarkCache": "landmark.hf.cache",
     "LandmarkConfig": "landmark.config",
+    "Library": "landmark.library",
     "convert": "landmark.hf.convert",
     "explain": "landmark.eval.explain",
     "insert_landmarks": "landmark.blocks",
     "landmark_attention": "landmark.ops.attention",
     "load": "landmark.hf.convert",
+    "remember": "landmark.library",
     "strip_landmarks": "landmark.blocks",
 }
 
 __all__ = [
     "LandmarkCache",
     "LandmarkConfig",
+    "Library",
     "__version__",
     "convert",
     "explain",
     "insert_landmarks",
     "landmark_attention",
     "load",
+    "remember",
     "strip_landmarks",
 ]
 
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from landmark.eval.explain import explain
     from landmark.hf.cache import LandmarkCache
     from landmark.hf.convert import convert, load
+    from landmark.library import Library, remember
     from landmark.ops.attention import landmark_attention
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, cast
 import typer
 
 import landmark
+from landmark.cli.ask import ask
 from landmark.cli.convert import convert
 from landmark.cli.demo import demo
 from landmark.cli.explain import explain
@@ -18,6 +19,7 @@ from landmark.cli.passages import passages
 from landmark.cli.passkey import passkey
 from landmark.cli.perplexity import perplexity
 from landmark.cli.rank import rank
+from landmark.cli.remember import remember
 from landmark.cli.train import train
 
 app = typer.Typer(
@@ -30,6 +32,8 @@ evaluation = typer.Typer(help="Evaluate a model: pass key, named facts, perplexi
 app.add_typer(evaluation, name="eval")
 app.command()(demo)
 app.command()(generate)
+app.command()(remember)
+app.command()(ask)
 app.command()(explain)
 app.command()(convert)
 app.command()(train)

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
+from landmark.cli.answers import show_answer
 from landmark.cli.options import Device, Dtype, Model
-
-SHOWN_CHARACTERS = 240
 
 
 def explain(
@@ -33,9 +32,5 @@ def explain(
     explanation = explained(subject.model, subject.tokenizer, sources, question, max_new_tokens=max_new_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(explanation.html(), encoding="utf-8")
-    typer.echo(f"{question.strip()}{explanation.answer.rstrip()}")
-    for passage in explanation.passages():
-        text = " ".join(passage.text.split())
-        cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
-        typer.echo(f"  {passage.weight:>5.1%}  {passage.source}:{passage.line}  {cut}")
+    show_answer(explanation)
     typer.echo(f"Page: {out}")

@@ -14,6 +14,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16, float16, float64.")
 ]
+Tier = Annotated[str, typer.Option(help="Where blocks live: device, host or disk.")]
 Seed = Annotated[int, typer.Option(help="Of all random choices.")]
 
 

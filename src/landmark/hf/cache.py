@@ -14,7 +14,7 @@ from transformers import Cache
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
-from landmark.hf.saved import Saved, Source, open_saved, save
+from landmark.hf.saved import Saved, open_saved, save
 from landmark.memory.layer import RECENT_BLOCKS, LayerMemory, Retrieval
 from landmark.memory.plan import oldest_needed
 from landmark.memory.positions import RotationTables
@@ -37,7 +37,6 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         settings: the ``LandmarkConfig`` it was made with.
         record: whether to keep what each layer retrieves in ``retrievals``.
         retrievals: what was retrieved while ``record`` was set, oldest first.
-        sources: which text the tokens of its one row come from, where somebody said it.
         saved: the folder that it was opened from or saved to.
         rewound: whether something that was saved has been taken back.
 
@@ -57,7 +56,6 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.tiers = Tiers(tier, **budgets)
         self.record = False
         self.retrievals: list[Retrieval] = []
-        self.sources: list[Source] = []
         self.saved: Saved | None = None
         self.rewound = False
         self._mask: Tensor | None = None  # (B, columns) bool on the CPU
@@ -153,7 +151,6 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self._note_change(tokens)
         self._ids = [torch.cat(self._ids, dim=1)[:, :keep]]
         self._mask, self._tokens = self._mask[:, :keep].clone(), tokens
-        self.sources = [each for each in self.sources if each.begin < min(tokens)]
         for memory in self.made():
             memory.forget_peak()
 
@@ -178,7 +175,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forgets everything."""
         self.memories = [None] * len(self.memories)
-        self._mask, self._tokens, self._ids, self.retrievals, self.sources = None, [], [], [], []
+        self._mask, self._tokens, self._ids, self.retrievals = None, [], [], []
         self.saved, self.rewound = None, False
 
     def fork(self) -> LandmarkCache:
@@ -220,20 +217,24 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """The decoder that read last, ``None`` if there is none any more."""
         return None if self._decoder is None else self._decoder()
 
-    def save(self, folder: str | Path) -> None:
+    def save(
+        self, folder: str | Path, *, notes: dict[str, Any] | None = None, streams: dict[str, bytes] | None = None
+    ) -> None:
         """Saves the memory of one row to a folder, or to its own folder (opened from, saved to) what came since.
 
         When this returns, all is on the disk; when it is interrupted, the folder holds what it held before.
 
         Args:
             folder: a new or empty one, or that of this memory.
+            notes: JSON to keep beside it, instead of what was kept so far.
+            streams: bytes to keep beside it, by name; each begins with what was kept of it so far.
 
         Raises:
             ValueError: several rows, a memory that was cropped since it was saved, no room on the disk, or another
                 writer.
             FileExistsError: the folder holds something else.
         """
-        save(self, folder)
+        save(self, folder, notes, streams or {})
 
     @classmethod
     def open(cls, folder: str | Path, model: Any, tier: str = "device", **budgets: Any) -> LandmarkCache:
@@ -254,10 +255,10 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """
         return open_saved(folder, model, tier, budgets)
 
-    def resume(self, ids: Tensor, sources: list[Source], decoder: Any) -> None:
+    def resume(self, ids: Tensor, decoder: Any) -> None:
         """Counts what was read from a folder; ``ids (tokens,)`` int32."""
         self._ids, self._tokens, self._mask = [ids[None]], [len(ids)], torch.ones(1, len(ids), dtype=torch.bool)
-        self.sources, self._decoder = sources, weakref.ref(decoder)
+        self._decoder = weakref.ref(decoder)
 
     def _note_change(self, tokens: list[int]) -> None:
         """Told before rows are cropped to so many tokens, or changed."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,24 +20,8 @@ if TYPE_CHECKING:
     from landmark.hf.cache import LandmarkCache
     from landmark.memory.layer import LayerMemory
 
-IDS, LINES = "text-ids", "text-lines"
+IDS = "text-ids"
 SAMPLES = 64  # of each parameter, for the fingerprint
-NO_LINE = 0
-
-
-@dataclass
-class Source:
-    """A text that was read into a memory.
-
-    Attributes:
-        name: of its file.
-        begin: its first token in the memory.
-        lines: line of each of its tokens, counted from 1.
-    """
-
-    name: str
-    begin: int
-    lines: array[int] = field(default_factory=lambda: array("I"))
 
 
 @dataclass
@@ -52,6 +35,16 @@ class Saved:
 
     archive: Archive
     layers: list[SavedLayer]
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What was to be kept beside the memory, as JSON."""
+        notes: dict[str, Any] = self.archive.manifest["notes"]
+        return notes
+
+    def stream(self, name: str) -> bytes:
+        """Returns bytes that were to be kept beside the memory; raises ``Damaged``."""
+        return self.archive.read(f"text-{name}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A fork belongs to no folder: it is saved to one of its own."""
@@ -68,7 +61,7 @@ def fingerprint(decoder: Any) -> str:
     return found.hexdigest()
 
 
-def save(cache: LandmarkCache, folder: str | Path) -> None:
+def save(cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None, streams: dict[str, bytes]) -> None:
     """As ``LandmarkCache.save``."""
     folder, decoder = Path(folder), cache.decoder
     if len(cache.tokens) != 1:
@@ -84,8 +77,10 @@ def save(cache: LandmarkCache, folder: str | Path) -> None:
             for begin in range(layer.count, blocks, AT_ONCE):
                 layer.append(*memory.store.finished(begin, min(begin + AT_ONCE, blocks)))
         archive.append(IDS, as_bytes(cache.ids()[archive.length(IDS) // 4 :].contiguous()))
-        archive.append(LINES, memoryview(_lines(cache)[archive.length(LINES) // 4 :]))
-        manifest = _manifest(cache, decoder, saved)
+        for name, data in streams.items():
+            archive.append(f"text-{name}", data[archive.length(f"text-{name}") :])
+        kept = archive.manifest.get("notes", {}) if notes is None else notes
+        manifest = {**_manifest(cache, decoder, saved), "notes": kept}
         tail = f"tail-{archive.commits + 1}"
         tensors = _tails(cache, blocks)
         manifest["tail"] = {"stream": tail, "tensors": [_described(name, each) for name, each in tensors.items()]}
@@ -126,7 +121,7 @@ def open_saved(folder: str | Path, model: Any, tier: str, budgets: dict[str, Any
         prefix = f"{index}."
         parts = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
         memory.resume(layer, manifest["first"][index], parts, decoder.device)
-    cache.resume(torch.frombuffer(bytearray(archive.read(IDS)), dtype=torch.int32), _sources(archive), decoder)
+    cache.resume(torch.frombuffer(bytearray(archive.read(IDS)), dtype=torch.int32), decoder)
     cache.saved = Saved(archive, layers)
     return cache
 
@@ -162,7 +157,6 @@ def _manifest(cache: LandmarkCache, decoder: Any, saved: Saved) -> dict[str, Any
         "first": [memory.store.first for memory in cache.made()],
         "tokens": cache.tokens[0],
         "blocks": saved.layers[0].count,
-        "sources": [{"name": each.name, "begin": each.begin} for each in cache.sources],
         "versions": versions("torch", "transformers"),
     }
 
@@ -205,20 +199,3 @@ def _check_model(archive: Archive, cache: LandmarkCache, decoder: Any) -> None:
             f"{manifest['model']['fingerprint'][:12]}, this is {theirs['type']} {theirs['fingerprint'][:12]}); open it "
             "with that one, or remember the texts anew"
         )
-
-
-def _sources(archive: Archive) -> list[Source]:
-    lines = array("I")
-    lines.frombytes(archive.read(LINES))
-    found = archive.manifest["sources"]
-    begins = [each["begin"] for each in found] + [len(lines)]
-    return [Source(each["name"], begins[i], lines[begins[i] : begins[i + 1]]) for i, each in enumerate(found)]
-
-
-def _lines(cache: LandmarkCache) -> array[int]:
-    """The line of each token of the one row, 0 where no source says it."""
-    found = array("I", [NO_LINE]) * cache.tokens[0]
-    for each in cache.sources:
-        end = min(len(found), each.begin + len(each.lines))
-        found[each.begin : end] = each.lines[: max(0, end - each.begin)]
-    return found

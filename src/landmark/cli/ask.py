@@ -1,0 +1,47 @@
+"""``landmark ask``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from landmark.cli.answers import show_answer
+from landmark.cli.options import Device, Dtype, Model, Tier
+
+
+def ask(
+    memory: Annotated[Path, typer.Argument(help="The folder of a memory made by landmark remember.")],
+    question: Annotated[
+        str | None, typer.Argument(help="What the model goes on from; it ends where the answer begins.")
+    ] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", help="Ask line by line, until an empty one.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 16,
+    tier: Tier = "disk",
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Ask a MEMORY; below the answer stand the passages that were read. Asking changes nothing."""
+    from landmark.eval.subjects import load, quiet
+    from landmark.library import Library, model_of
+
+    if (question is None) != interactive:
+        raise typer.BadParameter("expected a question, or --interactive")
+    quiet()
+    library = Library.open(memory, load(model or model_of(memory), device, dtype), tier)
+    for each in _lines() if question is None else [question]:
+        show_answer(library.ask(each, max_new_tokens=max_new_tokens))
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False)
+        line = sys.stdin.readline().rstrip("\n")
+        if not line:
+            return
+        yield line

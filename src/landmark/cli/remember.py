@@ -1,0 +1,34 @@
+"""``landmark remember``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from landmark.cli.options import Device, Dtype, Model, Tier
+
+
+def remember(
+    files: Annotated[list[Path], typer.Argument(help="Text files or folders of .txt files, read one after the other.")],
+    out: Annotated[Path, typer.Option(help="The memory's folder; where there is one, reading goes on.")],
+    tier: Tier = "disk",
+    retrieve: Annotated[bool, typer.Option("--retrieve", help="Read with retrieval: much slower.")] = False,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Read FILES into a memory on disk; the same command goes on with what was interrupted, and adds further files."""
+    from landmark.eval.subjects import load, quiet
+    from landmark.library import Progress
+    from landmark.library import remember as remembered
+
+    def show(found: Progress) -> None:
+        sizes = ", ".join(f"{tier} {size / 2**20:,.0f} MiB" for tier, size in found.nbytes.items() if size)
+        speed = found.read / max(found.seconds, 1e-9)
+        typer.echo(f"{found.tokens:,} of {found.total:,} tokens  {speed:,.0f} tokens/s  {sizes}")
+
+    quiet()
+    library = remembered(files, out, load(model, device, dtype), tier=tier, retrieve=retrieve, progress=show)
+    typer.echo(f"{library.tokens:,} tokens of {len(library.reading.sources)} texts are remembered in {out}")

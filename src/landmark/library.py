@@ -1,0 +1,210 @@
+"""Texts that a model remembers once and is asked about ever after: a memory, its texts, and the folder of both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from landmark.data.sources import Reading, Source, read_sources
+from landmark.eval.explain import MAX_NEW_TOKENS, explain_memory, file_sources
+from landmark.eval.explanation import Explanation
+from landmark.eval.subjects import Subject, load, require_landmark
+from landmark.hf.cache import LandmarkCache
+from landmark.memory.archive import STATE, Archive
+from landmark.memory.saved import as_bytes
+
+SAVE_TOKENS = 1 << 16  # read between two moments at which all that was read is on the disk
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a library has been read.
+
+    Attributes:
+        tokens: remembered and on the disk.
+        total: of all its texts.
+        seconds: since reading began.
+        read: tokens read in these seconds.
+        nbytes: of the memory by tier, landmark keys counted on the device.
+    """
+
+    tokens: int
+    total: int
+    seconds: float
+    read: int
+    nbytes: dict[str, int]
+
+
+class Library:
+    """Remembered texts, to be asked about; made by ``remember`` or ``Library.open``.
+
+    Attributes:
+        subject: the model and its tokenizer.
+        memory: what the model remembers, of one row.
+        reading: the texts that are to be remembered, and where each of their tokens stands.
+        folder: where it is saved.
+    """
+
+    def __init__(self, subject: Subject, memory: LandmarkCache, reading: Reading, folder: Path) -> None:
+        self.subject, self.memory, self.reading, self.folder = subject, memory, reading, folder
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, model: Subject | str | None = None, tier: str = "disk", **budgets: Any
+    ) -> Library:
+        """Opens a library without reading its blocks.
+
+        Args:
+            folder: where it was saved.
+            model: the model that remembers it, or its name; ``None`` for the name that it was saved with.
+            tier: where blocks live, as for ``LandmarkCache``.
+            **budgets: likewise.
+
+        Raises:
+            FileNotFoundError: there is no memory in the folder.
+            ValueError: a memory without texts, another model, or as ``LandmarkCache.open``.
+        """
+        folder = Path(folder)
+        subject = _subject(model_of(folder) if model is None else model)
+        memory = LandmarkCache.open(folder, subject.model, tier, **budgets)
+        assert memory.saved is not None
+        notes = memory.saved.notes
+        ids = torch.frombuffer(bytearray(memory.saved.stream("tokens")), dtype=torch.int32).long()
+        spans = torch.frombuffer(bytearray(memory.saved.stream("spans")), dtype=torch.int64).view(-1, 2)
+        return cls(subject, memory, Reading(_sources(notes, memory.saved.stream("characters")), ids, spans), folder)
+
+    @property
+    def tokens(self) -> int:
+        """Text tokens remembered so far."""
+        return sum(self.memory.tokens)
+
+    def read(self, *, retrieve: bool = False, progress: Callable[[Progress], None] | None = None) -> None:
+        """Reads what is not remembered yet, and saves it as it goes; interrupted, it goes on from the last save.
+
+        Args:
+            retrieve: whether to read with retrieval; much slower, and not what later questions need.
+            progress: called after every save.
+
+        Raises:
+            ValueError: no room on the disk, or another writer.
+        """
+        model, start, before = self.subject.model, time.perf_counter(), self.tokens
+        total = len(self.reading.ids)
+        while self.tokens < total:
+            part = self.reading.ids[self.tokens : self.tokens + SAVE_TOKENS]
+            model.read(part[None].to(self.subject.device), cache=self.memory, retrieve=retrieve)
+            self.save()
+            if progress is not None:
+                nbytes = {tier: self.memory.nbytes(tier) for tier in ("device", "host", "disk")}
+                progress(Progress(self.tokens, total, time.perf_counter() - start, self.tokens - before, nbytes))
+
+    def save(self) -> None:
+        """Saves what is remembered; raises as ``LandmarkCache.save``."""
+        sources = [{"name": each.name, "characters": len(each.text)} for each in self.reading.sources]
+        streams = {
+            "characters": "".join(each.text for each in self.reading.sources).encode(),
+            "tokens": bytes(as_bytes(self.reading.ids.int())),
+            "spans": bytes(as_bytes(self.reading.spans.contiguous())),
+        }
+        self.memory.save(self.folder, notes={"sources": sources, "model": self.subject.name}, streams=streams)
+
+    def ask(self, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> Explanation:
+        """Asks on a fork of the memory, which stays as it is.
+
+        Args:
+            question: what the model goes on from, as it stands; it ends where the answer begins.
+            max_new_tokens: at most so many tokens are written, the most probable ones.
+
+        Returns:
+            the answer, with the passages that were read for it.
+
+        Raises:
+            ValueError: nothing is remembered yet, an empty question, no new tokens, or a block that is not what was
+                written.
+        """
+        if self.tokens == 0:
+            raise ValueError(
+                f"expected a library that has read something in {str(self.folder)!r}, got none; read it first"
+            )
+        read = Reading(self.reading.sources, self.reading.ids[: self.tokens], self.reading.spans[: self.tokens])
+        subject = self.subject
+        return explain_memory(
+            subject.model, subject.tokenizer, self.memory, read, question, max_new_tokens=max_new_tokens
+        )
+
+
+def model_of(folder: str | Path) -> str:
+    """Returns the name of the model that a library was remembered by; raises as ``Library.open``."""
+    notes = Archive.open(folder).manifest["notes"]
+    if "sources" not in notes:
+        raise ValueError(f"expected a memory with its texts in {str(folder)!r}, got one without; use landmark remember")
+    return str(notes["model"])
+
+
+def remember(
+    files: Sequence[str | Path],
+    folder: str | Path,
+    model: Subject | str | None = None,
+    *,
+    tier: str = "disk",
+    retrieve: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    **budgets: Any,
+) -> Library:
+    """Remembers texts in a folder, or goes on with what is there.
+
+    Args:
+        files: text files, or folders of .txt files, read one after the other. Where the folder holds a library, they
+            begin with its texts.
+        folder: where it is saved.
+        model: a landmark model with its tokenizer, or its name; ``None`` for the bundled one.
+        tier: where blocks live meanwhile, as for ``LandmarkCache``.
+        retrieve: as for ``Library.read``.
+        progress: likewise.
+        **budgets: of the tiers.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: no text, a plain model, other texts than those of the library in the folder, or as ``Library.open``.
+    """
+    folder, sources = Path(folder), file_sources(Path(each) for each in files)
+    if (folder / STATE).exists():
+        library = Library.open(folder, model, tier, **budgets)
+        library.reading = _continued(library, sources)
+    else:
+        subject = _subject(model)
+        memory = LandmarkCache(subject.model, tier, **budgets)
+        library = Library(subject, memory, read_sources(sources, subject.tokenizer), folder)
+    library.read(retrieve=retrieve, progress=progress)
+    return library
+
+
+def _continued(library: Library, sources: Sequence[Source]) -> Reading:
+    """Raises ``ValueError`` unless the texts begin with those of the library."""
+    known = library.reading.sources
+    if tuple(each.text for each in sources[: len(known)]) != tuple(each.text for each in known):
+        names = ", ".join(each.name for each in known[:3]) + (", ..." if len(known) > 3 else "")
+        raise ValueError(
+            f"FILES: expected those of the library in {str(library.folder)!r} first ({names}), unchanged, then further "
+            f"ones, got {', '.join(each.name for each in sources[:3])}; name them, or another folder"
+        )
+    return read_sources(sources, library.subject.tokenizer)
+
+
+def _subject(model: Subject | str | None) -> Subject:
+    subject = model if isinstance(model, Subject) else load(model)
+    require_landmark(subject)
+    return subject
+
+
+def _sources(notes: dict[str, Any], characters: bytes) -> tuple[Source, ...]:
+    text, begin, found = characters.decode(), 0, []
+    for each in notes["sources"]:
+        found.append(Source(each["name"], text[begin : begin + each["characters"]]))
+        begin += each["characters"]
+    return tuple(found)
