@@ -48,6 +48,11 @@ class Rotation:
         """Returns the rotation to ``positions[index]``."""
         return Rotation(self.cos[index], self.sin[index], self.interleaved)
 
+    def at(self, index: Tensor) -> Rotation:
+        """As ``self[index]`` for positions of one dimension and integers of any shape, by a faster kernel."""
+        look_up = torch.nn.functional.embedding
+        return Rotation(look_up(index, self.cos), look_up(index, self.sin), self.interleaved)
+
     def to(self, device: torch.device) -> Rotation:
         """Returns the rotation on ``device``."""
         return Rotation(self.cos.to(device), self.sin.to(device), self.interleaved)
@@ -61,7 +66,7 @@ class Rotation:
         else:
             first, second = head.chunk(2, dim=-1)
             partner = torch.cat((second, first), dim=-1)
-        head = (head * self.cos + partner * self.sin).to(x.dtype)
+        head = torch.addcmul(head * self.cos, partner, self.sin).to(x.dtype)
         if rotated == x.shape[-1]:
             return head
         rest = x[..., rotated:]

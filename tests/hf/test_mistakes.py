@@ -135,22 +135,13 @@ def test_7_a_cut_off_computed_finely_and_met_coarsely(granularity: str) -> None:
     turns_red(lambda: green(policy_case(6, granularity=granularity)), put_in)
 
 
-@pytest.mark.parametrize("term", [0, 1], ids=["shared", "chosen"])
-def test_8_a_term_without_the_scale(term: int) -> None:
+@pytest.mark.parametrize("term", ["_shared", "_chosen"])
+def test_8_a_term_without_the_scale(term: str) -> None:
     """Scores of the local blocks, or of the retrieved ones."""
-    attend, effective, terms = plain.attend, plain._effective, []
-
-    def counted(*arguments: Any) -> Any:
-        terms.clear()
-        return attend(*arguments)
-
-    def unscaled(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        terms.append(scores)
-        return effective(scores / 8**-0.5 if len(terms) == term + 1 else scores, valid)
+    real = getattr(plain, term)
 
     def put_in(patch: Patch) -> None:
-        patch.setattr(plain, "attend", counted)
-        patch.setattr(plain, "_effective", unscaled)
+        patch.setattr(plain, term, lambda query, *rest: real(query / 8**-0.5, *rest))
 
     turns_red(lambda: green(policy_case(6, granularity="group")), put_in)
 

@@ -14,6 +14,7 @@ import models
 import oracle
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
 from landmark.memory import layer as memory_layer
+from landmark.memory import plain
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
 
@@ -164,6 +165,15 @@ def test_every_chunk_size_gives_the_same_logits(granularity: str, positions: str
 def test_own_blocks_computed_one_at_a_time(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long call is computed in slabs of own blocks; here each is a slab."""
     monkeypatch.setitem(memory_layer.SLAB_BYTES, "cpu", 1)
+    assert worst(draw(seed)) < 1e-8
+
+
+@pytest.mark.parametrize("seed", range(1, 48, 3))
+@pytest.mark.parametrize("at_once", [1, 2000])
+def test_retrieved_blocks_read_in_small_tiles(seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More queries chose a block than a tile holds, and there are more tiles than are computed at once."""
+    monkeypatch.setattr(plain, "TILE_ROWS", 3)
+    monkeypatch.setattr(plain, "PIECE_BYTES", at_once)
     assert worst(draw(seed)) < 1e-8
 
 

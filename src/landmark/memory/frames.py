@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from landmark.memory.near import taken
 from landmark.memory.plan import Plan, Writes
 from landmark.memory.saved import SavedLayer
 from landmark.memory.shelf import Shelf
@@ -117,6 +118,17 @@ class SomeNear:
             frames = frame[inverse[:, : blocks.shape[1]]]
         parts = torch.split(frames.to(keys.device), [each[0, 0].numel() for each in places], dim=2)
         return keys, values, *(part.view(each.shape) for part, each in zip(parts, places, strict=True))
+
+    def take(self, owners: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``Near.take``."""
+        owner, block = owners.cpu(), self._block_of(places).cpu()
+        if bool(self._is_recent(owner // self.keys.shape[1], block).all()):
+            keys, values, frames = self.keys, self.values, self._recent_frame(block)
+        else:
+            distinct, inverse = torch.unique(owner * MANY + block, return_inverse=True)
+            keys, values, frame = self._bring(distinct // MANY, distinct % MANY, alike=False)
+            frames = frame[inverse]
+        return taken(keys, values, owners, frames.to(keys.device))
 
     def evict(self, drop: int) -> None:
         """As ``Near.evict``."""

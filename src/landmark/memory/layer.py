@@ -192,17 +192,16 @@ class LayerMemory:
         batch, groups, repeats, blocks, width, dim = query.shape
         size, local, stored = self.config.block_size, plan.grid.local.shape[-1], query.element_size()
         scored = COPIES * batch * groups * repeats * max(stored, 4)
-        seen = local + 1 + (self.config.top_k if retrieve else 1)
-        each, shared = scored * seen * size, 2 * batch * groups * (local + 1) * size * dim * stored
-        choice = fetched = 0
+        each, shared = scored * (local + 2) * size, 2 * batch * groups * (local + 2) * size * dim * stored
+        choice = 0
         if retrieve:
-            fetchers = groups * (repeats if self.config.granularity in ("token_head", "head") else 1)
-            fetched = 2 * batch * fetchers * self.config.top_k * size * dim * stored
+            each += batch * groups * repeats * self.config.top_k * (3 * dim * stored + COPIES * 8)
             choice = scored * plan.candidates
-        each += fetched
         if fused:  # the kernels copy no blocks and keep no scores; lists of chosen blocks remain, and what lay lower
             each, shared = COPIES * batch * groups * repeats * (self.config.top_k * 8 + dim * 4), 0
-            each += fetched * self.store.fetches
+            if retrieve and self.store.fetches:
+                fetchers = groups * (repeats if self.config.granularity in ("token_head", "head") else 1)
+                each += 2 * batch * fetchers * self.config.top_k * size * dim * stored
             choice = 0 if self._chooses_fused() else choice
         budget = SLAB_BYTES.get(query.device.type, SLAB_BYTES["cpu"])
         step = min(blocks, max(1, budget // (width * (each + choice) + shared)))

@@ -57,6 +57,9 @@ class Near(Protocol):
             the next call of this memory.
         """
 
+    def take(self, owners: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies blocks: keys and values ``(M, L, D)`` of owners ``row * G + head`` and places, ``(M,)`` each."""
+
     def evict(self, drop: int) -> None:
         """Drops the blocks at places ``1..drop``; those after them take their places."""
 
@@ -115,6 +118,10 @@ class AllNear:
         """As ``Near.fetch``."""
         return self.keys, self.values, *places
 
+    def take(self, owners: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``Near.take``."""
+        return taken(self.keys, self.values, owners, places)
+
     def evict(self, drop: int) -> None:
         """As ``Near.evict``."""
         shift(self.keys, drop)
@@ -134,6 +141,13 @@ def grown(old: Tensor, new: Tensor) -> Tensor:
     if old.numel():
         new[:, :, : old.shape[2]] = old
     return new
+
+
+def taken(keys: Tensor, values: Tensor, owners: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies the blocks at ``frames`` of ``owners``, ``(M,)`` each, from keys and values ``(B, G, frames, L, D)``."""
+    numbers, (length, dim) = owners * keys.shape[2] + frames, keys.shape[3:]
+    found = (each.view(-1, length * dim).index_select(0, numbers).view(-1, length, dim) for each in (keys, values))
+    return next(found), next(found)
 
 
 def shift(tensor: Tensor, drop: int) -> None:

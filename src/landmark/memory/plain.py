@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from landmark.memory.plan import Grid
 from landmark.memory.positions import RotationTables
 from landmark.memory.store import BlockStore
+
+TILE_ROWS = 64  # queries that read a block together, at most
+QUERY_ROWS = 5  # for each query: it, turned, its angles, scores, what it reads
+PIECE_BYTES = 2**22  # of tiles computed at once: about what a core's cache holds
 
 
 def attend(
@@ -36,60 +42,101 @@ def attend(
         the output, shape and dtype of ``query``, and ``(B, G, R, n, W, K)`` gate weights of the chosen blocks
         (``K = 0`` where there are none).
     """
-    size = store.block_size
-    keys, own_values = store.gather(store.place_of(grid.own)[:, None])
-    own = torch.einsum("bgrnwd,bgnld->bgrnwl", query * scale, keys)
+    query, size = query * scale, store.block_size
+    keys, values = store.gather(store.place_of(grid.own)[:, None])
+    own = torch.einsum("bgrnwd,bgnld->bgrnwl", query, keys)
     place = torch.arange(size, device=query.device)
     seen = (place <= grid.offsets[..., None]) & (place < size - 1)
     own = _at_least_float32(own).masked_fill(~seen[:, None, None], -torch.inf)
-
-    places, distances = shared
-    keys, shared_values = store.gather(places[:, None])
-    turned = tables.by_blocks(distances, query.dtype, largest)[:, None, None, :, None]
-    scores = torch.einsum("bgrnwkd,bgnkld->bgrnwkl", turned.rotate(query[..., None, :] * scale), keys)
-    logits = [own, _effective(scores, (distances >= 0)[:, None, None, :, None])]
+    parts = [_shared(query, *shared, store, tables, largest)]
     if chosen is not None:
-        places, distances = chosen
-        keys, chosen_values = store.gather(places.expand(-1, query.shape[1], *places.shape[2:]))
-        turned = tables.by_blocks(distances, query.dtype, largest)
-        scores = _per_query(turned.rotate(query[..., None, :] * scale), keys)
-        logits.append(_effective(scores, distances >= 0))
-
+        places, distances = (each.expand(*query.shape[:5], -1) for each in chosen)
+        parts.append(_chosen(query, places, distances, store, tables, largest))
+    logits = [own, *(marks for marks, _ in parts)]
     weights = torch.softmax(torch.cat(logits, dim=-1), dim=-1)
-    parts = torch.split(weights.to(own_values.dtype), [part.shape[-1] for part in logits], dim=-1)
-    output = torch.einsum("bgrnwl,bgnld->bgrnwd", parts[0], own_values)
-    by_block = torch.unflatten(parts[1], -1, (shared[0].shape[-1], size))
-    output = output + torch.einsum("bgrnwkl,bgnkld->bgrnwd", by_block, shared_values)
-    if chosen is None:
-        return output, weights[..., :0]
-    output = output + _weighted(torch.unflatten(parts[2], -1, (-1, size)), chosen_values)
-    return output, torch.unflatten(weights[..., -parts[2].shape[-1] :], -1, (-1, size)).sum(-1)
+    gates = torch.split(weights, [each.shape[-1] for each in logits], dim=-1)
+    output = torch.einsum("bgrnwl,bgnld->bgrnwd", gates[0].to(values.dtype), values)
+    for gate, (_, texts) in zip(gates[1:], parts, strict=True):
+        output = output + (gate[..., None] * texts).sum(-2)
+    return output.to(query.dtype), gates[0][..., :0] if chosen is None else gates[2]
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _effective(scores: Tensor, valid: Tensor) -> Tensor:
-    """Logits ``(..., K * L)`` of past text in the one softmax, from scores ``(..., K, L)``.
+def _read(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Landmark scores ``(..., M)`` and what is read of the text ``(..., M, D)`` by queries of one block.
 
-    ``text + (landmark - logsumexp(text))`` by block; landmarks and blocks that are not ``valid`` have ``-inf``.
+    Args:
+        query: ``(..., M, D)``, scaled and turned to the block.
+        keys: ``(..., L, D)`` of the block.
+        values: likewise.
     """
-    scores = _at_least_float32(scores)
-    text, landmark = scores[..., :-1], scores[..., -1].masked_fill(~valid, -torch.inf)
-    logits = text + (landmark - text.logsumexp(-1))[..., None]
-    return torch.nn.functional.pad(logits, (0, 1), value=-torch.inf).flatten(-2)
+    scores = _at_least_float32(query @ keys.mT)
+    marks = scores[..., -1].clone()
+    scores[..., -1] = -torch.inf
+    return marks, torch.softmax(scores, dim=-1).to(values.dtype) @ values
 
 
-def _per_query(query: Tensor, keys: Tensor) -> Tensor:
-    """Scores ``(B, G, R, n, W, K, L)`` against keys ``(B, G, S, n, W, K, L, D)``, where ``S`` is ``R`` or 1."""
-    if keys.shape[2] == 1:
-        return torch.einsum("bgrnwkd,bgnwkld->bgrnwkl", query, keys[:, :, 0])
-    return (keys @ query[..., None])[..., 0]
+def _shared(
+    query: Tensor, places: Tensor, distances: Tensor, store: BlockStore, tables: RotationTables, largest: int
+) -> tuple[Tensor, Tensor]:
+    """Landmark scores ``(B, G, R, n, W, m)`` and texts ``(B, G, R, n, W, m, D)`` of blocks ``(B, n, m)``."""
+    turned = tables.by_blocks(distances, query.dtype, largest)[:, None, :, :, None, None]
+    rows = turned.rotate(query.permute(0, 1, 3, 2, 4, 5)[:, :, :, None])
+    marks, texts = _read(rows.flatten(4, 5), *store.gather(places[:, None]))
+    marks = marks.masked_fill((distances < 0)[:, None, ..., None], -torch.inf)
+    marks, texts = (torch.unflatten(x, 4, query.shape[2:5:2]) for x in (marks, texts))
+    return marks.permute(0, 1, 4, 2, 5, 3), texts.permute(0, 1, 4, 2, 5, 3, 6)
 
 
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """Sums values ``(B, G, S, n, W, K, L, D)`` by ``weights (B, G, R, n, W, K, L)``."""
-    if values.shape[2] == 1:
-        return torch.einsum("bgrnwkl,bgnwkld->bgrnwd", weights, values[:, :, 0])
-    return (weights.flatten(-2)[..., None, :] @ values.flatten(5, 6))[..., 0, :]
+def _chosen(
+    query: Tensor, places: Tensor, distances: Tensor, store: BlockStore, tables: RotationTables, largest: int
+) -> tuple[Tensor, Tensor]:
+    """Landmark scores ``(B, G, R, n, W, K)`` and texts ``(B, G, R, n, W, K, D)`` of blocks that each query chose.
+
+    Queries that chose the same block read it together.
+    """
+    numbers, flat, far = store.numbered(places).flatten(), query.flatten(0, 4), distances.flatten()
+    marks = flat.new_empty(len(numbers) + 1, dtype=torch.promote_types(flat.dtype, torch.float32))
+    texts = flat.new_empty(len(numbers) + 1, query.shape[-1])
+    rows_at_once = max(1, PIECE_BYTES // (query.shape[-1] * query.element_size()))
+    for pairs, there in _tiles(numbers, 2 * store.block_size, rows_at_once):
+        turned = tables.by_blocks(far[pairs], query.dtype, largest)
+        rows = flat.index_select(0, (pairs // places.shape[-1]).flatten()).view(*pairs.shape, -1)
+        mark, text = _read(turned.rotate(rows), *store.take(numbers[pairs[:, 0]]))
+        pairs = torch.where(there, pairs, len(far)).flatten()  # fillers go to a row that nobody reads
+        marks.index_copy_(0, pairs, mark.flatten())
+        texts.index_copy_(0, pairs, text.flatten(0, 1))
+    marks, texts = marks[:-1].view(places.shape), texts[:-1].view(*places.shape, -1)
+    return marks.masked_fill(distances < 0, -torch.inf), texts
+
+
+def _tiles(numbers: Tensor, fetched: int, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sorts pairs of a query and a block into tiles, each of up to ``TILE_ROWS`` queries that read one block.
+
+    Args:
+        numbers: ``(P,)`` block of each pair.
+        fetched: rows of keys and values of a block.
+        at_once: rows of all kinds that are computed at once, about.
+
+    Yields:
+        of some tiles, about equally long, the pairs ``(t, M)``, and which of these are no fillers (never the first).
+    """
+    if len(numbers) * (fetched + QUERY_ROWS) <= at_once:  # few, as in generation: sorting costs more than it saves
+        yield torch.arange(len(numbers), device=numbers.device)[:, None], numbers[:, None] >= 0
+        return
+    numbers, order = numbers.sort()
+    lengths = torch.unique_consecutive(numbers, return_counts=True)[1]
+    tiles = (lengths + TILE_ROWS - 1) // TILE_ROWS
+    block = torch.arange(len(lengths), device=numbers.device).repeat_interleave(tiles)
+    rank = torch.arange(len(block), device=numbers.device) - (tiles.cumsum(0) - tiles)[block]
+    start = (lengths.cumsum(0) - lengths)[block] + TILE_ROWS * rank
+    length, by_length = (lengths[block] - TILE_ROWS * rank).clamp(max=TILE_ROWS).sort()
+    rows = (fetched + QUERY_ROWS * length).cumsum(0)
+    pieces = torch.unique_consecutive(rows // at_once, return_counts=True)[1].tolist()
+    for some, short in zip(torch.split(by_length, pieces), torch.split(length, pieces), strict=True):
+        row = torch.arange(int(short[-1]), device=numbers.device)
+        pairs = order[(start[some, None] + row).clamp(max=len(order) - 1)]
+        yield pairs, row < short[:, None]

@@ -32,11 +32,11 @@ class RotationTables:
         key = (offsets.device, dtype)
         if key not in self._offsets:
             self._offsets[key] = self.rotary.rotation(torch.arange(self.block_size, device=offsets.device), dtype)
-        return self._offsets[key][offsets]
+        return self._offsets[key].at(offsets)
 
     def by_blocks(self, distances: Tensor, dtype: torch.dtype, largest: int) -> Rotation:
         """Returns the rotation by whole blocks; ``distances`` are clamped to ``0..largest``."""
-        return self.blocks(distances.device, dtype, largest)[distances.clamp(0, largest)]
+        return self.blocks(distances.device, dtype, largest).at(distances.clamp(0, largest))
 
     def blocks(self, device: torch.device, dtype: torch.dtype, largest: int) -> Rotation:
         """Returns the rotations by ``0..largest`` blocks, and perhaps by more."""

@@ -32,8 +32,8 @@ def landmark_scores(
     """
     query = query.to(torch.promote_types(query.dtype, torch.float32))
     scores = _stingy_scores if config.positions == "stingy" else _exact_scores
-    candidate = candidates(grid, count, store, config)
-    return scores(query, grid, count, store, tables, config).masked_fill(~candidate[:, None, None, :, None], -torch.inf)
+    barred = ~candidates(grid, count, store, config)[:, None, None, :, None]
+    return scores(query, grid, count, store, tables, config).masked_fill_(barred, -torch.inf)
 
 
 def candidates(grid: Grid, count: int, store: BlockStore, config: LandmarkConfig) -> Tensor:
@@ -78,7 +78,7 @@ def _stingy_scores(
     near_scores = torch.einsum("bgrnwkd,bgnkd->bgrnwk", near.rotate(query[..., None, :]), near_keys)
     spare = torch.nn.functional.pad(scores, (0, 1))
     places = torch.where(known, places, count)[:, None, None, :, None].expand_as(near_scores)
-    return spare.scatter(-1, places, near_scores)[..., :count]
+    return spare.scatter_(-1, places, near_scores)[..., :count]
 
 
 def _against_all(query: Tensor, keys: Tensor) -> Tensor:

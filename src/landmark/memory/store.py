@@ -109,15 +109,22 @@ class BlockStore:
 
     def gather(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Copies whole blocks: keys and values, ``(B, G, ..., L, D)`` each, of places ``(B, G or 1, ...)``."""
-        near_keys, near_values, frames = self.fetch(places)
-        batch, heads, count, length, dim = near_keys.shape
-        frames = frames.expand(batch, heads, *frames.shape[2:])
-        origin = torch.arange(batch * heads, device=frames.device).view(batch, heads, *[1] * (frames.ndim - 2)) * count
-        flat = (frames + origin).flatten()
-        shape = (*frames.shape, length, dim)
-        keys = near_keys.view(-1, length * dim).index_select(0, flat).view(shape)
-        values = near_values.view(-1, length * dim).index_select(0, flat).view(shape)
-        return keys, values
+        return self.take(self.numbered(places))
+
+    def numbered(self, places: Tensor) -> Tensor:
+        """Returns one number for each row, head and place ``(B, G, ...)``, by which ``take`` knows blocks.
+
+        The second dimension of ``places`` may be 1 for "the same for all heads".
+        """
+        batch, heads, count = self.landmark_keys.shape[:3]
+        origin = torch.arange(batch * heads, device=places.device).view(batch, heads, *[1] * (places.ndim - 2)) * count
+        return places + origin
+
+    def take(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies whole blocks by their numbers, of any shape: keys and values, ``(..., L, D)`` each."""
+        flat = numbers.flatten()
+        keys, values = self.near.take(flat // self.places, flat % self.places)
+        return keys.view(*numbers.shape, *keys.shape[1:]), values.view(*numbers.shape, *values.shape[1:])
 
     def evict(self, needed_from: int) -> None:
         """Drops blocks ``1..needed_from - 1`` but for a few spare ones, a whole step at a time; block 0 stays."""
