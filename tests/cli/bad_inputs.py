@@ -90,6 +90,19 @@ CASES = [
         run("explain FILE --question hi --model MARKED --max-new-tokens 0", b"text"),
         "got 0; pass",
     ),
+    (
+        "remember no file",
+        run("remember FOLDER/a.txt --out FOLDER/m --model MARKED"),
+        "FILES: expected text files.*a.txt",
+    ),
+    ("remember on no tier", run("remember FILE --out FOLDER/m --model MARKED --tier tape", b"text"), "tier: .*'tape'"),
+    (
+        "remember by a plain model",
+        run("remember FILE --out FOLDER/m --model PLAIN", b"text"),
+        "--model: expected a landmark",
+    ),
+    ("ask no memory", run("ask FOLDER hi --model MARKED"), "expected a memory with a file memory.json"),
+    ("ask nothing", run("ask FOLDER --model MARKED"), "expected a question, or --interactive"),
     ("a binary text", run("generate hi --model MARKED --file FILE", b"\x89PNG\0\1"), "binary data"),
     ("a text in another encoding", run("generate hi --model MARKED --file FILE", b"caf\xe9"), "UTF-8.*0xe9"),
     (

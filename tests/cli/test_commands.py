@@ -1,5 +1,6 @@
 """Every command on tiny models, as a person runs it."""
 
+import io
 import json
 import re
 import subprocess
@@ -105,6 +106,26 @@ def test_explain(run, folder, tmp_path):
         assert text.removesuffix(" ...") in " ".join((tmp_path / name).read_text().split())
     written = (tmp_path / "pages" / "a.html").read_text()
     assert "What is the pass key?" in written and "# The grass is green." in written
+
+
+def test_remember_and_ask(run, folder, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("What is the pass key?\n" * 40)
+    (tmp_path / "b.txt").write_text("The grass is green.\n" * 30)
+    code, out, err = run("remember", "a.txt", "--out", "memory", "--model", folder / "marked")
+    assert code == 0, err
+    first, last = out.splitlines()
+    assert re.match(r"([\d,]+) of \1 tokens  [\d,]+ tokens/s  device \d+ MiB", first)
+    assert last.endswith("tokens of 1 texts are remembered in memory")
+    code, out, err = run("remember", "a.txt", "b.txt", "--out", "memory", "--model", folder / "marked")
+    assert code == 0 and out.endswith("tokens of 2 texts are remembered in memory\n"), err
+    code, out, err = run("ask", "memory", " What is", "--max-new-tokens", 4, "--tier", "host")  # by the model it names
+    assert code == 0, err
+    answer, *passages = out.splitlines()
+    assert answer.startswith("What is") and passages
+    assert all(re.fullmatch(r" +[\d.]+%  [ab]\.txt:\d+  .*", passage) for passage in passages)
+    monkeypatch.setattr("sys.stdin", io.StringIO(" What is\n The grass\n\n"))
+    code, out, err = run("ask", "memory", "--interactive", "--max-new-tokens", 4)
+    assert code == 0 and out.startswith(answer) and "\nThe grass" in out, err
 
 
 def test_eval_passkey(run, folder, tmp_path):
