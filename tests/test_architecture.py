@@ -180,8 +180,9 @@ def test_fixed_signatures(name):
 def test_public_names_are_there():
     import landmark
 
-    expected = {"LandmarkCache", "LandmarkConfig", "convert", "explain", "insert_landmarks", "landmark_attention"}
-    assert expected | {"load", "strip_landmarks", "__version__"} == set(landmark.__all__)
+    expected = {"LandmarkCache", "LandmarkConfig", "Library", "convert", "explain", "insert_landmarks"}
+    expected |= {"landmark_attention", "load", "remember", "strip_landmarks", "__version__"}
+    assert expected == set(landmark.__all__)
     for name in landmark.__all__:
         assert getattr(landmark, name) is not None
     assert re.search(rf'^version = "{re.escape(landmark.__version__)}"$', (ROOT / "pyproject.toml").read_text(), re.M)
