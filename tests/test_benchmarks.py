@@ -251,3 +251,59 @@ def test_reading_is_timed(remembered, tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert [(row["by"], row["read"]) for row in rows] == [("plain", "retrieve"), ("plain", "local")]
     assert all(row["seconds"] > 0 and row["remembered"] == int(remembered) for row in rows)
+
+
+@pytest.fixture
+def decode():
+    pytest.importorskip("triton")
+    spec = importlib.util.spec_from_file_location("benchmarks_decode", BENCHMARKS / "decode.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@torch.no_grad()
+def test_decoding_is_compared_before_it_is_timed(decode, monkeypatch):
+    """And both mistakes are found: other blocks, and another output."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case = decode.token(40 * 16, (4, 2), 32, 16, 3, torch.float32, device)
+    assert decode.check(case)["heads_alike"] == 4
+    output, places, gates = decode.attended(case, decode.on_grid(case))
+    monkeypatch.setattr(decode, "attended", lambda *_: (output, (places - 1).clamp(min=0), gates))
+    with pytest.raises(RuntimeError, match="choice: expected scores within"):
+        decode.check(case)
+    monkeypatch.setattr(decode, "attended", lambda *_: (output * 1.01, places, gates))
+    with pytest.raises(RuntimeError, match="output: expected an error"):
+        decode.check(case)
+
+
+def test_bytes_of_decoding(decode):
+    """40 blocks, of which the own one, two local ones and two more chosen are read: one by both heads of a group."""
+    case = decode.token(40 * 16, (2, 1), 32, 16, 2, torch.float32, "cpu")
+    places = torch.tensor([[3, 5], [5, 9]]).view(1, 1, 2, 1, 1, 2)
+    block, marks = 2 * 16 * 32 * 4, 37 * 32 * 4
+    assert decode.bytes_read(case, places) == {
+        "landmark_bytes": marks,
+        "bytes": marks + 2 * 5 * block,
+        "least_bytes": marks + (3 + 3) * block,
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph")
+@torch.no_grad()
+def test_a_layer_that_decodes_is_captured_in_a_graph(decode):
+    """Replayed for another token, it computes what a call from Python does, bit for bit."""
+    case, outputs = decode.token(64 * 40, (4, 2), 64, 64, 3, torch.bfloat16, "cuda"), []
+
+    def run():
+        settings = {"scale": decode.SCALE, "retrieve": True, "record": False}
+        outputs.append(case.memory.attend(*case[1:], **settings)[0])
+
+    replay = decode.captured(run)
+    graphed = outputs[-1]
+    case.query.normal_()
+    replay()
+    run()
+    assert torch.equal(graphed, outputs[-1]) and not torch.equal(outputs[0], outputs[-1])

@@ -16,6 +16,7 @@ from landmark.rotary import Rotary
 from numerics import assert_close, low_precision_budget, online_error
 
 pytest.importorskip("triton")
+launch = pytest.importorskip("landmark.memory.triton.launch")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -32,7 +33,9 @@ class Case:
     dtype: torch.dtype
     heads: tuple[int, int]
     dim: int
-    calls: list[tuple[list[int], bool]]  # slots that each row adds, and whether the call retrieves
+    calls: list[
+        tuple[list[int], bool | None]
+    ]  # slots that each row adds; whether the call retrieves, None: none attend
 
 
 def case(seed):
@@ -85,12 +88,29 @@ def outputs(case, seed, *, upcast=False, tiers=None):
         tensors = [(spread * each).to(case.dtype).to(DEVICE) for each, spread in ((query, 2), (key, 1), (value, 1))]
         if upcast:
             tensors = [each.double() for each in tensors]
-        output, read = memory.attend(
-            *tensors, move(plan, torch.device(DEVICE)), scale=SCALE, retrieve=retrieve, record=True
-        )
-        found.append((output, (plan.positions >= 0).to(DEVICE), read))
+        if retrieve is None:
+            file(memory, lengths, *tensors[1:])
+        else:
+            output, read = memory.attend(
+                *tensors, move(plan, torch.device(DEVICE)), scale=SCALE, retrieve=retrieve, record=True
+            )
+            found.append((output, (plan.positions >= 0).to(DEVICE), read))
         starts = [start + length for start, length in zip(starts, lengths, strict=True)]
     return found
+
+
+def file(memory, lengths, key, value):
+    """Begins a memory without attending, a few blocks at a time."""
+    step = 8 * memory.config.block_size
+    for begin in range(0, max(lengths), step):
+        starts, ends = ([min(each, border) for each in lengths] for border in (begin, begin + step))
+        plan = make_plan(starts, [end - start for start, end in zip(starts, ends, strict=True)], memory.config)
+        plan = move(plan, torch.device(DEVICE))
+        columns = (plan.positions.clamp(min=0))[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        memory.store.reserve(plan.blocks, key)
+        memory.store.open(plan)
+        rotation = memory.tables.by_offset(plan.offsets, key.dtype)[:, None]
+        memory.store.write(rotation.rotate(key.gather(2, columns)), value.gather(2, columns), plan.writes)
 
 
 @pytest.mark.parametrize("seed", range(CASES))
@@ -104,21 +124,87 @@ def test_fused_is_plain(seed, monkeypatch):
     plain, exact = outputs(made, seed), outputs(made, seed, upcast=True)
     used = []
     monkeypatch.setattr(layer, "runs_fused", lambda *_: used.append(1) or True)
-    for (output, there, read), (eager, _, ours), (right, _, best) in zip(
-        outputs(made, seed), plain, exact, strict=True
-    ):
+    shares = compare(made, outputs(made, seed), plain, exact)
+    assert used
+    assert min(shares) > 0.9, "most queries are compared"
+
+
+def compare(made, found, plain, exact):
+    """Of each call which share of the tokens and heads chooses as float64 does, and is compared with it."""
+    shares = []
+    for (output, there, read), (eager, _, ours), (right, _, best) in zip(found, plain, exact, strict=True):
         assert torch.equal(read.blocks, ours.blocks)
-        alike = (ours.blocks == best.blocks).all(dim=3).all(dim=1)
-        share = alike.float().mean()
-        assert share > 0.9, "most queries are compared"
-        weights = [each.weights.movedim(1, 2)[alike] for each in (read, ours, best)]
-        results = [each[there & alike.to(DEVICE)] for each in (output, eager, right)]
+        alike = (ours.blocks == best.blocks).all(dim=3)
+        shares.append(alike.float().mean().item())
+        weights = [each.weights[alike] for each in (read, ours, best)]
+        results = [each[there[..., None] & alike.transpose(1, 2).to(DEVICE)] for each in (output, eager, right)]
         for name, (fused, other, wanted) in {"weights": weights, "output": results}.items():
             if wanted.numel():
                 budget = low_precision_budget(other.to(made.dtype), wanted)
                 budget += online_error(torch.tensor(2 * made.dim * SCALE)) * wanted.abs().max().item()
                 assert_close(fused, wanted, budget, name)
-    assert used
+    return shares
+
+
+def many(seed):
+    """Whether there are more chunks of landmarks than are looked at in one go."""
+    return seed % 5 == 1
+
+
+def decoding(seed):
+    """A long memory, filed, then calls of one or a few tokens inside a block, and one row may be short."""
+    made, rng = case(seed), random.Random(-1 - seed)
+    size, rows = made.config.block_size, len(made.calls[0][0])
+    top_k, most = rng.choice([1, 2, 3, 4, 16] if ON_GPU else [1, 2, 3, 6]), rng.choice([2, 40, 200])
+    if many(seed):
+        top_k, most = 2, 64 * 4 + 40
+    lengths = [rng.randint(1, size * rng.choice([4, most])) for _ in range(rows - 1)] + [size * most + rng.randrange(4)]
+    calls = [(lengths, None), ([1] * rows, True), ([1 + i for i in range(rows)], True)]
+    config = dataclasses.replace(made.config, top_k=top_k, granularity="token_head", mode="retrieval")
+    kinds = [torch.float32, torch.float32, torch.float16] + [torch.bfloat16] * 2 * ON_GPU
+    repeats = rng.choice([1, 2, 4] if ON_GPU else [1, 2])
+    return dataclasses.replace(
+        made, config=config, calls=calls, dtype=rng.choice(kinds), heads=(made.heads[1] * repeats, made.heads[1])
+    )
+
+
+def decoded(made, seed, monkeypatch, tiers=None):
+    """As ``outputs``, where small calls are fused, and how many of them the kernels for decoding took."""
+    used, decode = [], LayerMemory._decode
+    monkeypatch.setattr(layer, "runs_fused", lambda query, _: query.shape[3] == 1 and query.shape[4] <= 5)
+    monkeypatch.setattr(LayerMemory, "_decode", lambda *args, **named: used.append(1) or decode(*args, **named))
+    found = outputs(made, seed, tiers=tiers)
+    monkeypatch.undo()
+    return found, len(used)
+
+
+@pytest.mark.parametrize("seed", range(CASES if ON_GPU else 10))
+def test_decoding_is_plain(seed, monkeypatch):
+    """As above, over long memories."""
+    made = decoding(seed)
+    monkeypatch.setattr(layer, "runs_fused", lambda *_: False)
+    plain, exact = outputs(made, seed), outputs(made, seed, upcast=True)
+    if many(seed):
+        monkeypatch.setattr(launch, "PEAKS", (4, 4))
+    monkeypatch.setattr(launch, "WAVES", random.Random(seed).choice([1, 3, 20]))
+    found, used = decoded(made, seed, monkeypatch)
+    assert used == 2
+    shares = compare(made, found, plain, exact)
+    assert sum(shares) / len(shares) > 0.5, "most are compared"
+
+
+@pytest.mark.parametrize("seed", range(CASES if ON_GPU else 3))
+def test_decoding_computes_the_same_bits_on_every_tier(seed, monkeypatch):
+    """And each time, whichever item arrives last."""
+    made = decoding(seed)
+    block = 2 * len(made.calls[0][0]) * made.heads[1] * made.config.block_size * made.dim * made.dtype.itemsize
+    expected, _ = decoded(made, seed, monkeypatch)
+    for tiers in (None, Tiers("host", device_bytes=5 * block), Tiers("disk", device_bytes=5 * block)):
+        found, used = decoded(made, seed, monkeypatch, tiers)
+        assert used
+        for (output, there, read), (right, _, best) in zip(found, expected, strict=True):
+            assert torch.equal(output[there], right[there])
+            assert torch.equal(read.blocks, best.blocks) and torch.equal(read.weights, best.weights)
 
 
 @pytest.mark.parametrize("seed", range(CASES if ON_GPU else 3))

@@ -14,8 +14,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from landmark.memory.layer import FUSED_BYTES, FUSED_TOP_K
+from landmark.memory.triton import decode
 from landmark.memory.triton import kernels as memory
-from landmark.memory.triton.launch import MARKS, MOST_ROWS, WARPS, rows_of_choice
+from landmark.memory.triton.launch import (
+    LEAST_ROWS,
+    MARKS,
+    MOST_ROWS,
+    PEAKS,
+    READ_STAGES,
+    SCORE_STAGES,
+    WARPS,
+    rows_of_choice,
+)
 from landmark.ops.triton import configs
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
 from landmark.ops.triton.forward import forward_kernel
@@ -25,8 +35,10 @@ KERNELS = (forward_kernel, query_gradient_kernel, key_value_gradient_kernel)
 BY_DESCRIPTOR = {"forward_kernel": ("p_key", "p_value"), "query_gradient_kernel": ("p_key", "p_value")}
 ABSENT = ("p_start", "p_origin", "p_end", "p_chosen", "p_listed", "p_counts", "p_tiles", "p_borders")
 MEMORY = (memory.choice_kernel, memory.shared_kernel, memory.chosen_kernel)
-IN_INT32 = ("p_own", "p_first", "p_distance", "p_chosen", "p_shared", "p_offset")
-IN_FLOAT32 = ("p_lse", "p_delta", "p_lse_grad", "p_cos", "p_sin", "p_part", "p_gate")
+DECODE = {decode.score_kernel: SCORE_STAGES, decode.best_kernel: 3, decode.read_kernel: READ_STAGES}
+IN_INT64 = {each: ("p_own", "p_first", "p_offset", "p_peak", "p_recent") for each in DECODE}
+IN_INT32 = ("p_own", "p_first", "p_distance", "p_chosen", "p_shared", "p_offset", "p_arrived", "p_frame")
+IN_FLOAT32 = ("p_score", "p_lse", "p_delta", "p_lse_grad", "p_cos", "p_sin", "p_part", "p_gate")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOP_K = 64
 
@@ -51,6 +63,14 @@ def memory_constants(kernel, dtype, dim, block_size, rows):
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
+def decode_constants(kernel, dtype, dim, block_size, fetched=False):
+    shape = memory_constants(kernel, dtype, dim, block_size, LEAST_ROWS)
+    shape |= {"TOP_K": FUSED_TOP_K, "KEPT": FUSED_TOP_K, "RECENT": FUSED_TOP_K, "STINGY": True, "PEAKS": PEAKS[1]}
+    shape |= {"ITEMS": 2 * FUSED_TOP_K, "FETCHED": fetched, "PAIRS": False, "KEEP_FIRST": True, "EQUAL": False}
+    shape |= {"PRECISION": "parts"} if dtype == "bf16" else {}
+    return {name: each for name, each in shape.items() if name in kernel.arg_names}
+
+
 def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None):
     fixed = fixed or constants(kernel, tiles, dim, block_size)
     described = BY_DESCRIPTOR.get(kernel.__name__, ("p_query", "p_grad")) if tiles.tma else ()
@@ -64,9 +84,10 @@ def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None)
             types[name] = f"tensordesc<{dtype}[1, 1, {rows}, {dim}]>"
         elif name.startswith("p_"):
             types[name] = "*fp32" if name in IN_FLOAT32 else "*i32" if name in IN_INT32 else f"*{dtype}"
+            types[name] = "*i64" if name in IN_INT64.get(kernel, ()) else types[name]
         elif name in ("scale", "factor"):
             types[name] = "fp32"
-        if types[name].startswith("*") or name.endswith(("_stride", "_batch", "_head")):
+        if types[name].startswith("*") or name.endswith(("_stride", "_batch", "_head", "_group")):
             aligned[(index,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     source = ASTSource(kernel, types, fixed, aligned)
@@ -119,6 +140,12 @@ def main(capability):
                     fixed = memory_constants(kernel, dtype, dim, block_size, rows)
                     name = f"memory {kernel.__name__} {dtype} {dim} {block_size}"
                     found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed)
+                for kernel, stages in DECODE.items():
+                    tiles = configs.Tiles(LEAST_ROWS, MARKS, WARPS, stages)
+                    for fetched in (False, True) if kernel is decode.read_kernel else (False,):
+                        fixed = decode_constants(kernel, dtype, dim, block_size, fetched)
+                        name = f"decode {kernel.__name__} {dtype} {dim} {block_size}" + " fetched" * fetched
+                        found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed)
     print(json.dumps(found))
 
 

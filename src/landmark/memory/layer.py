@@ -21,6 +21,7 @@ SLAB_BYTES = {"cpu": 2**26, "cuda": 2**31}  # fetched blocks and scores alive at
 COPIES = 8  # of a score that are alive while softmaxes are taken
 FUSED_BYTES = 2**15  # of the keys of a block, at most, for the fused kernels
 FUSED_TOP_K = 16  # at most, for the fused choice: sorting more takes a compiler minutes
+FEW_WIDTH, FEW_QUERIES = 16, 64  # of one row, and of those one key/value head, at most, for the kernels of decoding
 RECENT_BLOCKS = 8  # blocks whose queries `head` keeps, so that a cache can be cropped into them
 
 
@@ -95,12 +96,17 @@ class LayerMemory:
             self._remember_queries(query, plan.grid)
         outputs, found, fused = [], [], runs_fused(query, self.config)
         step, wide = self._slab(query, plan, retrieve=retrieve, fused=fused)
+        few = retrieve and fused and self._are_few(query)
         for begin in range(0, query.shape[3], step):
             grid, part = plan.grid.narrow(begin, begin + step), query[:, :, :, begin : begin + step]
             chosen = None
-            if retrieve:
-                chosen = self._choose(part, grid, plan.candidates, scale, earlier if begin == 0 else None, fused=fused)
-            output, read = self._attend_slab(part, grid, chosen, scale, wide, sink=sink, fused=fused)
+            if few:
+                output, read = self._decode(part, grid, plan.candidates, scale, record=record)
+            else:
+                if retrieve:
+                    before = earlier if begin == 0 else None
+                    chosen = self._choose(part, grid, plan.candidates, scale, before, fused=fused)
+                output, read = self._attend_slab(part, grid, chosen, scale, wide, sink=sink, fused=fused)
             outputs.append(output)
             if record and read is not None:
                 found.append(read)
@@ -127,6 +133,22 @@ class LayerMemory:
         places, valid = choose(scores, self.config, peaks)
         shape = (*places.shape[:3], *query.shape[3:5], places.shape[-1])
         return self.store.block_of(places).expand(shape), valid.expand(shape)
+
+    def _are_few(self, query: Tensor) -> bool:
+        """Whether one row's queries are so few, and stand in one block, that the kernels for decoding take them."""
+        _, _, repeats, blocks, width, _ = query.shape
+        return self._chooses_fused() and blocks == 1 and width <= FEW_WIDTH and repeats * width <= FEW_QUERIES
+
+    def _decode(
+        self, query: Tensor, grid: Grid, blocks: int, scale: float, *, record: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """As ``_choose`` and ``_attend_slab``, for few queries."""
+        from landmark.memory.triton.launch import decode
+
+        output, places, gates = decode(query, grid, self._scored(blocks), self.store, self.tables, self.config, scale)
+        if not record:
+            return output, None
+        return output, (torch.where(places >= 0, self.store.block_of(places), -1), gates)
 
     def _chooses_fused(self) -> bool:
         """The other granularities need every score, for their softmax."""

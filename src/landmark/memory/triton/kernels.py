@@ -33,7 +33,10 @@ def turn(
     p_rows, inside, p_cos, p_sin, distance, scale,
     DIM: tl.constexpr, PADDED: tl.constexpr, TURNED: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Queries (rows, PADDED) at ``p_rows`` (rows, 1), scaled and turned by ``distance`` blocks; in float32."""
+    """Queries (rows, PADDED) at ``p_rows`` (rows, 1), scaled and turned, in float32.
+
+    ``distance``, in blocks, is one for all rows or (rows, 1).
+    """
     o_dim = tl.arange(0, PADDED)
     turned = o_dim < TURNED
     o_half = tl.where(o_dim < TURNED // 2, o_dim + TURNED // 2, o_dim - TURNED // 2)
@@ -41,9 +44,10 @@ def turn(
     mask = inside & (o_dim < DIM)[None, :]
     query = tl.load(p_rows + o_dim[None, :], mask=mask, other=0.0).to(tl.float32)
     partner = tl.load(p_rows + o_partner[None, :], mask=mask, other=0.0).to(tl.float32)
-    cos = tl.load(p_cos + distance * TURNED + o_dim, mask=turned, other=1.0)
-    sin = tl.load(p_sin + distance * TURNED + o_dim, mask=turned, other=0.0)
-    return (query * cos[None, :] + partner * sin[None, :]) * scale
+    o_turn = distance * TURNED + o_dim[None, :]
+    cos = tl.load(p_cos + o_turn, mask=turned[None, :], other=1.0)
+    sin = tl.load(p_sin + o_turn, mask=turned[None, :], other=0.0)
+    return (query * cos + partner * sin) * scale
 
 
 @triton.jit
@@ -54,6 +58,12 @@ def load_block(p_head, place, BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl
     if BLOCK == WIDTH and DIM == PADDED:
         return tl.load(p_block)
     return tl.load(p_block, mask=(o_slot < BLOCK) & (o_dim < DIM), other=0.0)
+
+
+@triton.jit
+def old_places(last, first_stored, n_places):
+    """How many places hold the blocks before ``last``."""
+    return tl.minimum(tl.maximum(last - first_stored + 1, tl.minimum(last, 1)), n_places)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -89,7 +99,7 @@ def choice_kernel(
         mark = tl.load(p_mark + o_dim, mask=o_dim < DIM, other=0.0).to(tl.float32)
         same = tl.sum(query * mark[None, :], axis=1)[:, None]
     last = first - RECENT
-    n_old = tl.minimum(tl.maximum(last - first_stored + 1, tl.minimum(last, 1)), n_places)
+    n_old = old_places(last, first_stored, n_places)
     for i_place in range(0, n_old, MARKS):
         place = i_place + tl.arange(0, MARKS)
         if EQUAL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from landmark.config import LandmarkConfig
 from landmark.memory.plan import Grid
 from landmark.memory.positions import RotationTables, own_slot
 from landmark.memory.store import BlockStore
+from landmark.memory.triton.decode import CHUNK, best_kernel, read_kernel, score_kernel
 from landmark.memory.triton.kernels import choice_kernel, chosen_kernel, shared_kernel
 from landmark.ops.triton.configs import kept_of, on_device, power_of_two
 
@@ -19,6 +21,9 @@ MARKS = 64
 MOST_ROWS, LEAST_ROWS = 64, 16
 CHOICE_NUMBERS = 2**12
 WARPS = 4
+WAVES = 3  # programs of a multiprocessor that score landmarks
+PEAKS = (256, 1024)  # chunks that a choice looks at in one go
+READ_STAGES, SCORE_STAGES = 1, 3
 
 
 def choose_places(
@@ -45,12 +50,8 @@ def choose_places(
         places, ascending, int32, and whether each is valid, ``(B, G, R, n, W, K)`` with ``K`` of at most ``count``;
         invalid ones come last and hold 0.
     """
-    stingy, marks = config.positions == "stingy", store.landmarks(count)
-    distance, largest = own_slot(grid, config.top_k), config.top_k + 1 + grid.local.shape[-1]
-    if not stingy:
-        distance, largest = grid.own, store.first + store.places
-        blocks = store.block_of(torch.arange(count, device=query.device))
-        marks = tables.by_blocks(blocks, torch.float32, largest).rotate(marks.float())
+    stingy, (marks, largest) = config.positions == "stingy", _marks(grid, count, store, tables, config)
+    distance = own_slot(grid, config.top_k) if stingy else grid.own
     chosen = torch.empty((*query.shape[:5], config.top_k), dtype=torch.int32, device=query.device)
     rows = rows_of_choice(query)
     with on_device(query.device):
@@ -60,7 +61,7 @@ def choose_places(
             config.max_blocks or ALL_BLOCKS, scale, **_turned(tables, query),
             ROWS=rows, MARKS=MARKS, TOP_K=config.top_k, KEPT=kept_of(config.top_k),
             RECENT=config.top_k if stingy else 0, EQUAL=store.shared_landmark, KEEP_FIRST=config.local == "blocks",
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32x3", num_warps=WARPS,
+            PRECISION=_precision(query), num_warps=WARPS,
         )  # fmt: skip
     chosen = chosen[..., : min(config.top_k, count)]
     return chosen.clamp(min=0), chosen >= 0
@@ -100,6 +101,133 @@ def attend(
             scale, **shape, KEPT=kept_of(count), num_warps=WARPS,
         )  # fmt: skip
     return result, gates
+
+
+def decode(
+    query: Tensor,
+    grid: Grid,
+    count: int,
+    store: BlockStore,
+    tables: RotationTables,
+    config: LandmarkConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``choose_places`` and ``attend`` give, for few queries of one own block in each row, in two launches.
+
+    A third chooses where blocks have to be fetched before they are read.
+
+    Args:
+        query: ``(B, G, R, 1, W, D)``, rotated by its place inside the block.
+        grid: where these queries stand.
+        count: places of the store to choose from.
+        store: the layer's blocks.
+        tables: rotations.
+        config: the settings.
+        scale: the softmax scale.
+
+    Returns:
+        the output, shape and dtype of ``query``; the chosen places, ascending, int32, -1 for none, and their gate
+        weights, ``(B, G, R, 1, W, K)`` with ``K`` of at most ``count``.
+    """
+    stingy, (_, groups, repeats, _, width, dim) = config.positions == "stingy", query.shape
+    kept, items = kept_of(config.top_k), config.top_k + 1 + grid.local.shape[-1]
+    largest = items if stingy else store.first + store.places
+    turns, choice = _turns(tables, query, largest), _scored(query, grid, count, store, tables, config, scale)
+    chunks = choice[0].shape[-1] // CHUNK.value
+    shape = {"TOP_K": config.top_k, "KEPT": kept, "RECENT": config.top_k if stingy else 0}
+    shape["PEAKS"] = next((each for each in (kept, PEAKS[0]) if chunks <= each), PEAKS[1])
+    chosen = torch.empty((*query.shape[:5], config.top_k), dtype=torch.int32, device=query.device)
+    gates = torch.empty(chosen.shape, dtype=torch.float32, device=query.device)
+    part = torch.empty((chosen[..., 0].numel(), items, dim), dtype=torch.float32, device=query.device)
+    lse, result = part.new_empty(part.shape[:2]), torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    with on_device(query.device):
+        if store.fetches:
+            best_kernel[(len(part),)](
+                *choice[:3], grid.local_first, chosen, groups, repeats, width, count, chunks, store.first, **shape,
+                num_warps=WARPS,
+            )  # fmt: skip
+        arenas = _arenas(store, grid, chosen)
+        read_kernel[(lse.numel(),)](
+            query, *arenas, *turns, grid.own, grid.local_first, grid.offsets, *choice[:3], part, lse, choice[3], chosen,
+            gates, result, *_strides(query), *arenas[0].stride()[:2], *arenas[2].stride()[:2], groups, repeats, width,
+            count, chunks, items, store.first, scale, **_turned(tables, query), **shape, BLOCK=store.block_size,
+            WIDTH=power_of_two(store.block_size), STINGY=stingy, ITEMS=power_of_two(items), FETCHED=store.fetches,
+            num_warps=WARPS, num_stages=READ_STAGES,
+        )  # fmt: skip
+    found = slice(min(config.top_k, count))
+    return result, chosen[..., found], gates[..., found]
+
+
+def _scored(
+    query: Tensor,
+    grid: Grid,
+    count: int,
+    store: BlockStore,
+    tables: RotationTables,
+    config: LandmarkConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores by place, the best of each chunk, those of the latest blocks; and room to count what has arrived."""
+    stingy, (batch, groups, repeats, _, width, _) = config.positions == "stingy", query.shape
+    queries, chunks, kept = repeats * width, -(-count // CHUNK.value), kept_of(config.top_k)
+    marks, largest = _marks(grid, count, store, tables, config)
+    scores = torch.empty((batch, groups, queries, chunks * CHUNK.value), dtype=torch.float32, device=query.device)
+    peaks = torch.empty((batch, groups, queries, chunks), dtype=torch.int64, device=query.device)
+    recent, arrived = (
+        peaks.new_empty((batch, groups, queries, kept)),
+        peaks.new_empty(peaks.shape[:3], dtype=torch.int32),
+    )
+    each = -(-chunks * batch * groups // (WAVES * _multiprocessors(query.device)))
+    splits = -(-chunks // each)
+    with on_device(query.device):
+        score_kernel[(batch * groups * (splits + stingy * queries),)](
+            query, marks, *_turns(tables, query, largest), grid.own, grid.local_first, scores, peaks, recent, arrived,
+            *_strides(query), *marks.stride()[:2], groups, repeats, width, count, chunks, splits, each, store.first,
+            config.max_blocks or ALL_BLOCKS, scale, **_turned(tables, query),
+            ROWS=max(LEAST_ROWS, power_of_two(queries)), KEPT=kept, RECENT=config.top_k if stingy else 0,
+            EQUAL=store.shared_landmark, KEEP_FIRST=config.local == "blocks",
+            PRECISION="parts" if marks.dtype == torch.bfloat16 else _precision(query), num_warps=WARPS,
+            num_stages=SCORE_STAGES,
+        )  # fmt: skip
+    return scores, peaks, recent, arrived
+
+
+def _arenas(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values of the own and local blocks, of the chosen ones, and the frame of each item of a query."""
+    if not store.fetches:
+        keys, values = store.fetch()
+        return keys, values, keys, values, chosen
+    near = grid.own[..., None] - torch.arange(1 + grid.local.shape[-1], device=grid.own.device)
+    keys, values, near_frames = store.fetch(store.place_of(near.clamp(min=0))[:, None])
+    far_keys, far_values, far_frames = store.fetch(chosen.clamp(min=0))
+    frames = torch.cat((far_frames, near_frames[:, :, None, :, None].expand(*chosen.shape[:5], -1)), dim=-1)
+    return keys, values, far_keys, far_values, _numbers(frames)
+
+
+def _marks(
+    grid: Grid, count: int, store: BlockStore, tables: RotationTables, config: LandmarkConfig
+) -> tuple[Tensor, int]:
+    """Landmark keys as they are scored, and a distance that none of them exceeds."""
+    marks = store.landmarks(count)
+    if config.positions == "stingy":
+        return marks, config.top_k + 1 + grid.local.shape[-1]
+    largest, blocks = store.first + store.places, store.block_of(torch.arange(count, device=marks.device))
+    return tables.by_blocks(blocks, torch.float32, largest).rotate(marks.float()), largest
+
+
+def _precision(query: Tensor) -> str:
+    return "ieee" if query.dtype == torch.float32 else "tf32x3"
+
+
+def _strides(query: Tensor) -> tuple[int, int, int, int]:
+    """Strides of row, key/value head, query head of it and place."""
+    row, group, repeat, _, place, _ = query.stride()
+    return row, group, repeat, place
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _turns(tables: RotationTables, query: Tensor, largest: int) -> tuple[Tensor, Tensor]:
