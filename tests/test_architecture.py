@@ -206,6 +206,9 @@ CLI = {
     },
     "rank": {"--model", "--top"},
     "eval rank": {"--model", "--data", "--passages", "--out"},
+    "memory info": set(),
+    "memory verify": set(),
+    "memory compact": set(),
     "eval perplexity": {"--model", "--data", "--lengths", "--local", "--blocks", "--top-k", "--out"},
 }
 

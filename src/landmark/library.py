@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,8 +75,12 @@ class Library:
         memory = LandmarkCache.open(folder, subject.model, tier, **budgets)
         assert memory.saved is not None
         notes = memory.saved.notes
-        ids = torch.frombuffer(bytearray(memory.saved.stream("tokens")), dtype=torch.int32).long()
-        spans = torch.frombuffer(bytearray(memory.saved.stream("spans")), dtype=torch.int64).view(-1, 2)
+        if notes["tokenizer"] != _hash(subject.tokenizer):
+            raise ValueError(
+                f"{str(folder)!r} was remembered with another tokenizer than that of {subject.name}; use that"
+            )
+        ids = torch.frombuffer(memory.saved.stream("tokens"), dtype=torch.int32).long()
+        spans = torch.frombuffer(memory.saved.stream("spans"), dtype=torch.int64).view(-1, 2)
         return cls(subject, memory, Reading(_sources(notes, memory.saved.stream("characters")), ids, spans), folder)
 
     @property
@@ -111,7 +116,8 @@ class Library:
             "tokens": bytes(as_bytes(self.reading.ids.int())),
             "spans": bytes(as_bytes(self.reading.spans.contiguous())),
         }
-        self.memory.save(self.folder, notes={"sources": sources, "model": self.subject.name}, streams=streams)
+        notes = {"sources": sources, "model": self.subject.name, "tokenizer": _hash(self.subject.tokenizer)}
+        self.memory.save(self.folder, notes=notes, streams=streams)
 
     def ask(self, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> Explanation:
         """Asks on a fork of the memory, which stays as it is.
@@ -202,7 +208,11 @@ def _subject(model: Subject | str | None) -> Subject:
     return subject
 
 
-def _sources(notes: dict[str, Any], characters: bytes) -> tuple[Source, ...]:
+def _hash(tokenizer: Any) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def _sources(notes: dict[str, Any], characters: bytearray) -> tuple[Source, ...]:
     text, begin, found = characters.decode(), 0, []
     for each in notes["sources"]:
         found.append(Source(each["name"], text[begin : begin + each["characters"]]))

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 from landmark.cli.app import app
+from landmark.memory.archive import Archive
 from tiny import save_models
 
 
@@ -54,6 +55,12 @@ def ranked_by_no_layer(folder: Path) -> None:
     fields["landmark"]["layers"] = [0]
     config.write_text(json.dumps(fields))
     run(f"rank hi FILE --model {folder}/marked", b"word " * 9)(folder)
+
+
+def compacted_while_it_is_written(folder: Path) -> None:
+    writer = Archive.create(folder)
+    writer.commit({})
+    run("memory compact FOLDER")(folder)
 
 
 def without_matplotlib(folder: Path) -> None:
@@ -181,6 +188,10 @@ CASES = [
         run("convert PLAIN --out FOLDER/out --layers all"),
         "--layers: expected integers.*'all'",
     ),
+    ("show no memory", run("memory info FOLDER"), "expected a memory with a file memory.json in"),
+    ("verify a text", run("memory verify FILE", b"text"), "expected a memory with a file memory.json in .*text.txt"),
+    ("compact what is written", compacted_while_it_is_written, "is being written by another process; wait for it"),
+    ("a memory without a folder", ["memory", "info"], "Missing argument 'folder'"),
     ("rank without files", ["rank", "hello"], "Missing argument 'files'"),
     ("rank a file that is not there", run("rank hi FOLDER/none.txt --model MARKED"), "FILES: expected.*does not exist"),
     ("rank a folder", run("rank hi FOLDER --model MARKED"), r"FILES: expected text files.*a folder.*/\*\.txt"),

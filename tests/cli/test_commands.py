@@ -40,7 +40,7 @@ def test_help_comes_at_once():
         [sys.executable, "-m", "landmark.cli.app", "--help"], capture_output=True, text=True, check=True
     )
     assert time.perf_counter() - started < 3
-    for command in ("demo", "generate", "convert", "train", "rank", "info", "eval"):
+    for command in ("demo", "generate", "convert", "train", "rank", "info", "eval", "memory"):
         assert command in done.stdout
 
 
@@ -284,3 +284,37 @@ def test_info(run):
     assert code == 0
     for part in ("Versions", "torch ", "Devices", "cpu: ", "Attention", ": chosen", ": not chosen, ", "Bundled model"):
         assert part in out
+
+
+def test_memory_info_verify_compact(run, folder, tmp_path):
+    import torch
+
+    import landmark
+
+    path = tmp_path / "memory"
+    model = landmark.load(folder / "marked")
+    cache = model.read(torch.arange(1, 101)[None])
+    sources = [{"name": "book.txt", "characters": 300}]
+    cache.save(path, notes={"sources": sources, "tokenizer": "fedcba9876543210"})
+    code, out, _ = run("memory", "verify", path)
+    assert (code, out) == (0, "all is as it was written\n")
+    (path / "layer-00.blocks").open("ab").write(b"half a block")
+    (path / "tail-2").write_bytes(b"half a tail")
+    code, out, _ = run("memory", "info", path)
+    assert code == 0
+    model_line = "model landmark_llama [0-9a-f]{12}, float32; tokenizer fedcba987654\n"
+    assert re.search(model_line, out) and "block_size 16" in out
+    assert out.startswith("100 tokens, saved 1 times, ") and "source book.txt: 300 characters\n" in out
+    assert f"layer-00.blocks: {6 * 2 * 2 * 16 * 8 * 4:,} bytes\n" in out
+    assert "layer-00.blocks: 12 bytes that do not count\ntail-2: 11 bytes that do not count\n" in out
+    assert out.endswith("see landmark memory compact\n")
+    assert run("memory", "verify", path)[0] == 0
+    code, out, _ = run("memory", "compact", path)
+    assert (code, out) == (0, "23 bytes removed, layer-00.blocks, tail-2\n")
+    assert run("memory", "compact", path)[1] == "0 bytes removed\n"
+    data = bytearray((path / "layer-01.blocks").read_bytes())
+    data[2500] ^= 4
+    (path / "layer-01.blocks").write_bytes(data)
+    code, out, _ = run("memory", "verify", path)
+    assert code == 1 and out.count("\n") == 2 and out.endswith("1 damaged\n")
+    assert "layer-01.blocks: block 0, key/value head 1 (bytes 1024-2048)" in out or "layer-01.blocks: block 1" in out

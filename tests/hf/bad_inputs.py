@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
+import json
+import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import landmark
 import models
 from landmark.config import LandmarkConfig
+from landmark.memory import archive
 
 TINY = {
     "vocab_size": 61,
@@ -118,7 +125,152 @@ def attention_put_in_the_config() -> None:
         model.config._attn_implementation = "landmark"
 
 
+def saved(folder: Path, model: Any = None) -> Any:
+    cache = (model or ours()).read(ids(30))
+    cache.save(folder)
+    return cache
+
+
+def opened(folder: Path, model: Any = None, change: Callable[[Path], object] | None = None) -> None:
+    """Opens what ``ours`` has read, after something happened to it."""
+    saved(folder)
+    if change is not None:
+        change(folder)
+    landmark.LandmarkCache.open(folder, model or ours(), "disk")
+
+
+def of_the_future(folder: Path) -> None:
+    state = json.loads((folder / "memory.json").read_text())["state"]
+    (folder / "memory.json").write_bytes(archive._file_of({**state, "format": 2, "streams": "elsewhere"}))
+
+
+def written_by_another(folder: Path) -> None:
+    cache = saved(folder)
+    with (folder / "lock").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        cache.save(folder)
+
+
+def saved_after_another(folder: Path) -> None:
+    saved(folder)
+    late = landmark.LandmarkCache.open(folder, ours())
+    landmark.LandmarkCache.open(folder, ours()).save(folder)
+    late.save(folder)
+
+
+def saved_after_a_crop(folder: Path) -> None:
+    cache = saved(folder)
+    cache.crop(-3)
+    cache.save(folder)
+
+
+def saved_where_something_is(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    saved(folder)
+
+
+def saved_over_a_file(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    saved(folder / "notes.txt")
+
+
+def saved_over_another(folder: Path) -> None:
+    saved(folder)
+    saved(folder)
+
+
+def saved_without_room(folder: Path) -> None:
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, most[1]))
+    try:
+        saved(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+
+
+def saved_without_a_model(folder: Path) -> None:
+    model = landmark.convert(llama(), block_size=5)
+    model.configure_landmark(landmark_trained=True)
+    cache = read_cache(model)
+    del model
+    gc.collect()
+    cache.save(folder)
+
+
 CASES = [
+    ("open nothing", lambda folder: landmark.LandmarkCache.open(folder, ours()), "a memory with a file memory.json in"),
+    (
+        "open what was never finished",
+        lambda folder: opened(folder, change=lambda folder: (folder / "memory.json").unlink()),
+        "found none, only what a writer left that was interrupted before its first commit",
+    ),
+    (
+        "open with another model",
+        lambda folder: opened(
+            folder, models.landmark_model("qwen3", LandmarkConfig(block_size=5), dtype=torch.float32)
+        ),
+        "was made with another model .landmark_llama .*open it with that one",
+    ),
+    (
+        "open with other weights",
+        lambda folder: opened(
+            folder, landmark.convert(models.stock_model("llama", dtype=torch.float32, seed=1), block_size=5)
+        ),
+        "was made with another model",
+    ),
+    (
+        "open in another dtype",
+        lambda folder: opened(
+            folder, models.landmark_model("llama", LandmarkConfig(block_size=5), dtype=torch.float64)
+        ),
+        "was made in float32, the model is in float64; load it in the former",
+    ),
+    (
+        "open with another block size",
+        lambda folder: opened(
+            folder, models.landmark_model("llama", LandmarkConfig(block_size=6), dtype=torch.float32)
+        ),
+        r"differ in .*'block_size': \(6, 5\).*set the model's with configure_landmark",
+    ),
+    ("open with a stock model", lambda folder: opened(folder, llama()), "landmark model's config, got"),
+    (
+        "open a memory of the future",
+        lambda folder: opened(folder, change=of_the_future),
+        "expected format 1, got 2; install the landmark that wrote it",
+    ),
+    (
+        "open a memory that somebody edited",
+        lambda folder: opened(folder, change=lambda folder: (folder / "memory.json").write_text("{}")),
+        "memory.json: it is not what was written; restore it from a copy",
+    ),
+    (
+        "open a truncated file",
+        lambda folder: opened(folder, change=lambda folder: os.truncate(folder / "layer-01.blocks", 9)),
+        "layer-01.blocks: expected .* bytes, got 9; restore",
+    ),
+    (
+        "open damaged landmarks",
+        lambda folder: opened(folder, change=lambda f: (f / "layer-00.landmarks").write_bytes(bytes(10**5))),
+        "layer-00.landmarks: the checksum is not that of what was written",
+    ),
+    ("two writers of a memory", written_by_another, "is being written by another process; wait for it"),
+    ("a writer behind another", saved_after_another, r"was written to since it was opened \(commit 2, not 1\)"),
+    ("save after a crop", saved_after_a_crop, "got one that was cropped; save it to a new folder"),
+    ("save beside something else", saved_where_something_is, "expected a new or empty folder for a memory"),
+    ("save over a file", saved_over_a_file, "expected a new or empty folder for a memory, got .*notes.txt"),
+    ("save over another memory", saved_over_another, "expected a new or empty folder for a memory"),
+    (
+        "save without room",
+        saved_without_room,
+        r"no room for .* more bytes in .*File too large.*make room there or name",
+    ),
+    ("save nothing", lambda folder: landmark.LandmarkCache(ours()).save(folder), r"read something, got rows of \[\]"),
+    (
+        "save several rows",
+        lambda folder: ours().read(ids(12).expand(2, -1)).save(folder),
+        r"memory of one row .*rows of \[12, 12\] tokens.*select one row",
+    ),
+    ("save without the model", saved_without_a_model, "memory whose model still exists"),
     ("convert something else", lambda: landmark.convert({"a": 1}), "expected a transformers model or a path"),
     ("convert a module", lambda: landmark.convert(torch.nn.Linear(2, 2)), "expected a transformers model or a path"),
     ("convert nothing there", lambda folder: landmark.convert(folder / "none"), "none.*(exist|found|no )"),

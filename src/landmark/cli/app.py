@@ -9,6 +9,7 @@ from typing import Annotated, cast
 import typer
 
 import landmark
+from landmark.cli import memory
 from landmark.cli.ask import ask
 from landmark.cli.convert import convert
 from landmark.cli.demo import demo
@@ -30,6 +31,8 @@ app = typer.Typer(
 )
 evaluation = typer.Typer(help="Evaluate a model: pass key, named facts, perplexity, ranking.", add_completion=False)
 app.add_typer(evaluation, name="eval")
+memories = typer.Typer(help="Look at a saved memory: info, verify, compact.", add_completion=False)
+app.add_typer(memories, name="memory")
 app.command()(demo)
 app.command()(generate)
 app.command()(remember)
@@ -42,6 +45,8 @@ app.command()(info)
 evaluation.command()(passkey)
 evaluation.command()(perplexity)
 evaluation.command("rank")(passages)
+for _command in (memory.info, memory.verify, memory.compact):
+    memories.command()(_command)
 
 # ClickException, of whichever click typer stands on
 _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])

@@ -20,6 +20,7 @@ from landmark.memory.plan import oldest_needed
 from landmark.memory.positions import RotationTables
 from landmark.memory.tiers import TIERS, Tiers, Traffic
 
+NEW_CACHE = "make a new LandmarkCache(model.config)"
 FREE_TO_CHANGE = ("chunk_tokens", "trained_length", "landmark_trained", "position_gap")
 
 
@@ -91,15 +92,13 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             )
         self._decoder = weakref.ref(decoder)
 
-    def check_settings(self, settings: LandmarkConfig, owner: str) -> None:
+    def check_settings(self, settings: LandmarkConfig, owner: str, remedy: str = NEW_CACHE) -> None:
         """Raises ``ValueError`` where the settings of ``owner`` compute something else."""
         same = {name: getattr(self.settings, name) for name in FREE_TO_CHANGE}
         if settings.replace(**same) != self.settings:
             ours, theirs = self.settings.to_dict(), settings.replace(**same).to_dict()
             differing = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
-            raise ValueError(
-                f"cache and {owner} differ in {differing} (cache, {owner}): make a new LandmarkCache(model.config)"
-            )
+            raise ValueError(f"cache and {owner} differ in {differing} (cache, {owner}): {remedy}")
 
     def append(self, mask: Tensor, ids: Tensor | None = None) -> None:
         """Counts columns that all layers have filed.
@@ -230,9 +229,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             streams: bytes to keep beside it, by name; each begins with what was kept of it so far.
 
         Raises:
-            ValueError: several rows, a memory that was cropped since it was saved, no room on the disk, or another
-                writer.
-            FileExistsError: the folder holds something else.
+            ValueError: several rows, a memory that was cropped since it was saved, a folder that holds something else,
+                no room on the disk, or another writer.
         """
         save(self, folder, notes, streams or {})
 

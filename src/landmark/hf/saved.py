@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
-from landmark.memory.archive import Archive
-from landmark.memory.saved import AT_ONCE, SavedLayer, as_bytes
+from landmark.memory.archive import Archive, Damaged
+from landmark.memory.saved import SavedLayer, as_bytes, dtype_of, name_of, saved_layers
 from landmark.versions import versions
 
 if TYPE_CHECKING:
     from landmark.hf.cache import LandmarkCache
-    from landmark.memory.layer import LayerMemory
 
+SET_MODEL = "set the model's with configure_landmark"
 IDS = "text-ids"
 SAMPLES = 64  # of each parameter, for the fingerprint
 
@@ -42,9 +42,9 @@ class Saved:
         notes: dict[str, Any] = self.archive.manifest["notes"]
         return notes
 
-    def stream(self, name: str) -> bytes:
+    def stream(self, name: str) -> bytearray:
         """Returns bytes that were to be kept beside the memory; raises ``Damaged``."""
-        return self.archive.read(f"text-{name}")
+        return self.archive.read(f"kept-{name}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A fork belongs to no folder: it is saved to one of its own."""
@@ -64,40 +64,45 @@ def fingerprint(decoder: Any) -> str:
 def save(cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None, streams: dict[str, bytes]) -> None:
     """As ``LandmarkCache.save``."""
     folder, decoder = Path(folder), cache.decoder
-    if len(cache.tokens) != 1:
-        raise ValueError(f"expected a memory of one row to save, got {len(cache.tokens)}; select one of them first")
+    if len(cache.tokens) != 1 or cache.tokens[0] == 0:
+        raise ValueError(
+            f"expected a memory of one row that has read something, got rows of {cache.tokens} tokens; read a text, or "
+            "select one row with cache.batch_select_indices"
+        )
     if decoder is None:
         raise ValueError("expected a memory whose model still exists, got one without; read something with the model")
     saved = _bound(cache, folder)
-    archive, done = saved.archive, [each.count for each in saved.layers]
+    archive = saved.archive
     archive.lock()
     try:
-        blocks = cache.slots[0] // cache.settings.block_size
-        for layer, memory in zip(saved.layers, cache.made(), strict=True):
-            for begin in range(layer.count, blocks, AT_ONCE):
-                layer.append(*memory.store.finished(begin, min(begin + AT_ONCE, blocks)))
-        archive.append(IDS, as_bytes(cache.ids()[archive.length(IDS) // 4 :].contiguous()))
-        for name, data in streams.items():
-            archive.append(f"text-{name}", data[archive.length(f"text-{name}") :])
-        kept = archive.manifest.get("notes", {}) if notes is None else notes
-        manifest = {**_manifest(cache, decoder, saved), "notes": kept}
-        tail = f"tail-{archive.commits + 1}"
-        tensors = _tails(cache, blocks)
-        manifest["tail"] = {"stream": tail, "tensors": [_described(name, each) for name, each in tensors.items()]}
-        for each in tensors.values():
-            archive.append(tail, as_bytes(each))
-        old = archive.manifest.get("tail")
-        archive.commit(manifest, dropped=(old["stream"],) if old else ())
+        _write(cache, saved, decoder, notes, streams)
     except BaseException:
         archive.roll_back()
-        for layer, count in zip(saved.layers, done, strict=True):
-            layer.cut(count)
         raise
     finally:
         archive.unlock()
     for layer, memory in zip(saved.layers, cache.made(), strict=True):
         memory.store.adopt(layer)
-    cache.saved = saved
+    cache.saved, cache.rewound = saved, False
+
+
+def _write(
+    cache: LandmarkCache, saved: Saved, decoder: Any, notes: dict[str, Any] | None, streams: dict[str, bytes]
+) -> None:
+    """Appends what the folder lacks, and commits."""
+    archive, blocks = saved.archive, cache.slots[0] // cache.settings.block_size
+    for layer, memory in zip(saved.layers, cache.made(), strict=True):
+        memory.store.save(layer, blocks)
+    archive.append(IDS, as_bytes(cache.ids()[archive.length(IDS) // 4 :].contiguous()))
+    for name, data in streams.items():
+        archive.append(f"kept-{name}", data[archive.length(f"kept-{name}") :])
+    manifest, tail, tensors = _manifest(cache, decoder, saved), f"tail-{archive.commits + 1}", _tails(cache, blocks)
+    manifest["notes"] = archive.manifest.get("notes", {}) if notes is None else notes
+    manifest["tail"] = {"stream": tail, "tensors": [_described(name, each) for name, each in tensors.items()]}
+    for each in tensors.values():
+        archive.append(tail, as_bytes(each))
+    old = archive.manifest.get("tail")
+    archive.commit(manifest, dropped=(old["stream"],) if old else ())
 
 
 def open_saved(folder: str | Path, model: Any, tier: str, budgets: dict[str, Any]) -> LandmarkCache:
@@ -106,59 +111,65 @@ def open_saved(folder: str | Path, model: Any, tier: str, budgets: dict[str, Any
 
     archive = Archive.open(folder)
     cache = LandmarkCache(model, tier, **budgets)
-    decoder = model.base_model
+    try:
+        _read(archive, cache, decoder_of(model))
+    except Damaged:
+        if not archive.is_outdated():
+            raise
+        return open_saved(folder, model, tier, budgets)  # a writer has replaced the tail in between
+    return cache
+
+
+def decoder_of(model: Any) -> Any:
+    """Returns the decoder of a landmark model, which may lie inside an adapter's."""
+    return next(each for each in model.modules() if hasattr(type(each), "tables_of"))
+
+
+def _read(archive: Archive, cache: LandmarkCache, decoder: Any) -> None:
+    """Brings an archive's memory into an empty cache."""
     _check_model(archive, cache, decoder)
-    manifest = archive.manifest
-    tokens = manifest["tokens"]
-    blocks = slots_for(tokens, cache.settings.block_size) // cache.settings.block_size
-    layers = [
-        SavedLayer(archive, index, (groups, size, dim), getattr(torch, manifest["dtype"]), blocks)
-        for index, (groups, size, dim) in enumerate(manifest["layers"])
-    ]
-    tensors = _read_tail(archive)
+    layers, tensors = saved_layers(archive), _read_tail(archive)
     for index, layer in enumerate(layers):
         memory = cache.memory(index, decoder.tables_of(index))
         prefix = f"{index}."
         parts = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
-        memory.resume(layer, manifest["first"][index], parts, decoder.device)
-    cache.resume(torch.frombuffer(bytearray(archive.read(IDS)), dtype=torch.int32), decoder)
+        memory.resume(layer, archive.manifest["first"][index], parts, decoder.device)
+    cache.resume(torch.frombuffer(archive.read(IDS), dtype=torch.int32), decoder)
     cache.saved = Saved(archive, layers)
-    return cache
 
 
 def _bound(cache: LandmarkCache, folder: Path) -> Saved:
     """The folder that the cache goes on writing, or a new one."""
-    saved, size = cache.saved, cache.settings.block_size
+    saved = cache.saved
     if saved is not None and saved.archive.folder.resolve() == folder.resolve():
-        kept = cache.tokens[0], cache.slots[0] // size
-        if kept[0] < saved.archive.manifest["tokens"] or kept[1] < saved.layers[0].count or cache.rewound:
+        if cache.rewound:
             raise ValueError(
                 f"expected a memory that only grew since it was saved to {str(folder)!r}, got one that was cropped; "
                 "save it to a new folder"
             )
         return saved
-    shapes = [_shape(memory, size) for memory in cache.made()]
-    archive = Archive.create(folder, {})
-    dtype = cache.made()[0].store.landmark_keys.dtype
-    return Saved(archive, [SavedLayer(archive, index, shape, dtype, 0) for index, shape in enumerate(shapes)])
-
-
-def _shape(memory: LayerMemory, size: int) -> tuple[int, int, int]:
-    marks = memory.store.landmark_keys
-    return marks.shape[1], size, marks.shape[3]
+    archive, size = Archive.create(folder), cache.settings.block_size
+    marks = [memory.store.landmark_keys for memory in cache.made()]
+    layers = [SavedLayer(archive, i, (m.shape[1], size, m.shape[3]), m.dtype) for i, m in enumerate(marks)]
+    return Saved(archive, layers)
 
 
 def _manifest(cache: LandmarkCache, decoder: Any, saved: Saved) -> dict[str, Any]:
     return {
         "model": {"type": decoder.config.model_type, "fingerprint": fingerprint(decoder)},
         "settings": cache.settings.to_dict(),
-        "dtype": str(saved.layers[0].dtype).removeprefix("torch."),
+        "dtype": name_of(saved.layers[0].dtype),
         "layers": [list(layer.shape) for layer in saved.layers],
         "first": [memory.store.first for memory in cache.made()],
         "tokens": cache.tokens[0],
-        "blocks": saved.layers[0].count,
-        "versions": versions("torch", "transformers"),
+        "versions": _versions(),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str | None]:
+    """What writes here, asked for once: a commit is asked of git."""
+    return versions("torch", "transformers")
 
 
 def _tails(cache: LandmarkCache, blocks: int) -> dict[str, Tensor]:
@@ -171,14 +182,14 @@ def _tails(cache: LandmarkCache, blocks: int) -> dict[str, Tensor]:
 
 
 def _described(name: str, tensor: Tensor) -> dict[str, Any]:
-    return {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    return {"name": name, "shape": list(tensor.shape), "dtype": name_of(tensor.dtype)}
 
 
 def _read_tail(archive: Archive) -> dict[str, Tensor]:
     tail = archive.manifest["tail"]
-    data, at, found = bytearray(archive.read(tail["stream"])), 0, {}
+    data, at, found = archive.read(tail["stream"]), 0, {}
     for each in tail["tensors"]:
-        dtype, shape = getattr(torch, each["dtype"]), torch.Size(each["shape"])
+        dtype, shape = dtype_of(each["dtype"]), torch.Size(each["shape"])
         found[each["name"]] = torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=at).view(shape)
         at += shape.numel() * dtype.itemsize
     return found
@@ -188,11 +199,10 @@ def _check_model(archive: Archive, cache: LandmarkCache, decoder: Any) -> None:
     """Raises ``ValueError`` where a memory was made with another model, dtype or other settings."""
     manifest, theirs = archive.manifest, {"type": decoder.config.model_type, "fingerprint": fingerprint(decoder)}
     folder = str(archive.folder)
-    dtype = str(decoder.dtype).removeprefix("torch.")
+    dtype = name_of(decoder.dtype)
     if manifest["dtype"] != dtype:
         raise ValueError(f"{folder!r} was made in {manifest['dtype']}, the model is in {dtype}; load it in the former")
-    saved = LandmarkConfig.from_dict(manifest["settings"])
-    cache.check_settings(saved, f"memory {folder!r}")
+    cache.check_settings(LandmarkConfig.from_dict(manifest["settings"]), f"memory {folder!r}", SET_MODEL)
     if manifest["model"] != theirs:
         raise ValueError(
             f"{folder!r} was made with another model ({manifest['model']['type']} "

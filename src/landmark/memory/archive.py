@@ -15,13 +15,15 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 FORMAT = 1
 STATE = "memory.json"
+NEW = "memory.json.new"
 LOCK = "lock"
-OURS = re.compile(r"layer-\d+\.(blocks|landmarks|sums)|tail-\d+|text-\w+|memory\.json\.new|lock")
+STREAMS = re.compile(r"layer-\d+\.(blocks|landmarks|sums)|tail-\d+|text-ids|kept-\w+")
 REMEDY = "restore it from a copy, or remember the texts anew"
 
 
@@ -42,45 +44,61 @@ class Archive:
     """
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
-        self.folder, self.manifest, self.commits = folder, state["manifest"], state["commits"]
-        self._lengths: dict[str, int] = {name: each["bytes"] for name, each in state["streams"].items()}
-        self._sums: dict[str, int | None] = {name: each["crc32"] for name, each in state["streams"].items()}
-        self._committed = dict(self._lengths), dict(self._sums)
+        self.folder = folder
         self._handles: dict[str, int] = {}
         self._lock: int | None = None
+        self._take(state)
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """Goes by a committed state."""
+        self._state, self.manifest, self.commits = state, state["manifest"], state["commits"]
+        self._lengths: dict[str, int] = {name: each["bytes"] for name, each in state["streams"].items()}
+        self._sums: dict[str, int | None] = {name: each["crc32"] for name, each in state["streams"].items()}
 
     @classmethod
-    def create(cls, folder: str | Path, manifest: dict[str, Any]) -> Archive:
+    def create(cls, folder: str | Path) -> Archive:
         """Makes an empty archive that is locked for writing; there is something to open from the first commit on.
 
         Raises:
-            FileExistsError: the folder holds something else than what an interrupted first writer left.
-            ValueError: as ``lock``.
+            ValueError: the folder holds something else than what an interrupted first writer left, or as ``lock``.
         """
         folder = Path(folder)
-        if folder.exists() and not all(OURS.fullmatch(each.name) for each in folder.iterdir()):
-            raise FileExistsError(f"expected a new or empty folder for a memory, got {str(folder)!r}; name another")
+        if folder.exists() and not _is_free(folder):
+            raise ValueError(
+                f"expected a new or empty folder for a memory, got {str(folder)!r}; name another, or open it"
+            )
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        archive = cls(folder, {"manifest": manifest, "commits": 0, "streams": {}})
+        for each in made:
+            _sync(each.parent)
+        archive = cls(folder, _nothing())
         archive.lock()
         return archive
 
     @classmethod
-    def open(cls, folder: str | Path) -> Archive:
+    def open(cls, folder: str | Path, *, whole: bool = True) -> Archive:
         """Opens an archive for reading, by what was committed last.
+
+        Args:
+            folder: where it lies.
+            whole: whether one with streams that are too short is refused.
 
         Raises:
             FileNotFoundError: there is no memory in the folder.
             Damaged: ``memory.json`` is not what was written, or a stream is shorter than it says.
             ValueError: a format of a later version.
         """
-        folder = Path(folder)
-        archive = cls(folder, _state(folder))
-        for name, length in archive._lengths.items():
-            found = _size(folder / name)
-            if found < length:
-                raise Damaged(f"{folder / name}: expected {length} bytes, got {found}; {REMEDY}")
+        archive = cls(Path(folder), _read_state(Path(folder)))
+        short = [line for name in archive.streams() for line in archive._shorter(name) if whole]
+        if short and archive.is_outdated():
+            return cls.open(folder, whole=whole)
+        if short:
+            raise Damaged(short[0])
         return archive
+
+    def is_outdated(self) -> bool:
+        """Whether somebody has committed since this archive was opened: streams that it goes by may be gone."""
+        return _read_state(self.folder) != self._state
 
     def lock(self) -> None:
         """Makes this archive its folder's only writer, and cuts off what an interrupted writer left.
@@ -98,41 +116,63 @@ class Archive:
             raise ValueError(
                 f"{str(self.folder)!r} is being written by another process; wait for it, reading is free"
             ) from None
-        there = _state(self.folder)["commits"] if (self.folder / STATE).exists() else 0
-        if there != self.commits:
-            os.close(handle)
-            raise ValueError(
-                f"{str(self.folder)!r} was written to since it was opened (commit {there}, not {self.commits}); "
-                "open it again"
-            )
         self._lock = handle
-        self.roll_back()
+        try:
+            self._check_nobody_wrote()
+            self.roll_back()
+        except BaseException:
+            self.unlock()
+            raise
+
+    def _check_nobody_wrote(self) -> None:
+        there = self._there()
+        if there != self._state:
+            raise ValueError(
+                f"{str(self.folder)!r} was written to since it was opened (commit {there['commits']}, not "
+                f"{self.commits}); open it again"
+            )
+
+    def _there(self) -> dict[str, Any]:
+        """What is committed in the folder now."""
+        return _read_state(self.folder) if (self.folder / STATE).exists() else _nothing()
 
     def unlock(self) -> None:
         """Lets others write."""
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
+        self._close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
+    def _close(self) -> None:
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
     def roll_back(self) -> None:
-        """Undoes what was appended since the last commit, by this writer or one that was interrupted."""
-        self._lengths, self._sums = dict(self._committed[0]), dict(self._committed[1])
-        for path in self.folder.iterdir():
-            if path.name in self._lengths:
-                os.truncate(path, self._lengths[path.name])
-            elif OURS.fullmatch(path.name) and path.name != LOCK:
+        """Undoes what was appended since the last commit, by this writer or one that was interrupted.
+
+        What the folder says is asked for anew: a commit may have been interrupted after it took place.
+        """
+        self._close()
+        self._take(self._there())
+        left = self.leftover()
+        if left:
+            _sync(self.folder)  # what is removed below was replaced for good
+        for name in left:
+            path = self.folder / name
+            if name not in self._lengths:
                 path.unlink()
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
+            else:
+                os.truncate(path, self._lengths[name])
+
+    def streams(self) -> dict[str, int]:
+        """Returns the bytes of each stream."""
+        return dict(self._lengths)
 
     def leftover(self) -> dict[str, int]:
-        """Bytes behind the committed ones, by stream: what was being written when a writer was interrupted."""
-        found = {name: _size(self.folder / name) - length for name, length in self._lengths.items()}
-        return {name: extra for name, extra in found.items() if extra > 0}
+        """Bytes on the disk that are not committed, by file: what is being written, or was when it was interrupted."""
+        names = sorted(each.name for each in self.folder.iterdir() if _is_ours(each.name) and each.name != LOCK)
+        found = {name: _size(self.folder / name) - self.length(name) for name in names}
+        return {name: extra for name, extra in found.items() if extra > 0 or name not in self._lengths}
 
     def length(self, name: str) -> int:
         """Bytes of a stream, those appended and not yet committed included."""
@@ -146,18 +186,30 @@ class Archive:
             data: the bytes.
             summed: whether the stream has one checksum over all its bytes; otherwise the caller keeps checksums.
         """
+        begin, left = self.length(name), memoryview(data).cast("B")
+        try:
+            handle = self._handle(name)
+            while left:
+                written = os.pwrite(handle, left, begin)
+                left, begin = left[written:], begin + written
+        except OSError as error:
+            raise self._full(error, len(left)) from error
+        self._lengths[name] = begin
+        self._sums[name] = zlib.crc32(data, self._sums.get(name) or 0) if summed else None
+
+    def skip(self, name: str, count: int) -> None:
+        """Goes on ``count`` bytes further in a stream without a checksum; zeros are read there, which take no room."""
+        try:
+            os.ftruncate(self._handle(name), self.length(name) + count)
+        except OSError as error:
+            raise self._full(error, count) from error
+        self._lengths[name], self._sums[name] = self.length(name) + count, None
+
+    def _handle(self, name: str) -> int:
         assert self._lock is not None, "an archive is locked before it is written"
         if name not in self._handles:
             self._handles[name] = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT, 0o666)
-        begin, left = self.length(name), memoryview(data).cast("B")
-        while left:
-            try:
-                written = os.pwrite(self._handles[name], left, begin)
-            except OSError as error:
-                raise self._full(error, len(left)) from error
-            left, begin = left[written:], begin + written
-        self._lengths[name] = begin
-        self._sums[name] = zlib.crc32(data, self._sums.get(name) or 0) if summed else None
+        return self._handles[name]
 
     def commit(self, manifest: dict[str, Any], *, dropped: tuple[str, ...] = ()) -> None:
         """Makes what was appended count, all of it or, after a crash, nothing.
@@ -167,10 +219,8 @@ class Archive:
             dropped: streams that count no more.
         """
         assert self._lock is not None, "an archive is locked before it is written"
-        for name in dropped:
-            self._lengths.pop(name, None)
-            self._sums.pop(name, None)
-        streams = {name: {"bytes": size, "crc32": self._sums[name]} for name, size in sorted(self._lengths.items())}
+        kept = sorted(self._lengths.keys() - set(dropped))
+        streams = {name: {"bytes": self._lengths[name], "crc32": self._sums[name]} for name in kept}
         state = {"format": FORMAT, "commits": self.commits + 1, "manifest": manifest, "streams": streams}
         try:
             for handle in self._handles.values():
@@ -178,8 +228,7 @@ class Archive:
             _write_state(self.folder, state)
         except OSError as error:
             raise self._full(error, len(_file_of(state))) from error
-        self.manifest, self.commits = manifest, self.commits + 1
-        self._committed = dict(self._lengths), dict(self._sums)
+        self._take(json.loads(_encoded(state)))
         for name in dropped:
             if name in self._handles:
                 os.close(self._handles.pop(name))
@@ -191,32 +240,56 @@ class Archive:
             raise error
         return ValueError(
             f"no room for {wanted} more bytes in {str(self.folder)!r} ({error.strerror}): make room there or name "
-            f"another folder; what was committed ({sum(self._committed[0].values())} bytes) can be opened as before"
+            f"another folder; what was committed before ({self.commits} times) can be opened as it was"
         )
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str) -> bytearray:
         """Returns a summed stream's committed bytes.
 
         Raises:
             Damaged: they are not what was written.
         """
-        path, length = self.folder / name, self._lengths[name]
-        with open(path, "rb") as file:
-            data = file.read(length)
-        if len(data) != length or zlib.crc32(data) != self._sums[name]:
+        path, data = self.folder / name, bytearray(self._lengths[name])
+        try:
+            with open(path, "rb") as file:
+                found = file.readinto(data)
+        except FileNotFoundError:
+            found = -1
+        if found != len(data) or zlib.crc32(data) != self._sums[name]:
             raise Damaged(f"{path}: the checksum is not that of what was written; {REMEDY}")
         return data
 
-    def verify(self) -> list[str]:
-        """Returns a line for each summed stream that is not what was written."""
-        found = []
+    def verify(self) -> Iterator[str]:
+        """Yields a line for each stream that is too short, and each summed one that is not what was written."""
         for name, total in self._sums.items():
+            found = list(self._shorter(name))
             try:
-                if total is not None:
+                if total is not None and not found:
                     self.read(name)
             except (Damaged, OSError) as error:
                 found.append(str(error))
-        return found
+            yield from found
+
+    def _shorter(self, name: str) -> Iterator[str]:
+        found = _size(self.folder / name)
+        if found < self._lengths[name]:
+            yield f"{self.folder / name}: expected {self._lengths[name]} bytes, got {found}; {REMEDY}"
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder is empty, or holds only what a writer left that was interrupted before its first commit."""
+    names = [each.name for each in folder.iterdir()] if folder.is_dir() else [folder.name]
+    return not names or (LOCK in names and all(map(_is_ours, names)))
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file is one that writers append to, replace or remove; all others of the folder are left alone."""
+    return name in (NEW, LOCK) or STREAMS.fullmatch(name) is not None
+
+
+def _nothing() -> dict[str, Any]:
+    """The state before the first commit."""
+    return {"format": FORMAT, "commits": 0, "manifest": {}, "streams": {}}
 
 
 def _size(path: Path) -> int:
@@ -226,22 +299,23 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _state(folder: Path) -> dict[str, Any]:
+def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     if not path.is_file():
+        begun = ", only what a writer left that was interrupted before its first commit" * (folder / LOCK).exists()
         raise FileNotFoundError(
-            f"expected a memory with a file {STATE} in {str(folder)!r}, found none; see landmark remember"
+            f"expected a memory with a file {STATE} in {str(folder)!r}, found none{begun}; see LandmarkCache.save"
         )
+    data = path.read_bytes()
     try:
-        state: dict[str, Any] = json.loads(path.read_bytes())
-        body, known = state["state"], state["crc32"]
-        whole = zlib.crc32(_encoded(body)) == known and path.read_bytes() == _file_of(body)
+        body = json.loads(data)["state"]
+        whole = data == _file_of(body)
     except (ValueError, KeyError, TypeError):
         whole = False
-    if not whole:
-        raise Damaged(f"{path}: it is not what was written; {REMEDY}")
-    if body["format"] != FORMAT:
+    if whole and body["format"] != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}, got {body['format']}; install the landmark that wrote it")
+    if not whole or not all(STREAMS.fullmatch(name) for name in body["streams"]):
+        raise Damaged(f"{path}: it is not what was written; {REMEDY}")
     return dict(body)
 
 
@@ -255,12 +329,17 @@ def _file_of(body: dict[str, Any]) -> bytes:
 
 def _write_state(folder: Path, body: dict[str, Any]) -> None:
     """Replaces ``memory.json`` in one step, on the disk before this returns."""
-    new = folder / f"{STATE}.new"
-    with open(new, "wb") as file:
+    _sync(folder)  # new streams have their names on the disk before anything speaks of them
+    with open(folder / NEW, "wb") as file:
         file.write(_file_of(body))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(new, folder / STATE)
+    os.replace(folder / NEW, folder / STATE)
+    _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    """Brings the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -307,7 +307,8 @@ class LayerMemory:
         if slots:
             place = self.store.place_of(torch.tensor([[[blocks]]], device=tail.device))
             tail[:, 0, :slots], tail[:, 1, :slots] = (each[0, :, 0, :slots] for each in self.store.gather(place))
-        return {"tail": tail} if self._queries is None else {"tail": tail, "queries": self._queries}
+        found = {"tail": tail, "queries": self._queries, "peak": self._peak}
+        return {name: each for name, each in found.items() if each is not None}
 
     def resume(self, saved: SavedLayer, first: int, parts: dict[str, Tensor], device: torch.device) -> None:
         """Goes on from an archive.
@@ -322,8 +323,7 @@ class LayerMemory:
             Damaged: what was saved is not what was written.
         """
         self.store.resume(saved, first, parts["tail"].to(device)[None])
-        if "queries" in parts:
-            self._queries = parts["queries"].to(device)
+        self._queries, self._peak = (parts[name].to(device) if name in parts else None for name in ("queries", "peak"))
 
     def settle(self) -> None:
         """Called when all layers have done a call: it will not be undone."""

@@ -11,6 +11,7 @@ import weakref
 import zlib
 from array import array
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from landmark.memory.archive import REMEDY, Archive, Damaged
 
+SUM_BYTES = 4
 AT_ONCE = 256  # blocks read or written together
 
 
@@ -27,27 +29,34 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 class SavedLayer:
-    """The finished blocks of one layer, as they were committed when the archive was opened or last written.
+    """The finished blocks of one layer, as many as their archive counts.
 
     Args:
         archive: where they lie.
         layer: the layer's index.
         shape: ``(G, L, D)``.
         dtype: of keys and values.
-        count: blocks.
+
+    Raises:
+        Damaged: their checksums are not what was written.
     """
 
-    def __init__(
-        self, archive: Archive, layer: int, shape: tuple[int, int, int], dtype: torch.dtype, count: int
-    ) -> None:
-        self.archive, self.layer, self.shape, self.dtype, self.count = archive, layer, shape, dtype, count
+    def __init__(self, archive: Archive, layer: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.archive, self.layer, self.shape, self.dtype = archive, layer, shape, dtype
         self._part = 2 * shape[1] * shape[2] * dtype.itemsize  # bytes of one block in one head
-        self._sums = self._read_sums() if count else array("I")
+        self._sums = array("I")
+        if self.count:
+            self._sums.frombytes(archive.read(self.name("sums")))
         self._file: int | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavedLayer:
         """Itself: what was committed does not change."""
         return self
+
+    @property
+    def count(self) -> int:
+        """Blocks, those included that were appended and not yet committed."""
+        return self.archive.length(self.name("sums")) // (SUM_BYTES * self.shape[0])
 
     def name(self, kind: str) -> str:
         """Returns the stream of a kind."""
@@ -58,8 +67,8 @@ class SavedLayer:
         groups, _, dim = self.shape
         if self.count == 0:
             return torch.empty(1, groups, 0, dim, dtype=self.dtype)
-        data = bytearray(self.archive.read(self.name("landmarks")))
-        return torch.frombuffer(data, dtype=self.dtype).view(-1, groups, dim)[: self.count].transpose(0, 1)[None]
+        data = self.archive.read(self.name("landmarks"))
+        return torch.frombuffer(data, dtype=self.dtype).view(-1, groups, dim).transpose(0, 1)[None]
 
     def read(self, blocks: Tensor, heads: Tensor) -> Tensor:
         """Returns keys and values ``(M, 2, L, D)`` of blocks ``(M,)`` in the given key/value heads.
@@ -97,15 +106,20 @@ class SavedLayer:
         view = as_bytes(data.contiguous())
         sums = array("I", (zlib.crc32(view[i : i + self._part]) for i in range(0, len(view), self._part)))
         self.archive.append(self.name("blocks"), view, summed=False)
-        self.archive.append(self.name("sums"), memoryview(sums))
-        self.archive.append(self.name("landmarks"), as_bytes(landmarks.contiguous()))
-        self._sums.extend(sums)
-        self.count += len(data)
+        self._count(sums, landmarks)
 
-    def cut(self, count: int) -> None:
-        """Forgets blocks that were written and not committed."""
-        del self._sums[count * self.shape[0] :]
-        self.count = count
+    def skip(self, blocks: int) -> None:
+        """Goes on behind blocks that are kept no more: zeros are read there, which take no room on the disk."""
+        groups, _, dim = self.shape
+        self.archive.skip(self.name("blocks"), blocks * self.block_bytes)
+        sums = array("I", [zlib.crc32(bytes(self._part))]) * (blocks * groups)
+        self._count(sums, torch.zeros(blocks, groups, dim, dtype=self.dtype))
+
+    def _count(self, sums: array[int], landmarks: Tensor) -> None:
+        del self._sums[self.count * self.shape[0] :]  # of blocks that were never committed
+        self._sums.extend(sums)
+        self.archive.append(self.name("landmarks"), as_bytes(landmarks.contiguous()))
+        self.archive.append(self.name("sums"), memoryview(sums))
 
     def verify(self) -> Iterator[str]:
         """Yields a line for each block of a head that is not what was written."""
@@ -130,7 +144,48 @@ class SavedLayer:
                 f"{path}: block {block}, key/value head {head} (bytes {begin}-{end}) is not what was written; {REMEDY}"
             )
 
-    def _read_sums(self) -> array[int]:
-        sums = array("I")
-        sums.frombytes(self.archive.read(self.name("sums")))
-        return sums
+
+def saved_layers(archive: Archive) -> list[SavedLayer]:
+    """Returns the layers that an archive's manifest names; raises ``Damaged``."""
+    return [_saved_layer(archive, index) for index in range(len(archive.manifest["layers"]))]
+
+
+def _saved_layer(archive: Archive, index: int) -> SavedLayer:
+    groups, size, dim = archive.manifest["layers"][index]
+    return SavedLayer(archive, index, (groups, size, dim), dtype_of(archive.manifest["dtype"]))
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Reads all of a memory, without a model.
+
+    Returns:
+        a line for each part of it that is not what was written.
+
+    Raises:
+        FileNotFoundError: there is no memory in the folder.
+        ValueError: a format of a later version.
+    """
+    try:
+        archive = Archive.open(folder, whole=False)
+    except Damaged as error:
+        return [str(error)]
+    found = list(archive.verify())
+    for index in range(len(archive.manifest["layers"])):
+        try:
+            found += _saved_layer(archive, index).verify()
+        except (Damaged, FileNotFoundError) as error:
+            found += [] if found else [str(error)]  # else its checksums or its file were named above
+    return verify(folder) if found and archive.is_outdated() else found
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Returns a dtype's name as manifests have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Returns the dtype of a name; raises ``ValueError`` for any other name."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"expected the name of a dtype of torch, got {name!r}; {REMEDY}")
+    return found

@@ -81,9 +81,10 @@ class Shelf:
         """Lets an archive hold what it has of one row's blocks, but for those that are in the memory of the CPU."""
         if self.length == 0:
             self.length = max(1, EXTENT_BYTES // saved.block_bytes)
-        for index in range(-(-saved.count // self.length)):
+        count = saved.count
+        for index in range(-(-count // self.length)):
             self._lengthen(index, 1)
-            old, whole = self.extents[index], (index + 1) * self.length <= saved.count
+            old, whole = self.extents[index], (index + 1) * self.length <= count
             if old is None or (whole and isinstance(old, DiskExtent)):
                 extent = SavedExtent(saved, index * self.length, self.length)
                 self.extents[index], self.rows[index], self.own[index] = extent, torch.arange(1), False

@@ -12,7 +12,7 @@ from torch import Tensor
 from landmark.memory.frames import SomeNear
 from landmark.memory.near import AllNear, Near, grown, shift
 from landmark.memory.plan import Plan, Writes
-from landmark.memory.saved import SavedLayer
+from landmark.memory.saved import AT_ONCE, SavedLayer
 from landmark.memory.tiers import Tiers, Traffic
 
 EVICTION_STEP = 16  # blocks are dropped this many at a time
@@ -149,12 +149,25 @@ class BlockStore:
         """
         self.first = first
         self.reserve(saved.count + 1, tail[:, :, 0])
-        marks = saved.landmarks().to(tail.device)
-        kept = torch.tensor([0, *range(first, saved.count)] if saved.count else [], dtype=torch.long)
-        self.landmark_keys[:, :, : len(kept)] = marks[:, :, kept.to(tail.device)]
+        marks = saved.landmarks()
+        if saved.count:
+            self.landmark_keys[:, :, 0] = marks[:, :, 0]
+            self.landmark_keys[:, :, 1 : 1 + saved.count - first] = marks[:, :, first:]
         self.near.resume(saved, first, tail[0])
 
-    def finished(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def save(self, saved: SavedLayer, blocks: int) -> None:
+        """Writes to an archive what it lacks of the one row's first ``blocks`` blocks, which are finished.
+
+        Those that were evicted are left out: nobody sees them again.
+        """
+        while saved.count < blocks:
+            begin = saved.count
+            if 0 < begin < self.first:
+                saved.skip(min(self.first, blocks) - begin)
+            else:
+                saved.append(*self._finished(begin, min(begin + AT_ONCE, blocks) if begin else 1))
+
+    def _finished(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Returns blocks ``begin..end - 1`` of the one row, ``(n, G, 2, L, D)``, and their landmarks ``(n, G, D)``."""
         places = self.place_of(torch.arange(begin, end, device=self.landmark_keys.device))
         keys, values = self.gather(places[None, None])

@@ -1,0 +1,56 @@
+"""``landmark memory``: what a saved memory holds, whether it is what was written, what an interrupted writer left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Folder = Annotated[Path, typer.Argument(help="Folder of a saved memory.")]
+
+
+def info(folder: Folder) -> None:
+    """Show what a memory is, and the bytes of its files."""
+    from landmark.memory.archive import Archive
+
+    archive = Archive.open(folder)
+    manifest, lengths = archive.manifest, archive.streams()
+    model = manifest["model"]
+    settings = ", ".join(f"{name} {value}" for name, value in manifest["settings"].items())
+    notes = manifest["notes"]
+    tokenizer = notes.get("tokenizer", "not known")[:12]
+    for line in (
+        f"{manifest['tokens']:,} tokens, saved {archive.commits} times, {sum(lengths.values()):,} bytes",
+        f"model {model['type']} {model['fingerprint'][:12]}, {manifest['dtype']}; tokenizer {tokenizer}",
+        f"settings {settings}",
+        f"versions {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}",
+        *(f"source {each['name']}: {each['characters']:,} characters" for each in notes.get("sources", ())),
+        *(f"{name}: {length:,} bytes" for name, length in lengths.items()),
+        *(f"{name}: {extra:,} bytes that do not count" for name, extra in archive.leftover().items()),
+    ):
+        typer.echo(line)
+    if archive.leftover():
+        typer.echo("somebody is writing, or was interrupted while writing: see landmark memory compact")
+
+
+def verify(folder: Folder) -> int:
+    """Read all of a memory and name what is damaged; exit code 1 if anything is."""
+    from landmark.memory.saved import verify as damaged
+
+    lines = damaged(folder)
+    for line in lines:
+        typer.echo(line)
+    typer.echo(f"{len(lines)} damaged" if lines else "all is as it was written")
+    return 1 if lines else 0
+
+
+def compact(folder: Folder) -> None:
+    """Remove what an interrupted writer left; it counts as nothing."""
+    from landmark.memory.archive import Archive
+
+    archive = Archive.open(folder)
+    left = archive.leftover()
+    archive.lock()
+    archive.unlock()
+    typer.echo(f"{sum(left.values()):,} bytes removed{''.join(f', {name}' for name in left)}")
