@@ -83,8 +83,8 @@ def plain(case: Token, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Output, chosen blocks and landmark scores of plain PyTorch, in the dtype of ``query``."""
     memory, grid = copy.copy(case.memory), case.plan.grid
     memory.store = copy.copy(case.memory.store)
-    memory.store.gather = lambda places: tuple(  # type: ignore[method-assign]
-        each.to(query.dtype) for each in case.memory.store.gather(places)
+    memory.store.take = lambda numbers: tuple(  # type: ignore[method-assign]
+        each.to(query.dtype) for each in case.memory.store.take(numbers)
     )
     chosen = memory._choose(query, grid, case.plan.candidates, SCALE, None, fused=False)
     output, _ = memory._attend_slab(query, grid, chosen, SCALE, 1, sink=False, fused=False)

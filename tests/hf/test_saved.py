@@ -337,12 +337,9 @@ class Killed:
     def __init__(self, root: Path, kills: int) -> None:
         command = [sys.executable, str(Path(__file__).with_name("writer.py")), str(root), str(kills)]
         paths = os.pathsep.join([str(Path(archive.__file__).parents[2]), str(Path(__file__).parents[1])])
-        done = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=900)
         self.model, self.root = writer.model(), root
-        self.expected = {0: None}
+        self.expected: dict[int, torch.Tensor | None] = {0: None}
         cache = LandmarkCache(self.model.config)
         for _ in range(writer.SAVES):
             writer.read(self.model, cache)
@@ -359,13 +356,13 @@ class Killed:
             assert verify(folder) == []
             inside = Archive.open(folder).leftover() != {}
             cache = LandmarkCache.open(folder, self.model, "disk")
-            assert torch.equal(answer(self.model, cache), self.expected[cache.tokens[0]])
+            assert equal(answer(self.model, cache), self.expected[cache.tokens[0]])
         read = sum(cache.tokens)
         assert read in self.expected and acknowledged <= read <= acknowledged + writer.PART
         writer.go_on(self.model, cache, folder)
         assert verify(folder) == [] and Archive.open(folder).leftover() == {}
         again = LandmarkCache.open(folder, self.model)
-        assert torch.equal(answer(self.model, again), self.expected[writer.PART * writer.SAVES])
+        assert equal(answer(self.model, again), self.expected[writer.PART * writer.SAVES])
         return acknowledged < writer.PART * writer.SAVES, inside
 
 
@@ -376,7 +373,7 @@ def test_a_killed_writer_loses_nothing_that_it_acknowledged(kills: int, quick: P
     found = [killed.check(index) for index in range(kills)]
     at_work, inside = (sum(each) for each in zip(*found, strict=True))
     print(f"{kills} kills: {at_work} before the end, {inside} left something half written")
-    assert at_work >= 1 and (kills < 200 or inside >= 1)  # few kills may all fall between two saves
+    assert at_work >= kills // 2 and inside >= kills // 50
 
 
 @torch.no_grad()
@@ -408,8 +405,11 @@ def test_a_full_disk_leaves_what_was_saved(quick: Path, monkeypatch: pytest.Monk
                 cache.save(folder)
             assert torch.equal(answer(model, LandmarkCache.open(folder, model, "disk")), after)
             assert verify(folder) == [] and Archive.open(folder).leftover() == {}
-            cache.save(quick / "elsewhere" / str(folder.name))
-            assert torch.equal(answer(model, LandmarkCache.open(quick / "elsewhere" / folder.name, model)), after)
+            cache.save(quick / f"{folder.name}-elsewhere")
+            model.read(models.text(21)[None], cache=cache)
+            cache.save(quick / f"{folder.name}-elsewhere")
+            again = LandmarkCache.open(quick / f"{folder.name}-elsewhere", model)
+            assert torch.equal(answer(model, again), answer(model, cache))
             if not interrupted.happened:
                 break
         assert 15 < at < 100

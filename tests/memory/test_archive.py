@@ -106,6 +106,38 @@ def test_killed_at_every_call_to_the_system(done: int, quick: Path) -> None:
     assert at > 20 and halves >= (10 if done else 0)
 
 
+def test_readers_see_whole_commits_beside_a_writer(quick: Path) -> None:
+    work(quick, 1)
+    child = os.fork()
+    if child == 0:
+        try:
+            for commits in range(2, 120):
+                work(quick, commits)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    seen = set()
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        seen.add(read_whole(quick))
+    assert len(seen) >= 5
+    check(quick, 119)
+
+
+def read_whole(folder: Path) -> int:
+    """Reads as opening a memory does, and returns the commits there were."""
+    opened = Archive.open(folder)
+    try:
+        tail, layers = opened.read(opened.manifest["tail"]), saved_layers(opened)
+    except Damaged:
+        assert opened.is_outdated(), "only a tail that was replaced may be gone"
+        return read_whole(folder)
+    assert tail == f"text {3 * (opened.commits - 1)}".encode()
+    for layer in layers:
+        assert torch.equal(layer.of_all_heads(torch.arange(layer.count)), blocks(0, 3 * opened.commits))
+    assert verify(folder) == []
+    return opened.commits
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_random_writing_against_a_dictionary(seed: int, quick: Path) -> None:
     """Streams appended, rolled back, dropped and committed, beside one that is read after every commit."""
@@ -231,6 +263,11 @@ def test_a_name_outside_the_folder_is_refused(tmp_path: Path) -> None:
 
 def test_one_writer_of_two_processes(tmp_path: Path) -> None:
     work(tmp_path, 1)
+    first = Archive.open(tmp_path)
+    first.lock()
+    with pytest.raises(ValueError, match="is being written by another process"):
+        Archive.open(tmp_path).lock()
+    first.unlock()
     code = f"import fcntl; file = open({str(tmp_path / 'lock')!r}, 'r+'); fcntl.flock(file, fcntl.LOCK_EX);"
     code += "print('locked', flush=True); input()"
     command = [sys.executable, "-c", code]
@@ -242,6 +279,25 @@ def test_one_writer_of_two_processes(tmp_path: Path) -> None:
         other.kill()
     work(tmp_path, 2)  # its lock went with it
     check(tmp_path, 2)
+
+
+def test_what_was_taken_back_is_forgotten(tmp_path: Path) -> None:
+    """Also by those who append: other blocks come to where the first ones were."""
+    work(tmp_path, 1)
+    opened = Archive.open(tmp_path)
+    layers = saved_layers(opened)
+    opened.lock()
+    for layer in layers:
+        layer.append(blocks(50, 54), blocks(50, 54)[:, :, 0, -1])
+    assert [layer.count for layer in layers] == [7, 7]
+    opened.roll_back()
+    assert [layer.count for layer in layers] == [3, 3]
+    for layer in layers:
+        layer.append(blocks(3, 6), blocks(3, 6)[:, :, 0, -1])
+    opened.commit(described(tail="tail-1"))
+    for layer in layers:
+        assert torch.equal(layer.of_all_heads(torch.arange(6)), blocks(0, 6))
+    assert verify(tmp_path) == []
 
 
 def test_checksums_are_those_of_the_standard(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def decoding(seed):
     """A long memory, filed, then calls of one or a few tokens inside a block, and one row may be short."""
     made, rng = case(seed), random.Random(-1 - seed)
     size, rows = made.config.block_size, len(made.calls[0][0])
-    top_k, most = rng.choice([1, 2, 3, 4, 16] if ON_GPU else [1, 2, 3, 6]), rng.choice([2, 40, 200])
+    top_k, most = rng.choice([1, 2, 3, 4, 16] if ON_GPU else [1, 2, 3, 6]), rng.choice([3, 40, 200])
     if many(seed):
         top_k, most = 2, 64 * 4 + 40
     lengths = [rng.randint(1, size * rng.choice([4, most])) for _ in range(rows - 1)] + [size * most + rng.randrange(4)]

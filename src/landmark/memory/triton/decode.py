@@ -11,7 +11,7 @@ Names are those of ``kernels.py``. Queries ``(B, G, R, W)`` are numbered in that
 import triton
 import triton.language as tl
 
-from landmark.memory.triton.kernels import NOWHERE, load_block, old_places, turn
+from landmark.memory.triton.kernels import ALIGNED, NOWHERE, STRIDES, load_block, old_places, turn
 from landmark.ops.triton.primitives import LOG2_E
 from landmark.ops.triton.select import NOTHING, best_of, numbers_of, packed
 
@@ -19,6 +19,7 @@ CHUNK = tl.constexpr(64)  # landmarks
 JOINED = tl.constexpr(32)  # items at once
 # Arguments of the kernels for whose values nothing is compiled anew.
 NUMBERS = (
+    *STRIDES,
     "groups",
     "repeats",
     "n_width",
@@ -70,7 +71,7 @@ def score_kernel(
     i_split, i_head = tl.program_id(0) % n_programs - n_recent, (tl.program_id(0) // n_programs).to(tl.int64)
     i_row = i_head // groups
     p_query += i_row * query_batch + i_head % groups * query_group
-    p_mark += i_row * mark_batch + i_head % groups * mark_group
+    p_mark += tl.multiple_of(i_row * mark_batch + i_head % groups * mark_group, ALIGNED)
     own, first = tl.load(p_own + i_row).to(tl.int32), tl.load(p_first + i_row).to(tl.int32)
     lowest, o_dim = first - most, tl.arange(0, PADDED)
     if i_split >= 0:
@@ -210,7 +211,8 @@ def read_kernel(
         if STINGY:
             recent = (first - 1 - block < TOP_K).to(tl.int32)
             distance = TOP_K + 1 + own - first - (i_item + TOP_K - n_chosen + recent)
-    head, far = i_row * store_batch + i_head % groups * store_group, i_row * far_batch + i_head % groups * far_group
+    head = tl.multiple_of(i_row * store_batch + i_head % groups * store_group, ALIGNED)
+    far = tl.multiple_of(i_row * far_batch + i_head % groups * far_group, ALIGNED)
     p_keys, p_values = p_key + head, p_value + head
     if FETCHED:
         frame = tl.load(p_frame + i_query * n_items + i_item)

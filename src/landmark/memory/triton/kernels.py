@@ -15,8 +15,22 @@ from landmark.ops.triton.primitives import LOG2_E, LOWEST
 from landmark.ops.triton.select import NOTHING, best_of, numbers_of, packed
 
 NOWHERE = tl.constexpr(2**31 - 1)
+ALIGNED = tl.constexpr(8)  # numbers: every head dim is a multiple
+# Where heads of the memory begin: nothing is compiled anew when it grows, so that it adds in the same order.
+STRIDES = ("mark_batch", "mark_group", "store_batch", "store_group", "far_batch", "far_group")
 # Arguments of the kernels for whose values nothing is compiled anew.
-NUMBERS = ("groups", "repeats", "n_own", "n_width", "n_shared", "n_places", "n_chosen", "first_stored", "most")
+NUMBERS = (
+    *STRIDES,
+    "groups",
+    "repeats",
+    "n_own",
+    "n_width",
+    "n_shared",
+    "n_places",
+    "n_chosen",
+    "first_stored",
+    "most",
+)
 
 
 @triton.jit
@@ -87,7 +101,7 @@ def choice_kernel(
     inside = (o_place < n_width)[:, None]
     p_rows = p_query + i_row.to(tl.int64) * query_batch + i_group * query_group + i_repeat * query_repeat
     p_rows += i_own.to(tl.int64) * query_own + (o_place * query_place)[:, None]
-    p_mark += i_row.to(tl.int64) * mark_batch + i_group.to(tl.int64) * mark_group
+    p_mark += tl.multiple_of(i_row.to(tl.int64) * mark_batch + i_group.to(tl.int64) * mark_group, ALIGNED)
     own, first = tl.load(p_own + i_row * n_own + i_own), tl.load(p_first + i_row * n_own + i_own)
     lowest = first - most
     o_dim, o_kept = tl.arange(0, PADDED), tl.arange(0, KEPT)
@@ -144,7 +158,7 @@ def shared_kernel(
     inside = (o_place < n_width)[:, None]
     p_rows = p_query + i_row.to(tl.int64) * query_batch + i_group * query_group + i_repeat * query_repeat
     p_rows += i_own.to(tl.int64) * query_own + (o_place * query_place)[:, None]
-    head = i_row.to(tl.int64) * store_batch + i_group.to(tl.int64) * store_group
+    head = tl.multiple_of(i_row.to(tl.int64) * store_batch + i_group.to(tl.int64) * store_group, ALIGNED)
     p_key, p_value = p_key + head, p_value + head
     dtype = p_key.dtype.element_ty
     i_grid = i_row * n_own + i_own
@@ -203,7 +217,7 @@ def chosen_kernel(
     p_chosen += i_own.to(tl.int64) * chosen_own + i_place * chosen_place
     p_distance += i_row.to(tl.int64) * distance_batch + i_group * distance_group + i_repeat * distance_repeat
     p_distance += i_own.to(tl.int64) * distance_own + i_place * distance_place
-    head = i_row.to(tl.int64) * store_batch + i_group.to(tl.int64) * store_group
+    head = tl.multiple_of(i_row.to(tl.int64) * store_batch + i_group.to(tl.int64) * store_group, ALIGNED)
     p_key, p_value = p_key + head, p_value + head
     i_query = ((i_row * groups + i_group) * repeats + i_repeat).to(tl.int64) * n_own + i_own
     i_query = i_query * n_width + i_place
