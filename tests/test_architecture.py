@@ -38,7 +38,7 @@ THIRD_PARTY = {
     "versions": {"torch"},
     "ops": {"torch"},
     "ops/triton": {"torch", "triton"},
-    "memory": {"torch"},
+    "memory": {"torch", "faiss"},
     "memory/triton": {"torch", "triton"},
     "hf": {"torch", "transformers", "safetensors", "numpy", "peft"},
     "data": {"torch", "transformers", "tokenizers", "numpy", "datasets"},
@@ -209,6 +209,7 @@ CLI = {
     "memory info": set(),
     "memory verify": set(),
     "memory compact": set(),
+    "eval index": {"--model", "--data", "--landmarks", "--index", "--out"},
     "eval perplexity": {"--model", "--data", "--lengths", "--local", "--blocks", "--top-k", "--out"},
 }
 

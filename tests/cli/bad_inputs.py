@@ -223,4 +223,21 @@ CASES = [
         run("eval rank --data FILE --model MARKED --passages 1 --passage-tokens 2", b". , ! " * 40),
         "BM25: expected documents with words, got 1 without",
     ),
+    ("an index that is none", ["eval", "index", "--index", "exact,annoy"], "--index: expected some of exact, .*annoy"),
+    ("no landmarks to index", ["eval", "index", "--landmarks", "0"], "--landmarks: expected .* at least 1, got .0"),
+    (
+        "an index of the first layer",
+        run("eval index --data FILE --model MARKED --layer 0", b"word " * 900),
+        "--layer: expected 1 to 1, got 0; the landmarks of layer 0 are all equal",
+    ),
+    (
+        "an index over too short a text",
+        run("eval index --data FILE --model MARKED", b"word " * 40),
+        "--data: expected a text longer than the 256 queries .* pass a longer text",
+    ),
+    (
+        "an index of a plain model",
+        run("eval index --data FILE --model PLAIN", b"word " * 900),
+        "--model: expected a landmark model, got the plain LlamaForCausalLM",
+    ),
 ]

@@ -18,6 +18,7 @@ from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.layout import Layout
 from landmark.memory import layer, plain, retrieval
+from landmark.ops import select
 from landmark.ops.select import select_top
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
@@ -130,7 +131,7 @@ def test_7_a_cut_off_computed_finely_and_met_coarsely(granularity: str) -> None:
         return select_top(scores.masked_fill(again < cut_off, -torch.inf), k)
 
     def put_in(patch: Patch) -> None:
-        patch.setattr(retrieval, "select_top", two_passes)
+        patch.setattr(retrieval if granularity == "group" else select, "select_top", two_passes)
 
     turns_red(lambda: green(policy_case(6, granularity=granularity)), put_in)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import resource
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import models
 from landmark import LandmarkCache, LandmarkConfig
@@ -38,6 +40,15 @@ def lost(folder: Path) -> LandmarkCache:
     return made
 
 
+def indexed(index: str = "faiss-flat", **settings: Any) -> LandmarkCache:
+    return LandmarkCache(models.landmark_model("llama", LandmarkConfig(block_size=5, **settings)), index=index)
+
+
+def without_faiss() -> None:
+    with mock.patch.dict(sys.modules, {"faiss": None}):
+        indexed()
+
+
 CASES = [
     ("an unknown tier", lambda: cache("tape"), "tier: expected one of device, host, disk, got 'tape'"),
     ("a budget of 0", lambda: cache("host", device_bytes=0), "device_bytes: expected .* at least 1, got 0"),
@@ -62,4 +73,10 @@ CASES = [
         "no room for .*(No such|make)",
     ),
     ("a full disk", no_room, "no room for .* more bytes of blocks in .*make room"),
+    ("an unknown index", lambda: indexed("annoy"), "index: expected one of exact, faiss-flat, .* got 'annoy'"),
+    ("an index without faiss", without_faiss, r"needs the package faiss: pip install landmark-attention\[index\]"),
+    ("an index for shared choices", lambda: indexed(granularity="head"), "granularity='token_head'.* got 'head'; set"),
+    ("an index by the token", lambda: indexed("faiss-ivf", granularity="token"), "'faiss-ivf'.*every landmark"),
+    ("an index for exact positions", lambda: indexed(positions="exact"), "positions='stingy'.* got 'exact'.*leave"),
+    ("an index where all is seen", lambda: indexed("faiss-hnsw", mode="all"), "mode='retrieval' .*nothing is chosen"),
 ]

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from landmark.ops.select import select_top
+from landmark.ops.select import best_of, select_top
 
 
 def by_sorting(scores, k):
@@ -47,3 +47,20 @@ def test_no_candidates():
     indices, valid = select_top(torch.zeros(2, 3, 0), 4)
     assert indices.shape == valid.shape == (2, 3, 0)
     assert not select_top(torch.full((2, 3), -torch.inf), 2)[1].any()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_running_choice_is_that_of_all_at_once(seed):
+    """Few values, so that most choices tie across the borders of what is scored at once."""
+    random = torch.Generator().manual_seed(seed)
+    count, k, at_once = (int(torch.randint(1, most, (), generator=random)) for most in (30, 6, 8))
+    scores = torch.randint(-1, 3, (4, count), generator=random).double()
+    scores = scores.masked_fill(scores < 0, -torch.inf)
+    best, places, valid = best_of(lambda begin, end: scores[:, begin:end], count, k, at_once)
+    for row in range(len(scores)):
+        there = [place for place in range(count) if scores[row, place] > -torch.inf]
+        ranked = sorted(sorted(there, key=lambda place: (-scores[row, place], place))[:k])
+        assert places[row, valid[row]].tolist() == ranked
+        assert best[row, valid[row]].tolist() == scores[row, ranked].tolist()
+        assert (best[row, ~valid[row]] == -torch.inf).all()
+    assert places.shape[-1] == min(k, count)

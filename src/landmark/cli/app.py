@@ -15,6 +15,7 @@ from landmark.cli.convert import convert
 from landmark.cli.demo import demo
 from landmark.cli.explain import explain
 from landmark.cli.generate import generate
+from landmark.cli.index import index
 from landmark.cli.info import info
 from landmark.cli.passages import passages
 from landmark.cli.passkey import passkey
@@ -29,7 +30,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-evaluation = typer.Typer(help="Evaluate a model: pass key, named facts, perplexity, ranking.", add_completion=False)
+evaluation = typer.Typer(
+    help="Evaluate a model: pass key, named facts, perplexity, ranking, index.", add_completion=False
+)
 app.add_typer(evaluation, name="eval")
 memories = typer.Typer(help="Look at a saved memory: info, verify, compact.", add_completion=False)
 app.add_typer(memories, name="memory")
@@ -47,6 +50,7 @@ evaluation.command()(perplexity)
 evaluation.command("rank")(passages)
 for _command in (memory.info, memory.verify, memory.compact):
     memories.command()(_command)
+evaluation.command()(index)
 
 # ClickException, of whichever click typer stands on
 _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])

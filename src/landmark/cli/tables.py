@@ -12,7 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from landmark.eval.rank import Line
-    from landmark.eval.results import PasskeyRow, PerplexityRow, RankRow
+    from landmark.eval.results import IndexRow, PasskeyRow, PerplexityRow, RankRow
 
 BEYOND = "beyond the trained length"
 PASSAGE = 80  # characters shown of a passage
@@ -119,6 +119,29 @@ def rank_table(rows: Sequence[RankRow]) -> Table:
             f"{row.recall_at_1:.1%}",
             f"{row.ndcg_at_10:.3f}",
             f"{row.seconds:.1f}",
+        )
+    return table
+
+
+def index_table(rows: Sequence[IndexRow]) -> Table:
+    """Returns what each kind of index found, and how fast."""
+    title = f"{rows[0].model}, layer {rows[0].layer}, top {rows[0].top_k}, {rows[0].data}" if rows else ""
+    table = Table(title=f"Index over landmarks: {title}")
+    table.add_column("index")
+    for name in ("landmarks", "recorded", "heads", "recall", "ms a step", "ms a chunk", "s to build", "MB", "settings"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.index,
+            f"{row.landmarks:,}",
+            f"{row.recorded:,}",
+            str(row.heads),
+            "-" if row.recall is None else f"{row.recall:.2%}",
+            f"{row.step_ms:.3f}",
+            f"{row.chunk_ms:.1f}",
+            f"{row.build_seconds:.2f}",
+            f"{row.nbytes / 1e6:.1f}",
+            ", ".join(f"{name} {value}" for name, value in row.settings.items()),
         )
     return table
 

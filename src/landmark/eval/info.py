@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from landmark.eval.results import FIGURES, PerplexityRow, RankRow, Row, read
+from landmark.eval.results import FIGURES, IndexRow, PerplexityRow, RankRow, Row, read
 from landmark.eval.subjects import model_folder
 from landmark.ops.choice import explain_impl
 from landmark.versions import versions
@@ -68,6 +68,9 @@ def _line(row: Row) -> str:
     if isinstance(row, RankRow):
         asked = f"{row.passages} passages, {row.documents} documents, text {row.text}, {row.data}"
         return f"recall@1 {row.recall_at_1:.1%}, nDCG@10 {row.ndcg_at_10:.3f}: {row.ranker}, {asked}"
+    if isinstance(row, IndexRow):
+        among = f"{row.landmarks} landmarks, {row.recorded} of them recorded, {row.heads} heads of layer {row.layer}"
+        return f"{row.step_ms} ms a step, recall {row.recall}: {row.index}, {among}, {row.data}"
     settings = f"{row.model}, {row.attention}" + ("" if row.top_k is None else f", k={row.top_k}")
     if isinstance(row, PerplexityRow):
         local = f"{row.scheme} local {row.local}"

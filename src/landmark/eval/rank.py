@@ -26,6 +26,7 @@ from landmark.eval.passkey import read_into_memory
 from landmark.eval.subjects import Subject, require_landmark
 from landmark.hf.cache import LandmarkCache
 from landmark.memory.layer import LayerMemory
+from landmark.memory.plan import Plan
 from landmark.memory.positions import RotationTables
 
 # Documents have no order: all their landmarks stand where old ones do, and none may be evicted.
@@ -85,6 +86,24 @@ class Found:
     block: int
 
 
+def old_queries(memory: LayerMemory, query: Tensor, plan: Plan, scale: float) -> Tensor:
+    """Queries as they score old landmarks under ``stingy``, once there are local blocks enough.
+
+    Args:
+        memory: of their layer.
+        query: ``(B, H, T, D)``, not rotated.
+        plan: the geometry of the call.
+        scale: the softmax scale.
+
+    Returns:
+        ``(B, H, T, D)``, at least float32.
+    """
+    precise = torch.promote_types(query.dtype, torch.float32)
+    distance = torch.tensor(memory.config.top_k + 1 + memory.config.local_blocks, device=query.device)
+    turned = memory.tables.by_offset(plan.offsets, query.dtype)[:, None].rotate(query).to(precise) * scale
+    return memory.tables.by_blocks(distance, precise, int(distance)).rotate(turned)
+
+
 class _QueryMemory(LayerMemory):
     """A layer's memory that sums up the queries as its retrieval scores old landmarks with them."""
 
@@ -92,10 +111,7 @@ class _QueryMemory(LayerMemory):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: Any, *, scale: float, **rest: Any) -> Any:
         """Attends as ``LayerMemory.attend`` does."""
-        precise = torch.promote_types(query.dtype, torch.float32)
-        distance = torch.tensor(self.config.top_k + 1 + self.config.local_blocks, device=query.device)
-        turned = self.tables.by_offset(plan.offsets, query.dtype)[:, None].rotate(query).to(precise) * scale
-        turned = self.tables.by_blocks(distance, precise, int(distance)).rotate(turned)
+        turned = old_queries(self, query, plan, scale)
         summed = torch.unflatten(turned[0].sum(1), 0, (key.shape[1], -1))
         self.total = summed if self.total is None else self.total + summed
         return super().attend(query, key, value, plan, scale=scale, **rest)

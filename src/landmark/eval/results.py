@@ -156,8 +156,55 @@ class RankRow:
     data: str
 
 
-Row = PasskeyRow | PerplexityRow | RankRow
-Some = TypeVar("Some", PasskeyRow, PerplexityRow, RankRow)
+@dataclasses.dataclass(frozen=True)
+class IndexRow:
+    """What one kind of index finds, and how fast, among the landmarks of one layer.
+
+    Attributes:
+        index: one of ``landmark.memory.index.KINDS``; ``exact`` is what it is compared with.
+        model: name or path of the model.
+        layer: whose landmarks and queries they are.
+        heads: key/value heads that were measured.
+        landmarks: of each head.
+        recorded: so many of them were recorded while text was read; the others are copies of these with noise.
+        noise: its standard deviation, in those of the recorded landmarks; 0 without copies.
+        top_k: blocks that a query looks for.
+        queries: positions of text whose queries look, in one chunk.
+        recall: share of the ``top_k`` best landmarks of each query that were found; ``None`` among copies.
+        step_ms: milliseconds of one decode step: the queries of one position in these heads; median.
+        chunk_ms: the same of all ``queries`` positions at once.
+        build_seconds: time to build it as blocks arrive.
+        nbytes: what it holds; for ``exact`` the landmarks.
+        settings: of the index.
+        threads: of the CPU, which it computes on.
+        seed: of the noise.
+        dtype: of the weights; the index is in float32.
+        data: where the text came from.
+    """
+
+    index: str
+    model: str
+    layer: int
+    heads: int
+    landmarks: int
+    recorded: int
+    noise: float
+    top_k: int
+    queries: int
+    recall: float | None
+    step_ms: float
+    chunk_ms: float
+    build_seconds: float
+    nbytes: int
+    settings: dict[str, Any]
+    threads: int
+    seed: int
+    dtype: str
+    data: str
+
+
+Row = PasskeyRow | PerplexityRow | RankRow | IndexRow
+Some = TypeVar("Some", PasskeyRow, PerplexityRow, RankRow, IndexRow)
 
 
 def made_with(device: str) -> dict[str, str | None]:
@@ -227,4 +274,6 @@ def _row(fields: dict[str, Any]) -> Row:
         return PerplexityRow(**fields)
     if "recall_at_1" in fields:
         return RankRow(**fields)
+    if "index" in fields:
+        return IndexRow(**fields)
     return PasskeyRow(**{**fields, "depths": tuple(fields["depths"])})

@@ -15,6 +15,7 @@ from transformers import Cache
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.saved import Saved, open_saved, save
+from landmark.memory.index import check_index
 from landmark.memory.layer import RECENT_BLOCKS, LayerMemory, Retrieval
 from landmark.memory.plan import oldest_needed
 from landmark.memory.positions import RotationTables
@@ -32,27 +33,33 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     Args:
         config: a landmark model's config (or the model itself).
         tier: ``device``, ``host`` or ``disk``: the lowest that blocks may move down to.
+        index: how a query finds its blocks: ``exact`` scores every landmark; ``faiss-flat``, ``faiss-ivf`` and
+            ``faiss-hnsw`` ask an index on the CPU. The last two miss some blocks, so that results change.
         **budgets: ``device_bytes``, ``host_bytes`` and ``folder`` of ``landmark.memory.tiers.Tiers``.
 
     Attributes:
         settings: the ``LandmarkConfig`` it was made with.
+        index: see above.
         record: whether to keep what each layer retrieves in ``retrievals``.
         retrievals: what was retrieved while ``record`` was set, oldest first.
         saved: the folder that it was opened from or saved to.
         rewound: whether something that was saved has been taken back.
 
     Raises:
-        ValueError: ``config`` is not that of a landmark model, or as ``Tiers``.
+        ValueError: ``config`` is not that of a landmark model, settings that an index cannot serve, or as ``Tiers``.
         FileNotFoundError: there is no such folder.
+        ModuleNotFoundError: an index without the package faiss.
     """
 
-    def __init__(self, config: Any, tier: str = "device", **budgets: Any) -> None:
+    def __init__(self, config: Any, tier: str = "device", *, index: str = "exact", **budgets: Any) -> None:
         super().__init__(layers=[])
         config = getattr(config, "config", config)
         fields = getattr(config, "landmark", None)
         if fields is None:
             raise ValueError(f"expected a landmark model's config, got {type(config).__name__}; use landmark.convert")
         self.settings = LandmarkConfig.from_dict(fields)
+        check_index(index, self.settings)
+        self.index = index
         self.memories: list[LayerMemory | None] = [None] * config.num_hidden_layers
         self.tiers = Tiers(tier, **budgets)
         self.record = False
@@ -79,7 +86,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         found = self.memories[layer]
         if found is None:
             found = self.memories[layer] = LayerMemory(
-                self.settings, tables, layer, self.tiers.share(len(self.memories))
+                self.settings, tables, layer, self.tiers.share(len(self.memories)), self.index
             )
         return found
 
@@ -203,8 +210,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.reorder_cache(torch.arange(len(self._tokens)).repeat_interleave(repeats))
 
     def nbytes(self, *tiers: str) -> int:
-        """Bytes of keys and values held, in the given tiers or in all."""
-        return sum(memory.store.nbytes(tier) for memory in self.made() for tier in tiers or TIERS)
+        """Bytes of keys and values held, those of an index among them, in the given tiers or in all."""
+        return sum(memory.nbytes(tier) for memory in self.made() for tier in tiers or TIERS)
 
     @property
     def traffic(self) -> Traffic:
@@ -244,7 +251,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             folder: where it was saved.
             model: the landmark model that made it.
             tier: as for ``LandmarkCache``; ``disk`` reads from the folder, and writes what comes on top elsewhere.
-            **budgets: likewise.
+            **budgets: likewise, and ``index``, which is not saved: it is built again at the first call.
 
         Raises:
             FileNotFoundError: there is no memory in the folder.

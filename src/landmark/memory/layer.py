@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
-from landmark.memory.plan import Grid, Plan
+from landmark.memory.index import LandmarkIndex
+from landmark.memory.plan import Grid, Plan, from_grid, to_grid
 from landmark.memory.positions import RotationTables, final_distances
-from landmark.memory.retrieval import choose, head_peaks, landmark_scores
+from landmark.memory.retrieval import choose, choose_each, choose_indexed, head_peaks, landmark_scores, marks_at
 from landmark.memory.saved import SavedLayer
 from landmark.memory.store import BlockStore
 from landmark.memory.tiers import Tiers
@@ -50,9 +51,18 @@ class LayerMemory:
         tables: rotations of this layer's rotary type.
         layer: the layer's index.
         tiers: where its blocks live, ``None`` for the device; budgets of this layer.
+        index: one of ``landmark.memory.index.KINDS``. Where all old landmarks are equal no index can tell them apart,
+            and every one is scored.
     """
 
-    def __init__(self, config: LandmarkConfig, tables: RotationTables, layer: int, tiers: Tiers | None = None) -> None:
+    def __init__(
+        self,
+        config: LandmarkConfig,
+        tables: RotationTables,
+        layer: int,
+        tiers: Tiers | None = None,
+        index: str = "exact",
+    ) -> None:
         self.config, self.tables, self.layer = config, tables, layer
         self.store = BlockStore(
             config.block_size,
@@ -61,6 +71,8 @@ class LayerMemory:
             tiers=tiers,
         )
         self.retrieves = config.mode == "retrieval" and (config.layers is None or layer in config.layers)
+        indexed = index != "exact" and self.retrieves and not self.store.shared_landmark
+        self.index = LandmarkIndex(index) if indexed else None
         self._peak: Tensor | None = None  # (B, G, R, P), `head` only: of the rows' unfinished blocks
         self._queries: Tensor | None = None  # (B, G, R, RECENT_BLOCKS, L, D), `head` only
         self._queries_before: Tensor | None = None  # `_queries` before a call that may still fail in another layer
@@ -88,7 +100,9 @@ class LayerMemory:
         self.store.reserve(plan.blocks, key)
         self.store.open(plan)
         self.store.write(rotation.rotate(key), value, plan.writes)
-        query = _to_grid(torch.unflatten(rotation.rotate(query), 1, (groups, -1)), plan.grid)
+        if self.index is not None:
+            self.index.follow(self.store, (plan.grid.local_first[:, 0] - self.config.top_k).clamp(min=0).tolist())
+        query = to_grid(torch.unflatten(rotation.rotate(query), 1, (groups, -1)), plan.grid)
         retrieve = retrieve and self.retrieves and plan.candidates > 0
         sink = plan.candidates > 0 and not retrieve
         earlier = self._earlier_peak(plan, scale) if retrieve and self._needs_peak(plan) else None
@@ -113,7 +127,7 @@ class LayerMemory:
         if not retrieve:
             self._peak = None
         retrieval = self._record(plan, found, query) if record else None
-        return _from_grid(torch.cat(outputs, dim=3), plan.cells), retrieval
+        return from_grid(torch.cat(outputs, dim=3), plan.cells), retrieval
 
     def _choose(
         self, query: Tensor, grid: Grid, blocks: int, scale: float, earlier: Tensor | None, *, fused: bool
@@ -125,6 +139,11 @@ class LayerMemory:
             count = self._scored(blocks)
             places, valid = choose_places(query, grid, count, self.store, self.tables, self.config, scale)
             return self.store.block_of(places), valid
+        if self.config.granularity == "token_head":
+            rest = (self.store, self.tables, self.config)
+            if self.index is not None:
+                return choose_indexed(query * scale, grid, *rest, self.index)
+            return choose_each(query * scale, grid, self._scored(blocks), *rest, self._scored_at_once(query))
         scores = self._scores(query, grid, blocks, scale)
         peaks = None
         if self.config.granularity == "head":
@@ -151,11 +170,18 @@ class LayerMemory:
         return output, (torch.where(places >= 0, self.store.block_of(places), -1), gates)
 
     def _chooses_fused(self) -> bool:
-        """The other granularities need every score, for their softmax."""
-        return self.config.granularity == "token_head" and self.config.top_k <= FUSED_TOP_K
+        """The other granularities need every score, for their softmax; an index was asked for by name."""
+        alone = self.config.granularity == "token_head" and self.index is None
+        return alone and self.config.top_k <= FUSED_TOP_K
 
     def _scores(self, query: Tensor, grid: Grid, blocks: int, scale: float) -> Tensor:
-        return landmark_scores(query * scale, grid, self._scored(blocks), self.store, self.tables, self.config)
+        marks = marks_at(self.store, 0, self._scored(blocks))
+        return landmark_scores(query * scale, grid, marks, self.tables, self.config)
+
+    def _scored_at_once(self, query: Tensor) -> int:
+        """Places whose scores by these queries are alive at once."""
+        budget = SLAB_BYTES.get(query.device.type, SLAB_BYTES["cpu"])
+        return max(1, budget // (COPIES * max(query.element_size(), 4) * (query.numel() // query.shape[-1])))
 
     def _scored(self, blocks: int) -> int:
         """Places that hold all of the blocks ``0..blocks - 1`` that are kept."""
@@ -218,13 +244,12 @@ class LayerMemory:
         choice = 0
         if retrieve:
             each += batch * groups * repeats * self.config.top_k * (3 * dim * stored + COPIES * 8)
-            choice = scored * plan.candidates
+            choice = 0 if self.config.granularity == "token_head" else scored * plan.candidates
         if fused:  # the kernels copy no blocks and keep no scores; lists of chosen blocks remain, and what lay lower
             each, shared = COPIES * batch * groups * repeats * (self.config.top_k * 8 + dim * 4), 0
             if retrieve and self.store.fetches:
                 fetchers = groups * (repeats if self.config.granularity in ("token_head", "head") else 1)
                 each += 2 * batch * fetchers * self.config.top_k * size * dim * stored
-            choice = 0 if self._chooses_fused() else choice
         budget = SLAB_BYTES.get(query.device.type, SLAB_BYTES["cpu"])
         step = min(blocks, max(1, budget // (width * (each + choice) + shared)))
         if retrieve and self.config.granularity == "head" and self.config.local == "chunk":
@@ -244,7 +269,7 @@ class LayerMemory:
             none = plan.positions.new_full((batch, groups * repeats, plan.cells.shape[1], self.config.top_k), -1).cpu()
             return Retrieval(self.layer, plan.positions.cpu(), none, none.clamp(min=0).to(query.dtype))
         blocks, weights = (torch.cat(parts, dim=3) for parts in zip(*found, strict=True))
-        blocks, weights = (_from_grid(x, plan.cells).transpose(1, 2).cpu() for x in (blocks.long(), weights))
+        blocks, weights = (from_grid(x, plan.cells).transpose(1, 2).cpu() for x in (blocks.long(), weights))
         nobody = plan.positions.cpu()[:, None, :, None] < 0
         blocks, weights = blocks.masked_fill(nobody, -1), weights.masked_fill(nobody, 0)
         return Retrieval(self.layer, plan.positions.cpu(), blocks, weights)
@@ -342,9 +367,16 @@ class LayerMemory:
         """Called when the rows were cropped: what `head` knew of the unfinished block is computed again."""
         self._peak = None
 
+    def nbytes(self, tier: str) -> int:
+        """Bytes held in a tier; an index counts on the host."""
+        indexed = self.index.nbytes if self.index is not None and tier == "host" else 0
+        return self.store.nbytes(tier) + indexed
+
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows, repeated or reordered."""
         self.store.select_rows(rows)
+        if self.index is not None:
+            self.index.select_rows(rows.tolist())
         if self._peak is not None:
             self._peak = self._peak.index_select(0, rows.to(self._peak.device))
         if self._queries is not None:
@@ -362,15 +394,3 @@ def runs_fused(query: Tensor, config: LandmarkConfig) -> bool:
     if numbers * query.element_size() > FUSED_BYTES:
         return False
     return refusal(query, config.block_size, config.top_k) is None
-
-
-def _to_grid(query: Tensor, grid: Grid) -> Tensor:
-    """``(B, G, R, T, D)`` to ``(B, G, R, n, W, D)``."""
-    rows = torch.arange(len(query), device=query.device)[:, None, None]
-    return query.permute(0, 3, 1, 2, 4)[rows, grid.columns].permute(0, 3, 4, 1, 2, 5)
-
-
-def _from_grid(x: Tensor, cells: Tensor) -> Tensor:
-    """``(B, G, R, n, W, X)`` to ``(B, T, H, X)``."""
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    return x.permute(0, 3, 4, 1, 2, 5).flatten(1, 2)[rows, cells].flatten(2, 3)

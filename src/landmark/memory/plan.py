@@ -159,6 +159,18 @@ def move(part: Moved, device: torch.device) -> Moved:
     return replace(part, **changes)  # type: ignore[type-var]
 
 
+def to_grid(query: Tensor, grid: Grid) -> Tensor:
+    """Puts queries on the grid: ``(B, G, R, T, D)`` to ``(B, G, R, n, W, D)``."""
+    rows = torch.arange(len(query), device=query.device)[:, None, None]
+    return query.permute(0, 3, 1, 2, 4)[rows, grid.columns].permute(0, 3, 4, 1, 2, 5)
+
+
+def from_grid(x: Tensor, cells: Tensor) -> Tensor:
+    """Takes what queries have got from the grid: ``(B, G, R, n, W, X)`` to ``(B, T, H, X)``."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return x.permute(0, 3, 4, 1, 2, 5).flatten(1, 2)[rows, cells].flatten(2, 3)
+
+
 def _local_first(own: Tensor, first: Tensor, config: LandmarkConfig) -> Tensor:
     """First local block of each own block: by index, or the block in which the call begins (the paper's scheme)."""
     if config.mode == "all":

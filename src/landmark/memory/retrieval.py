@@ -2,43 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
+from landmark.memory.index import LandmarkIndex
 from landmark.memory.plan import Grid
 from landmark.memory.positions import RotationTables, own_slot
 from landmark.memory.store import BlockStore
-from landmark.ops.select import select_top
+from landmark.ops.select import best_of, select_top
 
 
-def landmark_scores(
-    query: Tensor, grid: Grid, count: int, store: BlockStore, tables: RotationTables, config: LandmarkConfig
-) -> Tensor:
+@dataclass(frozen=True)
+class Marks:
+    """Landmarks to be scored: those of some blocks of each row.
+
+    Attributes:
+        blocks: ``(B or 1, P)`` their blocks, ascending.
+        keys: ``(B, G, P, D)``.
+        equal: whether all are one vector (a model's first layer under stingy positions).
+        largest: largest distance in blocks under exact positions.
+    """
+
+    blocks: Tensor
+    keys: Tensor
+    equal: bool
+    largest: int
+
+
+def marks_at(store: BlockStore, begin: int, end: int) -> Marks:
+    """Returns the landmarks at the places ``begin..end - 1`` of the store."""
+    keys = store.landmarks(end)[:, :, begin:]
+    blocks = store.block_of(torch.arange(begin, end, device=keys.device))[None]
+    return Marks(blocks, keys, store.shared_landmark, store.first + store.places)
+
+
+def marks_from(store: BlockStore, first: Tensor, count: int) -> Marks:
+    """Returns the landmarks of ``count`` blocks from ``first (B,)`` on; of dropped ones no key is right."""
+    blocks = first[:, None] + torch.arange(count, device=first.device)
+    places = store.place_of(blocks).clamp(max=store.places - 1)
+    rows = torch.arange(len(first), device=first.device)[:, None]
+    keys = store.landmark_keys[rows, :, places].transpose(1, 2)
+    return Marks(blocks, keys, store.shared_landmark, store.first + store.places)
+
+
+def landmark_scores(query: Tensor, grid: Grid, marks: Marks, tables: RotationTables, config: LandmarkConfig) -> Tensor:
     """Scores every candidate's landmark where it stands while choosing.
 
     Args:
         query: ``(B, G, R, n, W, D)``, rotated by its place inside the block, times the softmax scale (before the
             product: in float16 the product alone may overflow).
         grid: where these queries stand.
-        count: places of the store to score.
-        store: the layer's blocks.
+        marks: the ``P`` landmarks to score.
         tables: rotations.
         config: the settings.
 
     Returns:
-        ``(B, G, R, n, W, count)``, ``-inf`` for places that are no candidate; at least float32, so that rounding
+        ``(B, G, R, n, W, P)``, ``-inf`` for blocks that are no candidate; at least float32, so that rounding
         decides between no more blocks than it must.
     """
     query = query.to(torch.promote_types(query.dtype, torch.float32))
     scores = _stingy_scores if config.positions == "stingy" else _exact_scores
-    barred = ~candidates(grid, count, store, config)[:, None, None, :, None]
-    return scores(query, grid, count, store, tables, config).masked_fill_(barred, -torch.inf)
+    barred = ~candidates(grid, marks.blocks, config)[:, None, None, :, None]
+    return scores(query, grid, marks, tables, config).masked_fill_(barred, -torch.inf)
 
 
-def candidates(grid: Grid, count: int, store: BlockStore, config: LandmarkConfig) -> Tensor:
-    """Which places each own block may retrieve from, ``(B, n, count)`` bool."""
-    block = store.block_of(torch.arange(count, device=grid.own.device))
+def candidates(grid: Grid, blocks: Tensor, config: LandmarkConfig) -> Tensor:
+    """Which of ``blocks (B or 1, P)`` each own block may retrieve, ``(B, n, P)`` bool."""
+    block = blocks[:, None]
     first = grid.local_first[..., None]
     old = block < first
     if config.max_blocks is None:
@@ -49,36 +82,41 @@ def candidates(grid: Grid, count: int, store: BlockStore, config: LandmarkConfig
     return old & kept
 
 
-def _exact_scores(
-    query: Tensor, grid: Grid, count: int, store: BlockStore, tables: RotationTables, config: LandmarkConfig
-) -> Tensor:
-    block = store.block_of(torch.arange(count, device=grid.own.device))
-    largest = store.first + store.places
-    keys = tables.by_blocks(block, query.dtype, largest).rotate(store.landmarks(count).to(query.dtype))
-    query = tables.by_blocks(grid.own, query.dtype, largest)[:, None, None, :, None].rotate(query)
+def _exact_scores(query: Tensor, grid: Grid, marks: Marks, tables: RotationTables, config: LandmarkConfig) -> Tensor:
+    turns = tables.by_blocks(marks.blocks, query.dtype, marks.largest)[:, None]
+    keys = turns.rotate(marks.keys.to(query.dtype))
+    query = tables.by_blocks(grid.own, query.dtype, marks.largest)[:, None, None, :, None].rotate(query)
     return _against_all(query, keys)
 
 
-def _stingy_scores(
-    query: Tensor, grid: Grid, count: int, store: BlockStore, tables: RotationTables, config: LandmarkConfig
-) -> Tensor:
-    """All at slot 0, then the latest ``top_k`` once more at their true places."""
-    keys, largest = store.landmarks(count).to(query.dtype), config.top_k + 1 + int(grid.local.shape[-1])
-    at_zero = tables.by_blocks(own_slot(grid, config.top_k), query.dtype, largest)[:, None, None, :, None].rotate(query)
-    if store.shared_landmark:
+def at_slot_zero(query: Tensor, grid: Grid, tables: RotationTables, config: LandmarkConfig) -> Tensor:
+    """Turns queries ``(B, G, R, n, W, D)`` to where old landmarks are scored under ``stingy``."""
+    largest = config.top_k + 1 + int(grid.local.shape[-1])
+    turns = tables.by_blocks(own_slot(grid, config.top_k), query.dtype, largest)
+    return turns[:, None, None, :, None].rotate(query)
+
+
+def _stingy_scores(query: Tensor, grid: Grid, marks: Marks, tables: RotationTables, config: LandmarkConfig) -> Tensor:
+    """All at slot 0, then those of the latest ``top_k`` blocks once more at their true places."""
+    keys, count = marks.keys.to(query.dtype), marks.keys.shape[2]
+    at_zero = at_slot_zero(query, grid, tables, config)
+    if marks.equal:
         scores = (at_zero * keys[:, :, None, None, None, 0]).sum(-1, keepdim=True).expand(*query.shape[:-1], count)
     else:
         scores = _against_all(at_zero, keys)
-    recent = grid.local_first[..., None] - 1 - torch.arange(min(config.top_k, count), device=query.device)
-    places = store.place_of(recent)
-    known = (recent >= 0) & ((recent == 0) | (recent >= store.first))
-    near = tables.by_blocks(grid.own[..., None] - recent, query.dtype, largest)[:, None, None, :, None]
+    recent = grid.local_first[..., None] - 1 - torch.arange(config.top_k, device=query.device)
+    blocks = marks.blocks.expand(len(query), count).contiguous()
+    at = torch.searchsorted(blocks, recent.flatten(1)).clamp(max=count - 1)
+    known = (blocks.gather(1, at) == recent.flatten(1)).view_as(recent)
+    at = at.view_as(recent)
+    near = tables.by_blocks(grid.own[..., None] - recent, query.dtype, config.top_k + 1 + int(grid.local.shape[-1]))
     rows = torch.arange(len(query), device=query.device)[:, None, None]
-    near_keys = store.landmark_keys[rows, :, places].movedim(3, 1).to(query.dtype)
-    near_scores = torch.einsum("bgrnwkd,bgnkd->bgrnwk", near.rotate(query[..., None, :]), near_keys)
+    near_keys = keys[rows, :, at].movedim(3, 1)
+    near_query = near[:, None, None, :, None].rotate(query[..., None, :])
+    near_scores = torch.einsum("bgrnwkd,bgnkd->bgrnwk", near_query, near_keys)
     spare = torch.nn.functional.pad(scores, (0, 1))
-    places = torch.where(known, places, count)[:, None, None, :, None].expand_as(near_scores)
-    return spare.scatter_(-1, places, near_scores)[..., :count]
+    at = torch.where(known, at, count)[:, None, None, :, None].expand_as(near_scores)
+    return spare.scatter_(-1, at, near_scores)[..., :count]
 
 
 def _against_all(query: Tensor, keys: Tensor) -> Tensor:
@@ -86,8 +124,66 @@ def _against_all(query: Tensor, keys: Tensor) -> Tensor:
     return torch.unflatten(query.flatten(2, 4) @ keys.transpose(-1, -2), 2, query.shape[2:5])
 
 
+def choose_each(
+    query: Tensor,
+    grid: Grid,
+    count: int,
+    store: BlockStore,
+    tables: RotationTables,
+    config: LandmarkConfig,
+    at_once: int,
+) -> tuple[Tensor, Tensor]:
+    """Chooses for every query alone (``token_head``), among all landmarks.
+
+    Args:
+        query: as for ``landmark_scores``.
+        grid: where these queries stand.
+        count: places of the store to choose from.
+        store: the layer's blocks.
+        tables: rotations.
+        config: the settings.
+        at_once: places whose scores are alive at once.
+
+    Returns:
+        as ``choose``, blocks for places.
+    """
+
+    def scores(begin: int, end: int) -> Tensor:
+        return landmark_scores(query, grid, marks_at(store, begin, end), tables, config)
+
+    _, places, valid = best_of(scores, count, config.top_k, at_once)
+    return store.block_of(places), valid
+
+
+def choose_indexed(
+    query: Tensor,
+    grid: Grid,
+    store: BlockStore,
+    tables: RotationTables,
+    config: LandmarkConfig,
+    index: LandmarkIndex,
+) -> tuple[Tensor, Tensor]:
+    """Chooses for every query alone among what an index finds of the blocks it holds, and all later ones.
+
+    The index scores at slot 0, so it may hold only blocks older than the latest ``top_k`` candidates of every query.
+    Arguments and what is returned as for ``choose_each``.
+    """
+    precise = query.to(torch.promote_types(query.dtype, torch.float32))
+    lowest = None
+    if config.max_blocks is not None:
+        lowest = grid.local_first - config.max_blocks
+    turned = at_slot_zero(precise, grid, tables, config)
+    old_scores, old = index.search(turned, config.top_k, lowest, keep_first=config.local == "blocks")
+    begin = torch.tensor(index.ends, device=query.device)
+    later = marks_from(store, begin, max(1, int((grid.local_first[:, -1] - begin).max())))
+    scores = torch.cat((old_scores, landmark_scores(query, grid, later, tables, config)), dim=-1)
+    found, valid = select_top(scores, config.top_k)
+    blocks = later.blocks[:, None, None, None, None].expand(*scores.shape[:-1], -1)
+    return torch.cat((old, blocks), dim=-1).gather(-1, found), valid
+
+
 def choose(scores: Tensor, config: LandmarkConfig, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Chooses ``top_k`` places per query from scaled scores.
+    """Chooses ``top_k`` places from scaled scores where queries choose together; alone they do by ``choose_each``.
 
     Args:
         scores: ``(B, G, R, n, W, P)``, scaled, ``-inf`` where there is no candidate.
@@ -98,8 +194,6 @@ def choose(scores: Tensor, config: LandmarkConfig, peak: Tensor | None = None) -
         places and whether each is valid, ``(B, G, R, n, W, K)``, where a dimension of size 1 stands for "the same for
         all" (``R`` under ``group``, ``G`` and ``R`` under ``token``, ``n`` and ``W`` under ``head`` in a local chunk).
     """
-    if config.granularity == "token_head":
-        return select_top(scores, config.top_k)
     if config.granularity == "head":
         assert peak is not None
         return select_top(peak, config.top_k)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,33 @@ def select_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     key = key.sort(dim=-1, descending=True).values[..., :k].long()
     valid = key > 0
     return torch.where(valid, count - key, 0), valid
+
+
+def best_of(scores: Callable[[int, int], Tensor], count: int, k: int, at_once: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``k`` best of ``count`` places, as by ``select_top``, with the scores of only ``at_once`` of them alive.
+
+    Args:
+        scores: called with ``begin, end``: the scores ``(..., end - begin)`` of these places.
+        count: how many there are, at least 1.
+        k: places wanted, at least 1.
+        at_once: places scored at once, at least 1.
+
+    Returns:
+        scores, places and valid, ``(..., min(k, count))`` each, ordered as by ``select_top``; ``-inf`` where not valid.
+    """
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for begin in range(0, count, at_once):
+        part = _best(scores(begin, min(count, begin + at_once)), k)
+        part = part[0], part[1] + begin, part[2]
+        if best is not None:
+            both = torch.cat((best[0], part[0]), dim=-1), torch.cat((best[1], part[1]), dim=-1)
+            merged, found, valid = _best(both[0], k)
+            part = merged, torch.where(valid, both[1].gather(-1, found), 0), valid
+        best = part
+    assert best is not None
+    return best
+
+
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    found, valid = select_top(scores, k)
+    return scores.gather(-1, found).masked_fill(~valid, -torch.inf), found, valid

@@ -1,0 +1,48 @@
+"""``landmark eval index``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from landmark.cli.options import Device, Dtype, Model, Seed, integers, words
+
+
+def index(
+    model: Model = None,
+    landmarks: Annotated[str, typer.Option(help="Numbers of landmarks, with commas.")] = "1000",
+    index: Annotated[str, typer.Option(help="Kinds, with commas.")] = "exact,faiss-flat,faiss-ivf,faiss-hnsw",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder of .txt, .txt or .jsonl file, data set of the hub. By default Python's reference."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Part of a divided data set.")] = "test",
+    max_tokens: Annotated[int | None, typer.Option(help="Read so many; more landmarks are noisy copies.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Whose landmarks. By default the middle one.")] = None,
+    queries: Annotated[int, typer.Option(help="Positions of text whose queries look.")] = 256,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
+) -> None:
+    """Recall and time of an index over recorded landmarks, beside scoring every one."""
+    from landmark.cli.tables import index_table, show
+    from landmark.data.text import read_documents
+    from landmark.eval import index as task_module
+    from landmark.eval import results, subjects
+    from landmark.eval.fillers import pydoc_text
+
+    numbers = integers("--landmarks", landmarks)
+    task = task_module.IndexTask(numbers, words(index), layer, queries, max_tokens, seed)
+    texts = iter([pydoc_text()]) if data is None else (each.text for each in read_documents(data, split=split))
+    name = "pydoc" if data is None else f"{Path(data).name}, {split}"
+    subjects.quiet()
+    subject = subjects.load(model, device, dtype)
+
+    def tell(row: results.IndexRow) -> None:
+        typer.echo(f"{row.index}, {row.landmarks:,} landmarks: {row.step_ms} ms a step", err=True)
+
+    report = results.Recorder(out, subject.device, tell)
+    show(index_table(task_module.run(subject, task, texts, name, report)))

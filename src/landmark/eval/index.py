@@ -1,0 +1,287 @@
+"""What an index finds among the landmarks of one layer, and how fast: recall and time beside scoring every one.
+
+Landmarks and queries are recorded while a model reads text. Where more landmarks are asked for than were recorded, the
+rest are copies of these with noise, and the time alone is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landmark.eval.fillers import tokenize
+from landmark.eval.passkey import read_into_memory
+from landmark.eval.rank import old_queries
+from landmark.eval.results import IndexRow
+from landmark.eval.subjects import Subject, require_landmark
+from landmark.hf.cache import LandmarkCache
+from landmark.memory.index import KINDS, VectorIndex, require_faiss
+from landmark.memory.layer import COPIES, SLAB_BYTES, LayerMemory
+from landmark.memory.plan import Plan
+from landmark.memory.positions import RotationTables
+from landmark.ops.select import best_of
+
+NOISE = 0.1
+ARRIVING = 1024  # landmarks that are added at once
+SECONDS, LEAST = 2.0, 5  # a time is the median of so many seconds of trials, of so many at least
+
+
+@dataclass(frozen=True)
+class IndexTask:
+    """What is measured.
+
+    Attributes:
+        landmarks: numbers of landmarks of each head.
+        kinds: indexes beside ``exact``.
+        layer: which layer, ``None`` for the middle one.
+        queries: positions of text whose queries look.
+        max_tokens: text that is read at most, ``None`` for all that is needed and there is.
+        seed: of the noise.
+
+    Raises:
+        ValueError: a value outside its range.
+        ModuleNotFoundError: faiss is missing.
+    """
+
+    landmarks: tuple[int, ...] = (10_000,)
+    kinds: tuple[str, ...] = KINDS
+    layer: int | None = None
+    queries: int = 256
+    max_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = {
+            "--landmarks": self.landmarks,
+            "--queries": (self.queries,),
+            "--max-tokens": (1 if self.max_tokens is None else self.max_tokens,),
+        }
+        for name, values in numbers.items():
+            if not values or min(values) < 1:
+                raise ValueError(f"{name}: expected integers of at least 1, got {list(values)}; pass for example 256")
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if unknown or not self.kinds:
+            raise ValueError(f"--index: expected some of {', '.join(KINDS)}, got {list(self.kinds)}")
+        if set(self.kinds) != {"exact"}:
+            require_faiss()
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What one layer computed while text was read, float32, on the CPU.
+
+    Attributes:
+        keys: ``(G, N, D)`` landmark keys.
+        query: ``(G, R, Q, D)`` queries of the text behind them, scaled, turned to where old landmarks are scored.
+    """
+
+    keys: Tensor
+    query: Tensor
+
+
+class _RecordingMemory(LayerMemory):
+    """Keeps what it is given of landmarks, and the latest queries."""
+
+    keys: list[Tensor]
+    query: Tensor | None = None
+    wanted = 1
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scale: float, **rest: Any) -> Any:
+        """Attends as ``LayerMemory.attend`` does."""
+        turned = old_queries(self, query[:, :, -self.wanted :], _last(plan, self.wanted), scale)[0].float().cpu()
+        latest = turned if self.query is None else torch.cat((self.query, turned), dim=1)
+        self.query = latest[:, -self.wanted :]
+        done = super().attend(query, key, value, plan, scale=scale, **rest)
+        places = self.store.place_of(plan.writes.landmark_blocks)
+        self.keys.append(self.store.landmark_keys[0][:, places].float().cpu())
+        return done
+
+
+def _last(plan: Plan, wanted: int) -> Plan:
+    return replace(plan, offsets=plan.offsets[:, -wanted:])
+
+
+class _RecordingCache(LandmarkCache):
+    def __init__(self, config: Any, layer: int, wanted: int) -> None:
+        super().__init__(config)
+        self._layer, self._wanted = layer, wanted
+
+    def memory(self, layer: int, tables: RotationTables) -> LayerMemory:
+        """Returns layer ``layer``'s memory, made at its first use."""
+        if layer == self._layer and self.memories[layer] is None:
+            made = self.memories[layer] = _RecordingMemory(self.settings, tables, layer)
+            made.keys, made.wanted = [], self._wanted
+        return super().memory(layer, tables)
+
+
+@torch.no_grad()
+def record(subject: Subject, ids: Tensor, layer: int, queries: int) -> Recorded:
+    """Reads a text without retrieval and records landmarks that are old for the queries of its end.
+
+    Args:
+        subject: a landmark model.
+        ids: ``(T,)`` token ids.
+        layer: which layer is recorded.
+        queries: positions of text whose queries are kept.
+
+    Raises:
+        ValueError: no landmark model, or a text too short for one landmark.
+    """
+    config = subject.model.landmark
+    with subject.configured(mode="retrieval", positions="stingy", local="blocks", layers=(), max_blocks=None):
+        cache = _RecordingCache(subject.model.config, layer, queries)
+        read_into_memory(subject, ids[None].to(subject.device), retrieve=False, cache=cache)
+    memory = cache.memories[layer]
+    assert isinstance(memory, _RecordingMemory) and memory.query is not None
+    keys = torch.cat(memory.keys, dim=1)
+    old = keys.shape[1] - config.local_blocks - config.top_k - -(-queries // config.block_size)
+    if old < 1:
+        raise ValueError(
+            f"--data: expected a text longer than the {queries} queries and what is local to them, got {len(ids)} "
+            "tokens; pass a longer text or fewer --queries"
+        )
+    return Recorded(keys[:, :old], torch.unflatten(memory.query, 0, (len(keys), -1)))
+
+
+def run(
+    subject: Subject, task: IndexTask, texts: Iterable[str], data: str, report: Callable[[IndexRow], None]
+) -> list[IndexRow]:
+    """Measures every kind of index at every number of landmarks.
+
+    Args:
+        subject: a landmark model.
+        task: what is measured.
+        texts: what is read, one after the other; no more of them than is needed.
+        data: their name, for the rows.
+        report: called with each row as soon as it is there.
+
+    Raises:
+        ValueError: no landmark model, a layer that it has not or whose landmarks are all equal, or too short a text.
+    """
+    require_landmark(subject)
+    layer = _layer(subject, task.layer)
+    config = subject.model.landmark
+    blocks = max(task.landmarks) + config.local_blocks + config.top_k + -(-task.queries // config.block_size)
+    needed = blocks * config.text_per_block
+    ids = _tokens(texts, subject.tokenizer, needed if task.max_tokens is None else min(needed, task.max_tokens))
+    recorded = record(subject, ids, layer, task.queries)
+    rows = []
+    for landmarks in sorted(task.landmarks):
+        real = min(landmarks, recorded.keys.shape[1])
+        found = recorded if real == landmarks else with_copies(recorded, landmarks, task.seed)
+        right = None if real < landmarks else exact(found.query, found.keys[:, :landmarks], config.top_k)
+        for kind in task.kinds:
+            measured = _measure(kind, Recorded(found.keys[:, :landmarks], found.query), config.top_k, right)
+            rows.append(
+                IndexRow(
+                    index=kind,
+                    model=subject.name,
+                    layer=layer,
+                    heads=len(found.keys),
+                    landmarks=landmarks,
+                    recorded=real,
+                    noise=0.0 if real == landmarks else NOISE,
+                    top_k=config.top_k,
+                    queries=found.query.shape[2],
+                    threads=torch.get_num_threads(),
+                    seed=task.seed,
+                    dtype=subject.dtype,
+                    data=data,
+                    **measured,
+                )
+            )
+            report(rows[-1])
+    return rows
+
+
+def _tokens(texts: Iterable[str], tokenizer: Any, most: int) -> Tensor:
+    parts, count = [torch.empty(0, dtype=torch.long)], 0
+    for text in texts:
+        parts.append(tokenize(text, tokenizer))
+        count += len(parts[-1])
+        if count >= most:
+            break
+    return torch.cat(parts)[:most]
+
+
+def _layer(subject: Subject, layer: int | None) -> int:
+    """The layer asked for, or the middle one."""
+    layers = subject.model.config.num_hidden_layers
+    if layer is not None and not 1 <= layer < layers:
+        raise ValueError(
+            f"--layer: expected 1 to {layers - 1}, got {layer}; the landmarks of layer 0 are all equal, no index "
+            "serves it"
+        )
+    return layers // 2 if layer is None else layer
+
+
+def with_copies(recorded: Recorded, landmarks: int, seed: int) -> Recorded:
+    """Returns one head with copies of its landmarks, up to so many, the noise in each column that of the column."""
+    keys = recorded.keys[0]
+    copies = keys[torch.arange(landmarks) % len(keys)]
+    spread = NOISE * keys.std(0, unbiased=False)
+    random = torch.Generator().manual_seed(seed)
+    for begin in range(len(keys), landmarks, 2**16):
+        part = copies[begin : begin + 2**16]
+        part += spread * torch.randn(part.shape, generator=random)
+    return Recorded(copies[None], recorded.query[:1])
+
+
+def exact(query: Tensor, keys: Tensor, top_k: int) -> Tensor:
+    """The ``top_k`` best of ``keys (G, N, D)`` for ``query (G, R, Q, D)`` as a memory finds them, ``(G, R, Q, K)``."""
+    flat = query.flatten(1, 2)
+    at_once = max(1, SLAB_BYTES["cpu"] // (COPIES * 4 * flat.shape[0] * flat.shape[1]))
+    found = best_of(lambda i, j: flat @ keys[:, i:j].transpose(-1, -2), keys.shape[1], top_k, at_once)[1]
+    return found.view(*query.shape[:3], -1)
+
+
+def _measure(kind: str, recorded: Recorded, top_k: int, right: Tensor | None) -> dict[str, Any]:
+    """The fields of a row that are measured."""
+    query, keys = recorded.query, recorded.keys
+    begin = time.perf_counter()
+    indexes = [] if kind == "exact" else [_build(kind, head) for head in keys]
+    built = time.perf_counter() - begin
+
+    def search(part: Tensor) -> Tensor:
+        if kind == "exact":
+            return exact(part, keys, top_k)
+        found = [index.search(each.flatten(0, 1), top_k)[1] for index, each in zip(indexes, part, strict=True)]
+        return torch.stack(found).view(*part.shape[:3], -1)
+
+    recall = None if right is None else _recall(search(query), right)
+    return {
+        "recall": recall,
+        "step_ms": _milliseconds(search, torch.split(query, 1, dim=2)),
+        "chunk_ms": _milliseconds(search, [query]),
+        "build_seconds": round(built, 3),
+        "nbytes": sum(index.nbytes for index in indexes) or keys.numel() * 4,
+        "settings": indexes[0].settings if indexes else {},
+    }
+
+
+def _build(kind: str, keys: Tensor) -> VectorIndex:
+    index = VectorIndex(kind, keys.shape[1])
+    for part in torch.split(keys, ARRIVING):
+        index.add(part)
+    return index
+
+
+def _recall(found: Tensor, right: Tensor) -> float:
+    """Share of ``right (..., K)`` that is among ``found (..., K)``."""
+    return float((right[..., :, None] == found[..., None, :]).any(-1).float().mean())
+
+
+def _milliseconds(search: Callable[[Tensor], Tensor], queries: Sequence[Tensor]) -> float:
+    """Median time of a search, going through ``queries`` again and again."""
+    search(queries[0])
+    times: list[float] = []
+    while len(times) < LEAST or sum(times) < SECONDS:
+        begin = time.perf_counter()
+        search(queries[len(times) % len(queries)])
+        times.append(time.perf_counter() - begin)
+    return round(1000 * sorted(times)[len(times) // 2], 4)
