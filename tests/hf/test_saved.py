@@ -367,9 +367,9 @@ class Killed:
 
 
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.full)])
-def test_a_killed_writer_loses_nothing_that_it_acknowledged(kills: int, quick: Path) -> None:
-    """kill -9 at instants spread uniformly over the writing."""
-    killed = Killed(quick, kills)
+def test_a_killed_writer_loses_nothing_that_it_acknowledged(kills: int, tmp_path: Path) -> None:
+    """kill -9 at instants spread uniformly over the writing, on a disk, where that takes longer than the reading."""
+    killed = Killed(tmp_path, kills)
     found = [killed.check(index) for index in range(kills)]
     at_work, inside = (sum(each) for each in zip(*found, strict=True))
     print(f"{kills} kills: {at_work} before the end, {inside} left something half written")

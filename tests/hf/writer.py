@@ -19,7 +19,7 @@ import models
 from landmark import LandmarkCache
 from landmark.config import LandmarkConfig
 
-PART, SAVES = 17, 12  # tokens read before each save
+PART, SAVES = 17, 8  # tokens read before each save
 
 
 def model() -> Any:

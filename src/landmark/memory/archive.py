@@ -238,9 +238,10 @@ class Archive:
         """The system's error as one that names the folder and the bytes; other errors stay what they are."""
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise error
+        before = "what was committed before can be opened as it was" if self.commits else "nothing was committed before"
         return ValueError(
             f"no room for {wanted} more bytes in {str(self.folder)!r} ({error.strerror}): make room there or name "
-            f"another folder; what was committed before ({self.commits} times) can be opened as it was"
+            f"another folder; {before}"
         )
 
     def read(self, name: str) -> bytearray:
