@@ -109,7 +109,7 @@ CASES = [
         "--model: expected a landmark",
     ),
     ("ask no memory", run("ask FOLDER hi --model MARKED"), "expected a memory with a file memory.json"),
-    ("ask nothing", run("ask FOLDER --model MARKED"), "expected a question, or --interactive"),
+    ("ask nothing", run("ask FOLDER --model MARKED"), "QUESTION: expected a question or --interactive, got neither"),
     ("a binary text", run("generate hi --model MARKED --file FILE", b"\x89PNG\0\1"), "binary data"),
     ("a text in another encoding", run("generate hi --model MARKED --file FILE", b"caf\xe9"), "UTF-8.*0xe9"),
     (

@@ -30,7 +30,8 @@ def ask(
     from landmark.library import Library, model_of
 
     if (question is None) != interactive:
-        raise typer.BadParameter("expected a question, or --interactive")
+        found = "neither" if question is None else "both"
+        raise ValueError(f"QUESTION: expected a question or --interactive, got {found}; ask one, or line by line")
     quiet()
     library = Library.open(memory, load(model or model_of(memory), device, dtype), tier)
     for each in _lines() if question is None else [question]:
