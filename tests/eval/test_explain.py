@@ -14,7 +14,7 @@ from landmark.eval.explain import block_shares, explain, explain_memory, file_so
 from landmark.eval.explanation import Explanation, Passage, Span, Step
 from landmark.eval.fillers import pydoc_text
 from landmark.hf.bundled import model_path
-from landmark.memory.layer import Retrieval
+from landmark.memory.retrieval import Retrieval
 from tiny import BLOCK, tiny_landmark
 
 LAYERS, HEADS, TOP_K = 3, 4, 2

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from landmark.memory.layer import FUSED_BYTES, FUSED_TOP_K
+from landmark.memory.fused import FUSED_BYTES, FUSED_TOP_K
 from landmark.memory.triton import decode
 from landmark.memory.triton import kernels as memory
 from landmark.memory.triton.launch import (

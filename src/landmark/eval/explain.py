@@ -14,7 +14,7 @@ from landmark.data.sources import Reading, Source, read_sources
 from landmark.data.text import read_documents
 from landmark.eval.explanation import Explanation, Span, Step
 from landmark.hf.cache import LandmarkCache
-from landmark.memory.layer import Retrieval
+from landmark.memory.retrieval import Retrieval
 
 MAX_NEW_TOKENS = 16
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,25 +64,57 @@ class OnePass(Call):
 
 @dataclass
 class Remembered(Call):
-    """A call whose keys are filed in a cache."""
+    """A call whose keys are filed in a cache.
+
+    Attributes:
+        tables: rotations of each layer type.
+        cache: the cache.
+        plan: the geometry, on the CPU.
+        retrieve: whether to retrieve.
+        prepared: whether every layer's memory was told of it by ``prepare``.
+        plans: the geometry on each device.
+    """
 
     tables: dict[str | None, RotationTables]
     cache: LandmarkCache
     plan: Plan
     retrieve: bool
-    _plans: dict[torch.device, Plan] = field(default_factory=dict)
+    prepared: bool = False
+    plans: dict[torch.device, Plan] = field(default_factory=dict)
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attends as ``Call.attend`` says."""
-        if query.device not in self._plans:
-            self._plans[query.device] = move(self.plan, query.device)
+        if query.device not in self.plans:
+            self.plans[query.device] = move(self.plan, query.device)
         layer = _index(module)
         memory = self.cache.memory(layer, self.tables[self.layer_types[layer]])
-        plan, record = self._plans[query.device], self.cache.record
-        output, found = memory.attend(query, key, value, plan, scale=scale, retrieve=self.retrieve, record=record)
+        plan, record = self.plans[query.device], self.cache.record
+        rest = {"retrieve": self.retrieve, "record": record, "prepared": self.prepared}
+        output, found = memory.attend(query, key, value, plan, scale=scale, **rest)
         if found is not None:
             self.cache.retrievals.append(found)
         return output
+
+    def depends(self) -> tuple[Any, ...] | None:
+        """Prepares all memories and returns what a captured call depends on, ``None`` where it cannot be captured."""
+        if self.cache.record or not self.retrieve:
+            return None
+        found: list[Any] = [self.plan.grid.local.shape]
+        for memory in self.cache.memories:
+            each = None if memory is None else memory.depends(self.plan)
+            if each is None:
+                return None
+            found.append(each)
+        return tuple(found)
+
+    def fixed(self, device: torch.device) -> Remembered:
+        """Returns the same call, prepared, with a geometry whose tensors on ``device`` later ones can be copied to.
+
+        It may choose among as many blocks as there are places for.
+        """
+        places = min(memory.store.first + memory.store.places - 1 for memory in self.cache.made())
+        plan = replace(move(self.plan, device, apart=True), candidates=places)
+        return replace(self, plan=plan, prepared=True, plans={device: plan})
 
 
 def landmark_attention_forward(

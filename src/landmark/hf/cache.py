@@ -16,9 +16,10 @@ from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.saved import Saved, open_saved, save
 from landmark.memory.index import check_index
-from landmark.memory.layer import RECENT_BLOCKS, LayerMemory, Retrieval
+from landmark.memory.layer import RECENT_BLOCKS, LayerMemory
 from landmark.memory.plan import oldest_needed
 from landmark.memory.positions import RotationTables
+from landmark.memory.retrieval import Retrieval
 from landmark.memory.tiers import TIERS, Tiers, Traffic
 
 NEW_CACHE = "make a new LandmarkCache(model.config)"

@@ -17,6 +17,7 @@ from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import Call, OnePass, Remembered, check_attention, claim_attention
 from landmark.hf.cache import LandmarkCache
+from landmark.hf.graphs import current
 from landmark.hf.layout import Layout, documents_of, packed_layout, padded_layout, plain_layout
 from landmark.hf.rope import layer_types, read_rotaries
 from landmark.memory.plan import make_plan
@@ -137,12 +138,16 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
     def _run(self, embeds: Tensor, layout: Layout, call: Call, kwargs: Any) -> Any:
         tokens = embeds.shape[1]
         inserted = layout.insert(embeds, self._landmark(embeds)).contiguous()  # as later layers get it: one graph
-        zeros = torch.zeros(1, layout.width, dtype=torch.long, device=embeds.device)
-        output = super().forward(inputs_embeds=inserted, position_ids=zeros, use_cache=False, landmark=call, **kwargs)
+        output = self.stock(inserted, call, **kwargs)
         output.last_hidden_state = layout.extract(output.last_hidden_state, tokens)
         if output.hidden_states is not None:
             output.hidden_states = tuple(layout.extract(states, tokens) for states in output.hidden_states)
         return output
+
+    def stock(self, embeds: Tensor, call: Call, **kwargs: Any) -> Any:
+        """Runs the stock decoder on slots ``(B, width, hidden)``, all at position 0."""
+        zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
+        return super().forward(inputs_embeds=embeds, position_ids=zeros, use_cache=False, landmark=call, **kwargs)
 
     def _remembered(
         self,
@@ -205,8 +210,14 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
         if plan.candidates and retrieve:
             self._warn_untrained(settings)
         width = plan.cells.shape[1]
-        layout = padded_layout(mask.to(embeds.device), settings.block_size, torch.tensor(seen).to(embeds.device), width)
         call = Remembered(settings, self._layer_types, self._all_tables(), cache, plan, retrieve)
+        steps = current()
+        if steps is not None and width == 1 and bool(mask.all()):
+            output = steps.run(call, self, embeds, kwargs)
+            if output is not None:
+                cache.append(mask, ids)
+                return output
+        layout = padded_layout(mask.to(embeds.device), settings.block_size, torch.tensor(seen).to(embeds.device), width)
         try:
             output = self._run(embeds, layout, call, kwargs)
         except BaseException:

@@ -36,6 +36,11 @@ class HostExtent:
         """Bytes that it takes."""
         return self._blocks.numel() * self._blocks.itemsize
 
+    def address(self) -> tuple[int, int, int]:
+        """Returns where it begins, bytes from one row to the next, and from one block to the next."""
+        block, row, *_ = self._blocks.stride()
+        return self._blocks.data_ptr(), row * self._blocks.itemsize, block * self._blocks.itemsize
+
     def read(self, offsets: Tensor, rows: Tensor, heads: Tensor) -> Tensor:
         """Returns keys and values ``(M, 2, L, D)`` of the given blocks, rows and heads, ``(M,)`` each."""
         return self._blocks[offsets, rows, heads]

@@ -3,7 +3,7 @@
 Frame 0 holds block 0. The next ``recent`` frames are a ring, the same for all heads: block ``b`` stands at ``b`` modulo
 their number, so that the blocks of the call in progress and the local ones are there without being looked for. The
 last ``hot`` frames of each row and key/value head hold older blocks; the one that was not asked for longest makes room.
-What is where is known on the CPU, so that asking for older blocks of a GPU waits for their numbers.
+What is where is known beside the frames, so that a kernel can look it up (``triton/bring.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from landmark.memory.saved import SavedLayer
 from landmark.memory.shelf import Shelf
 from landmark.memory.tiers import Tiers, Traffic
 
-HOT_BLOCKS = 64  # of each row and key/value head, where no budget is given
+HOT_BLOCKS = 128  # of each row and key/value head, where no budget is given
+MOST_HOT_BLOCKS = 512  # of each row and key/value head, whatever the budget
 MANY = 2**32  # more than there are blocks
 
 
@@ -31,15 +32,29 @@ class SomeNear:
     """
 
     def __init__(self, block_size: int, local_blocks: int, tiers: Tiers) -> None:
-        self.block_size, self.local_blocks, self.tiers, self.traffic = block_size, local_blocks, tiers, Traffic()
-        self.shelf = Shelf(tiers, self.traffic)
+        self.block_size, self.local_blocks, self.tiers = block_size, local_blocks, tiers
+        self._traffic = Traffic()
+        self.shelf = Shelf(tiers, self._traffic)
         self.first = 1  # block at place 1
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
-        self.recent = torch.empty(0)  # (B, N) block in each frame of the ring, -1 for none; on the CPU, as all below
+        self._recent = torch.empty(0)  # `recent`, on the CPU; all below lies beside the keys
+        self.recent = torch.empty(0)  # (B, N) block in each frame of the ring, -1 for none
         self.hot = torch.empty(0)  # (B * G, H) block in each hot frame, -1 for none
-        self.asked = torch.empty(0)  # (B * G, H) when it was asked for last
-        self.clock = 0
+        self.asked = torch.empty(0)  # (B * G, H) when it was asked for last, by the count of the row and head
+        self._spans: list[tuple[int, int]] | None = None  # of the call that was opened last
+        self.counted = torch.empty(0)  # (3,) hits, misses and blocks that a kernel fetched, since `traffic` was asked
+
+    @property
+    def traffic(self) -> Traffic:
+        """As ``Near.traffic``."""
+        if self.counted.numel():
+            hits, misses, fetched = self.counted.tolist()
+            self.counted.zero_()
+            self._traffic.count("hits", hits)
+            self._traffic.count("misses", misses)
+            self._traffic.count("fetched_host", fetched * 2 * self.keys[0, 0, 0].nbytes)
+        return self._traffic
 
     def reserve(self, places: int, like: Tensor) -> None:
         """As ``Near.reserve``; raises ``ValueError`` where the budget does not hold one block."""
@@ -49,25 +64,39 @@ class SomeNear:
         hot = self._affordable(batch, heads * self.block_size * dim * like.itemsize)
         self.keys = like.new_zeros(batch, heads, 1 + hot, self.block_size, dim)
         self.values = torch.zeros_like(self.keys)
-        self.recent = torch.full((batch, 0), -1)
-        self.hot = torch.full((batch * heads, hot), -1)
+        self._recent = torch.full((batch, 0), -1)
+        self.recent = self._recent.to(like.device)
+        self.hot = torch.full((batch * heads, hot), -1, device=like.device)
         self.asked = torch.zeros_like(self.hot)
+        self.counted = torch.zeros(3, dtype=torch.int64, device=like.device)
 
     def open(self, plan: Plan) -> None:
         """As ``Near.open``."""
-        own = plan.grid.own.cpu()
-        first = own[:, 0]
-        self.recent.masked_fill_(self.recent > first[:, None], -1)  # cropped, or of a call that failed
-        span = int((own[:, -1] - first).max()) + 1 + self.local_blocks
-        if span > self.recent.shape[1]:
+        if plan.spans == self._spans:
+            return
+        first, last = torch.tensor(plan.spans).T
+        self._recent.masked_fill_(self._recent > first[:, None], -1)  # cropped, or of a call that failed
+        span = int((last - first).max()) + 1 + self.local_blocks
+        if span > self._recent.shape[1]:
             self._widen(span, first)
-        ring = self.recent.shape[1]
-        rows = torch.arange(len(own))
+        ring = self._recent.shape[1]
+        rows = torch.arange(len(first))
         started = (torch.tensor(plan.within) > 0) & (first > 0)
-        rows = rows[started & (self.recent[rows, first % ring] != first)]
+        rows = rows[started & (self._recent[rows, first % ring] != first)]
         if len(rows):
             self._load_unfinished(rows, first[rows])
-        self.recent[torch.arange(len(own))[:, None], own % ring] = own
+        own = torch.minimum(first[:, None] + torch.arange(span - self.local_blocks), last[:, None])
+        self._recent[torch.arange(len(own))[:, None], own % ring] = own
+        self._spans = plan.spans
+        self._show_recent()
+
+    def depends(self) -> tuple[int, ...] | None:
+        """As ``Near.depends``: kernels fetch where all blocks lie in the memory of the CPU."""
+        addresses = self.shelf.addresses(self.keys.device)
+        if addresses is None:
+            return None
+        tensors = (self.keys, self.values, self.recent, self.hot, self.asked, self.counted, addresses)
+        return self.first, self.keys.shape[2], self.shelf.length, *(each.data_ptr() for each in tensors)
 
     def write(self, key: Tensor, value: Tensor, writes: Writes, places: Tensor) -> None:
         """As ``Near.write``."""
@@ -81,10 +110,9 @@ class SomeNear:
         frames = self._recent_frame(blocks)
         if landmark is not None:
             self.keys[rows, :, frames, self.block_size - 1] = landmark
-        data = torch.stack((self.keys[rows, :, frames], self.values[rows, :, frames]), dim=2).cpu()
-        rows, blocks, batch = rows.cpu(), blocks.cpu(), len(self.recent)
-        self.shelf.write(rows, blocks, data, batch)
-        row_of = torch.arange(batch).repeat_interleave(len(self.hot) // batch)[:, None]
+        data, batch = torch.stack((self.keys[rows, :, frames], self.values[rows, :, frames]), dim=2), len(self.recent)
+        self.shelf.write(rows.cpu(), blocks.cpu(), data.cpu(), batch)
+        row_of = torch.arange(batch, device=rows.device).repeat_interleave(len(self.hot) // batch)[:, None]
         written_anew = torch.isin(row_of * MANY + self.hot, rows * MANY + blocks)
         self.hot.masked_fill_(written_anew, -1)
 
@@ -94,7 +122,8 @@ class SomeNear:
         self.shelf.adopt(saved)
         own = torch.tensor([saved.count])
         self._widen(1 + self.local_blocks, own)
-        self.recent[0, saved.count % self.recent.shape[1]] = saved.count
+        self._recent[0, saved.count % self._recent.shape[1]] = saved.count
+        self._show_recent()
         frames = [(self._recent_frame(own), tail[None])]
         if saved.count:
             frames.append((torch.tensor([0]), saved.of_all_heads(torch.tensor([0]))))
@@ -108,27 +137,28 @@ class SomeNear:
         More blocks than there are hot frames, and older ones that all heads ask for, lie in frames of this call alone.
         """
         batch, heads = self.keys.shape[:2]
-        blocks = self._block_of(torch.cat([each.flatten(2) for each in places], dim=2)).cpu()
-        if bool(self._is_recent(torch.arange(batch)[:, None, None], blocks).all()):
+        blocks = self._block_of(torch.cat([each.flatten(2) for each in places], dim=2))
+        rows = torch.arange(batch, device=blocks.device)[:, None, None]
+        if bool(self._is_recent(rows, blocks).all()):
             keys, values, frames = self.keys, self.values, self._recent_frame(blocks)
         else:
-            owner = torch.arange(batch * heads).view(batch, heads, 1)
+            owner = torch.arange(batch * heads, device=blocks.device).view(batch, heads, 1)
             distinct, inverse = torch.unique(owner * MANY + blocks, return_inverse=True)
             keys, values, frame = self._bring(distinct // MANY, distinct % MANY, alike=blocks.shape[1] < heads)
             frames = frame[inverse[:, : blocks.shape[1]]]
-        parts = torch.split(frames.to(keys.device), [each[0, 0].numel() for each in places], dim=2)
+        parts = torch.split(frames, [each[0, 0].numel() for each in places], dim=2)
         return keys, values, *(part.view(each.shape) for part, each in zip(parts, places, strict=True))
 
     def take(self, owners: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """As ``Near.take``."""
-        owner, block = owners.cpu(), self._block_of(places).cpu()
-        if bool(self._is_recent(owner // self.keys.shape[1], block).all()):
-            keys, values, frames = self.keys, self.values, self._recent_frame(block)
+        blocks = self._block_of(places)
+        if bool(self._is_recent(owners // self.keys.shape[1], blocks).all()):
+            keys, values, frames = self.keys, self.values, self._recent_frame(blocks)
         else:
-            distinct, inverse = torch.unique(owner * MANY + block, return_inverse=True)
+            distinct, inverse = torch.unique(owners * MANY + blocks, return_inverse=True)
             keys, values, frame = self._bring(distinct // MANY, distinct % MANY, alike=False)
             frames = frame[inverse]
-        return taken(keys, values, owners, frames.to(keys.device))
+        return taken(keys, values, owners, frames)
 
     def evict(self, drop: int) -> None:
         """As ``Near.evict``."""
@@ -141,10 +171,10 @@ class SomeNear:
         hot = min(self.hot.shape[1], self._affordable(len(rows), self.keys[0, :, 0].nbytes))
         near = slice(1 + self.recent.shape[1] + hot)
         self.keys, self.values = (each[:, :, near].index_select(0, rows) for each in (self.keys, self.values))
-        rows = rows.cpu()
-        owners = (rows[:, None] * heads + torch.arange(heads)).flatten()
+        owners = (rows[:, None] * heads + torch.arange(heads, device=rows.device)).flatten()
         self.recent, self.hot, self.asked = self.recent[rows], self.hot[owners, :hot], self.asked[owners, :hot]
-        self.shelf.select_rows(rows)
+        self._recent, self._spans = self._recent[rows.cpu()], None
+        self.shelf.select_rows(rows.cpu())
 
     def nbytes(self, tier: str) -> int:
         """As ``Near.nbytes``."""
@@ -162,7 +192,7 @@ class SomeNear:
                 f"device_bytes: expected at least {one} bytes in each layer, one block of all rows and heads, got "
                 f"{budget}: give more"
             )
-        return budget // one
+        return min(budget // one, MOST_HOT_BLOCKS)
 
     def _block_of(self, places: Tensor) -> Tensor:
         return torch.where(places == 0, 0, places.long() + self.first - 1)
@@ -172,19 +202,26 @@ class SomeNear:
 
     def _widen(self, ring: int, own: Tensor) -> None:
         """Makes the ring longer; ``own (B,)`` is the latest block of each row."""
-        rows, frames = (self.recent > (own - ring)[:, None]).nonzero(as_tuple=True)
-        blocks = self.recent[rows, frames]
+        rows, frames = (self._recent > (own - ring)[:, None]).nonzero(as_tuple=True)
+        blocks = self._recent[rows, frames]
         rows, frames, blocks = (each[blocks > 0] for each in (rows, frames, blocks))
         recent = torch.full((len(own), ring), -1)
         recent[rows, blocks % ring] = blocks
         for name in ("keys", "values"):
             old = getattr(self, name)
             batch, heads, count, size, dim = old.shape
-            new = old.new_zeros(batch, heads, count + ring - self.recent.shape[1], size, dim)
-            new[:, :, 0], new[:, :, 1 + ring :] = old[:, :, 0], old[:, :, 1 + self.recent.shape[1] :]
+            new = old.new_zeros(batch, heads, count + ring - self._recent.shape[1], size, dim)
+            new[:, :, 0], new[:, :, 1 + ring :] = old[:, :, 0], old[:, :, 1 + self._recent.shape[1] :]
             new[rows, :, 1 + blocks % ring] = old[rows, :, 1 + frames]
             setattr(self, name, new)
-        self.recent = recent
+        self._recent = recent
+        self._show_recent()
+
+    def _show_recent(self) -> None:
+        """Puts what is known of the ring beside the frames, at the same place as long as the ring is."""
+        if self.recent.shape != self._recent.shape:
+            self.recent = self._recent.to(self.keys.device, copy=True)
+        self.recent.copy_(self._recent)
 
     def _load_unfinished(self, rows: Tensor, blocks: Tensor) -> None:
         """Brings blocks that were finished and are no more, after a crop, to where they are written."""
@@ -194,7 +231,7 @@ class SomeNear:
         data = torch.unflatten(data, 0, (len(rows), heads))
         frames = self._recent_frame(blocks)
         self.keys[rows, :, frames], self.values[rows, :, frames] = data[:, :, 0], data[:, :, 1]
-        self.traffic.count("misses", len(owner))
+        self._traffic.count("misses", len(owner))
 
     def _bring(self, owner: Tensor, block: Tensor, *, alike: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and frames ``(M,)`` of distinct blocks ``(M,)``, ascending by row and head ``owner``.
@@ -203,16 +240,15 @@ class SomeNear:
         """
         frame, ring = self._find(owner, block), 1 + self.recent.shape[1]
         old, missing = frame >= ring, frame < 0
-        self.clock += 1
-        self.asked[owner[old], frame[old] - ring] = self.clock
-        self.traffic.count("hits", int(old.sum()))
-        self.traffic.count("misses", int(missing.sum()))
+        now = self.asked.amax(1) + 1
+        self.asked[owner[old], frame[old] - ring] = now[owner[old]]
+        self.counted[:2] += torch.stack((old.sum(), missing.sum()))
         data = self.keys.new_empty(0, 2, *self.keys.shape[3:])
         if bool(missing.any()):
             data = self._read(owner[missing], block[missing])
         if alike or int(torch.bincount(owner[old | missing]).max()) > self.hot.shape[1]:
             return self._apart(owner, frame, data)
-        frame[missing] = self._admit(owner[missing], block[missing], data)
+        frame[missing] = self._admit(owner[missing], block[missing], data, now)
         return self.keys, self.values, frame
 
     def _is_recent(self, row: Tensor, block: Tensor) -> Tensor:
@@ -220,7 +256,8 @@ class SomeNear:
 
     def _find(self, owner: Tensor, block: Tensor) -> Tensor:
         """The frame of each block, -1 for those that are not near."""
-        held, order = (torch.arange(len(self.hot))[:, None] * MANY + self.hot).flatten().sort()
+        owners = torch.arange(len(self.hot), device=owner.device)[:, None]
+        held, order = (owners * MANY + self.hot).flatten().sort()
         wanted = owner * MANY + block
         at = torch.searchsorted(held, wanted).clamp_(max=len(held) - 1)
         hot = torch.where(held[at] == wanted, 1 + self.recent.shape[1] + order[at] % self.hot.shape[1], -1)
@@ -228,16 +265,16 @@ class SomeNear:
 
     def _read(self, owner: Tensor, block: Tensor) -> Tensor:
         """Keys and values ``(M, 2, L, D)`` from below."""
-        heads = self.keys.shape[1]
-        return self.shelf.read(owner // heads, block, owner % heads).to(self.keys.device)
+        heads, owner = self.keys.shape[1], owner.cpu()
+        return self.shelf.read(owner // heads, block.cpu(), owner % heads).to(self.keys.device)
 
-    def _admit(self, owner: Tensor, block: Tensor, data: Tensor) -> Tensor:
+    def _admit(self, owner: Tensor, block: Tensor, data: Tensor, now: Tensor) -> Tensor:
         """Puts blocks ``data (M, 2, L, D)`` into the hot frames that were not asked for longest."""
         place = self.asked.argsort(dim=1, stable=True)[owner, _rank(owner)]
         frame = 1 + self.recent.shape[1] + place
         for tensor, part in ((self.keys, data[:, 0]), (self.values, data[:, 1])):
             tensor.view(-1, *tensor.shape[2:])[owner, frame] = part
-        self.hot[owner, place], self.asked[owner, place] = block, self.clock
+        self.hot[owner, place], self.asked[owner, place] = block, now[owner]
         return frame
 
     def _apart(self, owner: Tensor, frame: Tensor, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -254,4 +291,4 @@ class SomeNear:
 def _rank(owner: Tensor) -> Tensor:
     """Counts the entries of each owner, ascending ``(M,)``, from 0."""
     counts = torch.bincount(owner)
-    return torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+    return torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
+from landmark.memory.fused import FEW_QUERIES, FEW_WIDTH, FUSED_TOP_K, runs_fused
 from landmark.memory.index import LandmarkIndex
 from landmark.memory.plan import Grid, Plan, from_grid, to_grid
 from landmark.memory.positions import RotationTables, final_distances
-from landmark.memory.retrieval import choose, choose_each, choose_indexed, head_peaks, landmark_scores, marks_at
+from landmark.memory.retrieval import (
+    Retrieval,
+    choose,
+    choose_each,
+    choose_indexed,
+    head_peaks,
+    landmark_scores,
+    marks_at,
+)
 from landmark.memory.saved import SavedLayer
 from landmark.memory.store import BlockStore
 from landmark.memory.tiers import Tiers
-from landmark.ops.choice import refusal
-from landmark.ops.triton.configs import power_of_two
 
 SLAB_BYTES = {"cpu": 2**26, "cuda": 2**31}  # fetched blocks and scores alive at once
 COPIES = 8  # of a score that are alive while softmaxes are taken
-FUSED_BYTES = 2**15  # of the keys of a block, at most, for the fused kernels
-FUSED_TOP_K = 16  # at most, for the fused choice: sorting more takes a compiler minutes
-FEW_WIDTH, FEW_QUERIES = 16, 64  # of one row, and of those one key/value head, at most, for the kernels of decoding
 RECENT_BLOCKS = 8  # blocks whose queries `head` keeps, so that a cache can be cropped into them
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """What one layer retrieved in one call.
-
-    Attributes:
-        layer: the layer's index.
-        positions: ``(B, T)`` slot of each query, ``-1`` where the row has none.
-        blocks: ``(B, H, T, K)`` retrieved blocks, ``-1`` for none.
-        weights: ``(B, H, T, K)`` their gate weights.
-    """
-
-    layer: int
-    positions: Tensor
-    blocks: Tensor
-    weights: Tensor
 
 
 class LayerMemory:
@@ -77,8 +65,34 @@ class LayerMemory:
         self._queries: Tensor | None = None  # (B, G, R, RECENT_BLOCKS, L, D), `head` only
         self._queries_before: Tensor | None = None  # `_queries` before a call that may still fail in another layer
 
+    def prepare(self, plan: Plan, like: Tensor) -> None:
+        """Makes room for a call of keys like ``like (B, G, *, D)``, and drops what no query will see."""
+        self._evict(plan)
+        self.store.reserve(plan.blocks, like)
+        self.store.open(plan)
+
+    def depends(self, plan: Plan) -> tuple[Any, ...] | None:
+        """Prepares a call and returns what it would find it again by if it were captured in a CUDA graph.
+
+        Addresses, and numbers that are not on the device; ``None`` where a call asks the device something.
+        """
+        if not (self.retrieves and plan.candidates and self._chooses_fused() and self.store.places):
+            return None
+        self.prepare(plan, self.store.landmark_keys)
+        found = self.store.depends()
+        return None if found is None else (*found, *self.tables.depends())
+
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scale: float, retrieve: bool, record: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: Plan,
+        *,
+        scale: float,
+        retrieve: bool,
+        record: bool,
+        prepared: bool = False,
     ) -> tuple[Tensor, Retrieval | None]:
         """Files the call's keys and values, then attends.
 
@@ -90,15 +104,15 @@ class LayerMemory:
             scale: the softmax scale.
             retrieve: whether to retrieve; otherwise the local context and block 0 are seen.
             record: whether to return what was retrieved.
+            prepared: whether ``prepare`` was called.
 
         Returns:
             the output ``(B, T, H, D)``, and what was retrieved where asked for.
         """
         groups = key.shape[1]
-        self._evict(plan)
+        if not prepared:
+            self.prepare(plan, key)
         rotation = self.tables.by_offset(plan.offsets, key.dtype)[:, None]
-        self.store.reserve(plan.blocks, key)
-        self.store.open(plan)
         self.store.write(rotation.rotate(key), value, plan.writes)
         if self.index is not None:
             self.index.follow(self.store, (plan.grid.local_first[:, 0] - self.config.top_k).clamp(min=0).tolist())
@@ -381,16 +395,3 @@ class LayerMemory:
             self._peak = self._peak.index_select(0, rows.to(self._peak.device))
         if self._queries is not None:
             self._queries = self._queries.index_select(0, rows.to(self._queries.device))
-
-
-def runs_fused(query: Tensor, config: LandmarkConfig) -> bool:
-    """Whether the kernels of ``memory/triton`` compute a call: on an NVIDIA GPU, where no gradient is asked for.
-
-    A block of keys has to fit one tile.
-    """
-    if not query.is_cuda or (torch.is_grad_enabled() and query.requires_grad):
-        return False
-    numbers = power_of_two(config.block_size) * power_of_two(query.shape[-1])
-    if numbers * query.element_size() > FUSED_BYTES:
-        return False
-    return refusal(query, config.block_size, config.top_k) is None

@@ -18,18 +18,23 @@ class Near(Protocol):
     Attributes:
         keys: ``(B, G, frames, L, D)`` on the model's device.
         values: likewise.
-        traffic: what moved.
     """
 
     keys: Tensor
     values: Tensor
-    traffic: Traffic
+
+    @property
+    def traffic(self) -> Traffic:
+        """What moved."""
 
     def reserve(self, places: int, like: Tensor) -> None:
         """Makes room for so many places of keys like ``like (B, G, *, D)``."""
 
     def open(self, plan: Plan) -> None:
         """Begins a call: the blocks that it writes and their unfinished parts are near until the next."""
+
+    def depends(self) -> tuple[int, ...] | None:
+        """Returns what a captured call depends on; ``None`` where ``fetch`` asks the device something."""
 
     def write(self, key: Tensor, value: Tensor, writes: Writes, places: Tensor) -> None:
         """Files slots; ``places (M,)`` are those of ``writes.blocks``."""
@@ -78,9 +83,14 @@ class AllNear:
     """
 
     def __init__(self, block_size: int) -> None:
-        self.block_size, self.traffic = block_size, Traffic()
+        self.block_size = block_size
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
+
+    @property
+    def traffic(self) -> Traffic:
+        """As ``Near.traffic``: nothing moves."""
+        return Traffic()
 
     def reserve(self, places: int, like: Tensor) -> None:
         """As ``Near.reserve``."""
@@ -90,6 +100,10 @@ class AllNear:
 
     def open(self, plan: Plan) -> None:
         """As ``Near.open``."""
+
+    def depends(self) -> tuple[int, ...] | None:
+        """As ``Near.depends``."""
+        return self.keys.data_ptr(), self.values.data_ptr()
 
     def write(self, key: Tensor, value: Tensor, writes: Writes, places: Tensor) -> None:
         """As ``Near.write``."""

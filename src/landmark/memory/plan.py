@@ -73,6 +73,7 @@ class Plan:
         positions: ``(B, T)`` slot of each column, ``-1`` where a row has none.
         writes: where the call's keys are filed.
         within: slots of each row's first own block that came in earlier calls.
+        spans: first and last own block of each row.
         blocks: blocks that exist after the call, an unfinished one included (the longest row's).
         candidates: blocks ``0..candidates - 1`` may be retrieved by some query.
         seen_from: lowest block but 0 that some query of this call or a later one may see.
@@ -85,6 +86,7 @@ class Plan:
     positions: Tensor
     writes: Writes
     within: list[int]
+    spans: list[tuple[int, int]]
     blocks: int
     candidates: int
     seen_from: int
@@ -132,6 +134,7 @@ def make_plan(starts: list[int], lengths: list[int], config: LandmarkConfig) -> 
         positions=torch.where(new, slots, -1),
         writes=_writes(new, slots, size),
         within=[s % size for s in starts],
+        spans=list(zip(first[:, 0].tolist(), last[:, 0].tolist(), strict=True)),
         blocks=int(last.max()) + 1,
         candidates=0 if config.mode == "all" else int(local_first.max()),
         seen_from=min(oldest_needed(s // size, config) for s in starts),
@@ -147,15 +150,19 @@ def oldest_needed(own: int, config: LandmarkConfig) -> int:
     return max(0, own - local - config.max_blocks)
 
 
-def move(part: Moved, device: torch.device) -> Moved:
-    """Returns a copy of a dataclass with its tensors, also those of dataclasses inside, on ``device``."""
+def move(part: Moved, device: torch.device, *, apart: bool = False) -> Moved:
+    """Returns a copy of a dataclass with its tensors, also those of dataclasses inside, on ``device``.
+
+    ``apart``: each in memory of its own, so that it can be written to.
+    """
     changes: dict[str, Any] = {}
     for field in fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
         if isinstance(value, Tensor):
-            changes[field.name] = value.to(device)
+            kept = torch.contiguous_format if apart else torch.preserve_format
+            changes[field.name] = value.to(device, copy=apart, memory_format=kept)
         elif is_dataclass(value):
-            changes[field.name] = move(value, device)
+            changes[field.name] = move(value, device, apart=apart)
     return replace(part, **changes)  # type: ignore[type-var]
 
 

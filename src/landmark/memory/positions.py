@@ -46,6 +46,10 @@ class RotationTables:
             self._blocks[key] = self.rotary.rotation(count * self.block_size, dtype)
         return self._blocks[key]
 
+    def depends(self) -> tuple[int, ...]:
+        """Returns where the tables lie."""
+        return tuple(each.cos.data_ptr() for each in (*self._offsets.values(), *self._blocks.values()))
+
 
 def own_slot(grid: Grid, top_k: int) -> Tensor:
     """Slot of each own block under ``stingy``, ``(B, n)``: its distance to slot 0, where old landmarks are scored."""

@@ -16,6 +16,23 @@ from landmark.ops.select import best_of, select_top
 
 
 @dataclass(frozen=True)
+class Retrieval:
+    """What one layer retrieved in one call.
+
+    Attributes:
+        layer: the layer's index.
+        positions: ``(B, T)`` slot of each query, ``-1`` where the row has none.
+        blocks: ``(B, H, T, K)`` retrieved blocks, ``-1`` for none.
+        weights: ``(B, H, T, K)`` their gate weights.
+    """
+
+    layer: int
+    positions: Tensor
+    blocks: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
 class Marks:
     """Landmarks to be scored: those of some blocks of each row.
 

@@ -33,6 +33,9 @@ class Shelf:
         self.rows: list[Tensor] = []  # of each extent (B,): where in it each row of the batch lies
         self.own: list[bool] = []  # of each extent: nobody else reads it
         self.file: BlockFile | None = None
+        self._addresses: Tensor | None = None  # as `addresses` gives them
+        self._moved = True  # since then
+        self._all_host = False  # whether all was in the memory of the CPU then
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shelf:
         """A fork: both share what there is and write no more into it."""
@@ -77,6 +80,44 @@ class Shelf:
         assert found is not None, "no blocks"
         return found
 
+    def addresses(self, device: torch.device) -> Tensor | None:
+        """Returns where blocks lie in the memory of the CPU, for a kernel to read, or ``None`` where some lie lower.
+
+        Where an archive's blocks all find room there, they are brought first.
+
+        Returns:
+            ``(extents or more, B, 2)`` int64 on ``device``: of each extent and row the address of its first block, and
+            the bytes from one to the next; at the same place until there are more extents than fit.
+        """
+        if self._moved:
+            self._bring_all()
+            self._moved = False
+            self._all_host = all(each is None or isinstance(each, HostExtent) for each in self.extents)
+            if self._all_host and self.extents:
+                found = torch.stack([self._address(index) for index in range(len(self.extents))])
+                room = self._addresses
+                if room is None or room.shape[1] != found.shape[1] or len(room) < len(found):
+                    room = self._addresses = found.new_zeros(2 * len(found), *found.shape[1:], device=device)
+                room[: len(found)] = found.to(device)
+        return self._addresses if self._all_host else None
+
+    def _bring_all(self) -> None:
+        """For tier ``host``, copies an archive's blocks to the memory of the CPU if the budget has room for all."""
+        lower = sum(each.nbytes for each in self.extents if isinstance(each, SavedExtent))
+        budget = self.tiers.host_bytes
+        if lower and self.tiers.tier == "host" and (budget is None or self.nbytes("host") + lower <= budget):
+            for index in range(len(self.extents)):
+                if self.extents[index] is not None:
+                    self._readable(index)
+
+    def _address(self, index: int) -> Tensor:
+        """Of one extent, ``(B, 2)``; zeros where there is none in the memory of the CPU."""
+        extent, rows = self.extents[index], self.rows[index]
+        if not isinstance(extent, HostExtent):
+            return torch.zeros(len(rows), 2, dtype=torch.int64)
+        begin, row_bytes, block_bytes = extent.address()
+        return torch.stack((begin + rows * row_bytes, torch.full_like(rows, block_bytes)), dim=1)
+
     def adopt(self, saved: SavedLayer) -> None:
         """Lets an archive hold what it has of one row's blocks, but for those that are in the memory of the CPU."""
         if self.length == 0:
@@ -86,18 +127,18 @@ class Shelf:
             self._lengthen(index, 1)
             old, whole = self.extents[index], (index + 1) * self.length <= count
             if old is None or (whole and isinstance(old, DiskExtent)):
-                extent = SavedExtent(saved, index * self.length, self.length)
-                self.extents[index], self.rows[index], self.own[index] = extent, torch.arange(1), False
+                self._put(index, SavedExtent(saved, index * self.length, self.length), torch.arange(1), own=False)
 
     def drop(self, first: int) -> None:
         """Lets go of blocks ``1..first - 1``, as far as they fill extents."""
         for index in range(1, min(len(self.extents), first // max(self.length, 1))):
-            self.extents[index] = None
+            self._put(index, None, self.rows[index], own=False)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows, repeated or reordered; nothing is moved."""
         self.rows = [each[rows] for each in self.rows]
         self.own = [False] * len(self.own)
+        self._moved = True
 
     def nbytes(self, tier: str) -> int:
         """Bytes of the extents of one tier, those shared with a fork included."""
@@ -114,8 +155,12 @@ class Shelf:
         data = extent.whole(self.rows[index])
         near = HostExtent(tuple(data.shape), data.dtype)
         self._fill(near, data)
-        self.extents[index], self.rows[index], self.own[index] = near, torch.arange(data.shape[1]), True
+        self._put(index, near, torch.arange(data.shape[1]), own=True)
         return near
+
+    def _put(self, index: int, extent: Extent | None, rows: Tensor, *, own: bool) -> None:
+        self.extents[index], self.rows[index], self.own[index] = extent, rows, own
+        self._moved = True
 
     def _lengthen(self, index: int, batch: int) -> None:
         while len(self.extents) <= index:
@@ -132,7 +177,7 @@ class Shelf:
         old = self.extents[index]  # which may have moved down to make room
         if old is not None:
             self._fill(new, old.whole(self.rows[index]))
-        self.extents[index], self.rows[index], self.own[index] = new, torch.arange(shape[1]), True
+        self._put(index, new, torch.arange(shape[1]), own=True)
         return new
 
     def _allot(self, shape: tuple[int, ...], dtype: torch.dtype) -> Written:
@@ -155,7 +200,7 @@ class Shelf:
         data = old.whole(self.rows[index])
         new = DiskExtent(self._file(tuple(data.shape), data.dtype))
         self._fill(new, data)
-        self.extents[index], self.rows[index], self.own[index] = new, torch.arange(data.shape[1]), True
+        self._put(index, new, torch.arange(data.shape[1]), own=True)
 
     def _fill(self, extent: Written, data: Tensor) -> None:
         extent.fill(data)

@@ -80,6 +80,11 @@ class BlockStore:
         """Begins a call: the blocks that it writes and their unfinished parts are near until the next."""
         self.near.open(plan)
 
+    def depends(self) -> tuple[int, ...] | None:
+        """Returns what a captured call depends on; ``None`` where fetching asks the device something."""
+        found = self.near.depends()
+        return None if found is None else (self.first, self.places, self.landmark_keys.data_ptr(), *found)
+
     def write(self, key: Tensor, value: Tensor, writes: Writes) -> None:
         """Files new slots.
 

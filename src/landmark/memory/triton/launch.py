@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
+from landmark.memory.frames import SomeNear
 from landmark.memory.plan import Grid
 from landmark.memory.positions import RotationTables, own_slot
 from landmark.memory.store import BlockStore
+from landmark.memory.triton.bring import COMPARED, copy_kernel, place_kernel
 from landmark.memory.triton.decode import CHUNK, best_kernel, read_kernel, score_kernel
 from landmark.memory.triton.kernels import choice_kernel, chosen_kernel, shared_kernel
 from landmark.ops.triton.configs import kept_of, on_device, power_of_two
@@ -197,11 +199,39 @@ def _arenas(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...]
     if not store.fetches:
         keys, values = store.fetch()
         return keys, values, keys, values, chosen
+    brought = _bring(store, grid, chosen)
+    if brought is not None:
+        return brought
     near = grid.own[..., None] - torch.arange(1 + grid.local.shape[-1], device=grid.own.device)
     keys, values, near_frames = store.fetch(store.place_of(near.clamp(min=0))[:, None])
     far_keys, far_values, far_frames = store.fetch(chosen.clamp(min=0))
     frames = torch.cat((far_frames, near_frames[:, :, None, :, None].expand(*chosen.shape[:5], -1)), dim=-1)
     return keys, values, far_keys, far_values, _numbers(frames)
+
+
+def _bring(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...] | None:
+    """As ``_arenas``, by kernels, where all blocks lie in the memory of the CPU and the hot frames hold the chosen."""
+    near, (batch, groups, *_, top_k) = store.near, chosen.shape
+    wanted, items = chosen[0, 0].numel(), top_k + 1 + grid.local.shape[-1]
+    if not isinstance(near, SomeNear) or wanted > near.hot.shape[1]:
+        return None
+    addresses = near.shelf.addresses(chosen.device)
+    if addresses is None:
+        return None
+    frames = chosen.new_empty((*chosen.shape[:5], items))
+    missing = torch.empty_like(chosen)
+    size, hot, ring = near.keys[0, 0, 0].numel(), near.hot.shape[1], near.recent.shape[1]
+    with on_device(chosen.device):
+        place_kernel[(batch * groups,)](
+            chosen, grid.own, near.recent, near.hot, near.asked, near.counted, frames, missing, groups, wanted, items,
+            hot, ring, items - top_k, store.first, TOP_K=top_k, WANTED=max(LEAST_ROWS, power_of_two(wanted)),
+            HOT=power_of_two(hot), SLICE=min(power_of_two(hot), COMPARED // power_of_two(hot)), num_warps=WARPS,
+        )  # fmt: skip
+        copy_kernel[(2 * missing.numel(),)](
+            chosen, missing, addresses, near.keys, near.values, groups, wanted, batch, near.shelf.length, store.first,
+            near.keys.stride(1), SIZE=size, WIDTH=power_of_two(size), num_warps=WARPS,
+        )  # fmt: skip
+    return near.keys, near.values, near.keys, near.values, frames
 
 
 def _marks(

@@ -1,0 +1,125 @@
+"""Steps of one token inside ``generate`` as a CUDA graph: a step of a large model is over before it is launched.
+
+A graph holds what one call launched, with the addresses of its tensors. It is captured once consecutive steps have
+found all memories at the same addresses, replayed as long as they stay there, and dropped when ``generate`` returns, so
+that what a caller does to the model between two calls is never missed. Results are those of steps launched one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from landmark.hf.attention import Remembered
+from landmark.memory.plan import Plan
+
+WARM_UP = 2  # steps that find all at the same addresses before one is captured
+
+_steps: ContextVar[Steps | None] = ContextVar("steps", default=None)
+
+
+@contextmanager
+def repeating() -> Iterator[None]:
+    """Lets the calls inside, of this thread, be captured and replayed."""
+    before = _steps.set(Steps())
+    try:
+        yield
+    finally:
+        _steps.reset(before)
+
+
+def current() -> Steps | None:
+    """Returns the steps of the ``generate`` that is running in this thread, if any."""
+    return _steps.get()
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph, and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    embeds: Tensor
+    plan: Plan
+    output: Any
+
+
+class Steps:
+    """The steps of one ``generate``; at most one graph is kept."""
+
+    def __init__(self) -> None:
+        self.replayed = 0
+        self._known: Any = None  # what the last step depended on
+        self._steady = 0  # steps since it changed
+        self._captured: Captured | None = None
+        self._refused = False
+
+    def run(self, call: Remembered, decoder: Any, embeds: Tensor, kwargs: dict[str, Any]) -> Any:
+        """Returns what the stock decoder gives for a call of one token a row, ``None`` if it has to be called.
+
+        Args:
+            call: the call; no row closes a block in it.
+            decoder: the landmark decoder.
+            embeds: ``(B, 1, hidden)``.
+            kwargs: what else the stock decoder is given.
+        """
+        if self._refused or not captures(embeds) or any(value is not None for value in kwargs.values()):
+            return None
+        if self._known is None and watched(decoder):
+            self._refused = True
+            return None
+        known = (decoder, call.cache, embeds.shape, embeds.dtype, torch.is_autocast_enabled(), call.depends())
+        if known[-1] is None or known != self._known:
+            self._known, self._steady, self._captured = known, 0, None
+            return None
+        self._steady += 1
+        if self._captured is None:
+            if self._steady < WARM_UP:
+                return None
+            try:
+                self._captured = capture(call, decoder, embeds)
+            except RuntimeError:  # a stock layer that asks the device something, or no memory for a graph
+                self._refused = True
+                return None
+        self._captured.embeds.copy_(embeds)
+        refresh(self._captured.plan, call.plan)
+        self._captured.graph.replay()
+        self.replayed += 1
+        output = self._captured.output
+        return type(output)(last_hidden_state=output.last_hidden_state.clone())
+
+
+def captures(embeds: Tensor) -> bool:
+    """Whether calls on these embeddings can be captured."""
+    return embeds.is_cuda
+
+
+def capture(call: Remembered, decoder: Any, embeds: Tensor) -> Captured:
+    """Captures a call; nothing is computed yet."""
+    fixed, embeds, graph = call.fixed(embeds.device), embeds.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = decoder.stock(embeds, fixed)
+    return Captured(graph, embeds, fixed.plan, output)
+
+
+def refresh(to: Any, plan: Any) -> None:
+    """Puts the numbers of a plan where those of another of the same shape lie."""
+    for field in fields(to):
+        old, new = getattr(to, field.name), getattr(plan, field.name)
+        if isinstance(old, Tensor):
+            old.copy_(new, non_blocking=True)
+        elif is_dataclass(old):
+            refresh(old, new)
+
+
+def watched(decoder: nn.Module) -> bool:
+    """Whether something is called or moved between the layers that a replay would leave out."""
+    return any(
+        "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        for module in decoder.modules()
+    )
