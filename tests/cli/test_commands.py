@@ -236,6 +236,8 @@ def test_demo_says_no_for_a_model_that_finds_nothing(run, folder, tmp_path, monk
     assert "read without retrieval" in out
     assert len(re.findall(r"^  . block +\d+ +\d+%  \S", out, re.M)) >= 3
     assert "dense (every token" in out
+    assert re.search(r"Saved and opened again: \d MiB on the disk in .* s, opened in [\d,]+ ms without reading", out)
+    assert len(re.findall(r"Asked on a fork: .* \(the same answer\) in .* s, \d MiB of blocks read", out)) == 1
     assert (tmp_path / "o" / "demo.png").stat().st_size > 1000
 
 
@@ -250,7 +252,11 @@ def test_demo_says_yes_for_one_that_finds_all(run, folder, monkeypatch):
     code, out, _ = run("demo", "--model", folder / "marked", "--no-dense")
     assert code == 0
     assert "2 of 2 right" in out
-    assert "dense" not in out
+    assert "dense" not in out and out.count("the same answer") == 1
+    wrong = demo.Reopened(9, 1.0, 1.0, "[2]", same=False, answer_seconds=1.0, fetched_bytes=9)
+    monkeypatch.setattr(demo, "reopened", lambda *_: wrong)
+    code, out, _ = run("demo", "--model", folder / "marked", "--no-dense")
+    assert code == 1 and "2 of 2 right" in out and "[2] (another answer than before)" in out
 
 
 def test_an_answer_full_of_brackets_is_printed_as_it_is(capsys):

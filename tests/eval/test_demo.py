@@ -1,6 +1,7 @@
 """The demo's parts on a tiny model: what was read, and the same weights run densely."""
 
 import dataclasses
+import tempfile
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from landmark.eval import demo
 from landmark.eval.dense import dense_model, run_dense
 from landmark.eval.fillers import Filler
+from landmark.hf.cache import LandmarkCache
 from tiny import BLOCK, tiny_llama
 
 TEXT = BLOCK - 1
@@ -30,6 +32,39 @@ def test_the_trials_grow_and_their_keys_differ(marked, tokenizer, small):
     assert len({trial.expected for trial in trials}) == 3
     assert all(len(trial.expected) == 5 and trial.expected.isdigit() for trial in trials)
     assert all(trial.cache_bytes > 0 for trial in trials)
+
+
+def test_one_memory_is_reopened(marked, tokenizer, small, tmp_path, monkeypatch):
+    """That of the document, without the question: opening it is seen by what was read for the answer."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    opened, open_saved = [], LandmarkCache.open
+
+    def seen(*arguments):
+        opened.append(open_saved(*arguments))
+        assert opened[-1].traffic.fetched_disk == 0 and opened[-1].nbytes("disk") > 0
+        return opened[-1]
+
+    monkeypatch.setattr(LandmarkCache, "open", seen)
+    trials = list(demo.run_trials(marked, demo.load_text(None, tokenizer), seed=0))
+    assert [trial.reopened is None for trial in trials] == [True, False, True]
+    found = trials[1].reopened
+    assert found.same and found.answer == trials[1].answer
+    assert 0 < found.fetched_bytes < found.saved_bytes
+    assert min(found.save_seconds, found.open_seconds, found.answer_seconds) > 0
+    assert len(opened) == 1 and opened[0].tokens == [500], "it was asked on a fork"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reopened_memory_that_answers_otherwise_is_seen(marked, episode, monkeypatch):
+    """What is opened has lost the key."""
+    (question,) = episode.questions
+    prompt = torch.tensor([question.ids[: -question.answered]])
+    cache = marked.model.read(episode.document[None], retrieve=False)
+    written = demo._write(marked.model, prompt, cache.fork(), question.answered)
+    assert demo.reopened(marked, cache, prompt, written).same
+    other = marked.model.read(torch.randint(0, 290, (1, 700), generator=torch.Generator().manual_seed(1)))
+    monkeypatch.setattr(LandmarkCache, "open", lambda *_: other)
+    assert not demo.reopened(marked, cache.fork(), prompt, written).same
 
 
 def test_blocks_read_are_those_that_were_recorded(marked, episode):
@@ -95,8 +130,8 @@ def test_dense_weights_are_the_same_and_stock(marked, episode):
     assert run.cache_bytes == 2 * 2 * 2 * 8 * 8 * 700, "layers, keys and values, heads, dim, bytes, tokens"
 
 
-def test_the_dense_run_gets_the_document_nearest_to_its_length(tokenizer, small):
-    assert demo.dense_number(demo.load_text(None, tokenizer)) == 1
+def test_the_document_nearest_to_that_length_is_compared(tokenizer, small):
+    assert demo.compared_number(demo.load_text(None, tokenizer)) == 1
 
 
 def test_a_short_text_shortens_the_documents(tokenizer, small):

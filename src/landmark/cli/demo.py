@@ -13,7 +13,7 @@ from landmark.cli.options import Device, Dtype, Model, Seed
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from landmark.eval.demo import Trial
+    from landmark.eval.demo import Reopened, Trial
     from landmark.eval.dense import DenseRun
 
 WANTED = 9
@@ -30,7 +30,7 @@ def demo(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Find pass keys in a long real text, show which blocks were read for each answer, and compare with a dense run."""
+    """Find pass keys in a long real text, show what was read for each, reopen a memory, compare with a dense run."""
     from rich.console import Console
 
     from landmark.eval import demo as work
@@ -58,7 +58,7 @@ def demo(
     console.print(f"[bold]{right} of {len(trials)} right[/bold]")
     compared = None
     if dense:
-        number = work.dense_number(filler)
+        number = work.compared_number(filler)
         compared = run_dense(subject, work.build_document(subject, filler, number, seed))
         _print_dense(trials[number], compared)
     twin = work.recorded_twin(work.DENSE_LENGTH) if model is None else None
@@ -73,7 +73,8 @@ def demo(
     except ModuleNotFoundError as error:
         console.print(f"No picture: {error}", markup=False)
     console.print(f"{time.perf_counter() - begun:.0f} s in all")
-    if right < WANTED * len(trials) / 10:
+    same = all(trial.reopened.same for trial in trials if trial.reopened is not None)
+    if right < WANTED * len(trials) / 10 or not same:
         raise typer.Exit(1)
 
 
@@ -92,6 +93,20 @@ def _print_trial(console: Console, number: int, trial: Trial) -> None:
         console.print(
             f"  {mark} block {block.block:>4} {block.share:>4.0%}  {_cut(text, trial.expected)}", markup=False
         )
+    if trial.reopened is not None:
+        _print_reopened(console, trial.reopened)
+
+
+def _print_reopened(console: Console, found: Reopened) -> None:
+    from rich.markup import escape
+
+    verdict = "[green]the same answer[/green]" if found.same else "[red]another answer than before[/red]"
+    console.print(
+        f"  [bold]Saved and opened again[/bold]: {found.saved_bytes / 2**20:,.0f} MiB on the disk in "
+        f"{found.save_seconds:.1f} s, opened in {found.open_seconds * 1e3:,.0f} ms without reading its blocks\n"
+        f"  Asked on a fork: [bold]{escape(found.answer)}[/bold] ({verdict}) in {found.answer_seconds:.2f} s, "
+        f"{found.fetched_bytes / 2**20:,.0f} MiB of blocks read for it"
+    )
 
 
 def _cut(text: str, wanted: str) -> str:

@@ -1,8 +1,12 @@
-"""The main job shown: a long real text, keys hidden in it, answers, and the text that was read for each of them."""
+"""The main job shown: a long real text, keys hidden in it, answers, and the text that was read for each of them.
+
+One of the memories is saved, opened again and asked once more.
+"""
 
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,7 @@ from landmark.eval.passkey import read_into_memory
 from landmark.eval.plots import save, subplots
 from landmark.eval.results import FIGURES, PasskeyRow, read
 from landmark.eval.subjects import Subject, model_folder
+from landmark.hf.cache import LandmarkCache
 
 LENGTHS = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768, 65536)
 DENSE_LENGTH = 32768
@@ -48,6 +53,29 @@ class BlockRead:
 
 
 @dataclass(frozen=True)
+class Reopened:
+    """A memory that was saved, opened on tier ``disk`` and asked the same question on a fork.
+
+    Attributes:
+        saved_bytes: of its folder.
+        save_seconds: until all of it was on the disk.
+        open_seconds: opening it, which reads no blocks but block 0.
+        answer: what the model wrote.
+        same: whether these are the tokens that it wrote before.
+        answer_seconds: reading the question and writing the answer.
+        fetched_bytes: blocks read from the folder for that.
+    """
+
+    saved_bytes: int
+    save_seconds: float
+    open_seconds: float
+    answer: str
+    same: bool
+    answer_seconds: float
+    fetched_bytes: int
+
+
+@dataclass(frozen=True)
 class Trial:
     """One document, its question and what came out.
 
@@ -63,6 +91,7 @@ class Trial:
         peak_bytes: see ``Measure``.
         cache_bytes: keys and values remembered.
         keys_per_query: most keys that one query is compared with in each layer and head, landmarks included.
+        reopened: what its memory did after it was saved and opened; ``None`` where that was not asked for.
     """
 
     length: int
@@ -76,6 +105,7 @@ class Trial:
     peak_bytes: int | None
     cache_bytes: int
     keys_per_query: int
+    reopened: Reopened | None = None
 
 
 def load_text(path: Path | None, tokenizer: Any) -> Filler:
@@ -101,14 +131,15 @@ def lengths_for(filler: Filler) -> tuple[int, ...]:
 
 
 def run_trials(subject: Subject, filler: Filler, seed: int) -> Iterator[Trial]:
-    """Hides a pass key among distractor codes at a random place and asks for it, ten times."""
+    """Hides a pass key among distractor codes at a random place and asks for it, ten times; reopens one memory."""
     subject.model.read(filler.ids[None, :_WARM_UP].to(subject.device), retrieve=False)
     for number in range(len(LENGTHS)):
-        yield run_trial(subject, build_document(subject, filler, number, seed))
+        document = build_document(subject, filler, number, seed)
+        yield run_trial(subject, document, reopen=number == compared_number(filler))
 
 
-def dense_number(filler: Filler) -> int:
-    """Returns which of the ten documents the dense run gets: the one nearest to 32k tokens."""
+def compared_number(filler: Filler) -> int:
+    """Returns which of the ten documents is reopened and run densely: the one nearest to 32k tokens."""
     lengths = lengths_for(filler)
     return min(range(len(lengths)), key=lambda number: abs(lengths[number] - DENSE_LENGTH))
 
@@ -121,8 +152,12 @@ def build_document(subject: Subject, filler: Filler, number: int, seed: int) -> 
 
 
 @torch.no_grad()
-def run_trial(subject: Subject, episode: Episode) -> Trial:
-    """Reads a document without retrieval, then answers its question with retrieval."""
+def run_trial(subject: Subject, episode: Episode, *, reopen: bool = False) -> Trial:
+    """Reads a document without retrieval, then answers its question with retrieval.
+
+    Raises:
+        ValueError: the memory is to be reopened, and there is no room for it in the folder of temporary files.
+    """
     (question,) = episode.questions
     known = len(question.ids) - question.answered
     prompt = torch.tensor([question.ids[:known]], device=subject.device)
@@ -136,20 +171,56 @@ def run_trial(subject: Subject, episode: Episode) -> Trial:
     expected = question.ids[known:]
     length, settings = len(episode.document), subject.model.landmark
     slots = [slot_of(index, settings.block_size) for index in range(length + known - 1, length + len(question.ids) - 1)]
+    blocks = tuple(_blocks_read(subject, episode, cache.retrievals, slots))
+    cache.record, cache.retrievals = False, []
+    cache.crop(length)
     return Trial(
         length=length,
         place=episode.places[0].start,
         expected=subject.tokenizer.decode(expected).strip(),
         answer=subject.tokenizer.decode(written).strip(),
         right=written == expected,
-        blocks=tuple(_blocks_read(subject, episode, cache.retrievals, slots)),
+        blocks=blocks,
         read_seconds=reading.seconds,
         answer_seconds=whole.seconds - reading.seconds,
         peak_bytes=whole.peak_bytes,
         cache_bytes=cache_bytes,
         keys_per_query=length // settings.text_per_block
         + settings.block_size * (settings.top_k + settings.local_blocks + 1),
+        reopened=reopened(subject, cache, prompt, written) if reopen else None,
     )
+
+
+@torch.no_grad()
+def reopened(subject: Subject, cache: LandmarkCache, prompt: Tensor, written: list[int]) -> Reopened:
+    """Saves a memory to a folder of temporary files, opens it on tier ``disk`` and asks it on a fork.
+
+    Args:
+        subject: the model that it was made by.
+        cache: the memory of a document, not of the question.
+        prompt: ``(1, T)`` token ids of the question.
+        written: what the model answered from ``cache``.
+
+    Raises:
+        ValueError: there is no room for it.
+    """
+    with tempfile.TemporaryDirectory(prefix="landmark-") as folder:
+        with measured(subject.device) as saving:
+            cache.save(folder)
+        with measured(subject.device) as opening:
+            opened = LandmarkCache.open(folder, subject.model, "disk")
+        fork = opened.fork()
+        with measured(subject.device) as answering:
+            answer = _write(subject.model, prompt, fork, len(written))
+        return Reopened(
+            saved_bytes=sum(file.stat().st_size for file in Path(folder).iterdir()),
+            save_seconds=saving.seconds,
+            open_seconds=opening.seconds,
+            answer=subject.tokenizer.decode(answer).strip(),
+            same=answer == written,
+            answer_seconds=answering.seconds,
+            fetched_bytes=fork.traffic.fetched_disk - opened.traffic.fetched_disk,
+        )
 
 
 def _write(model: Any, ids: Tensor, cache: Any, count: int) -> list[int]:
