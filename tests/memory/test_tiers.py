@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -145,9 +146,7 @@ def test_every_tier_computes_the_same_bits(seed: int, monkeypatch: pytest.Monkey
         getattr(history, chance.choice(("feed", "feed", "feed", "crop", "reorder", "fork", "fail")))()
     history.feed()
     assert history.compared >= 6
-    del history, caches
-    gc.collect()
-    assert list(tmp_path.iterdir()) == [], "the files went with the caches"
+    assert list(tmp_path.iterdir()) == []
 
 
 class Counted:
@@ -280,12 +279,68 @@ def test_neighbouring_steps_choose_what_is_near() -> None:
 def test_a_fork_writes_nothing_into_the_files_of_its_origin(tmp_path: Path) -> None:
     model = models.landmark_model("llama", settings())
     cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", folder=tmp_path))
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {handle: content(handle) for handle in handles(cache)}
     fork = cache.fork()
     fork.crop(-50)
     model.read(models.text(100, seed=1)[None], cache=fork)
-    assert len(before) == LAYERS < len(list(tmp_path.iterdir()))
-    assert all(path.read_bytes() == content for path, content in before.items())
+    assert len(before) == LAYERS and not before.keys() & set(handles(fork))
+    assert all(content(handle) == each != b"" for handle, each in before.items())
+
+
+def handles(cache: LandmarkCache) -> list[int]:
+    """The files that a cache writes to."""
+    return [memory.store.near.shelf.file.handle for memory in cache.made()]
+
+
+def content(handle: int) -> bytes:
+    return os.pread(handle, os.fstat(handle).st_size, 0)
+
+
+def test_files_go_with_the_last_cache_that_reads_them(tmp_path: Path) -> None:
+    model = models.landmark_model("llama", settings())
+    cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", folder=tmp_path))
+    files = {handle: os.fstat(handle).st_ino for handle in handles(cache)}
+    fork = cache.fork()
+    del cache
+    gc.collect()
+    assert all(is_open(*file) for file in files.items()), "the fork reads them"
+    assert torch.equal(model.read(models.text(9)[None], cache=fork).ids()[:200], models.text(200))
+    del fork
+    gc.collect()
+    assert not any(is_open(*file) for file in files.items())
+
+
+def is_open(handle: int, number: int) -> bool:
+    """Whether a handle still is that of a file with this number."""
+    try:
+        return os.fstat(handle).st_ino == number
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["folder", "the system's folder"])
+def test_a_killed_process_leaves_no_file(named: bool, tmp_path: Path) -> None:
+    """kill -9 while all blocks lie in files, which a fork has as well."""
+    code = """
+        import os, signal, sys, torch, models
+        from landmark import LandmarkCache, LandmarkConfig
+
+        model = models.landmark_model("llama", LandmarkConfig(block_size=4))
+        folder = {"folder": sys.argv[1]} if len(sys.argv) > 1 else {}
+        cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", **folder))
+        fork = cache.fork()
+        model.read(models.text(200)[None], cache=fork)
+        print(cache.nbytes("disk"), fork.nbytes("disk"), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    where = [str(tmp_path)] if named else []
+    paths = os.pathsep.join(map(str, (Path(store.__file__).parents[2], Path(models.__file__).parent)))
+    environment = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(code), *where]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert all(int(size) > 0 for size in done.stdout.split()) and len(done.stdout.split()) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
@@ -327,7 +382,7 @@ def test_places_of_a_file_are_used_again(monkeypatch: pytest.MonkeyPatch) -> Non
     cache, sizes = LandmarkCache(model.config, "disk"), []
     for _ in range(5):
         model.read(models.text(100)[None], cache=cache)
-        sizes.append([memory.store.near.shelf.file.path.stat().st_size for memory in cache.memories])
+        sizes.append([os.fstat(handle).st_size for handle in handles(cache)])
     assert sizes[1] == sizes[-1]
 
 

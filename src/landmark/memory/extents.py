@@ -59,7 +59,10 @@ class HostExtent:
 
 
 class BlockFile:
-    """A file of extents of one shape, at multiples of a whole number of pages; removed when nothing reads it any more.
+    """A file of extents of one shape, at multiples of a whole number of pages; gone when nothing reads it any more.
+
+    It has no name, so that the system frees it also after kill -9. Where a system cannot do that (Windows), it has one
+    for as long as it is open.
 
     Args:
         folder: where it lies, ``None`` for the system's folder of temporary files.
@@ -71,20 +74,21 @@ class BlockFile:
         self.shape, self.dtype = shape, dtype
         self.extent_bytes = torch.Size(shape).numel() * dtype.itemsize
         self.stride = -(-self.extent_bytes // PAGE) * PAGE
-        with _refused(folder or tempfile.gettempdir(), self.stride):
-            self.handle, path = tempfile.mkstemp(prefix="landmark-", suffix=".blocks", dir=folder)
-        self.path = Path(path)
+        self.folder = folder or tempfile.gettempdir()
+        with _refused(self.folder, self.stride):
+            file = tempfile.TemporaryFile(buffering=0, prefix="landmark-", dir=self.folder)  # noqa: SIM115
+        self.handle = file.fileno()
         self.places = 0
         self.free: list[int] = []
         self._map: Tensor | None = None
         self._left = 0
-        weakref.finalize(self, _remove, self.handle, path)
+        weakref.finalize(self, file.close)
 
     def allot(self) -> int:
         """Returns the place of a new extent: one that is free again, else at the end."""
         if self.free:
             return self.free.pop()
-        with _refused(self.path.parent, self.stride):
+        with _refused(self.folder, self.stride):
             os.ftruncate(self.handle, (self.places + 1) * self.stride)
         self.places += 1
         return self.places - 1
@@ -93,7 +97,7 @@ class BlockFile:
         """Writes at a byte offset of an extent."""
         left = memoryview(data.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
         begin = place * self.stride + offset
-        with _refused(self.path.parent, len(left)):
+        with _refused(self.folder, len(left)):
             while left:
                 written = os.pwrite(self.handle, left, begin)
                 left, begin = left[written:], begin + written
@@ -121,11 +125,6 @@ def _refused(folder: str | Path, wanted: int) -> Iterator[None]:
             f"no room for {wanted} more bytes of blocks in {str(folder)!r} ({error.strerror}): make room there or give "
             "another folder; the cache is as before"
         ) from error
-
-
-def _remove(handle: int, path: str) -> None:
-    os.close(handle)
-    Path(path).unlink(missing_ok=True)
 
 
 class DiskExtent:

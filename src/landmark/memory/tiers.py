@@ -20,8 +20,8 @@ class Tiers:
             while a call needs them, more blocks than there is room for.
         host_bytes: of blocks in the memory of the CPU, over all layers; when they are full, the oldest move down.
             ``None``: no limit for tier ``host``, none at all for tier ``disk``.
-        folder: where the files of tier ``disk`` lie, ``None`` for the system's folder of temporary files. They are
-            removed with the last cache that reads them.
+        folder: where the files of tier ``disk`` lie, ``None`` for the system's folder of temporary files. They have no
+            name there, and are removed with the last cache that reads them, or by the system when the process ends.
 
     Raises:
         ValueError: an unknown tier, a budget below 1, or a budget or folder that the tier has no use for.
