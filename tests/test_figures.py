@@ -1,5 +1,6 @@
-"""The tables of README and of the model cards say what was recorded, and nothing else."""
+"""The tables of README, of the model cards and of archives say what was recorded, and nothing else."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -25,3 +26,28 @@ def test_readme_has_every_table() -> None:
     for name in ("passkey", "facts", "perplexity", "kernels"):
         table = readme.split(f"<!-- figures: {name} -->")[1].split(f"<!-- end: {name} -->")[0]
         assert table.count("|") > 20
+
+
+def test_the_table_of_archives() -> None:
+    (row,) = json.loads((ROOT / "benchmarks" / "results" / "archive.json").read_text(encoding="utf-8"))["rows"]
+    saved, opened, both = row["saved"], row["opened"], row["opened"]["appended"]["asked"]
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    head = f"| {row['tokens']:,} tokens | | |\n"
+    found = [line.strip("|").split("|") for line in page.split(head)[1].split("\n\n")[0].splitlines()[1:]]
+    more = (opened["resident_bytes"] - opened["resident_bytes_before"]) / 2**20
+    assert saved["asked"]["right"] and saved["asked"]["logits"] == opened["asked"]["logits"]
+    assert all(each["right"] for each in both)
+    for line, said in zip(
+        found,
+        (
+            (f"{saved['tokens_per_second']:,} tokens a second", f"{saved['read_peak_bytes'] / 2**30:.2f} GiB"),
+            (f"{saved['asked']['seconds']:.2f} s, right",),
+            (f"{saved['save_seconds']:.0f} s, {saved['bytes'] / 1e9:.1f} GB", f"{saved['peak_bytes'] / 2**30:.2f} GiB"),
+            (f"{opened['open_seconds']:.2f} s", f"{more:.0f} MiB more"),
+            (f"{opened['asked']['seconds']:.2f} s, the same answer, the same logits bit for bit",),
+            (f"{opened['appended']['save_seconds']:.2f} s",),
+            ("both right",),
+        ),
+        strict=True,
+    ):
+        assert all(cell.strip().startswith(each) for cell, each in zip(line[1:], said, strict=False)), line
