@@ -1,4 +1,4 @@
-"""What the benchmark of the operation asks and says; the parts of it that need no GPU."""
+"""What the benchmarks ask and say; the parts of them that need no GPU."""
 
 import importlib.util
 import json
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from landmark import landmark_attention
+from landmark.eval.fillers import pydoc_text
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -251,6 +252,40 @@ def test_reading_is_timed(remembered, tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert [(row["by"], row["read"]) for row in rows] == [("plain", "retrieve"), ("plain", "local")]
     assert all(row["seconds"] > 0 and row["remembered"] == int(remembered) for row in rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_archive_is_asked_before_and_after(tmp_path):
+    """The text is shorter than what is to be read, and only that of the train split counts."""
+    data, out = tmp_path / "books", tmp_path / "archive.json"
+    for split, text in (("train", pydoc_text()[:6000]), ("test", "\0")):
+        (data / split).mkdir(parents=True)
+        (data / split / "a.txt").write_text(text)
+    command = [sys.executable, str(BENCHMARKS / "archive.py"), "--out", str(out), "--data", str(data)]
+    (tmp_path / "files").mkdir()
+    subprocess.run([*command, "--tokens", "3000", "--folder", str(tmp_path / "files")], check=True)
+    assert list((tmp_path / "files").iterdir()) == []
+    (row,) = json.loads(out.read_text())["rows"]
+    saved, opened = row["saved"], row["opened"]
+    assert row["data"] == "books" and 0.49 < row["key_at"] < 0.6
+    assert saved["asked"]["right"] and saved["asked"]["logits"] == opened["asked"]["logits"]
+    answers = [each["answer"] for each in opened["appended"]["asked"]]
+    assert all(each["right"] for each in opened["appended"]["asked"])
+    assert answers[0] == saved["asked"]["answer"] == opened["asked"]["answer"] != answers[1]
+    assert saved["bytes"] > 3000 // 64 * 64 * 2 * 384 * 6 * 4, "keys and values of the blocks of all layers"
+    assert opened["appended"]["bytes"] > 3 * saved["bytes"]
+    assert opened["resident_bytes_before"] < opened["resident_bytes"] <= opened["peak_bytes"]
+
+
+def test_an_archive_that_answers_otherwise_ends_the_command():
+    spec = importlib.util.spec_from_file_location("benchmarks_archive", BENCHMARKS / "archive.py")
+    archive = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(archive)
+    before = {"answer": "12345", "logits": [1.0, 2.0], "seconds": 1.0}
+    archive.require_same(before, {**before, "seconds": 2.0})
+    for change in ({"answer": "12346"}, {"logits": [1.0, 2.0 + 2**-22]}):
+        with pytest.raises(SystemExit, match="expected the answer that was given before saving"):
+            archive.require_same(before, {**before, **change})
 
 
 @pytest.fixture

@@ -49,9 +49,14 @@ class HostExtent:
         """Returns all blocks of the given rows, ``(n, rows, G, 2, L, D)``."""
         return self._blocks[:, rows]
 
-    def write(self, offsets: Tensor, rows: Tensor, data: Tensor) -> None:
-        """Puts ``data (M, G, 2, L, D)`` to the given blocks of the given rows, ``(M,)`` each."""
-        self._blocks[offsets, rows] = data
+    def write(self, offset: int, row: int, data: Tensor) -> None:
+        """Puts ``data (M, G, 2, L, D)`` to consecutive blocks of a row; from a GPU, it arrives with its stream."""
+        to = self._blocks[offset : offset + len(data), row]
+        if to.is_contiguous():
+            to.copy_(data, non_blocking=True)
+        else:
+            for one, block in zip(to, data, strict=True):
+                one.copy_(block, non_blocking=True)
 
     def fill(self, data: Tensor) -> None:
         """Puts a whole extent."""
@@ -157,12 +162,12 @@ class DiskExtent:
         self.file.count(self.nbytes)
         return found
 
-    def write(self, offsets: Tensor, rows: Tensor, data: Tensor) -> None:
+    def write(self, offset: int, row: int, data: Tensor) -> None:
         """As ``HostExtent``."""
-        at = (offsets * self.file.shape[1] + rows) * self._row_bytes
-        order = at.argsort()
-        for begin, part in zip(at[order].tolist(), data[order], strict=True):
-            self.file.write(self.place, begin, part)
+        batch, data = self.file.shape[1], data.cpu()
+        parts = (data,) if batch == 1 else data
+        for index, part in enumerate(parts):
+            self.file.write(self.place, ((offset + index) * batch + row) * self._row_bytes, part)
 
     def fill(self, data: Tensor) -> None:
         """As ``HostExtent``."""

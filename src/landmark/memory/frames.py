@@ -43,6 +43,7 @@ class SomeNear:
         self.hot = torch.empty(0)  # (B * G, H) block in each hot frame, -1 for none
         self.asked = torch.empty(0)  # (B * G, H) when it was asked for last, by the count of the row and head
         self._spans: list[tuple[int, int]] | None = None  # of the call that was opened last
+        self._closed: list[tuple[int, int]] = []  # likewise
         self.counted = torch.empty(0)  # (3,) hits, misses and blocks that a kernel fetched, since `traffic` was asked
 
     @property
@@ -72,6 +73,7 @@ class SomeNear:
 
     def open(self, plan: Plan) -> None:
         """As ``Near.open``."""
+        self._closed = plan.closed
         if plan.spans == self._spans:
             return
         first, last = torch.tensor(plan.spans).T
@@ -111,7 +113,8 @@ class SomeNear:
         if landmark is not None:
             self.keys[rows, :, frames, self.block_size - 1] = landmark
         data, batch = torch.stack((self.keys[rows, :, frames], self.values[rows, :, frames]), dim=2), len(self.recent)
-        self.shelf.write(rows.cpu(), blocks.cpu(), data.cpu(), batch)
+        closed_rows, closed_blocks = torch.tensor(self._closed).T  # known without asking the device
+        self.shelf.write(closed_rows, closed_blocks, data, batch)
         row_of = torch.arange(batch, device=rows.device).repeat_interleave(len(self.hot) // batch)[:, None]
         written_anew = torch.isin(row_of * MANY + self.hot, rows * MANY + blocks)
         self.hot.masked_fill_(written_anew, -1)

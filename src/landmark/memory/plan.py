@@ -74,6 +74,7 @@ class Plan:
         writes: where the call's keys are filed.
         within: slots of each row's first own block that came in earlier calls.
         spans: first and last own block of each row.
+        closed: row and block of each landmark, in the order of ``writes``.
         blocks: blocks that exist after the call, an unfinished one included (the longest row's).
         candidates: blocks ``0..candidates - 1`` may be retrieved by some query.
         seen_from: lowest block but 0 that some query of this call or a later one may see.
@@ -87,6 +88,7 @@ class Plan:
     writes: Writes
     within: list[int]
     spans: list[tuple[int, int]]
+    closed: list[tuple[int, int]]
     blocks: int
     candidates: int
     seen_from: int
@@ -127,14 +129,16 @@ def make_plan(starts: list[int], lengths: list[int], config: LandmarkConfig) -> 
         local=torch.where(local >= local_first[..., None], local, -1),
     )
     new = column < length
+    writes = _writes(new, slots, size)
     return Plan(
         grid=grid,
         cells=cells,
         offsets=slots % size,
         positions=torch.where(new, slots, -1),
-        writes=_writes(new, slots, size),
+        writes=writes,
         within=[s % size for s in starts],
         spans=list(zip(first[:, 0].tolist(), last[:, 0].tolist(), strict=True)),
+        closed=list(zip(writes.landmark_rows.tolist(), writes.landmark_blocks.tolist(), strict=True)),
         blocks=int(last.max()) + 1,
         candidates=0 if config.mode == "all" else int(local_first.max()),
         seen_from=min(oldest_needed(s // size, config) for s in starts),

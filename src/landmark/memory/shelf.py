@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,12 +37,14 @@ class Shelf:
         self._addresses: Tensor | None = None  # as `addresses` gives them
         self._moved = True  # since then
         self._all_host = False  # whether all was in the memory of the CPU then
+        self._arriving: torch.cuda.Event | None = None  # when what was written will be there
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shelf:
         """A fork: both share what there is and write no more into it."""
         self.own = [False] * len(self.own)
         fork = Shelf(self.tiers, copy.deepcopy(self.traffic, memo))
         memo[id(self)] = fork
+        self._arrive()
         fork.length, fork.extents, fork.rows, fork.own = self.length, self.extents[:], self.rows[:], self.own[:]
         return fork
 
@@ -51,7 +54,7 @@ class Shelf:
         Args:
             rows: ``(M,)`` row of each.
             blocks: ``(M,)`` its number.
-            data: ``(M, G, 2, L, D)`` its keys and values.
+            data: ``(M, G, 2, L, D)`` its keys and values, on any device.
             batch: rows there are.
 
         Raises:
@@ -60,14 +63,23 @@ class Shelf:
         if self.length == 0:
             self.length = max(1, EXTENT_BYTES // (batch * data[0].numel() * data.itemsize))
         shape = (self.length, batch, *data.shape[1:])
-        for index in torch.unique(blocks // self.length).tolist():
-            here = blocks // self.length == index
-            extent = self._writable(index, shape, data.dtype)
-            extent.write(blocks[here] % self.length, rows[here], data[here])
-            self.traffic.count(f"written_{extent.tier}", data[here].numel() * data.itemsize)
+        for row, block, begin, end in _runs(rows.tolist(), blocks.tolist(), self.length):
+            extent, part = self._writable(block // self.length, shape, data.dtype), data[begin:end]
+            extent.write(block % self.length, row, part)
+            self.traffic.count(f"written_{extent.tier}", part.numel() * data.itemsize)
+        if data.is_cuda:
+            self._arriving = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arriving.record()
+
+    def _arrive(self) -> None:
+        """Waits for what a GPU still writes."""
+        if self._arriving is not None:
+            self._arriving.synchronize()
+            self._arriving = None
 
     def read(self, rows: Tensor, blocks: Tensor, heads: Tensor) -> Tensor:
         """Returns keys and values ``(M, 2, L, D)`` of the blocks ``(M,)`` of given rows and key/value heads."""
+        self._arrive()
         found: Tensor | None = None
         for index in torch.unique(blocks // self.length).tolist():
             here = (blocks // self.length == index).nonzero()[:, 0]
@@ -173,6 +185,7 @@ class Shelf:
         old = self.extents[index]
         if old is not None and self.own[index] and not isinstance(old, SavedExtent):
             return old
+        self._arrive()
         new = self._allot(shape, dtype)
         old = self.extents[index]  # which may have moved down to make room
         if old is not None:
@@ -210,3 +223,13 @@ class Shelf:
         if self.file is None or self.file.shape != shape:
             self.file = BlockFile(self.tiers.folder, shape, dtype)
         return self.file
+
+
+def _runs(rows: list[int], blocks: list[int], length: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cuts blocks where the row changes, they are not consecutive, or an extent begins: row, block, begin and end."""
+    begin = 0
+    for end in range(1, len(rows) + 1):
+        if end < len(rows) and rows[end] == rows[begin] and blocks[end] == blocks[end - 1] + 1 and blocks[end] % length:
+            continue
+        yield rows[begin], blocks[begin], begin, end
+        begin = end
