@@ -20,10 +20,13 @@ from landmark.memory.triton.launch import (
     LEAST_ROWS,
     MARKS,
     MOST_ROWS,
+    PARTS,
     PEAKS,
     READ_STAGES,
+    READ_WARPS,
     SCORE_STAGES,
     WARPS,
+    registers,
     rows_of_choice,
 )
 from landmark.ops.triton import configs
@@ -36,9 +39,9 @@ BY_DESCRIPTOR = {"forward_kernel": ("p_key", "p_value"), "query_gradient_kernel"
 ABSENT = ("p_start", "p_origin", "p_end", "p_chosen", "p_listed", "p_counts", "p_tiles", "p_borders")
 MEMORY = (memory.choice_kernel, memory.shared_kernel, memory.chosen_kernel)
 DECODE = {decode.score_kernel: SCORE_STAGES, decode.best_kernel: 3, decode.read_kernel: READ_STAGES}
-IN_INT64 = {each: ("p_own", "p_first", "p_offset", "p_peak", "p_recent") for each in DECODE}
+IN_INT64 = {each: ("p_own", "p_first", "p_offset") for each in DECODE}
 IN_INT32 = ("p_own", "p_first", "p_distance", "p_chosen", "p_shared", "p_offset", "p_arrived", "p_frame")
-IN_FLOAT32 = ("p_score", "p_lse", "p_delta", "p_lse_grad", "p_cos", "p_sin", "p_part", "p_gate")
+IN_FLOAT32 = ("p_score", "p_peak", "p_recent", "p_lse", "p_delta", "p_lse_grad", "p_cos", "p_sin", "p_part", "p_gate")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOP_K = 64
 
@@ -67,7 +70,7 @@ def decode_constants(kernel, dtype, dim, block_size, fetched=False):
     shape = memory_constants(kernel, dtype, dim, block_size, LEAST_ROWS)
     shape |= {"TOP_K": FUSED_TOP_K, "KEPT": FUSED_TOP_K, "RECENT": FUSED_TOP_K, "STINGY": True, "PEAKS": PEAKS[1]}
     shape |= {"ITEMS": 2 * FUSED_TOP_K, "FETCHED": fetched, "PAIRS": False, "KEEP_FIRST": True, "EQUAL": False}
-    shape |= {"PRECISION": "parts"} if dtype == "bf16" else {}
+    shape |= {"PRECISION": "parts", "QUERIES": LEAST_ROWS // PARTS} if dtype == "bf16" else {"QUERIES": LEAST_ROWS}
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
@@ -90,6 +93,8 @@ def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None)
         if types[name].startswith("*") or name.endswith(("_stride", "_batch", "_head", "_group")):
             aligned[(index,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    if kernel is decode.read_kernel:
+        options["maxnreg"] = registers(block_size * dim * DTYPES[dtype].itemsize)
     source = ASTSource(kernel, types, fixed, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
@@ -141,7 +146,8 @@ def main(capability):
                     name = f"memory {kernel.__name__} {dtype} {dim} {block_size}"
                     found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed)
                 for kernel, stages in DECODE.items():
-                    tiles = configs.Tiles(LEAST_ROWS, MARKS, WARPS, stages)
+                    warps = READ_WARPS if kernel is decode.read_kernel else WARPS
+                    tiles = configs.Tiles(LEAST_ROWS, MARKS, warps, stages)
                     for fetched in (False, True) if kernel is decode.read_kernel else (False,):
                         fixed = decode_constants(kernel, dtype, dim, block_size, fetched)
                         name = f"decode {kernel.__name__} {dtype} {dim} {block_size}" + " fetched" * fetched

@@ -43,6 +43,28 @@ def own_block(i_program, groups, repeats, n_own, n_tiles):
 
 
 @triton.jit
+def load_queries(
+    p_rows, inside, DIM: tl.constexpr, PADDED: tl.constexpr, TURNED: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    """Queries (rows, PADDED) at ``p_rows`` (rows, 1), and what turns into each of their columns, in float32."""
+    o_dim = tl.arange(0, PADDED)
+    o_half = tl.where(o_dim < TURNED // 2, o_dim + TURNED // 2, o_dim - TURNED // 2)
+    o_partner = tl.where(o_dim < TURNED, o_dim ^ 1 if PAIRS else o_half, o_dim)
+    mask = inside & (o_dim < DIM)[None, :]
+    query = tl.load(p_rows + o_dim[None, :], mask=mask, other=0.0).to(tl.float32)
+    return query, tl.load(p_rows + o_partner[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_turn(p_cos, p_sin, distance, PADDED: tl.constexpr, TURNED: tl.constexpr):
+    """Cosine and signed sine (one or rows, PADDED) of a ``distance`` in blocks, one or (rows, 1)."""
+    o_dim = tl.arange(0, PADDED)[None, :]
+    o_turn = distance * TURNED + o_dim
+    cos = tl.load(p_cos + o_turn, mask=o_dim < TURNED, other=1.0)
+    return cos, tl.load(p_sin + o_turn, mask=o_dim < TURNED, other=0.0)
+
+
+@triton.jit
 def turn(
     p_rows, inside, p_cos, p_sin, distance, scale,
     DIM: tl.constexpr, PADDED: tl.constexpr, TURNED: tl.constexpr, PAIRS: tl.constexpr,
@@ -51,16 +73,8 @@ def turn(
 
     ``distance``, in blocks, is one for all rows or (rows, 1).
     """
-    o_dim = tl.arange(0, PADDED)
-    turned = o_dim < TURNED
-    o_half = tl.where(o_dim < TURNED // 2, o_dim + TURNED // 2, o_dim - TURNED // 2)
-    o_partner = tl.where(turned, o_dim ^ 1 if PAIRS else o_half, o_dim)
-    mask = inside & (o_dim < DIM)[None, :]
-    query = tl.load(p_rows + o_dim[None, :], mask=mask, other=0.0).to(tl.float32)
-    partner = tl.load(p_rows + o_partner[None, :], mask=mask, other=0.0).to(tl.float32)
-    o_turn = distance * TURNED + o_dim[None, :]
-    cos = tl.load(p_cos + o_turn, mask=turned[None, :], other=1.0)
-    sin = tl.load(p_sin + o_turn, mask=turned[None, :], other=0.0)
+    query, partner = load_queries(p_rows, inside, DIM, PADDED, TURNED, PAIRS)
+    cos, sin = load_turn(p_cos, p_sin, distance, PADDED, TURNED)
     return (query * cos + partner * sin) * scale
 
 

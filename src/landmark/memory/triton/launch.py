@@ -22,10 +22,13 @@ ALL_BLOCKS = 2**30
 MARKS = 64
 MOST_ROWS, LEAST_ROWS = 64, 16
 CHOICE_NUMBERS = 2**12
+PARTS, MOST_STACKED = 4, 32  # rows of a product for a query in three parts of bfloat16, and for all queries
 WARPS = 4
 WAVES = 3  # programs of a multiprocessor that score landmarks
 PEAKS = (256, 1024)  # chunks that a choice looks at in one go
 READ_STAGES, SCORE_STAGES = 1, 3
+READ_WARPS = 4
+READ_REGISTERS, READ_BYTES = 96, 2**14  # of a thread, where a block's keys are no larger: 5 programs at once
 
 
 def choose_places(
@@ -149,12 +152,12 @@ def decode(
                 num_warps=WARPS,
             )  # fmt: skip
         arenas = _arenas(store, grid, chosen)
-        read_kernel[(lse.numel(),)](
+        read_kernel[(repeats * width, len(part) // (repeats * width), items)](
             query, *arenas, *turns, grid.own, grid.local_first, grid.offsets, *choice[:3], part, lse, choice[3], chosen,
-            gates, result, *_strides(query), *arenas[0].stride()[:2], *arenas[2].stride()[:2], groups, repeats, width,
+            gates, result, *_strides(query), *arenas[0].stride()[:2], *arenas[2].stride()[:2], groups, width,
             count, chunks, items, store.first, scale, **_turned(tables, query), **shape, BLOCK=store.block_size,
             WIDTH=power_of_two(store.block_size), STINGY=stingy, ITEMS=power_of_two(items), FETCHED=store.fetches,
-            num_warps=WARPS, num_stages=READ_STAGES,
+            num_warps=READ_WARPS, num_stages=READ_STAGES, maxnreg=registers(store.block_size * dim * query.itemsize),
         )  # fmt: skip
     found = slice(min(config.top_k, count))
     return result, chosen[..., found], gates[..., found]
@@ -174,11 +177,12 @@ def _scored(
     queries, chunks, kept = repeats * width, -(-count // CHUNK.value), kept_of(config.top_k)
     marks, largest = _marks(grid, count, store, tables, config)
     scores = torch.empty((batch, groups, queries, chunks * CHUNK.value), dtype=torch.float32, device=query.device)
-    peaks = torch.empty((batch, groups, queries, chunks), dtype=torch.int64, device=query.device)
-    recent, arrived = (
-        peaks.new_empty((batch, groups, queries, kept)),
-        peaks.new_empty(peaks.shape[:3], dtype=torch.int32),
-    )
+    peaks, recent = scores.new_empty((*scores.shape[:3], chunks)), scores.new_empty((*scores.shape[:3], kept))
+    arrived = torch.empty(scores.shape[:3], dtype=torch.int32, device=query.device)
+    precision, parts = "parts" if marks.dtype == torch.bfloat16 else _precision(query), 1
+    if precision == "parts" and PARTS * queries <= MOST_STACKED and not store.shared_landmark:
+        parts = PARTS
+    rows = max(LEAST_ROWS, parts * power_of_two(queries))
     each = -(-chunks * batch * groups // (WAVES * _multiprocessors(query.device)))
     splits = -(-chunks // each)
     with on_device(query.device):
@@ -186,9 +190,8 @@ def _scored(
             query, marks, *_turns(tables, query, largest), grid.own, grid.local_first, scores, peaks, recent, arrived,
             *_strides(query), *marks.stride()[:2], groups, repeats, width, count, chunks, splits, each, store.first,
             config.max_blocks or ALL_BLOCKS, scale, **_turned(tables, query),
-            ROWS=max(LEAST_ROWS, power_of_two(queries)), KEPT=kept, RECENT=config.top_k if stingy else 0,
-            EQUAL=store.shared_landmark, KEEP_FIRST=config.local == "blocks",
-            PRECISION="parts" if marks.dtype == torch.bfloat16 else _precision(query), num_warps=WARPS,
+            ROWS=rows, QUERIES=rows // parts, KEPT=kept, RECENT=config.top_k if stingy else 0,
+            EQUAL=store.shared_landmark, KEEP_FIRST=config.local == "blocks", PRECISION=precision, num_warps=WARPS,
             num_stages=SCORE_STAGES,
         )  # fmt: skip
     return scores, peaks, recent, arrived
@@ -253,6 +256,11 @@ def _strides(query: Tensor) -> tuple[int, int, int, int]:
     """Strides of row, key/value head, query head of it and place."""
     row, group, repeat, _, place, _ = query.stride()
     return row, group, repeat, place
+
+
+def registers(size: int) -> int | None:
+    """Returns how many registers a thread of ``read_kernel`` gets, for keys of a block of ``size`` bytes."""
+    return READ_REGISTERS if size <= READ_BYTES else None
 
 
 @cache
