@@ -1,0 +1,338 @@
+"""Times the tokens that whole models generate behind a long memory, by tier, beside their stock twins.
+
+    python benchmarks/generate.py --data books --out benchmarks/results/generate.json
+
+Four parts, each a process of its own: `small` and `large`, of an 8B shape and of a 1B shape with random weights, which
+read random tokens without retrieval; `real`, the bundled model on a book of the test split, which it reads and then
+generates by being told the book's own tokens; `replayed`, the 8B shape, whose every choice is replaced by what the
+bundled model chose at the same place in the book. The stock model's cache is filled with random keys, not read. A
+token's time is the wall clock between two tokens that reach a streamer, the device waited for; the first ones are left
+out. Bytes on the device are those that PyTorch counts as allocated, less those before the memory was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+
+import landmark
+from landmark import LandmarkCache
+from landmark.blocks import slots_for
+from landmark.data.text import read_documents
+from landmark.eval.fillers import tokenize
+from landmark.eval.subjects import load
+from landmark.memory.triton import launch
+from landmark.versions import versions
+
+SHAPES = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128},
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
+}
+HEADS, GROUPS, VOCAB, BLOCK, TOP_K = 32, 8, 32000, 64, 16
+CHUNK = 4032
+WARM_UP, TIMED, LEFT_OUT = 70, 192, 8  # tokens
+REAL_TOKENS, PROMPT = 128_000, 8
+DEVICE = "cuda"
+PARTS = ("small", "large", "real", "replayed")
+
+
+class Stamps:
+    """A streamer that notes when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: Tensor) -> None:
+        """Told of each token, and of the prompt."""
+        torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+class Told(LogitsProcessor):
+    """Makes the next tokens of a text the only ones."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns scores that allow the next one alone."""
+        wanted = self.ids[input_ids.shape[1]]
+        return torch.full_like(scores, -torch.inf).index_fill_(1, wanted[None], 0.0)
+
+
+def generate(
+    model: Any, ids: Tensor, cache: Any, tokens: int, told: Tensor | None = None
+) -> tuple[Tensor, list[float]]:
+    """Returns ``ids`` with what came after them, and the milliseconds of each token but the first ones."""
+    stamps = Stamps()
+    how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    if told is not None:
+        how["logits_processor"] = LogitsProcessorList([Told(told)])
+    found = model.generate(ids, past_key_values=cache, streamer=stamps, **how)
+    times = [1e3 * (b - a) for a, b in zip(stamps.times[1:], stamps.times[2:], strict=False)]
+    return found, times[LEFT_OUT:]
+
+
+def timed(model: Any, ids: Tensor, cache: Any, told: Tensor | None = None) -> dict[str, Any]:
+    """Returns what a token takes, and what is fetched for it, after some that warm up."""
+    ids, _ = generate(model, ids, cache, WARM_UP, told)
+    before = cache.traffic if isinstance(cache, LandmarkCache) else None
+    before = None if before is None else (before.hits, before.misses, before.fetched_host, before.fetched_disk)
+    _, times = generate(model, ids, cache, TIMED, told)
+    row = {
+        "ms": statistics.median(times),
+        "tokens_per_second": 1e3 / statistics.mean(times),
+        "slowest_ms": max(times),
+        "timed": len(times),
+    }
+    if before is not None:
+        after = cache.traffic
+        after = (after.hits, after.misses, after.fetched_host, after.fetched_disk)
+        hits, misses, host, disk = (b - a for a, b in zip(before, after, strict=True))
+        row |= {"hit_rate": hits / max(1, hits + misses), "host_bytes": host / TIMED, "disk_bytes": disk / TIMED}
+    return row
+
+
+def random_model(shape: str) -> Any:
+    """Returns a stock model of a shape, with random weights in bfloat16 on the device."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS,
+        max_position_embeddings=2**21,
+        eos_token_id=None,
+        **SHAPES[shape],
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def random_ids(tokens: int) -> Tensor:
+    """Returns ``(1, tokens)``, the same each time."""
+    torch.manual_seed(0)
+    return torch.randint(VOCAB, (1, tokens), device=DEVICE)
+
+
+def allocated() -> int:
+    """Returns the bytes that are allocated on the device."""
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
+def stock_row(model: Any, tokens: int) -> dict[str, Any]:
+    """The stock model, behind as many random keys and values."""
+    config, before, cache = model.config, allocated(), DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        keys = torch.randn(1, GROUPS, tokens, config.head_dim, dtype=torch.bfloat16, device=DEVICE)
+        cache.update(keys, torch.randn_like(keys), layer)
+        del keys
+    row = {"attention": "stock", "tokens": tokens, "device_bytes": allocated() - before}
+    return row | timed(model, random_ids(tokens + 1), cache)
+
+
+def landmark_row(model: Any, tokens: int, tier: str) -> dict[str, Any]:
+    """The landmark model, behind as many tokens that it has read."""
+    before, cache, ids = allocated(), LandmarkCache(model, tier), random_ids(tokens + PROMPT)
+    row: dict[str, Any] = {"attention": "landmark", "tokens": tokens, "tier": tier}
+    begun = time.perf_counter()
+    for begin, end in ((0, tokens // 10), (tokens // 10, tokens)):
+        model.read(ids[:, begin:end], cache=cache, retrieve=False)
+        device = allocated() - before - ids.nbytes
+        marks = sum(each.store.landmark_keys.nbytes for each in cache.made())
+        when = "" if begin else "tenth_"
+        row |= {f"{when}device_bytes": device, f"{when}mark_bytes": marks}
+    row |= {"read_seconds": time.perf_counter() - begun, "host_bytes_held": cache.nbytes("host")}
+    return row | timed(model, ids, cache)
+
+
+def of_shape(shape: str, sizes: list[tuple[int, tuple[str, ...]]]) -> Iterator[dict[str, Any]]:
+    """Rows of the stock model first, then of the landmark model that is made of it."""
+    model = random_model(shape)
+    for tokens, _ in sizes:
+        yield {"model": shape, **stock_row(model, tokens)}
+        torch.cuda.empty_cache()
+    model = landmark.convert(model, block_size=BLOCK, top_k=TOP_K, chunk_tokens=CHUNK).eval()
+    for tokens, tiers in sizes:
+        for tier in tiers:
+            yield {"model": shape, "top_k": TOP_K, **landmark_row(model, tokens, tier)}
+            torch.cuda.empty_cache()
+
+
+def small(_: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The 1B shape."""
+    yield from of_shape("1B", [(32_768, ("device", "host")), (1_048_576, ("device", "host"))])
+
+
+def large(_: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The 8B shape, whose blocks at 512k take 64 GiB of the host."""
+    yield from of_shape("8B", [(32_768, ("device", "host")), (524_288, ("host",))])
+
+
+def book(options: argparse.Namespace, tokenizer: Any) -> Tensor:
+    """Returns ``(1, tokens)`` of the test split, enough to be read and to be told."""
+    found, held = [], 0
+    for each in read_documents(options.data, split="test"):
+        found.append(tokenize(each.text, tokenizer))
+        held += len(found[-1])
+        if held > REAL_TOKENS + 2000:
+            return torch.cat(found)[None].to(DEVICE)
+    raise ValueError(f"--data: expected {REAL_TOKENS + 2000} tokens in its test split, got {held}")
+
+
+def real(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The bundled model on each tier; a disk whose files the system holds in its cache, and one that was dropped."""
+    subject = load(None, DEVICE, "bfloat16")
+    model, text = subject.model, book(options, subject.tokenizer)
+    model.configure_landmark(chunk_tokens=CHUNK)
+    head = text[:, : REAL_TOKENS + PROMPT]
+    for tier in ("device", "host", "disk"):
+        cache = model.read(head[:, :REAL_TOKENS], cache=LandmarkCache(model, tier), retrieve=False)
+        for state in ("",) if tier != "disk" else ("warm", "cold"):
+            if state == "cold":
+                drop(cache)
+            row = timed(model, head, cache.fork(), text[0])
+            about = {"model": "bundled", "attention": "landmark", "tokens": REAL_TOKENS, "tier": tier, "files": state}
+            yield about | {"top_k": model.landmark.top_k, "granularity": model.landmark.granularity} | row
+        if tier == "host":
+            torch.save(recorded(model, head, cache, text[0]), options.recorded)
+
+
+def drop(cache: LandmarkCache) -> None:
+    """Lets the system forget what it holds of the files of blocks."""
+    for memory in cache.made():
+        file = memory.store.near.shelf.file
+        file._map = None
+        os.fsync(file.handle)
+        os.posix_fadvise(file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def recorded(model: Any, ids: Tensor, cache: LandmarkCache, text: Tensor) -> dict[int, Tensor]:
+    """Returns what each layer chose for each token that is told, ``(tokens, heads, K)``."""
+    cache = cache.fork()
+    cache.record = True
+    generate(model, ids, cache, WARM_UP + TIMED, text)
+    found: dict[int, list[Tensor]] = {}
+    for each in cache.retrievals:
+        found.setdefault(each.layer, []).append(each.blocks[0, :, each.positions[0] >= 0].transpose(0, 1)[:1])
+    return {layer: torch.cat(parts)[1:] for layer, parts in found.items()}  # the first is of the prompt
+
+
+def replayed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The 8B shape chooses what the bundled model chose; layer and head ``i`` what ``i`` modulo their number did."""
+    choices = torch.load(options.recorded)
+    model = landmark.convert(random_model("8B"), block_size=BLOCK, chunk_tokens=CHUNK).eval()
+    for tier in ("device", "host"):
+        ids, cache = random_ids(REAL_TOKENS + PROMPT), LandmarkCache(model, tier)
+        model.read(ids[:, :REAL_TOKENS], cache=cache, retrieve=False)
+        with choosing(model, cache, choices):
+            row = timed(model, ids, cache)
+        about = {"model": "8B replaying", "attention": "landmark", "tokens": REAL_TOKENS, "tier": tier}
+        yield about | {"top_k": model.landmark.top_k, "granularity": model.landmark.granularity} | row
+        del cache
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def choosing(model: Any, cache: LandmarkCache, choices: dict[int, Tensor]) -> Iterator[None]:
+    """Puts 1 to the scores of what was recorded and -inf to all others, once the landmarks were scored."""
+    now, calls, layer = torch.zeros(1, dtype=torch.long, device=DEVICE), [0], [0]
+    steps, settings = len(choices[0]), model.landmark
+    slots = torch.tensor([slots_for(REAL_TOKENS + PROMPT + step, BLOCK) for step in range(steps)], device=DEVICE)
+    latest_from = (slots // BLOCK - settings.local_blocks - settings.top_k)[:, None, None, None]
+    known: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+
+    def of_every_step(like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Scores, the best of each chunk, and scores of the latest."""
+        blocks = choices[layer[0] % len(choices)].to(DEVICE)
+        blocks = blocks[:, torch.arange(HEADS) % blocks.shape[1]].view(steps, *like[0].shape[1:3], -1)
+        latest, parts = blocks >= latest_from, []
+        for places, there, width in (
+            (blocks, ~latest & (blocks >= 0), like[0].shape[-1]),
+            (blocks - latest_from, latest, like[2].shape[-1]),
+        ):
+            room = torch.full((*blocks.shape[:3], width + 1), -torch.inf, device=DEVICE)
+            room.scatter_(-1, torch.where(there, places, width), 1.0)
+            parts.append(room[..., :width].contiguous())
+        return parts[0], parts[0].unflatten(-1, (like[1].shape[-1], -1)).amax(-1), parts[1]
+
+    def replaced(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        found = scored(query, *rest)
+        layer[0] = (layer[0] + 1) % len(cache.memories)
+        if query.shape[4] > 1:
+            return found
+        key = layer[0], found[0].shape[-1]
+        if key not in known:
+            known[key] = of_every_step(found)
+        return *(each.index_select(0, now) for each in known[key]), found[3]
+
+    def counted(self: Any, embeds: Tensor, *rest: Any, **named: Any) -> Any:
+        now.fill_(min(calls[0], steps - 1))
+        calls[0] += embeds.shape[1] == 1
+        return extend(self, embeds, *rest, **named)
+
+    decoder = type(model.base_model)
+    scored, extend = launch._scored, decoder.extend
+    launch._scored, decoder.extend = replaced, counted
+    try:
+        yield
+    finally:
+        launch._scored, decoder.extend = scored, extend
+
+
+def main() -> None:
+    """Parses, measures, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; replaced")
+    parser.add_argument("--data", type=Path, required=True, help="folder with test/*.txt")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which, with commas; rows of others stay")
+    parser.add_argument("--recorded", type=Path, default=Path("out/recorded.pt"), help="what the bundled model chose")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("expected an NVIDIA GPU, found none: run it where torch.cuda.is_available()")
+    warnings.filterwarnings("ignore", message=".*was never trained.*")
+    if options.alone:
+        with torch.no_grad():
+            for row in globals()[options.alone](options):
+                print(json.dumps(row), flush=True)
+        return
+    options.recorded.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.exists() else {}
+    for part in options.parts.split(","):
+        command = [sys.executable, __file__, *sys.argv[1:], "--alone", part]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            old[part] = []
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if line.startswith("{"):
+                    old[part].append(json.loads(line))
+    made_with = {**versions("torch", "triton", "transformers"), "device": torch.cuda.get_device_name()}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"versions": made_with, "rows": old}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
