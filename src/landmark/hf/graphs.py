@@ -83,7 +83,8 @@ class Steps:
                 return None
             try:
                 self._captured = capture(call, decoder, embeds)
-            except RuntimeError:  # a stock layer that asks the device something, or no memory for a graph
+                require_states_alone(self._captured.output)
+            except RuntimeError:  # a stock layer that asks the device something, more that is wanted, or no memory
                 self._refused = True
                 return None
         self._captured.embeds.copy_(embeds)
@@ -105,6 +106,12 @@ def capture(call: Remembered, decoder: Any, embeds: Tensor) -> Captured:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = decoder.stock(embeds, fixed)
     return Captured(graph, embeds, fixed.plan, output)
+
+
+def require_states_alone(output: Any) -> None:
+    """Raises ``RuntimeError`` where the output of a stock decoder holds more than its last states."""
+    if set(output.keys()) != {"last_hidden_state"}:
+        raise RuntimeError(f"expected last_hidden_state alone, got {list(output.keys())}")
 
 
 def refresh(to: Any, plan: Any) -> None:
