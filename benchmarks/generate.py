@@ -263,9 +263,9 @@ def choosing(model: Any, cache: LandmarkCache, choices: dict[int, Tensor]) -> It
     latest_from = (slots // BLOCK - settings.local_blocks - settings.top_k)[:, None, None, None]
     known: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
-    def of_every_step(like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def of_every_step(layer: int, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Scores, the best of each chunk, and scores of the latest."""
-        blocks = choices[layer[0] % len(choices)].to(DEVICE)
+        blocks = choices[layer % len(choices)].to(DEVICE)
         blocks = blocks[:, torch.arange(HEADS) % blocks.shape[1]].view(steps, *like[0].shape[1:3], -1)
         latest, parts = blocks >= latest_from, []
         for places, there, width in (
@@ -279,12 +279,11 @@ def choosing(model: Any, cache: LandmarkCache, choices: dict[int, Tensor]) -> It
 
     def replaced(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         found = scored(query, *rest)
-        layer[0] = (layer[0] + 1) % len(cache.memories)
+        key, layer[0] = (layer[0], found[0].shape[-1]), (layer[0] + 1) % len(cache.memories)
         if query.shape[4] > 1:
             return found
-        key = layer[0], found[0].shape[-1]
         if key not in known:
-            known[key] = of_every_step(found)
+            known[key] = of_every_step(key[0], found)
         return *(each.index_select(0, now) for each in known[key]), found[3]
 
     def counted(self: Any, embeds: Tensor, *rest: Any, **named: Any) -> Any:
