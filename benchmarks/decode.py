@@ -76,7 +76,8 @@ def attended(case: Token, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     memory, plan = case.memory, case.plan
     count = memory._scored(plan.candidates)
-    return decode(query, plan.grid, count, memory.store, memory.tables, memory.config, SCALE)
+    output, *rest = decode(query, plan.grid, count, memory.store, memory.tables, memory.config, SCALE)
+    return output.view(query.shape), *rest
 
 
 def plain(case: Token, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:

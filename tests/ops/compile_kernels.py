@@ -14,9 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from landmark.memory.fused import FUSED_BYTES, FUSED_TOP_K
-from landmark.memory.triton import decode
+from landmark.memory.triton import decode, filing
 from landmark.memory.triton import kernels as memory
 from landmark.memory.triton.launch import (
+    FILE_WARPS,
     LEAST_ROWS,
     MARKS,
     MOST_ROWS,
@@ -39,6 +40,7 @@ BY_DESCRIPTOR = {"forward_kernel": ("p_key", "p_value"), "query_gradient_kernel"
 ABSENT = ("p_start", "p_origin", "p_end", "p_chosen", "p_listed", "p_counts", "p_tiles", "p_borders")
 MEMORY = (memory.choice_kernel, memory.shared_kernel, memory.chosen_kernel)
 DECODE = {decode.score_kernel: SCORE_STAGES, decode.best_kernel: 3, decode.read_kernel: READ_STAGES}
+DECODE[filing.file_kernel] = 3
 IN_INT64 = {each: ("p_own", "p_first", "p_offset") for each in DECODE}
 IN_INT32 = ("p_own", "p_first", "p_distance", "p_chosen", "p_shared", "p_offset", "p_arrived", "p_frame")
 IN_FLOAT32 = ("p_score", "p_peak", "p_recent", "p_lse", "p_delta", "p_lse_grad", "p_cos", "p_sin", "p_part", "p_gate")
@@ -67,7 +69,7 @@ def memory_constants(kernel, dtype, dim, block_size, rows):
 
 
 def decode_constants(kernel, dtype, dim, block_size, fetched=False):
-    shape = memory_constants(kernel, dtype, dim, block_size, LEAST_ROWS)
+    shape = {"SHARED": True, **memory_constants(kernel, dtype, dim, block_size, LEAST_ROWS)}
     shape |= {"TOP_K": FUSED_TOP_K, "KEPT": FUSED_TOP_K, "RECENT": FUSED_TOP_K, "STINGY": True, "PEAKS": PEAKS[1]}
     shape |= {"ITEMS": 2 * FUSED_TOP_K, "FETCHED": fetched, "PAIRS": False, "KEEP_FIRST": True, "EQUAL": False}
     shape |= {"PRECISION": "parts", "QUERIES": LEAST_ROWS // PARTS} if dtype == "bf16" else {"QUERIES": LEAST_ROWS}
@@ -87,7 +89,7 @@ def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None)
             types[name] = f"tensordesc<{dtype}[1, 1, {rows}, {dim}]>"
         elif name.startswith("p_"):
             types[name] = "*fp32" if name in IN_FLOAT32 else "*i32" if name in IN_INT32 else f"*{dtype}"
-            types[name] = "*i64" if name in IN_INT64.get(kernel, ()) else types[name]
+            types[name] = "*i64" if name in IN_INT64.get(kernel, ()) else "*i1" if name == "p_valid" else types[name]
         elif name in ("scale", "factor"):
             types[name] = "fp32"
         if types[name].startswith("*") or name.endswith(("_stride", "_batch", "_head", "_group")):
@@ -146,9 +148,9 @@ def main(capability):
                     name = f"memory {kernel.__name__} {dtype} {dim} {block_size}"
                     found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed)
                 for kernel, stages in DECODE.items():
-                    warps = READ_WARPS if kernel is decode.read_kernel else WARPS
+                    warps = {decode.read_kernel: READ_WARPS, filing.file_kernel: FILE_WARPS}.get(kernel, WARPS)
                     tiles = configs.Tiles(LEAST_ROWS, MARKS, warps, stages)
-                    for fetched in (False, True) if kernel is decode.read_kernel else (False,):
+                    for fetched in (False, True) if "FETCHED" in kernel.arg_names else (False,):
                         fixed = decode_constants(kernel, dtype, dim, block_size, fetched)
                         name = f"decode {kernel.__name__} {dtype} {dim} {block_size}" + " fetched" * fetched
                         found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed)

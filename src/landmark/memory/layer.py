@@ -109,32 +109,30 @@ class LayerMemory:
         Returns:
             the output ``(B, T, H, D)``, and what was retrieved where asked for.
         """
-        groups = key.shape[1]
         if not prepared:
             self.prepare(plan, key)
+        query = torch.unflatten(query, 1, (key.shape[1], -1))
+        retrieve = retrieve and self.retrieves and plan.candidates > 0
+        fused = runs_fused(query, self.config)
+        if retrieve and fused and self._are_few(query, plan):
+            return self._attend_few(query, key, value, plan, scale, record=record)
         rotation = self.tables.by_offset(plan.offsets, key.dtype)[:, None]
         self.store.write(rotation.rotate(key), value, plan.writes)
         if self.index is not None:
             self.index.follow(self.store, (plan.grid.local_first[:, 0] - self.config.top_k).clamp(min=0).tolist())
-        query = to_grid(torch.unflatten(rotation.rotate(query), 1, (groups, -1)), plan.grid)
-        retrieve = retrieve and self.retrieves and plan.candidates > 0
+        query = to_grid(rotation[:, None].rotate(query), plan.grid)
         sink = plan.candidates > 0 and not retrieve
         earlier = self._earlier_peak(plan, scale) if retrieve and self._needs_peak(plan) else None
         if self.config.granularity == "head" and self.retrieves:
             self._remember_queries(query, plan.grid)
-        outputs, found, fused = [], [], runs_fused(query, self.config)
+        outputs, found = [], []
         step, wide = self._slab(query, plan, retrieve=retrieve, fused=fused)
-        few = retrieve and fused and self._are_few(query)
         for begin in range(0, query.shape[3], step):
             grid, part = plan.grid.narrow(begin, begin + step), query[:, :, :, begin : begin + step]
             chosen = None
-            if few:
-                output, read = self._decode(part, grid, plan.candidates, scale, record=record)
-            else:
-                if retrieve:
-                    before = earlier if begin == 0 else None
-                    chosen = self._choose(part, grid, plan.candidates, scale, before, fused=fused)
-                output, read = self._attend_slab(part, grid, chosen, scale, wide, sink=sink, fused=fused)
+            if retrieve:
+                chosen = self._choose(part, grid, plan.candidates, scale, None if begin else earlier, fused=fused)
+            output, read = self._attend_slab(part, grid, chosen, scale, wide, sink=sink, fused=fused)
             outputs.append(output)
             if record and read is not None:
                 found.append(read)
@@ -167,21 +165,26 @@ class LayerMemory:
         shape = (*places.shape[:3], *query.shape[3:5], places.shape[-1])
         return self.store.block_of(places).expand(shape), valid.expand(shape)
 
-    def _are_few(self, query: Tensor) -> bool:
+    def _are_few(self, query: Tensor, plan: Plan) -> bool:
         """Whether one row's queries are so few, and stand in one block, that the kernels for decoding take them."""
-        _, _, repeats, blocks, width, _ = query.shape
-        return self._chooses_fused() and blocks == 1 and width <= FEW_WIDTH and repeats * width <= FEW_QUERIES
+        _, _, repeats, width, _ = query.shape
+        alone = self._chooses_fused() and plan.grid.own.shape[1] == 1
+        return alone and width <= FEW_WIDTH and repeats * width <= FEW_QUERIES
 
-    def _decode(
-        self, query: Tensor, grid: Grid, blocks: int, scale: float, *, record: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """As ``_choose`` and ``_attend_slab``, for few queries."""
-        from landmark.memory.triton.launch import decode
+    def _attend_few(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, *, record: bool
+    ) -> tuple[Tensor, Retrieval | None]:
+        """As ``attend``, prepared, for few queries ``(B, G, R, T, D)``: they stand on the grid as they come."""
+        from landmark.memory.triton.launch import decode, file
 
-        output, places, gates = decode(query, grid, self._scored(blocks), self.store, self.tables, self.config, scale)
+        query = file(query, key, value, plan.grid, self.store, self.tables)
+        self.store.finish(plan.writes)
+        count = self._scored(plan.candidates)
+        output, places, gates = decode(query, plan.grid, count, self.store, self.tables, self.config, scale)
         if not record:
             return output, None
-        return output, (torch.where(places >= 0, self.store.block_of(places), -1), gates)
+        blocks = torch.where(places >= 0, self.store.block_of(places), -1)
+        return output, self._record(plan, [(blocks, gates)], query)
 
     def _chooses_fused(self) -> bool:
         """The other granularities need every score, for their softmax; an index was asked for by name."""

@@ -29,10 +29,14 @@ class RotationTables:
 
     def by_offset(self, offsets: Tensor, dtype: torch.dtype) -> Rotation:
         """Returns the rotation to a place inside the block, ``0..block_size - 1``."""
-        key = (offsets.device, dtype)
+        return self.offsets(offsets.device, dtype).at(offsets)
+
+    def offsets(self, device: torch.device, dtype: torch.dtype) -> Rotation:
+        """Returns the rotations to all places inside the block."""
+        key = (device, dtype)
         if key not in self._offsets:
-            self._offsets[key] = self.rotary.rotation(torch.arange(self.block_size, device=offsets.device), dtype)
-        return self._offsets[key].at(offsets)
+            self._offsets[key] = self.rotary.rotation(torch.arange(self.block_size, device=device), dtype)
+        return self._offsets[key]
 
     def by_blocks(self, distances: Tensor, dtype: torch.dtype, largest: int) -> Rotation:
         """Returns the rotation by whole blocks; ``distances`` are clamped to ``0..largest``."""

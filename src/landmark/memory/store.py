@@ -102,7 +102,12 @@ class BlockStore:
         if self.shared_landmark:
             shared = self.landmark_keys[rows, :, 0]
             self.landmark_keys[rows, :, places] = shared
-        self.near.finish(rows, places, shared)
+        self.finish(writes, shared)
+
+    def finish(self, writes: Writes, landmark: Tensor | None = None) -> None:
+        """Told that slots were filed; ``landmark (M, G, D)`` replaces the last key of the blocks they finish."""
+        if len(writes.landmark_rows):
+            self.near.finish(writes.landmark_rows, self.place_of(writes.landmark_blocks), landmark)
 
     def landmarks(self, count: int) -> Tensor:
         """Returns the landmark keys at places ``0..count - 1``, ``(B, G, count, D)``."""

@@ -317,7 +317,7 @@ def read_kernel(
 
     Item ``i < TOP_K`` is the query's ``i``-th chosen block, ``TOP_K`` the own block, ``TOP_K + j`` the ``j``-th before
     it. With ``FETCHED`` the choice is given and lies in the ``far`` keys and values, and ``p_frame`` says where the
-    items lie; otherwise it is made here and written, and frames are places.
+    items lie; otherwise it is made here and written, and frames are places. ``p_result`` is (B, W, G, R, D).
     """
     i_item, i_head = tl.program_id(2), tl.program_id(1)  # those items that choose first, as they take longest
     i_query = i_head.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -383,4 +383,5 @@ def read_kernel(
     tl.store(p_lse + i_item, lse)
     tl.debug_barrier()
     if tl.atomic_add(p_arrived + i_query, 1, sem="acq_rel", scope="gpu") == n_items - 1:
-        join(p_part, p_lse, p_gate + i_query * TOP_K, p_result + i_query * DIM, n_items, DIM, PADDED, TOP_K, ITEMS)
+        i_result = ((i_row * n_width + i_place) * groups + i_group) * (tl.num_programs(0) // n_width) + i_repeat
+        join(p_part, p_lse, p_gate + i_query * TOP_K, p_result + i_result * DIM, n_items, DIM, PADDED, TOP_K, ITEMS)

@@ -15,6 +15,7 @@ from landmark.memory.positions import RotationTables, own_slot
 from landmark.memory.store import BlockStore
 from landmark.memory.triton.bring import COMPARED, copy_kernel, place_kernel
 from landmark.memory.triton.decode import CHUNK, best_kernel, read_kernel, score_kernel
+from landmark.memory.triton.filing import file_kernel
 from landmark.memory.triton.kernels import choice_kernel, chosen_kernel, shared_kernel
 from landmark.ops.triton.configs import kept_of, on_device, power_of_two
 
@@ -28,6 +29,7 @@ WAVES = 3  # programs of a multiprocessor that score landmarks
 PEAKS = (256, 1024)  # chunks that a choice looks at in one go
 READ_STAGES, SCORE_STAGES = 1, 3
 READ_WARPS = 4
+FILE_WARPS = 1
 READ_REGISTERS, READ_BYTES = 96, 2**14  # of a thread, where a block's keys are no larger: 5 programs at once
 
 
@@ -108,6 +110,35 @@ def attend(
     return result, gates
 
 
+def file(query: Tensor, key: Tensor, value: Tensor, grid: Grid, store: BlockStore, tables: RotationTables) -> Tensor:
+    """Files a call of one own block in each row, but does not finish blocks, in one launch.
+
+    Args:
+        query: ``(B, G, R, W, D)``, not rotated.
+        key: ``(B, G, W, D)``, not rotated.
+        value: ``(B, G, W, D)``.
+        grid: where these queries stand.
+        store: the layer's blocks, reserved and opened.
+        tables: rotations.
+
+    Returns:
+        the queries, rotated by their place inside the block, ``(B, G, R, 1, W, D)``.
+    """
+    near, (batch, groups, repeats, width, dim) = store.near, query.shape
+    rotation, heads = tables.offsets(query.device, query.dtype), groups * repeats
+    turned = torch.empty((batch, groups, repeats, 1, width, dim), dtype=query.dtype, device=query.device)
+    given = [each if each.stride(-1) == 1 else each.contiguous() for each in (query.flatten(1, 2), key, value)]
+    ring = near.recent.shape[1] if isinstance(near, SomeNear) else 0
+    with on_device(query.device):
+        file_kernel[(heads + groups, width, batch)](
+            *given, rotation.cos, rotation.sin, grid.own, grid.offsets, grid.valid, turned, near.keys, near.values,
+            store.landmark_keys, *(step for each in given for step in each.stride()[:3]), *near.keys.stride()[:2],
+            *store.landmark_keys.stride()[:2], groups, heads, width, ring, store.first, **_turned(tables, query),
+            BLOCK=store.block_size, SHARED=store.shared_landmark, FETCHED=store.fetches, num_warps=FILE_WARPS,
+        )  # fmt: skip
+    return turned
+
+
 def decode(
     query: Tensor,
     grid: Grid,
@@ -131,10 +162,10 @@ def decode(
         scale: the softmax scale.
 
     Returns:
-        the output, shape and dtype of ``query``; the chosen places, ascending, int32, -1 for none, and their gate
-        weights, ``(B, G, R, 1, W, K)`` with ``K`` of at most ``count``.
+        the output ``(B, W, H, D)``, of the dtype of ``query``; the chosen places, ascending, int32, -1 for none, and
+        their gate weights, ``(B, G, R, 1, W, K)`` with ``K`` of at most ``count``.
     """
-    stingy, (_, groups, repeats, _, width, dim) = config.positions == "stingy", query.shape
+    stingy, (batch, groups, repeats, _, width, dim) = config.positions == "stingy", query.shape
     kept, items = kept_of(config.top_k), config.top_k + 1 + grid.local.shape[-1]
     largest = items if stingy else store.first + store.places
     turns, choice = _turns(tables, query, largest), _scored(query, grid, count, store, tables, config, scale)
@@ -144,7 +175,7 @@ def decode(
     chosen = torch.empty((*query.shape[:5], config.top_k), dtype=torch.int32, device=query.device)
     gates = torch.empty(chosen.shape, dtype=torch.float32, device=query.device)
     part = torch.empty((chosen[..., 0].numel(), items, dim), dtype=torch.float32, device=query.device)
-    lse, result = part.new_empty(part.shape[:2]), torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse, result = part.new_empty(part.shape[:2]), query.new_empty(batch, width, groups * repeats, dim)
     with on_device(query.device):
         if store.fetches:
             best_kernel[(len(part),)](
