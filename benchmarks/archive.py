@@ -75,15 +75,20 @@ def main() -> None:
 
 def episodes(subject: Subject, data: Path, tokens: int, seed: int) -> tuple[Episode, Episode]:
     """Returns the text with the pass key, and the one with a code that is appended."""
-    rng, books, held = random.Random(seed), [], 0
-    for book in read_documents(data, split="train"):
-        books.append(tokenize(book.text, subject.tokenizer))
-        held += len(books[-1])
-        if held >= tokens:
-            break
-    filler = Filler(data.name, torch.cat(books))
+    rng, filler = random.Random(seed), books(subject.tokenizer, data, tokens)
     document = build_episode(rng, subject.tokenizer, filler, tokens, [pass_key(rng)], bucket=TENTH)
     return document, build_episode(rng, subject.tokenizer, filler, APPENDED, named_codes(rng, 1, digits=5))
+
+
+def books(tokenizer: Any, data: Path, tokens: int) -> Filler:
+    """Returns as many whole books of the train split as make so many tokens, or all."""
+    found, held = [], 0
+    for book in read_documents(data, split="train"):
+        found.append(tokenize(book.text, tokenizer))
+        held += len(found[-1])
+        if held >= tokens:
+            break
+    return Filler(data.name, torch.cat(found))
 
 
 def remember(subject: Subject, episode: Episode, folder: str, files: Path | None) -> dict[str, Any]:
@@ -121,7 +126,7 @@ def reopen(folder: str, key: Question, appended: list[int], code: Question) -> d
 def ask(subject: Subject, cache: LandmarkCache, question: Question) -> dict[str, Any]:
     """Asks on a fork, in one call as ``landmark eval passkey`` does: what it chose, and the logits of that."""
     begin, start = len(question.ids) - question.answered, time.perf_counter()
-    output = subject.model(torch.tensor([question.ids]), past_key_values=cache.fork())
+    output = subject.model(torch.tensor([question.ids], device=subject.device), past_key_values=cache.fork())
     best = output.logits[0, begin - 1 : -1].max(-1)
     chosen = best.indices.tolist()
     return {

@@ -254,13 +254,18 @@ def test_reading_is_timed(remembered, tmp_path):
     assert all(row["seconds"] > 0 and row["remembered"] == int(remembered) for row in rows)
 
 
+def small_books(folder):
+    """A folder of books, of whose train split alone one can read."""
+    for split, text in (("train", pydoc_text()[:6000]), ("test", "\0")):
+        (folder / "books" / split).mkdir(parents=True)
+        (folder / "books" / split / "a.txt").write_text(text)
+    return folder / "books"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_archive_is_asked_before_and_after(tmp_path):
     """The text is shorter than what is to be read, and only that of the train split counts."""
-    data, out = tmp_path / "books", tmp_path / "archive.json"
-    for split, text in (("train", pydoc_text()[:6000]), ("test", "\0")):
-        (data / split).mkdir(parents=True)
-        (data / split / "a.txt").write_text(text)
+    data, out = small_books(tmp_path), tmp_path / "archive.json"
     command = [sys.executable, str(BENCHMARKS / "archive.py"), "--out", str(out), "--data", str(data)]
     (tmp_path / "files").mkdir()
     subprocess.run([*command, "--tokens", "3000", "--folder", str(tmp_path / "files")], check=True)
@@ -275,6 +280,36 @@ def test_an_archive_is_asked_before_and_after(tmp_path):
     assert saved["bytes"] > 3000 // 64 * 64 * 2 * 384 * 6 * 4, "keys and values of the blocks of all layers"
     assert opened["appended"]["bytes"] > 3 * saved["bytes"]
     assert opened["resident_bytes_before"] < opened["resident_bytes"] <= opened["peak_bytes"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_long_text_is_remembered_and_asked(tmp_path):
+    """Blocks lie on the host and below, what is near does not grow, and both ways to ask agree."""
+    data, out = small_books(tmp_path), tmp_path / "millions.json"
+    command = [sys.executable, str(BENCHMARKS / "millions.py"), "--out", str(out), "--data", str(data)]
+    command += ["--device", "cpu", "--tokens", "7000", "--named", "2", "--single", "1", "--single-tokens", "3000"]
+    subprocess.run([*command, "--tier", "disk", "--host-bytes", "30000000", "--folder", str(tmp_path)], check=True)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["books", "millions.json"]
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["data"] == "books" and row["rounds_of_data"] > 1
+    first, last = row["after_a_tenth"], row["after_reading"]
+    assert (first["tokens"], last["tokens"]) == (700, 7000)
+    block = 2 * 384 * 64 * 4  # of one layer: keys and values in float32
+    assert last["host_tier_bytes"] <= 30000000 < last["disk_tier_bytes"]
+    assert last["host_tier_bytes"] + last["disk_tier_bytes"] >= 7000 // 63 * block * 6
+    assert last["landmark_bytes"] > 7 * first["landmark_bytes"]
+    assert last["near_bytes"] - first["near_bytes"] <= 6 * block, "at most one more block in each ring"
+    named = row["named"]
+    assert named["asked"] == 2 and named["right"] == sum(each["right"] for each in named["questions"]) > 0
+    assert all(0 < each["at"] < 1 and "logits" not in each for each in named["questions"])
+    assert row["after"]["tokens"] == 7000, "asking changes nothing"
+    decode = row["decode"]
+    assert decode["right"] == named["questions"][0]["right"] and decode["text"].strip()
+    assert decode["tokens"] == 56 and 0 < decode["ms_per_token"] <= decode["ms_most"]
+    assert decode["fetched_host_per_token"] + decode["fetched_disk_per_token"] == decode["misses_per_token"] * block / 6
+    (single,) = row["single"]
+    assert single["right"] and row["single_right"] == 1
+    assert single["tokens"] == 3000 and 0.49 < single["at"] < 0.6
 
 
 def test_an_archive_that_answers_otherwise_ends_the_command():

@@ -279,3 +279,19 @@ def test_retrievals_are_those_of_the_oracle(seed: int) -> None:
     first = mask[:, :1].sum(dim=1).tolist()
     texts = [(row, slot) for row in range(len(slots)) for slot in slots[row][first[row] :]]
     assert {(row, layer, head, slot) for row, slot in texts for layer in layers for head in range(models.HEADS)} <= seen
+
+
+def test_a_cache_keeps_its_own_copy_of_mask_and_ids() -> None:
+    """Whoever reuses the tensors of a call changes nothing; a fork and its origin go on apart."""
+    model = models.landmark_model("llama", LandmarkConfig(block_size=5, top_k=2, local_blocks=1))
+    ids, mask = models.text(17)[None].int(), torch.ones(1, 17, dtype=torch.bool)
+    cache = model.read(ids, mask)
+    given = ids[0].tolist()
+    ids.zero_(), mask.zero_()
+    assert cache.ids().tolist() == given
+    fork = cache.fork()
+    model.read(models.text(4)[None], cache=fork)
+    model.read(ids[:, :2] + 1, cache=cache)
+    cache.crop(-1)
+    assert cache.ids().tolist() == [*given, 1] and cache.get_seq_length() == 18
+    assert fork.ids().tolist() == [*given, *models.text(4).tolist()] and fork.tokens == [21]

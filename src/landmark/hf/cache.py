@@ -67,8 +67,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.retrievals: list[Retrieval] = []
         self.saved: Saved | None = None
         self.rewound = False
-        self._mask: Tensor | None = None  # (B, columns) bool on the CPU
-        self._ids: list[Tensor] = []  # (B, T) int32 of each call, on the CPU
+        self._masks: list[Tensor] = []  # (B, T) bool of each call, on the CPU: a call does not touch earlier ones
+        self._ids: list[Tensor] = []  # (B, T) int32 likewise
+        self._columns = 0  # in all of them
         self._tokens: list[int] = []
         self._decoder: weakref.ref[Any] | None = None
 
@@ -94,7 +95,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def check(self, settings: LandmarkConfig, batch: int, decoder: Any) -> None:
         """Raises ``ValueError`` unless a model with these settings can go on with ``batch`` rows."""
         self.check_settings(settings, "model")
-        if self._mask is not None and len(self._tokens) != batch:
+        if self._masks and len(self._tokens) != batch:
             raise ValueError(
                 f"expected {len(self._tokens)} rows as in the cache, got {batch}; make a new LandmarkCache"
             )
@@ -119,15 +120,28 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             memory.settle()
         counts = mask.sum(1).tolist()
         self._tokens = [a + b for a, b in zip(self._tokens or [0] * len(mask), counts, strict=True)]
-        self._mask = mask if self._mask is None else torch.cat((self._mask, mask), dim=1)
-        self._ids.append(torch.full(mask.shape, -1, dtype=torch.int32) if ids is None else ids.cpu().int())
+        self._masks.append(mask.clone())
+        known = torch.full(mask.shape, -1, dtype=torch.int32) if ids is None else ids.to("cpu", torch.int32, copy=True)
+        self._ids.append(known)
+        self._columns += mask.shape[1]
 
     def ids(self, row: int = 0) -> Tensor:
         """Returns a row's token ids ``(tokens,)`` int32, padding left out; -1 where only embeddings were given."""
-        if self._mask is None:
+        if not self._masks:
             return torch.empty(0, dtype=torch.int32)
-        self._ids = [torch.cat(self._ids, dim=1)]
-        return self._ids[0][row, self._mask[row]]
+        mask, ids = self._text()
+        return ids[row, mask[row]]
+
+    def _text(self) -> tuple[Tensor, Tensor]:
+        """Returns mask and ids of all columns, ``(B, columns)``, and keeps them so."""
+        if len(self._masks) > 1:
+            self._masks, self._ids = [torch.cat(self._masks, dim=1)], [torch.cat(self._ids, dim=1)]
+        return self._masks[0], self._ids[0]
+
+    def _keep_text(self, mask: Tensor, ids: Tensor) -> None:
+        """Replaces mask and ids of all columns."""
+        self._masks, self._ids, self._columns = [mask], [ids], mask.shape[1]
+        self._tokens = mask.sum(1).tolist()
 
     def undo(self) -> None:
         """Forgets what a call that failed in some layer has filed."""
@@ -136,7 +150,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the text columns seen so far, padding included."""
-        return 0 if self._mask is None else self._mask.shape[1]
+        return self._columns
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last columns of every row.
@@ -149,15 +163,15 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """
         length = self.get_seq_length()
         keep = min(length, tokens_to_remove) if tokens_to_remove > 0 else length + tokens_to_remove
-        if self._mask is None or keep == length:
+        if not self._masks or keep == length:
             return
         if keep < 0:
             raise ValueError(f"expected to remove at most {length} tokens, got {-tokens_to_remove}")
-        tokens = self._mask[:, :keep].sum(1).tolist()
+        mask, ids = (each[:, :keep] for each in self._text())
+        tokens = mask.sum(1).tolist()
         self._check_crop([slots_for(n, self.settings.block_size) for n in tokens])
         self._note_change(tokens)
-        self._ids = [torch.cat(self._ids, dim=1)[:, :keep]]
-        self._mask, self._tokens = self._mask[:, :keep].clone(), tokens
+        self._keep_text(mask, ids)
         for memory in self.made():
             memory.forget_peak()
 
@@ -182,25 +196,24 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forgets everything."""
         self.memories = [None] * len(self.memories)
-        self._mask, self._tokens, self._ids, self.retrievals = None, [], [], []
+        self._masks, self._tokens, self._ids, self._columns, self.retrievals = [], [], [], 0, []
         self.saved, self.rewound = None, False
 
     def fork(self) -> LandmarkCache:
         """Returns a copy that goes on independently."""
-        shared = {id(memory.tables): memory.tables for memory in self.made()}
-        return copy.deepcopy(self, shared)
+        never_written = [memory.tables for memory in self.made()] + ([*self._text()] if self._masks else [])
+        return copy.deepcopy(self, {id(each): each for each in never_written})
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replaces row ``i`` by row ``beam_idx[i]``."""
-        if self._mask is None:
+        if not self._masks:
             return
         rows = beam_idx.cpu()
         self._note_change([0])
-        self._ids = [each[rows] for each in self._ids]
         for memory in self.made():
             memory.select_rows(rows)
-        self._mask = self._mask[rows]
-        self._tokens = [self._tokens[row] for row in rows.tolist()]
+        mask, ids = self._text()
+        self._keep_text(mask[rows], ids[rows])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows (a boolean mask or indices)."""
@@ -263,7 +276,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     def resume(self, ids: Tensor, decoder: Any) -> None:
         """Counts what was read from a folder; ``ids (tokens,)`` int32."""
-        self._ids, self._tokens, self._mask = [ids[None]], [len(ids)], torch.ones(1, len(ids), dtype=torch.bool)
+        self._keep_text(torch.ones(1, len(ids), dtype=torch.bool), ids[None])
         self._decoder = weakref.ref(decoder)
 
     def _note_change(self, tokens: list[int]) -> None:
@@ -290,12 +303,12 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     @property
     def batch_size(self) -> int:
         """Rows, -1 before the first call."""
-        return len(self._tokens) if self._mask is not None else -1
+        return len(self._tokens) if self._masks else -1
 
     @property
     def is_initialized(self) -> bool:
         """Whether anything was read."""
-        return self._mask is not None
+        return bool(self._masks)
 
     @property
     def is_compileable(self) -> bool:

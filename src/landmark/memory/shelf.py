@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,7 @@ class Shelf:
         self.rows: list[Tensor] = []  # of each extent (B,): where in it each row of the batch lies
         self.own: list[bool] = []  # of each extent: nobody else reads it
         self.file: BlockFile | None = None
+        self._bytes: Counter[str] = Counter()  # of the extents, by tier
         self._addresses: Tensor | None = None  # as `addresses` gives them
         self._moved = True  # since then
         self._all_host = False  # whether all was in the memory of the CPU then
@@ -46,6 +48,7 @@ class Shelf:
         memo[id(self)] = fork
         self._arrive()
         fork.length, fork.extents, fork.rows, fork.own = self.length, self.extents[:], self.rows[:], self.own[:]
+        fork._bytes = self._bytes.copy()
         return fork
 
     def write(self, rows: Tensor, blocks: Tensor, data: Tensor, batch: int) -> None:
@@ -154,7 +157,7 @@ class Shelf:
 
     def nbytes(self, tier: str) -> int:
         """Bytes of the extents of one tier, those shared with a fork included."""
-        return sum(extent.nbytes for extent in self.extents if extent is not None and extent.tier == tier)
+        return self._bytes[tier]
 
     def _readable(self, index: int) -> Extent:
         """An extent to read from; for tier ``host`` one of an archive is copied there, if the budget has room."""
@@ -171,6 +174,9 @@ class Shelf:
         return near
 
     def _put(self, index: int, extent: Extent | None, rows: Tensor, *, own: bool) -> None:
+        for each, sign in ((self.extents[index], -1), (extent, 1)):
+            if each is not None:
+                self._bytes[each.tier] += sign * each.nbytes
         self.extents[index], self.rows[index], self.own[index] = extent, rows, own
         self._moved = True
 
