@@ -13,8 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from landmark.memory.frames import MOST_HOT_BLOCKS
 from landmark.memory.fused import FUSED_BYTES, FUSED_TOP_K
-from landmark.memory.triton import decode, filing
+from landmark.memory.triton import bring, decode, filing
 from landmark.memory.triton import kernels as memory
 from landmark.memory.triton.launch import (
     FILE_WARPS,
@@ -39,11 +40,14 @@ KERNELS = (forward_kernel, query_gradient_kernel, key_value_gradient_kernel)
 BY_DESCRIPTOR = {"forward_kernel": ("p_key", "p_value"), "query_gradient_kernel": ("p_key", "p_value")}
 ABSENT = ("p_start", "p_origin", "p_end", "p_chosen", "p_listed", "p_counts", "p_tiles", "p_borders")
 MEMORY = (memory.choice_kernel, memory.shared_kernel, memory.chosen_kernel)
+BRING = (bring.place_kernel, bring.copy_kernel)
 DECODE = {decode.score_kernel: SCORE_STAGES, decode.best_kernel: 3, decode.read_kernel: READ_STAGES}
 DECODE[filing.file_kernel] = 3
 IN_INT64 = {each: ("p_own", "p_first", "p_offset") for each in DECODE}
-IN_INT32 = ("p_own", "p_first", "p_distance", "p_chosen", "p_shared", "p_offset", "p_arrived", "p_frame")
+IN_INT64 |= dict.fromkeys(BRING, ("p_own", "p_recent", "p_hot", "p_asked", "p_counted", "p_address"))
+IN_INT32 = ("p_own", "p_first", "p_distance", "p_chosen", "p_shared", "p_offset", "p_arrived", "p_frame", "p_missing")
 IN_FLOAT32 = ("p_score", "p_peak", "p_recent", "p_lse", "p_delta", "p_lse_grad", "p_cos", "p_sin", "p_part", "p_gate")
+BRING_TILES = configs.Tiles(LEAST_ROWS, MARKS, WARPS, 3)  # of which only the warps count
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOP_K = 64
 
@@ -73,6 +77,12 @@ def decode_constants(kernel, dtype, dim, block_size, fetched=False):
     shape |= {"TOP_K": FUSED_TOP_K, "KEPT": FUSED_TOP_K, "RECENT": FUSED_TOP_K, "STINGY": True, "PEAKS": PEAKS[1]}
     shape |= {"ITEMS": 2 * FUSED_TOP_K, "FETCHED": fetched, "PAIRS": False, "KEEP_FIRST": True, "EQUAL": False}
     shape |= {"PRECISION": "parts", "QUERIES": LEAST_ROWS // PARTS} if dtype == "bf16" else {"QUERIES": LEAST_ROWS}
+    return {name: each for name, each in shape.items() if name in kernel.arg_names}
+
+
+def bring_constants(kernel, dim, block_size, wanted, hot):
+    shape = {"TOP_K": FUSED_TOP_K, "WIDTH": triton.next_power_of_2(block_size * dim)}
+    shape["SIZE"] = block_size * dim if kernel is bring.copy_kernel else triton.next_power_of_2(wanted + hot)
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
@@ -154,6 +164,14 @@ def main(capability):
                         fixed = decode_constants(kernel, dtype, dim, block_size, fetched)
                         name = f"decode {kernel.__name__} {dtype} {dim} {block_size}" + " fetched" * fetched
                         found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed)
+                copied = bring_constants(bring.copy_kernel, dim, block_size, 0, 0)
+                found[f"bring copy_kernel {dtype} {dim} {block_size}"] = shared_memory(
+                    bring.copy_kernel, BRING_TILES, dtype, dim, block_size, capability, copied
+                )
+    for wanted, hot in ((64, 128), (128, 128), (128, MOST_HOT_BLOCKS)):
+        fixed = bring_constants(bring.place_kernel, 0, 0, wanted, hot)
+        name = f"bring place_kernel {wanted} {hot}"
+        found[name] = shared_memory(bring.place_kernel, BRING_TILES, "bf16", 0, 0, capability, fixed)
     print(json.dumps(found))
 
 

@@ -14,7 +14,9 @@ import triton.language as tl
 from landmark.memory.triton.kernels import ALIGNED
 
 OLDEST = tl.constexpr(2**20)  # turns: what was not asked for longer is as old
-COMPARED = 2**14  # pairs of frames that are compared at once
+FRAMES = tl.constexpr(512)  # hot ones of an owner, at most
+BITS = tl.constexpr(10)  # that number one of them, or what is wanted
+LAST = tl.constexpr(2**63 - 1)
 # Arguments of the kernels for whose values nothing is compiled anew.
 NUMBERS = (
     "groups",
@@ -31,75 +33,69 @@ NUMBERS = (
 
 
 @triton.jit
-def hot_frames(p_hot, p_asked, o_hot, n_hot, wanted, now):
-    """Which of the frames ``o_hot`` (F,) hold which wanted block, (N, F), and how much each may be given away, (F,).
-
-    That is the more the longer ago it was asked for, and -1 for those that are wanted now.
-    """
-    inside = o_hot < n_hot
-    held = tl.load(p_hot + o_hot, mask=inside, other=-2).to(tl.int32)
-    age = tl.minimum(now - tl.load(p_asked + o_hot, mask=inside, other=0), OLDEST).to(tl.int32)
-    same = held[None, :] == wanted[:, None]
-    kept = tl.max(same.to(tl.int32), axis=0)
-    return same, tl.where(inside & (kept == 0), age * 512 + 511 - o_hot, -1)
+def higher_of(one, other):
+    """For a running maximum."""
+    return tl.maximum(one, other)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def place_kernel(
     p_chosen, p_own, p_recent, p_hot, p_asked, p_counted, p_frame, p_missing,
     groups, n_wanted, n_items, n_hot, n_ring, n_near, first_stored,
-    TOP_K: tl.constexpr, WANTED: tl.constexpr, HOT: tl.constexpr, SLICE: tl.constexpr,
+    TOP_K: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Gives each item of an owner's queries its frame, and says which of the chosen have to be brought there.
 
     ``p_frame`` (owners, queries, n_items) gets frames, ``p_missing`` (owners, n_wanted) the frame of a block that is
-    not there, once for each of them, else -1.
+    not there, once for each of them, else -1. Hot frames and what is wanted are sorted together by block, ``SIZE`` at
+    most: what is wanted comes right behind the frame that holds it, and equal blocks side by side.
     """
-    i_owner = tl.program_id(0).to(tl.int64)
-    i_row, o_wanted, o_hot = i_owner // groups, tl.arange(0, WANTED), tl.arange(0, HOT)
-    p_hot, p_asked = p_hot + i_owner * n_hot, p_asked + i_owner * n_hot
-    inside = o_wanted < n_wanted
-    place = tl.load(p_chosen + i_owner * n_wanted + o_wanted, mask=inside, other=-1).to(tl.int32)
+    i_owner, o_each = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    i_row, o_hot = i_owner // groups, o_each - n_wanted
+    p_hot, p_asked, p_missing = p_hot + i_owner * n_hot, p_asked + i_owner * n_hot, p_missing + i_owner * n_wanted
+    p_frame += i_owner * (n_wanted // TOP_K) * n_items
+    inside, is_hot = o_each < n_wanted, (o_hot >= 0) & (o_hot < n_hot)
+    place = tl.load(p_chosen + i_owner * n_wanted + o_each, mask=inside, other=-1).to(tl.int32)
     block = tl.where(place <= 0, 0, place + first_stored - 1)
     recent = tl.load(p_recent + i_row * n_ring + block % n_ring).to(tl.int32)
     far = (place > 0) & (recent != block)
-    wanted = tl.where(far, block, -3)
+    frame = tl.where(block == 0, 0, 1 + block % n_ring)
+    tl.store(p_frame + (o_each // TOP_K) * n_items + o_each % TOP_K, frame, mask=inside & (far == 0))
+    tl.store(p_missing + o_each, -1, mask=inside & (far == 0))
 
-    now = tl.max(tl.load(p_asked + o_hot, mask=o_hot < n_hot, other=0), axis=0) + 1
-    same, spare = hot_frames(p_hot, p_asked, o_hot, n_hot, wanted, now)
-    at = tl.max(tl.where(same, o_hot[None, :], -1), axis=1)
-    missing = far & (at < 0)
-    twin = (wanted[None, :] == wanted[:, None]) & (missing[None, :] & missing[:, None])
-    once = missing & (tl.min(tl.where(twin, o_wanted[None, :], WANTED), axis=1) == o_wanted)
-    turn = tl.cumsum(once.to(tl.int32), axis=0) - 1
-    turn = tl.max(tl.where(twin & once[None, :], turn[None, :], -1), axis=1)
+    now = tl.max(tl.load(p_asked + o_hot, mask=is_hot, other=0), axis=0) + 1
+    block = tl.where(far, block, tl.load(p_hot + o_hot, mask=is_hot, other=0))
+    order = tl.where(far | is_hot, (block << BITS) + tl.where(far, FRAMES + o_each, o_hot), LAST)
+    order = tl.sort(order)
+    block, entry = order >> BITS, (order & (2 * FRAMES - 1)).to(tl.int32)
+    is_hot, wanted = entry < FRAMES, (entry >= FRAMES) & (order != LAST)
+    behind = tl.gather(tl.where(wanted, block, -2), tl.minimum(o_each + 1, SIZE - 1), 0)
+    before = tl.where(o_each == 0, -2, tl.gather(block, tl.maximum(o_each - 1, 0), 0))
+    kept = is_hot & (behind == block)
+    latest = tl.associative_scan(tl.where(is_hot, order, -LAST), 0, higher_of)
+    at = tl.where(latest >> BITS == block, (latest & (2 * FRAMES - 1)).to(tl.int32), -1)
+    missing = wanted & (at < 0)
+    once = missing & (before != block)
 
-    if SLICE == HOT:
-        rank = tl.sum((spare[None, :] > spare[:, None]).to(tl.int32), axis=1)
-    else:
-        rank = tl.zeros((HOT,), tl.int32)
-        for i_slice in range(0, HOT, SLICE):
-            _, other = hot_frames(p_hot, p_asked, i_slice + tl.arange(0, SLICE), n_hot, wanted, now)
-            rank += tl.sum((other[None, :] > spare[:, None]).to(tl.int32), axis=1)
-    given = (rank[None, :] == turn[:, None]) & ((spare >= 0)[None, :] & missing[:, None])
-    at = tl.where(missing, tl.max(tl.where(given, o_hot[None, :], -1), axis=1), at)
-    new = tl.max(tl.where(given, wanted[:, None], -1), axis=0)
+    age = tl.minimum(now - tl.load(p_asked + entry, mask=is_hot, other=0), OLDEST).to(tl.int32)
+    spare = tl.where(is_hot & (kept == 0), age * FRAMES + FRAMES - 1 - entry, -1)
+    turn = tl.maximum(tl.cumsum(once.to(tl.int32), axis=0) - 1, 0)
+    given = FRAMES - 1 - tl.gather(tl.sort(spare, descending=True), turn, 0) % FRAMES
+    at = tl.where(missing, given, at)
     tl.debug_barrier()
-    tl.store(p_hot + o_hot, new.to(tl.int64), mask=(o_hot < n_hot) & (new >= 0))
-    tl.store(p_asked + o_hot, now + tl.zeros((HOT,), tl.int64), mask=(o_hot < n_hot) & ((new >= 0) | (spare < 0)))
+    tl.store(p_hot + at, block, mask=once)
+    tl.store(p_asked + at, now + tl.zeros((SIZE,), tl.int64), mask=wanted)
+    o_wanted, frame = entry - FRAMES, 1 + n_ring + at
+    tl.store(p_missing + o_wanted, tl.where(once, frame, -1), mask=wanted)
+    tl.store(p_frame + (o_wanted // TOP_K) * n_items + o_wanted % TOP_K, frame, mask=wanted)
 
-    frame = tl.where(far, 1 + n_ring + at, tl.where(block == 0, 0, 1 + block % n_ring))
-    tl.store(p_missing + i_owner * n_wanted + o_wanted, tl.where(once, frame, -1), mask=inside)
-    p_frame += i_owner * (n_wanted // TOP_K) * n_items
-    tl.store(p_frame + (o_wanted // TOP_K) * n_items + o_wanted % TOP_K, frame, mask=inside)
     own = tl.load(p_own + i_row).to(tl.int32)
     for i_near in range(n_near):
         near = tl.maximum(own - i_near, 0)
-        near = tl.where(near == 0, 0, 1 + near % n_ring) + tl.zeros((WANTED,), tl.int32)
-        tl.store(p_frame + o_wanted * n_items + TOP_K + i_near, near, mask=o_wanted < n_wanted // TOP_K)
-    found = tl.sum(((spare < 0) & (o_hot < n_hot)).to(tl.int64), axis=0)
+        near = tl.where(near == 0, 0, 1 + near % n_ring) + tl.zeros((SIZE,), tl.int32)
+        tl.store(p_frame + o_each * n_items + TOP_K + i_near, near, mask=o_each < n_wanted // TOP_K)
     fetched = tl.sum(once.to(tl.int64), axis=0)
-    tl.atomic_add(p_counted, found)
+    tl.atomic_add(p_counted, tl.sum(kept.to(tl.int64), axis=0))
     tl.atomic_add(p_counted + 1, fetched)
     tl.atomic_add(p_counted + 2, fetched)
 

@@ -13,7 +13,7 @@ from landmark.memory.frames import SomeNear
 from landmark.memory.plan import Grid
 from landmark.memory.positions import RotationTables, own_slot
 from landmark.memory.store import BlockStore
-from landmark.memory.triton.bring import COMPARED, copy_kernel, place_kernel
+from landmark.memory.triton.bring import copy_kernel, place_kernel
 from landmark.memory.triton.decode import CHUNK, best_kernel, read_kernel, score_kernel
 from landmark.memory.triton.filing import file_kernel
 from landmark.memory.triton.kernels import choice_kernel, chosen_kernel, shared_kernel
@@ -258,8 +258,7 @@ def _bring(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...] 
     with on_device(chosen.device):
         place_kernel[(batch * groups,)](
             chosen, grid.own, near.recent, near.hot, near.asked, near.counted, frames, missing, groups, wanted, items,
-            hot, ring, items - top_k, store.first, TOP_K=top_k, WANTED=max(LEAST_ROWS, power_of_two(wanted)),
-            HOT=power_of_two(hot), SLICE=min(power_of_two(hot), COMPARED // power_of_two(hot)), num_warps=WARPS,
+            hot, ring, items - top_k, store.first, TOP_K=top_k, SIZE=power_of_two(wanted + hot), num_warps=WARPS,
         )  # fmt: skip
         copy_kernel[(2 * missing.numel(),)](
             chosen, missing, addresses, near.keys, near.values, groups, wanted, batch, near.shelf.length, store.first,
