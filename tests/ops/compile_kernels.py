@@ -25,10 +25,9 @@ from landmark.memory.triton.launch import (
     PARTS,
     PEAKS,
     READ_STAGES,
-    READ_WARPS,
     SCORE_STAGES,
     WARPS,
-    registers,
+    read_warps,
     rows_of_choice,
 )
 from landmark.ops.triton import configs
@@ -105,8 +104,6 @@ def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None)
         if types[name].startswith("*") or name.endswith(("_stride", "_batch", "_head", "_group")):
             aligned[(index,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    if kernel is decode.read_kernel:
-        options["maxnreg"] = registers(block_size * dim * DTYPES[dtype].itemsize)
     source = ASTSource(kernel, types, fixed, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
@@ -158,7 +155,8 @@ def main(capability):
                     name = f"memory {kernel.__name__} {dtype} {dim} {block_size}"
                     found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed)
                 for kernel, stages in DECODE.items():
-                    warps = {decode.read_kernel: READ_WARPS, filing.file_kernel: FILE_WARPS}.get(kernel, WARPS)
+                    keys = block_size * dim * DTYPES[dtype].itemsize
+                    warps = {decode.read_kernel: read_warps(keys), filing.file_kernel: FILE_WARPS}.get(kernel, WARPS)
                     tiles = configs.Tiles(LEAST_ROWS, MARKS, warps, stages)
                     for fetched in (False, True) if "FETCHED" in kernel.arg_names else (False,):
                         fixed = decode_constants(kernel, dtype, dim, block_size, fetched)

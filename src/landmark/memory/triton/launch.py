@@ -28,9 +28,8 @@ WARPS = 4
 WAVES = 3  # programs of a multiprocessor that score landmarks
 PEAKS = (256, 1024)  # chunks that a choice looks at in one go
 READ_STAGES, SCORE_STAGES = 1, 3
-READ_WARPS = 4
+READ_WARPS, READ_BYTES = (2, 4), 2**14  # for keys of a block that are no larger, and for others
 FILE_WARPS = 1
-READ_REGISTERS, READ_BYTES = 96, 2**14  # of a thread, where a block's keys are no larger: 5 programs at once
 
 
 def choose_places(
@@ -188,7 +187,7 @@ def decode(
             gates, result, *_strides(query), *arenas[0].stride()[:2], *arenas[2].stride()[:2], groups, width,
             count, chunks, items, store.first, scale, **_turned(tables, query), **shape, BLOCK=store.block_size,
             WIDTH=power_of_two(store.block_size), STINGY=stingy, ITEMS=power_of_two(items), FETCHED=store.fetches,
-            num_warps=READ_WARPS, num_stages=READ_STAGES, maxnreg=registers(store.block_size * dim * query.itemsize),
+            num_warps=read_warps(store.block_size * dim * query.itemsize), num_stages=READ_STAGES,
         )  # fmt: skip
     found = slice(min(config.top_k, count))
     return result, chosen[..., found], gates[..., found]
@@ -288,9 +287,9 @@ def _strides(query: Tensor) -> tuple[int, int, int, int]:
     return row, group, repeat, place
 
 
-def registers(size: int) -> int | None:
-    """Returns how many registers a thread of ``read_kernel`` gets, for keys of a block of ``size`` bytes."""
-    return READ_REGISTERS if size <= READ_BYTES else None
+def read_warps(size: int) -> int:
+    """Returns how many warps ``read_kernel`` has for keys of a block of ``size`` bytes."""
+    return READ_WARPS[size > READ_BYTES]
 
 
 @cache
