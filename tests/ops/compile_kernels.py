@@ -25,10 +25,10 @@ from landmark.memory.triton.launch import (
     PARTS,
     PEAKS,
     READ_STAGES,
-    SCORE_STAGES,
     WARPS,
     read_warps,
     rows_of_choice,
+    stages_of_marks,
 )
 from landmark.ops.triton import configs
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
@@ -40,8 +40,7 @@ BY_DESCRIPTOR = {"forward_kernel": ("p_key", "p_value"), "query_gradient_kernel"
 ABSENT = ("p_start", "p_origin", "p_end", "p_chosen", "p_listed", "p_counts", "p_tiles", "p_borders")
 MEMORY = (memory.choice_kernel, memory.shared_kernel, memory.chosen_kernel)
 BRING = (bring.place_kernel, bring.copy_kernel)
-DECODE = {decode.score_kernel: SCORE_STAGES, decode.best_kernel: 3, decode.read_kernel: READ_STAGES}
-DECODE[filing.file_kernel] = 3
+DECODE = (decode.score_kernel, decode.best_kernel, decode.read_kernel, filing.file_kernel)
 IN_INT64 = {each: ("p_own", "p_first", "p_offset") for each in DECODE}
 IN_INT64 |= dict.fromkeys(BRING, ("p_own", "p_recent", "p_hot", "p_asked", "p_counted", "p_address"))
 IN_INT32 = ("p_own", "p_first", "p_distance", "p_chosen", "p_shared", "p_offset", "p_arrived", "p_frame", "p_missing")
@@ -71,12 +70,30 @@ def memory_constants(kernel, dtype, dim, block_size, rows):
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
-def decode_constants(kernel, dtype, dim, block_size, fetched=False):
+def variants(kernel, dtype):
+    """Landmarks at exact positions are turned, in float32; read blocks may have been fetched."""
+    if kernel in (decode.read_kernel, filing.file_kernel):
+        return ("", " fetched")
+    return ("", " turned") if kernel in (memory.choice_kernel, decode.score_kernel) and dtype == "bf16" else ("",)
+
+
+def decode_constants(kernel, dtype, dim, block_size, variant):
     shape = {"SHARED": True, **memory_constants(kernel, dtype, dim, block_size, LEAST_ROWS)}
     shape |= {"TOP_K": FUSED_TOP_K, "KEPT": FUSED_TOP_K, "RECENT": FUSED_TOP_K, "STINGY": True, "PEAKS": PEAKS[1]}
-    shape |= {"ITEMS": 2 * FUSED_TOP_K, "FETCHED": fetched, "PAIRS": False, "KEEP_FIRST": True, "EQUAL": False}
-    shape |= {"PRECISION": "parts", "QUERIES": LEAST_ROWS // PARTS} if dtype == "bf16" else {"QUERIES": LEAST_ROWS}
+    shape |= {"ITEMS": 2 * FUSED_TOP_K, "FETCHED": variant == " fetched", "PAIRS": False, "KEEP_FIRST": True}
+    shape |= {"EQUAL": False, "QUERIES": LEAST_ROWS}
+    if kernel is decode.score_kernel and dtype == "bf16" and not variant:
+        shape |= {"PRECISION": "parts", "QUERIES": LEAST_ROWS // PARTS}
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
+
+
+def decode_tiles(kernel, dim, block_size, dtype, marks):
+    stages = 3
+    if kernel is decode.score_kernel:
+        stages = stages_of_marks(decode.CHUNK.value * dim * marks.itemsize)
+    if kernel is decode.read_kernel:
+        return configs.Tiles(LEAST_ROWS, MARKS, read_warps(block_size * dim * dtype.itemsize), READ_STAGES)
+    return configs.Tiles(LEAST_ROWS, MARKS, FILE_WARPS if kernel is filing.file_kernel else WARPS, stages)
 
 
 def bring_constants(kernel, dim, block_size, wanted, hot):
@@ -85,7 +102,7 @@ def bring_constants(kernel, dim, block_size, wanted, hot):
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
-def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None):
+def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None, marks=None):
     fixed = fixed or constants(kernel, tiles, dim, block_size)
     described = BY_DESCRIPTOR.get(kernel.__name__, ("p_query", "p_grad")) if tiles.tma else ()
     rows = tiles.rows if "p_query" in described else fixed.get("BLOCKS", 0) * fixed.get("WIDTH", 0)
@@ -98,6 +115,7 @@ def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None)
             types[name] = f"tensordesc<{dtype}[1, 1, {rows}, {dim}]>"
         elif name.startswith("p_"):
             types[name] = "*fp32" if name in IN_FLOAT32 else "*i32" if name in IN_INT32 else f"*{dtype}"
+            types[name] = f"*{marks}" if marks and name == "p_mark" else types[name]
             types[name] = "*i64" if name in IN_INT64.get(kernel, ()) else "*i1" if name == "p_valid" else types[name]
         elif name in ("scale", "factor"):
             types[name] = "fp32"
@@ -149,19 +167,22 @@ def main(capability):
                     continue
                 for kernel in MEMORY:
                     whole = torch.empty(1, 1, 1, 1, MOST_ROWS, dim)
-                    rows = rows_of_choice(whole) if kernel is memory.choice_kernel else MOST_ROWS
-                    tiles = configs.Tiles(rows, MARKS, WARPS, 3)
+                    chooses = kernel is memory.choice_kernel
+                    rows = rows_of_choice(whole) if chooses else MOST_ROWS
                     fixed = memory_constants(kernel, dtype, dim, block_size, rows)
-                    name = f"memory {kernel.__name__} {dtype} {dim} {block_size}"
-                    found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed)
-                for kernel, stages in DECODE.items():
-                    keys = block_size * dim * DTYPES[dtype].itemsize
-                    warps = {decode.read_kernel: read_warps(keys), filing.file_kernel: FILE_WARPS}.get(kernel, WARPS)
-                    tiles = configs.Tiles(LEAST_ROWS, MARKS, warps, stages)
-                    for fetched in (False, True) if "FETCHED" in kernel.arg_names else (False,):
-                        fixed = decode_constants(kernel, dtype, dim, block_size, fetched)
-                        name = f"decode {kernel.__name__} {dtype} {dim} {block_size}" + " fetched" * fetched
-                        found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed)
+                    for variant in variants(kernel, dtype):
+                        marks = "fp32" if variant else dtype
+                        stages = stages_of_marks(MARKS * dim * (DTYPES[marks].itemsize + 4)) if chooses else 3
+                        tiles = configs.Tiles(rows, MARKS, WARPS, stages)
+                        name = f"memory {kernel.__name__} {dtype} {dim} {block_size}{variant}"
+                        found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed, marks)
+                for kernel in DECODE:
+                    for variant in variants(kernel, dtype):
+                        marks = "fp32" if variant == " turned" else dtype
+                        fixed = decode_constants(kernel, dtype, dim, block_size, variant)
+                        tiles = decode_tiles(kernel, dim, block_size, DTYPES[dtype], DTYPES[marks])
+                        name = f"decode {kernel.__name__} {dtype} {dim} {block_size}{variant}"
+                        found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed, marks)
                 copied = bring_constants(bring.copy_kernel, dim, block_size, 0, 0)
                 found[f"bring copy_kernel {dtype} {dim} {block_size}"] = shared_memory(
                     bring.copy_kernel, BRING_TILES, dtype, dim, block_size, capability, copied

@@ -294,5 +294,5 @@ def test_compiles_for_cards_that_are_not_here(capability, shared):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert len(found) == 99 + 2 * (capability == 90)  # the pipelined forward pass, in both dtypes
+    assert len(found) == 107 + 2 * (capability == 90)  # the pipelined forward pass, in both dtypes
     assert {name: taken for name, taken in found.items() if taken > shared * 1024} == {}

@@ -68,6 +68,7 @@ def choose_places(
             ROWS=rows, MARKS=MARKS, TOP_K=config.top_k, KEPT=kept_of(config.top_k),
             RECENT=config.top_k if stingy else 0, EQUAL=store.shared_landmark, KEEP_FIRST=config.local == "blocks",
             PRECISION=_precision(query), num_warps=WARPS,
+            num_stages=stages_of_marks(MARKS * query.shape[-1] * (marks.itemsize + 4)),
         )  # fmt: skip
     chosen = chosen[..., : min(config.top_k, count)]
     return chosen.clamp(min=0), chosen >= 0
@@ -222,7 +223,7 @@ def _scored(
             config.max_blocks or ALL_BLOCKS, scale, **_turned(tables, query),
             ROWS=rows, QUERIES=rows // parts, KEPT=kept, RECENT=config.top_k if stingy else 0,
             EQUAL=store.shared_landmark, KEEP_FIRST=config.local == "blocks", PRECISION=precision, num_warps=WARPS,
-            num_stages=SCORE_STAGES,
+            num_stages=stages_of_marks(CHUNK.value * marks.shape[-1] * marks.itemsize),
         )  # fmt: skip
     return scores, peaks, recent, arrived
 
@@ -315,6 +316,14 @@ def _turned(tables: RotationTables, query: Tensor) -> dict[str, Any]:
 def rows_of_choice(query: Tensor) -> int:
     """Returns the rows of a tile of the choice: products in float32 take much shared memory."""
     return max(LEAST_ROWS, min(_rows(query), CHOICE_NUMBERS // power_of_two(query.shape[-1])))
+
+
+def stages_of_marks(size: int) -> int:
+    """Returns how many stages a loop over tiles of landmarks has, for such of ``size`` bytes with any copy in float32.
+
+    Two large tiles on their way at once would exceed the 99 KiB of shared memory of some cards.
+    """
+    return MARK_STAGES if size <= MARK_BYTES else 1
 
 
 def _rows(query: Tensor) -> int:
