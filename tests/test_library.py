@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 import landmark.library
 from landmark import Library, remember
@@ -21,8 +22,8 @@ def subject():
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.setattr(landmark.library, "SAVE_TOKENS", 50)
-    for name, times in (("a.txt", 12), ("b.txt", 5)):
-        (tmp_path / name).write_text("\n".join(f"{number} {WORDS}" for number in range(times)), encoding="utf-8")
+    for name, numbers in (("a.txt", range(12)), ("b.txt", range(12, 17))):
+        (tmp_path / name).write_text("\n".join(f"{number} {WORDS}" for number in numbers), encoding="utf-8")
     return [tmp_path / "a.txt", tmp_path / "b.txt"]
 
 
@@ -81,6 +82,9 @@ def test_further_files_are_added(subject, files, tmp_path):
     seen = []
     library = remember(files, tmp_path / "memory", subject, progress=seen.append)
     assert 0 < seen[-1].read < seen[-1].total
+    opened = Library.open(tmp_path / "memory", subject).reading
+    assert opened.sources == library.reading.sources
+    assert torch.equal(opened.ids, library.reading.ids) and torch.equal(opened.spans, library.reading.spans)
     found = library.ask(QUESTION)  # cut elsewhere while it was read: rounded otherwise
     assert found.answer == expected.answer
     for ours, theirs in zip(found.steps, expected.steps, strict=True):

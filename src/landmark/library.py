@@ -20,6 +20,7 @@ from landmark.memory.archive import STATE, Archive
 from landmark.memory.saved import as_bytes
 
 SAVE_TOKENS = 1 << 16  # read between two moments at which all that was read is on the disk
+TOKEN_BYTES, SPAN_BYTES = 4, 16  # of one in its stream
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,18 @@ class Library:
         """Saves what is remembered; raises as ``LandmarkCache.save``."""
         sources = [{"name": each.name, "characters": len(each.text)} for each in self.reading.sources]
         streams = {
-            "characters": "".join(each.text for each in self.reading.sources).encode(),
-            "tokens": bytes(as_bytes(self.reading.ids.int())),
-            "spans": bytes(as_bytes(self.reading.spans.contiguous())),
+            "characters": self._characters,
+            "tokens": lambda kept: bytes(as_bytes(self.reading.ids[kept // TOKEN_BYTES :].int())),
+            "spans": lambda kept: bytes(as_bytes(self.reading.spans[kept // SPAN_BYTES :].contiguous())),
         }
         notes = {"sources": sources, "model": self.subject.name, "tokenizer": _hash(self.subject.tokenizer)}
         self.memory.save(self.folder, notes=notes, streams=streams)
+
+    def _characters(self, kept: int) -> bytes:
+        """Those of the sources that came since the last save, which are whole."""
+        saved = self.memory.saved
+        known = len(saved.notes["sources"]) if kept and saved is not None else 0
+        return "".join(each.text for each in self.reading.sources[known:]).encode()
 
     def ask(self, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> Explanation:
         """Asks on a fork of the memory, which stays as it is.

@@ -14,7 +14,7 @@ from transformers import Cache
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
-from landmark.hf.saved import Saved, open_saved, save
+from landmark.hf.saved import Saved, Streams, open_saved, save
 from landmark.memory.index import check_index
 from landmark.memory.layer import RECENT_BLOCKS, LayerMemory
 from landmark.memory.plan import oldest_needed
@@ -237,9 +237,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """The decoder that read last, ``None`` if there is none any more."""
         return None if self._decoder is None else self._decoder()
 
-    def save(
-        self, folder: str | Path, *, notes: dict[str, Any] | None = None, streams: dict[str, bytes] | None = None
-    ) -> None:
+    def save(self, folder: str | Path, *, notes: dict[str, Any] | None = None, streams: Streams | None = None) -> None:
         """Saves the memory of one row to a folder, or to its own folder (opened from, saved to) what came since.
 
         When this returns, all is on the disk; when it is interrupted, the folder holds what it held before.
@@ -247,7 +245,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         Args:
             folder: a new or empty one, or that of this memory.
             notes: JSON to keep beside it, instead of what was kept so far.
-            streams: bytes to keep beside it, by name; each begins with what was kept of it so far.
+            streams: bytes to keep beside it, by name: each is a function that is given how many bytes the folder keeps
+                of it so far, and returns those that come behind them.
 
         Raises:
             ValueError: several rows, a memory that was cropped since it was saved, a folder that holds something else,

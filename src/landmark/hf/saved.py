@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 SET_MODEL = "set the model's with configure_landmark"
 IDS = "text-ids"
+Streams = dict[str, Callable[[int], bytes]]  # what comes behind so many bytes, by name
 SAMPLES = 64  # of each parameter, for the fingerprint
 
 
@@ -61,7 +63,7 @@ def fingerprint(decoder: Any) -> str:
     return found.hexdigest()
 
 
-def save(cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None, streams: dict[str, bytes]) -> None:
+def save(cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None, streams: Streams) -> None:
     """As ``LandmarkCache.save``."""
     folder, decoder = Path(folder), cache.decoder
     if len(cache.tokens) != 1 or cache.tokens[0] == 0:
@@ -86,16 +88,14 @@ def save(cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None,
     cache.saved, cache.rewound = saved, False
 
 
-def _write(
-    cache: LandmarkCache, saved: Saved, decoder: Any, notes: dict[str, Any] | None, streams: dict[str, bytes]
-) -> None:
+def _write(cache: LandmarkCache, saved: Saved, decoder: Any, notes: dict[str, Any] | None, streams: Streams) -> None:
     """Appends what the folder lacks, and commits."""
     archive, blocks = saved.archive, cache.slots[0] // cache.settings.block_size
     for layer, memory in zip(saved.layers, cache.made(), strict=True):
         memory.store.save(layer, blocks)
     archive.append(IDS, as_bytes(cache.ids()[archive.length(IDS) // 4 :].contiguous()))
-    for name, data in streams.items():
-        archive.append(f"kept-{name}", data[archive.length(f"kept-{name}") :])
+    for name, behind in streams.items():
+        archive.append(f"kept-{name}", behind(archive.length(f"kept-{name}")))
     manifest, tail, tensors = _manifest(cache, decoder, saved), f"tail-{archive.commits + 1}", _tails(cache, blocks)
     manifest["notes"] = archive.manifest.get("notes", {}) if notes is None else notes
     manifest["tail"] = {"stream": tail, "tensors": [_described(name, each) for name, each in tensors.items()]}
