@@ -23,11 +23,12 @@ ALL_BLOCKS = 2**30
 MARKS = 64
 MOST_ROWS, LEAST_ROWS = 64, 16
 CHOICE_NUMBERS = 2**12
+MARK_STAGES, MARK_BYTES = 3, 3 * 2**14
 PARTS, MOST_STACKED = 4, 32  # rows of a product for a query in three parts of bfloat16, and for all queries
 WARPS = 4
 WAVES = 3  # programs of a multiprocessor that score landmarks
 PEAKS = (256, 1024)  # chunks that a choice looks at in one go
-READ_STAGES, SCORE_STAGES = 1, 3
+READ_STAGES = 1
 READ_WARPS, READ_BYTES = (2, 4), 2**14  # for keys of a block that are no larger, and for others
 FILE_WARPS = 1
 
