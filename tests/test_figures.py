@@ -1,4 +1,4 @@
-"""The tables of README, of the model cards and of archives say what was recorded, and nothing else."""
+"""The tables of README, of the model cards and of memories say what was recorded, and nothing else."""
 
 import json
 import sys
@@ -51,3 +51,33 @@ def test_the_table_of_archives() -> None:
         strict=True,
     ):
         assert all(cell.strip().startswith(each) for cell, each in zip(line[1:], said, strict=False)), line
+
+
+def memory_page() -> str:
+    return (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+
+
+def recorded(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_table_of_decoding() -> None:
+    for row in recorded("decode")["rows"]:
+        kernels, layer, dense = (1e3 * row[f"{name}_graph_ms"] for name in ("kernels", "layer", "dense"))
+        cells = (f"{row['slots']:,}", f"{kernels:.1f}", f"{layer:.1f}", f"{dense:.0f}", f"{dense / kernels:.1f}")
+        bytes_read = (f"{row[name] / 1e6:.1f}" for name in ("bytes", "least_bytes"))
+        assert f"| {' | '.join((*cells, *bytes_read))} |" in memory_page()
+
+
+def test_the_table_of_whole_models() -> None:
+    rows = [row for part in recorded("generate")["rows"].values() for row in part]
+    lines = [line for line in memory_page().splitlines() if line.startswith(("| 1B", "| 8B", "| bundled"))]
+    assert len(lines) == len(rows) > 10
+    for line, row in zip(lines, rows, strict=True):
+        who = "stock" if row["attention"] == "stock" else f"landmark, {row['tier']}"
+        cells = [row["model"], f"{row['tokens']:,}", who, f"{row['ms']:.1f}", f"{row['tokens_per_second']:.0f}"]
+        if who.endswith("host"):
+            cells += [f"{100 * row['hit_rate']:.0f} %", f"{row['host_bytes'] / 1e6:.1f}"]
+        assert line.startswith(f"| {' | '.join(cells)} |")
+        if "device_bytes" in row:
+            assert line.endswith(f"| {row['device_bytes'] / 2**20:,.0f} |")

@@ -71,7 +71,8 @@ class Watched:
 
 
 def draw(chance: random.Random) -> LandmarkConfig:
-    block_size = chance.randint(2, 5)
+    """Blocks of at least two tokens: those of one tie exactly where layers below see nothing else."""
+    block_size = chance.randint(3, 6)
     return LandmarkConfig(
         block_size=block_size,
         top_k=chance.randint(1, 3),
