@@ -69,6 +69,17 @@ def test_the_table_of_decoding() -> None:
         assert f"| {' | '.join((*cells, *bytes_read))} |" in memory_page()
 
 
+def test_readme_quotes_decoding() -> None:
+    rows, page = recorded("decode")["rows"], (ROOT / "README.md").read_text(encoding="utf-8")
+    for line, name, form in (
+        ("slots remembered", "slots", "{:,}"),
+        ("landmarks, `top_k` 16", "kernels_graph_ms", "{:.1f}"),
+        ("dense", "dense_graph_ms", "{:.0f}"),
+    ):
+        cells = [form.format(row[name] * (1 if name == "slots" else 1e3)) for row in rows]
+        assert f"| {line} | {' | '.join(cells)} |" in page
+
+
 def test_the_table_of_whole_models() -> None:
     rows = [row for part in recorded("generate")["rows"].values() for row in part]
     lines = [line for line in memory_page().splitlines() if line.startswith(("| 1B", "| 8B", "| bundled"))]

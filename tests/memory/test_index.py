@@ -72,7 +72,7 @@ class Watched:
 
 def draw(chance: random.Random) -> LandmarkConfig:
     """Blocks of at least two tokens: those of one tie exactly where layers below see nothing else."""
-    block_size = chance.randint(3, 6)
+    block_size = chance.randint(3, 5)
     return LandmarkConfig(
         block_size=block_size,
         top_k=chance.randint(1, 3),
@@ -95,7 +95,7 @@ def history(seed: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Hist
     torch.manual_seed(seed)
     found = History(model, chance.randint(1, 3), chance)
     found.cache = LandmarkCache(model.config, index=kind)
-    for _ in range(chance.randint(5, 13)):
+    for _ in range(chance.randint(10, 18)):
         chance.choice((found.feed, found.feed, found.feed, found.crop, found.reorder, found.fork))()
     found.feed()
     return found, settings, family, kv_heads
@@ -238,6 +238,18 @@ def test_exact_scores_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) ->
         found = model(models.text(20)[None], past_key_values=cache).logits
     assert len(taken) > 20 and max(taken) * COPIES <= budget
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_what_was_dropped_is_not_found_where_every_block_may_be_read() -> None:
+    """``max_blocks`` may reach farther back than the first block."""
+    held = store.BlockStore(4)
+    held.reserve(6, torch.zeros(1, 1, 1, 8))
+    held.landmark_keys[:] = torch.arange(6.0)[None, None, :6, None]
+    row = index.RowIndex("faiss-flat", 1, 8)
+    row.follow(held, 0, 6)
+    row.follow(held, 0, 4)  # cropped
+    _, blocks = row.search(torch.ones(1, 1, 8), 2, lowest=-3, keep_first=True)
+    assert blocks.tolist() == [[[3, 2]]]
 
 
 def test_what_was_evicted_leaves_the_index(monkeypatch: pytest.MonkeyPatch) -> None:

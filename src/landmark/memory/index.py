@@ -227,7 +227,7 @@ class RowIndex:
 
     def search(self, query: Tensor, count: int, lowest: int | None, keep_first: bool) -> tuple[Tensor, Tensor]:
         """As ``LandmarkIndex.search``, for queries ``(G, M, D)`` that may all read the same blocks."""
-        allowed = self.blocks >= (0 if lowest is None else lowest)
+        allowed = self.blocks >= max(0, lowest or 0)  # what was dropped is -1
         if keep_first:
             allowed = allowed | (self.blocks == 0)
         scores = query.new_full((*query.shape[:2], count), -torch.inf)
