@@ -82,11 +82,12 @@ class Steps:
             if self._steady < WARM_UP:
                 return None
             try:
-                self._captured = capture(call, decoder, embeds)
-                require_states_alone(self._captured.output)
+                captured = capture(call, decoder, embeds)
+                require_states_alone(captured.output)
             except RuntimeError:  # a stock layer that asks the device something, more that is wanted, or no memory
                 self._refused = True
                 return None
+            self._captured = captured
         self._captured.embeds.copy_(embeds)
         refresh(self._captured.plan, call.plan)
         self._captured.graph.replay()
