@@ -18,7 +18,7 @@ from landmark.memory.shelf import Shelf
 from landmark.memory.tiers import Tiers, Traffic
 
 HOT_BLOCKS = 128  # of each row and key/value head, where no budget is given
-MOST_HOT_BLOCKS = 512  # of each row and key/value head, whatever the budget
+MOST_HOT_BLOCKS = 512  # of each row and key/value head, whatever the budget; a power of two
 MANY = 2**32  # more than there are blocks
 
 

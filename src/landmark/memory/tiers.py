@@ -15,9 +15,9 @@ class Tiers:
     Attributes:
         tier: ``device`` keeps all blocks beside the computation, ``host`` in the memory of the CPU (pinned where there
             is CUDA), ``disk`` in files. Landmark keys stay on the device.
-        device_bytes: of blocks beside the computation that were read lately, over all layers (``None``: 64 blocks for
-            each row and key/value head). The blocks of the call in progress and the local ones come on top, as do,
-            while a call needs them, more blocks than there is room for.
+        device_bytes: of blocks beside the computation that were read lately, over all layers (``None``: 128 blocks for
+            each row and key/value head; 512 at most). The blocks of the call in progress and the local ones come on
+            top, as do, while a call needs them, more blocks than there is room for.
         host_bytes: of blocks in the memory of the CPU, over all layers; when they are full, the oldest move down.
             ``None``: no limit for tier ``host``, none at all for tier ``disk``.
         folder: where the files of tier ``disk`` lie, ``None`` for the system's folder of temporary files. They have no

@@ -11,11 +11,12 @@ An *owner* is a row and key/value head; what it wants is what its queries chose.
 import triton
 import triton.language as tl
 
+from landmark.memory.frames import MOST_HOT_BLOCKS
 from landmark.memory.triton.kernels import ALIGNED
 
 OLDEST = tl.constexpr(2**20)  # turns: what was not asked for longer is as old
-FRAMES = tl.constexpr(512)  # hot ones of an owner, at most
-BITS = tl.constexpr(10)  # that number one of them, or what is wanted
+FRAMES = tl.constexpr(MOST_HOT_BLOCKS)  # hot ones of an owner, at most: a power of two
+BITS = tl.constexpr(MOST_HOT_BLOCKS.bit_length())  # that number one of them, or what is wanted
 LAST = tl.constexpr(2**63 - 1)
 # Arguments of the kernels for whose values nothing is compiled anew.
 NUMBERS = (
