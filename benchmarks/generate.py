@@ -38,6 +38,7 @@ from landmark.data.text import read_documents
 from landmark.eval.fillers import tokenize
 from landmark.eval.subjects import load
 from landmark.memory.triton import launch
+from landmark.memory.triton.decode import CHUNK as SCORED
 from landmark.versions import versions
 
 SHAPES = {
@@ -45,7 +46,8 @@ SHAPES = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
 }
 HEADS, GROUPS, VOCAB, BLOCK, TOP_K = 32, 8, 32000, 64, 16
-CHUNK = 4032
+CHUNK = 2016
+CHUNK_OF_SCORES = SCORED.value
 WARM_UP, TIMED, LEFT_OUT = 70, 136, 8  # tokens; they close two blocks each time
 STOCK_WARM_UP, STOCK_TIMED = 10, 32
 REAL_TOKENS, PROMPT = 128_000, 8
@@ -168,7 +170,8 @@ def landmark_row(model: Any, tokens: int, tier: str) -> dict[str, Any]:
         when = "" if begin else "tenth_"
         row |= {f"{when}device_bytes": device, f"{when}mark_bytes": marks}
     row |= {"read_seconds": time.perf_counter() - begun, "host_bytes_held": cache.nbytes("host")}
-    return row | timed(model, ids, cache)
+    row |= timed(model, ids, cache)
+    return row | {"generating_device_bytes": allocated() - before - ids.nbytes}
 
 
 def of_shape(shape: str, sizes: list[tuple[int, tuple[str, ...]]]) -> Iterator[dict[str, Any]]:
@@ -245,7 +248,7 @@ def recorded(model: Any, ids: Tensor, cache: LandmarkCache, text: Tensor) -> dic
 
 def replayed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The 8B shape chooses what the bundled model chose; layer and head ``i`` what ``i`` modulo their number did."""
-    choices = torch.load(options.recorded)
+    choices = {layer: blocks.to(DEVICE) for layer, blocks in torch.load(options.recorded).items()}
     model = landmark.convert(random_model("8B"), block_size=BLOCK, chunk_tokens=CHUNK).eval()
     for tier in ("device", "host"):
         ids, cache = random_ids(REAL_TOKENS + PROMPT), LandmarkCache(model, tier)
@@ -267,27 +270,29 @@ def choosing(model: Any, cache: LandmarkCache, choices: dict[int, Tensor]) -> It
     latest_from = (slots // BLOCK - settings.local_blocks - settings.top_k)[:, None, None, None]
     known: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
-    def of_every_step(layer: int, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def of_every_step(layer: int, heads: torch.Size, latest_width: int, width: int) -> tuple[Tensor, ...]:
         """Scores, the best of each chunk, and scores of the latest."""
-        blocks = choices[layer % len(choices)].to(DEVICE)
-        blocks = blocks[:, torch.arange(HEADS) % blocks.shape[1]].view(steps, *like[0].shape[1:3], -1)
+        blocks = choices[layer % len(choices)]
+        blocks = blocks[:, torch.arange(HEADS, device=DEVICE) % blocks.shape[1]].view(steps, *heads, -1)
         latest, parts = blocks >= latest_from, []
-        for places, there, width in (
-            (blocks, ~latest & (blocks >= 0), like[0].shape[-1]),
-            (blocks - latest_from, latest, like[2].shape[-1]),
+        for places, there, wide in (
+            (blocks, ~latest & (blocks >= 0), width),
+            (blocks - latest_from, latest, latest_width),
         ):
-            room = torch.full((*blocks.shape[:3], width + 1), -torch.inf, device=DEVICE)
-            room.scatter_(-1, torch.where(there, places, width), 1.0)
-            parts.append(room[..., :width].contiguous())
-        return parts[0], parts[0].unflatten(-1, (like[1].shape[-1], -1)).amax(-1), parts[1]
+            room = torch.full((*blocks.shape[:3], wide + 1), -torch.inf, device=DEVICE)
+            room.scatter_(-1, torch.where(there, places, wide), 1.0)
+            parts.append(room[..., :wide].contiguous())
+        return parts[0], parts[0].unflatten(-1, (-1, CHUNK_OF_SCORES)).amax(-1), parts[1]
 
     def replaced(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         found = scored(query, *rest)
         key, layer[0] = (layer[0], found[0].shape[-1]), (layer[0] + 1) % len(cache.memories)
         if query.shape[4] > 1:
             return found
-        if key not in known:
-            known[key] = of_every_step(key[0], found)
+        if key not in known:  # also for the graph that may be captured next, which scores all places
+            places = cache.memories[key[0]].store.places
+            for width in (key[1], -(-places // CHUNK_OF_SCORES) * CHUNK_OF_SCORES):
+                known[key[0], width] = of_every_step(key[0], found[0].shape[1:3], found[2].shape[-1], width)
         return *(each.index_select(0, now) for each in known[key]), found[3]
 
     def counted(self: Any, embeds: Tensor, *rest: Any, **named: Any) -> Any:

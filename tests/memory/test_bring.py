@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from landmark import LandmarkConfig
+from landmark.memory.extents import HostExtent
 from landmark.memory.plan import make_plan, move
 from landmark.memory.store import BlockStore
 from landmark.memory.tiers import Tiers
@@ -87,3 +88,18 @@ def of(tensor, frames):
     rows = torch.arange(batch, device=DEVICE).view(-1, 1, 1, 1, 1, 1)
     heads = torch.arange(groups, device=DEVICE).view(1, -1, 1, 1, 1, 1)
     return tensor[rows, heads, frames.long().clamp(0, tensor.shape[2] - 1)]
+
+
+@pytest.mark.skipif(not ON_GPU, reason="nothing is in flight on a CPU")
+def test_what_a_kernel_may_still_read_is_not_given_out_anew():
+    """Pinned memory of an extent that came from an archive, so that no copy of a GPU has touched it."""
+    shape = (2, 1, 1, 2, LENGTH, DIM)
+    extent = HostExtent(shape, torch.float32)
+    extent.fill(torch.randn(shape))
+    begin = extent.address(torch.device(DEVICE))[0]
+    torch.cuda._sleep(10**9)
+    del extent
+    while_it_runs = HostExtent(shape, torch.float32)
+    assert while_it_runs.address(torch.device(DEVICE))[0] != begin
+    torch.cuda.synchronize()
+    assert HostExtent(shape, torch.float32).address(torch.device(DEVICE))[0] == begin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import os
@@ -22,8 +23,9 @@ from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
 from landmark.memory import extents, frames, layer, shelf, store
 from landmark.memory.plan import make_plan
+from landmark.memory.shelf import Shelf
 from landmark.memory.store import BlockStore
-from landmark.memory.tiers import Tiers
+from landmark.memory.tiers import Tiers, Traffic
 
 CASES, ALWAYS = 320, {*range(15), 208}  # 208 moves an extent down while it is copied
 LAYERS = 2
@@ -254,6 +256,52 @@ def test_the_device_holds_no_more_when_the_memory_grows(budgets: dict[str, Any],
     else:
         assert max(host) <= budgets.get("host_bytes", 0)
         assert cache.traffic.written_disk >= disk[-1]
+
+
+@torch.no_grad()
+def test_what_a_long_call_needed_near_is_given_back() -> None:
+    """The next short call leaves no more frames than if there had been no long one."""
+    held = []
+    for tokens in (6, 30):
+        model = models.landmark_model("llama", settings().replace(chunk_tokens=tokens))
+        cache = model.read(models.text(300)[None], cache=LandmarkCache(model.config, "host"))
+        for _ in range(2):
+            held.append([memory.store.near.nbytes("device") for memory in cache.made()])
+            model(models.text(1)[None], past_key_values=cache)
+    for short, after_short, long, after_long in zip(*held, strict=True):
+        assert after_long <= after_short <= short < long
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_addresses_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told piece by piece of what moved, a shelf gives the addresses that it would give at once."""
+    monkeypatch.setattr(shelf, "EXTENT_BYTES", 2 * HEADS * 2 * SIZE * DIM * 4)
+    chance, rows, blocks = random.Random(seed), 2, 0
+    made, cpu = Shelf(Tiers("host"), Traffic()), torch.device("cpu")
+    forks = []
+    for _ in range(30):
+        do = chance.choice(("write", "write", "write", "again", "drop", "rows", "fork"))
+        if do == "write" or blocks == 0:
+            for row in range(rows):
+                data = torch.randn(1, HEADS, 2, SIZE, DIM)
+                made.write(torch.tensor([row]), torch.tensor([blocks]), data, rows)
+            blocks += 1
+        elif do == "again":
+            made.write(torch.tensor([0]), torch.tensor([blocks - 1]), torch.randn(1, HEADS, 2, SIZE, DIM), rows)
+        elif do == "drop":
+            made.drop(blocks // 2)
+        elif do == "rows":
+            rows = chance.choice((1, 2, 3))
+            made.select_rows(torch.tensor([chance.randrange(len(made.rows[0])) for _ in range(rows)]))
+        else:
+            forks.append(made)
+            made = copy.deepcopy(made)
+        other = copy.deepcopy(made)
+        other._move_all()
+        found, right = made.addresses(cpu), other.addresses(cpu)
+        assert found is not None and right is not None
+        assert torch.equal(found[: len(made.extents)], right[: len(made.extents)])
+    assert len(made.extents) > 4
 
 
 def test_the_null_implementation_moves_nothing() -> None:

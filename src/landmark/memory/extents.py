@@ -36,8 +36,12 @@ class HostExtent:
         """Bytes that it takes."""
         return self._blocks.numel() * self._blocks.itemsize
 
-    def address(self) -> tuple[int, int, int]:
-        """Returns where it begins, bytes from one row to the next, and from one block to the next."""
+    def address(self, device: torch.device) -> tuple[int, int, int]:
+        """Returns where it begins, bytes from one row to the next, and from one block to the next.
+
+        Kernels of the current stream of ``device`` may read there until this extent is let go of, and end after that.
+        """
+        self._blocks.flatten()[:1].to(device, non_blocking=True)  # so the allocator of pinned memory knows the stream
         block, row, *_ = self._blocks.stride()
         return self._blocks.data_ptr(), row * self._blocks.itemsize, block * self._blocks.itemsize
 

@@ -20,6 +20,7 @@ from landmark.memory.tiers import Tiers, Traffic
 HOT_BLOCKS = 128  # of each row and key/value head, where no budget is given
 MOST_HOT_BLOCKS = 512  # of each row and key/value head, whatever the budget; a power of two
 MANY = 2**32  # more than there are blocks
+SPARE_RING = 4  # a ring more than so many times as long as a call needs is made shorter
 
 
 class SomeNear:
@@ -77,10 +78,10 @@ class SomeNear:
         if plan.spans == self._spans:
             return
         first, last = torch.tensor(plan.spans).T
-        self._recent.masked_fill_(self._recent > first[:, None], -1)  # cropped, or of a call that failed
+        self._forget_from(first)
         span = int((last - first).max()) + 1 + self.local_blocks
-        if span > self._recent.shape[1]:
-            self._widen(span, first)
+        if not span <= self._recent.shape[1] <= SPARE_RING * span:
+            self._resize(span, first)
         ring = self._recent.shape[1]
         rows = torch.arange(len(first))
         started = (torch.tensor(plan.within) > 0) & (first > 0)
@@ -115,16 +116,13 @@ class SomeNear:
         data, batch = torch.stack((self.keys[rows, :, frames], self.values[rows, :, frames]), dim=2), len(self.recent)
         closed_rows, closed_blocks = torch.tensor(self._closed).T  # known without asking the device
         self.shelf.write(closed_rows, closed_blocks, data, batch)
-        row_of = torch.arange(batch, device=rows.device).repeat_interleave(len(self.hot) // batch)[:, None]
-        written_anew = torch.isin(row_of * MANY + self.hot, rows * MANY + blocks)
-        self.hot.masked_fill_(written_anew, -1)
 
     def resume(self, saved: SavedLayer, first: int, tail: Tensor) -> None:
         """As ``Near.resume``: reads block 0 alone."""
         self.first = first
         self.shelf.adopt(saved)
         own = torch.tensor([saved.count])
-        self._widen(1 + self.local_blocks, own)
+        self._resize(1 + self.local_blocks, own)
         self._recent[0, saved.count % self._recent.shape[1]] = saved.count
         self._show_recent()
         frames = [(self._recent_frame(own), tail[None])]
@@ -203,8 +201,17 @@ class SomeNear:
     def _recent_frame(self, blocks: Tensor) -> Tensor:
         return torch.where(blocks == 0, 0, 1 + blocks % self.recent.shape[1])
 
-    def _widen(self, ring: int, own: Tensor) -> None:
-        """Makes the ring longer; ``own (B,)`` is the latest block of each row."""
+    def _forget_from(self, first: Tensor) -> None:
+        """Forgets what frames hold of later blocks than ``first (B,)``: cropped, or of a call that failed."""
+        later = self._recent > first[:, None]
+        if not bool(later.any()):
+            return
+        self._recent.masked_fill_(later, -1)
+        first_of = first.repeat_interleave(self.keys.shape[1])[:, None].to(self.hot.device)
+        self.hot.masked_fill_(self.hot >= first_of, -1)
+
+    def _resize(self, ring: int, own: Tensor) -> None:
+        """Makes the ring as long as that; ``own (B,)`` is the latest block of each row."""
         rows, frames = (self._recent > (own - ring)[:, None]).nonzero(as_tuple=True)
         blocks = self._recent[rows, frames]
         rows, frames, blocks = (each[blocks > 0] for each in (rows, frames, blocks))

@@ -37,8 +37,7 @@ class Shelf:
         self.file: BlockFile | None = None
         self._bytes: Counter[str] = Counter()  # of the extents, by tier
         self._addresses: Tensor | None = None  # as `addresses` gives them
-        self._moved = True  # since then
-        self._all_host = False  # whether all was in the memory of the CPU then
+        self._moved: set[int] = set()  # extents, since then
         self._arriving: torch.cuda.Event | None = None  # when what was written will be there
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shelf:
@@ -48,7 +47,8 @@ class Shelf:
         memo[id(self)] = fork
         self._arrive()
         fork.length, fork.extents, fork.rows, fork.own = self.length, self.extents[:], self.rows[:], self.own[:]
-        fork._bytes = self._bytes.copy()
+        fork._bytes, fork._moved = self._bytes.copy(), self._moved.copy()
+        fork._addresses = None if self._addresses is None else self._addresses.clone()
         return fork
 
     def write(self, rows: Tensor, blocks: Tensor, data: Tensor, batch: int) -> None:
@@ -106,15 +106,18 @@ class Shelf:
         """
         if self._moved:
             self._bring_all()
-            self._moved = False
-            self._all_host = all(each is None or isinstance(each, HostExtent) for each in self.extents)
-            if self._all_host and self.extents:
-                found = torch.stack([self._address(index) for index in range(len(self.extents))])
-                room = self._addresses
-                if room is None or room.shape[1] != found.shape[1] or len(room) < len(found):
-                    room = self._addresses = found.new_zeros(2 * len(found), *found.shape[1:], device=device)
-                room[: len(found)] = found.to(device)
-        return self._addresses if self._all_host else None
+            room, count, moved = self._addresses, len(self.extents), sorted(self._moved)
+            if not all(each is None or isinstance(each, HostExtent) for each in self.extents):
+                room = None
+            elif room is None or len(room) < count:
+                moved = list(range(count))
+                room = torch.zeros(2 * count, len(self.rows[0]), 2, dtype=torch.int64, device=device)
+            if room is not None:
+                found = torch.stack([self._address(index, device) for index in moved])
+                room[torch.tensor(moved, device=device)] = found.to(device)
+            self._addresses = room
+            self._moved.clear()
+        return self._addresses
 
     def _bring_all(self) -> None:
         """For tier ``host``, copies an archive's blocks to the memory of the CPU if the budget has room for all."""
@@ -125,12 +128,12 @@ class Shelf:
                 if self.extents[index] is not None:
                     self._readable(index)
 
-    def _address(self, index: int) -> Tensor:
-        """Of one extent, ``(B, 2)``; zeros where there is none in the memory of the CPU."""
+    def _address(self, index: int, device: torch.device) -> Tensor:
+        """Of one extent, ``(B, 2)``; zeros where there is none."""
         extent, rows = self.extents[index], self.rows[index]
         if not isinstance(extent, HostExtent):
             return torch.zeros(len(rows), 2, dtype=torch.int64)
-        begin, row_bytes, block_bytes = extent.address()
+        begin, row_bytes, block_bytes = extent.address(device)
         return torch.stack((begin + rows * row_bytes, torch.full_like(rows, block_bytes)), dim=1)
 
     def adopt(self, saved: SavedLayer) -> None:
@@ -153,7 +156,7 @@ class Shelf:
         """Replaces the batch by the given rows, repeated or reordered; nothing is moved."""
         self.rows = [each[rows] for each in self.rows]
         self.own = [False] * len(self.own)
-        self._moved = True
+        self._move_all()
 
     def nbytes(self, tier: str) -> int:
         """Bytes of the extents of one tier, those shared with a fork included."""
@@ -178,7 +181,11 @@ class Shelf:
             if each is not None:
                 self._bytes[each.tier] += sign * each.nbytes
         self.extents[index], self.rows[index], self.own[index] = extent, rows, own
-        self._moved = True
+        self._moved.add(index)
+
+    def _move_all(self) -> None:
+        """Lets all addresses be asked for anew, for a batch of any size."""
+        self._addresses, self._moved = None, set(range(len(self.extents)))
 
     def _lengthen(self, index: int, batch: int) -> None:
         while len(self.extents) <= index:
