@@ -86,9 +86,28 @@ def test_the_table_of_whole_models() -> None:
     assert len(lines) == len(rows) > 10
     for line, row in zip(lines, rows, strict=True):
         who = "stock" if row["attention"] == "stock" else f"landmark, {row['tier']}"
+        who += f", {row['files']} files" if row.get("files") else ""
         cells = [row["model"], f"{row['tokens']:,}", who, f"{row['ms']:.1f}", f"{row['tokens_per_second']:.0f}"]
-        if who.endswith("host"):
-            cells += [f"{100 * row['hit_rate']:.0f} %", f"{row['host_bytes'] / 1e6:.1f}"]
+        if row.get("tier") in ("host", "disk"):
+            cells += [f"{100 * row['hit_rate']:.0f} %", f"{(row['host_bytes'] + row['disk_bytes']) / 1e6:.1f}"]
         assert line.startswith(f"| {' | '.join(cells)} |")
         if "device_bytes" in row:
             assert line.endswith(f"| {row['device_bytes'] / 2**20:,.0f} |")
+
+
+def test_the_table_of_ten_million_tokens() -> None:
+    (row,) = recorded("millions")["rows"]
+    read, tenth, decode = row["after_reading"], row["after_a_tenth"], row["decode"]
+    first, *rest = (f"{each['tokens_per_second']:,}" for each in row["single"])
+    for said in (
+        f"{row['tokens']:,} tokens of {row['data_tokens']:,}, {row['tokens_per_second']:,} a second; {first}, ",
+        f"{read['host_tier_bytes'] / 1e9:.1f} GB of blocks, {read['resident_bytes'] / 1e9:.1f} GB resident",
+        f"{read['device_bytes'] / 1e6:,.0f} MB, {read['landmark_bytes'] / 1e6:,.0f} of them landmark keys",
+        f"without these {read['device_bytes_but_landmarks'] / 1e6:.0f} MB",
+        f"after a tenth of the text {tenth['device_bytes_but_landmarks'] / 1e6:.0f} |",
+        f"{decode['ms_per_token']:.1f} ms, {decode['fetched_host_per_token'] / 1e6:.2f} MB fetched",
+        f"| {row['named']['right']} right |",
+        f"| {row['single_right']} right |",
+        *rest,
+    ):
+        assert said in memory_page()
