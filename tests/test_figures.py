@@ -111,3 +111,26 @@ def test_the_table_of_ten_million_tokens() -> None:
         *rest,
     ):
         assert said in memory_page()
+
+
+def test_readme_quotes_whole_models_and_ten_million_tokens() -> None:
+    page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    stock, ours = (
+        next(
+            row
+            for row in recorded("generate")["rows"]["large"]
+            if row["tokens"] == 524_288 and row["attention"] == attention
+        )
+        for attention in ("stock", "landmark")
+    )
+    (row,) = recorded("millions")["rows"]
+    held, decode = row["after_reading"], row["decode"]
+    for said in (
+        f"writes {ours['tokens_per_second']:.0f} tokens a second and takes {ours['device_bytes'] / 1e9:.1f} GB",
+        f"a dense cache of {stock['device_bytes'] / 1e9:.0f} GB, writes {stock['tokens_per_second']:.0f}.",
+        f"{held['host_tier_bytes'] / 1e9:.0f} GB of the CPU's and {held['device_bytes'] / 1e9:.1f} GB of the GPU's",
+        f"{row['tokens_per_second'] // 1000},000 tokens a second, {decode['ms_per_token']:.1f} ms a token",
+        f"{row['single_right']} of {len(row['single'])} pass keys",
+        f"{row['named']['right']} of {row['named']['asked']} named codes",
+    ):
+        assert said in page
