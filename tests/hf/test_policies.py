@@ -12,6 +12,7 @@ import torch
 
 import models
 import oracle
+from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
 from landmark.memory import layer as memory_layer
 from landmark.memory import plain
@@ -295,3 +296,16 @@ def test_a_cache_keeps_its_own_copy_of_mask_and_ids() -> None:
     cache.crop(-1)
     assert cache.ids().tolist() == [*given, 1] and cache.get_seq_length() == 18
     assert fork.ids().tolist() == [*given, *models.text(4).tolist()] and fork.tokens == [21]
+
+
+def test_many_calls_leave_few_tensors_of_their_text() -> None:
+    """Small tensors that stay, between the large ones of calls, would scatter the memory of a process."""
+    model = models.landmark_model("llama", LandmarkConfig(block_size=5, top_k=2, local_blocks=1))
+    chance, cache, text = random.Random(0), LandmarkCache(model.config), []
+    for _ in range(300):
+        ids = torch.randint(1, models.VOCAB, (2, chance.choice((0, 1, 1, 2, 30))))
+        mask = torch.rand(ids.shape) < 0.8
+        cache.append(mask, ids)
+        text.append(ids[1, mask[1]])
+        assert len(cache._masks) == len(cache._ids) <= cache.get_seq_length().bit_length() + 1
+    assert torch.equal(cache.ids(1), torch.cat(text).int()) and cache.get_seq_length() > 1000

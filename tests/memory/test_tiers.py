@@ -304,6 +304,16 @@ def test_addresses_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(made.extents) > 4
 
 
+def test_extents_in_order_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small tensor for each would scatter the memory of the process."""
+    monkeypatch.setattr(shelf, "EXTENT_BYTES", 1)
+    model = models.landmark_model("llama", settings())
+    for budgets in ({"tier": "host"}, {"tier": "disk"}, {"tier": "disk", "host_bytes": 2**13}):
+        cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, **budgets))
+        rows = [each for memory in cache.made() for each in memory.store.near.shelf.rows]
+        assert len(rows) > 100 and len({each.data_ptr() for each in rows}) == 1
+
+
 def test_the_null_implementation_moves_nothing() -> None:
     model = models.landmark_model("llama", settings())
     cache = model.read(models.text(200)[None])

@@ -67,7 +67,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.retrievals: list[Retrieval] = []
         self.saved: Saved | None = None
         self.rewound = False
-        self._masks: list[Tensor] = []  # (B, T) bool of each call, on the CPU: a call does not touch earlier ones
+        self._masks: list[Tensor] = []  # (B, T) bool of some calls each, on the CPU, never written to; see `append`
         self._ids: list[Tensor] = []  # (B, T) int32 likewise
         self._columns = 0  # in all of them
         self._tokens: list[int] = []
@@ -123,6 +123,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self._masks.append(mask.clone())
         known = torch.full(mask.shape, -1, dtype=torch.int32) if ids is None else ids.to("cpu", torch.int32, copy=True)
         self._ids.append(known)
+        while len(self._masks) > 1 and self._masks[-2].shape[1] <= 2 * self._masks[-1].shape[1]:
+            for each in (self._masks, self._ids):  # few parts: small tensors that stay scatter the memory of calls
+                each[-2:] = [torch.cat(each[-2:], dim=1)]
         self._columns += mask.shape[1]
 
     def ids(self, row: int = 0) -> Tensor:

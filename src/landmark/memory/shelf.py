@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ class Shelf:
             self._lengthen(index, 1)
             old, whole = self.extents[index], (index + 1) * self.length <= count
             if old is None or (whole and isinstance(old, DiskExtent)):
-                self._put(index, SavedExtent(saved, index * self.length, self.length), torch.arange(1), own=False)
+                self._put(index, SavedExtent(saved, index * self.length, self.length), in_order(1), own=False)
 
     def drop(self, first: int) -> None:
         """Lets go of blocks ``1..first - 1``, as far as they fill extents."""
@@ -173,7 +174,7 @@ class Shelf:
         data = extent.whole(self.rows[index])
         near = HostExtent(tuple(data.shape), data.dtype)
         self._fill(near, data)
-        self._put(index, near, torch.arange(data.shape[1]), own=True)
+        self._put(index, near, in_order(data.shape[1]), own=True)
         return near
 
     def _put(self, index: int, extent: Extent | None, rows: Tensor, *, own: bool) -> None:
@@ -190,7 +191,7 @@ class Shelf:
     def _lengthen(self, index: int, batch: int) -> None:
         while len(self.extents) <= index:
             self.extents.append(None)
-            self.rows.append(torch.arange(batch))
+            self.rows.append(in_order(batch))
             self.own.append(False)
 
     def _writable(self, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> Written:
@@ -203,7 +204,7 @@ class Shelf:
         old = self.extents[index]  # which may have moved down to make room
         if old is not None:
             self._fill(new, old.whole(self.rows[index]))
-        self._put(index, new, torch.arange(shape[1]), own=True)
+        self._put(index, new, in_order(shape[1]), own=True)
         return new
 
     def _allot(self, shape: tuple[int, ...], dtype: torch.dtype) -> Written:
@@ -226,7 +227,7 @@ class Shelf:
         data = old.whole(self.rows[index])
         new = DiskExtent(self._file(tuple(data.shape), data.dtype))
         self._fill(new, data)
-        self._put(index, new, torch.arange(data.shape[1]), own=True)
+        self._put(index, new, in_order(data.shape[1]), own=True)
 
     def _fill(self, extent: Written, data: Tensor) -> None:
         extent.fill(data)
@@ -236,6 +237,12 @@ class Shelf:
         if self.file is None or self.file.shape != shape:
             self.file = BlockFile(self.tiers.folder, shape, dtype)
         return self.file
+
+
+@cache
+def in_order(rows: int) -> Tensor:
+    """Returns the rows of an extent that nobody has reordered: one tensor for all, never written to."""
+    return torch.arange(rows)
 
 
 def _runs(rows: list[int], blocks: list[int], length: int) -> Iterator[tuple[int, int, int, int]]:
