@@ -113,6 +113,21 @@ def test_the_table_of_ten_million_tokens() -> None:
         assert said in memory_page()
 
 
+def test_the_table_of_what_lies_on_disk() -> None:
+    (row,) = recorded("millions_disk")["rows"]
+    read, decode = row["after_reading"], row["decode"]
+    tenth, asked = (row[name]["resident_bytes"] / 1e9 for name in ("after_a_tenth", "after"))
+    for said in (
+        f"{row['tokens']:,} tokens, {row['tokens_per_second']:,} a second |",
+        f"{read['disk_tier_bytes'] / 1e9:.1f} GB of blocks |",
+        f"{read['resident_bytes'] / 1e9:.2f} GB after reading, {read['landmark_bytes'] / 1e9:.2f} of them landmark keys",
+        f"{tenth:.2f} after a tenth of the text, {asked:.2f} after the questions",
+        f"{decode['ms_per_token']:.0f} ms, {decode['fetched_disk_per_token'] / 1e6:.2f} MB fetched",
+        f"| {row['named']['right']} right |",
+    ):
+        assert said in memory_page()
+
+
 def test_readme_quotes_whole_models_and_ten_million_tokens() -> None:
     page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     stock, ours = (
