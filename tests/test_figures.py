@@ -120,7 +120,7 @@ def test_the_table_of_what_lies_on_disk() -> None:
     for said in (
         f"{row['tokens']:,} tokens, {row['tokens_per_second']:,} a second |",
         f"{read['disk_tier_bytes'] / 1e9:.1f} GB of blocks |",
-        f"{read['resident_bytes'] / 1e9:.2f} GB after reading, {read['landmark_bytes'] / 1e9:.2f} of them landmark keys",
+        f"{read['resident_bytes'] / 1e9:.2f} GB after reading, {read['landmark_bytes'] / 1e9:.2f} of them landmark",
         f"{tenth:.2f} after a tenth of the text, {asked:.2f} after the questions",
         f"{decode['ms_per_token']:.0f} ms, {decode['fetched_disk_per_token'] / 1e6:.2f} MB fetched",
         f"| {row['named']['right']} right |",
