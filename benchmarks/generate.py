@@ -37,8 +37,7 @@ from landmark.blocks import slots_for
 from landmark.data.text import read_documents
 from landmark.eval.fillers import tokenize
 from landmark.eval.subjects import load
-from landmark.memory.triton import launch
-from landmark.memory.triton.decode import CHUNK as SCORED
+from landmark.memory.triton import decode, launch
 from landmark.versions import versions
 
 SHAPES = {
@@ -47,7 +46,7 @@ SHAPES = {
 }
 HEADS, GROUPS, VOCAB, BLOCK, TOP_K = 32, 8, 32000, 64, 16
 CHUNK = 2016
-CHUNK_OF_SCORES = SCORED.value
+CHUNK_OF_SCORES = decode.CHUNK.value
 WARM_UP, TIMED, LEFT_OUT = 70, 136, 8  # tokens; they close two blocks each time
 STOCK_WARM_UP, STOCK_TIMED = 10, 32
 REAL_TOKENS, PROMPT = 128_000, 8
@@ -97,10 +96,9 @@ def generate(
 
 def speed(times: list[float]) -> dict[str, Any]:
     """Returns what is told of tokens that took so many milliseconds."""
-    per_second = 1e3 / statistics.mean(times)
     return {
         "ms": statistics.median(times),
-        "tokens_per_second": per_second,
+        "tokens_per_second": 1e3 / statistics.mean(times),
         "slowest_ms": max(times),
         "timed": len(times),
     }

@@ -51,9 +51,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the files of tier disk lie")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     quiet()
-    subject, budgets = load(None, options.device), {"host_bytes": options.host_bytes, "folder": options.folder}
+    subject, budgets = (
+        load(None, options.device, options.dtype),
+        {"host_bytes": options.host_bytes, "folder": options.folder},
+    )
     budgets = {"tier": options.tier, **{name: value for name, value in budgets.items() if value is not None}}
     single = options.single_tokens or options.tokens
     filler = books(subject.tokenizer, options.data, max(options.tokens, single))

@@ -242,7 +242,7 @@ class Shelf:
 @cache
 def in_order(rows: int) -> Tensor:
     """Returns the rows of an extent that nobody has reordered: one tensor for all, never written to."""
-    return torch.arange(rows)
+    return torch.arange(rows, device="cpu")
 
 
 def _runs(rows: list[int], blocks: list[int], length: int) -> Iterator[tuple[int, int, int, int]]:
