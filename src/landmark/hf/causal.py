@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import IMPLEMENTATION
@@ -96,6 +98,14 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
         """Generates as stock code does; on an NVIDIA GPU, steps of one token are captured in a CUDA graph."""
         with repeating():
             return super().generate(*args, **kwargs)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # stock code asks for the names of its parameters
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Leaves the balancing loss out, which nobody asks of a generated token and no mask over a memory fits."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if getattr(self.config, "output_router_logits", False):
+            inputs["output_router_logits"] = False
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
@@ -20,6 +19,7 @@ from landmark.hf.cache import LandmarkCache
 from landmark.hf.graphs import current
 from landmark.hf.layout import Layout, documents_of, packed_layout, padded_layout, plain_layout
 from landmark.hf.rope import layer_types, read_rotaries
+from landmark.hf.states import merge
 from landmark.memory.plan import make_plan
 from landmark.memory.positions import RotationTables
 
@@ -92,6 +92,8 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
             raise ValueError(f"expected text of shape (B, T) with T of at least 1, got {tuple(text.shape)}")
         settings = self.settings
         mask = text_mask(attention_mask, text, past_key_values)
+        if kwargs.get("output_router_logits"):
+            _check_balanced(attention_mask, text.shape[1])
         documents = _documents(text, seq_idx, position_ids, kwargs, whole=mask is None and past_key_values is None)
         if settings.mode == "all" and past_key_values is None:
             output = self._one_pass(self._embed(input_ids, inputs_embeds), mask, documents, settings, kwargs)
@@ -139,10 +141,7 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
         tokens = embeds.shape[1]
         inserted = layout.insert(embeds, self._landmark(embeds)).contiguous()  # as later layers get it: one graph
         output = self.stock(inserted, call, **kwargs)
-        output.last_hidden_state = layout.extract(output.last_hidden_state, tokens)
-        if output.hidden_states is not None:
-            output.hidden_states = tuple(layout.extract(states, tokens) for states in output.hidden_states)
-        return output
+        return merge([output], lambda states: layout.extract(states[0], tokens))
 
     def stock(self, embeds: Tensor, call: Call, **kwargs: Any) -> Any:
         """Runs the stock decoder on slots ``(B, width, hidden)``, all at position 0."""
@@ -169,7 +168,7 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
             seen = torch.ones(part.shape[:2], dtype=torch.bool) if mask is None else mask[:, begin : begin + step].cpu()
             known = None if ids is None else ids[:, begin : begin + step]
             parts.append(self.extend(part, seen, cache, settings, kwargs, ids=known))
-        output = _join(parts)
+        output = merge(parts, lambda states: torch.cat(states, dim=1))
         if self.config.use_cache if use_cache is None else use_cache:
             output.past_key_values = cache
         return output
@@ -239,13 +238,12 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
     def _by_document(self, embeds: Tensor, documents: Tensor, settings: LandmarkConfig, kwargs: Any) -> Any:
         """Reads each document of packed rows as a row of its own."""
         changes = torch.nn.functional.pad((documents[:, 1:] != documents[:, :-1]).long().cumsum(1), (1, 0))
-        states = torch.zeros_like(embeds)
-        for row in range(len(embeds)):
-            for document in range(int(changes[row, -1]) + 1):
-                columns = changes[row] == document
-                part = self._remembered(embeds[row, columns][None], None, None, settings, False, kwargs)
-                states[row, columns] = part.last_hidden_state[0]
-        return BaseModelOutputWithPast(last_hidden_state=states)
+        rows = []
+        for row, document_of in zip(embeds, changes, strict=True):
+            parts = row.split(document_of.bincount().tolist())
+            read = [self._remembered(part[None], None, None, settings, False, kwargs) for part in parts]
+            rows.append(merge(read, lambda states: torch.cat(states, dim=1)))
+        return merge(rows, lambda states: torch.cat(states, dim=0))
 
     def _check_length(self, slots: int, settings: LandmarkConfig) -> None:
         trained = settings.trained_length
@@ -267,18 +265,6 @@ def _keys(types: tuple[str | None, ...], rotaries: dict[str | None, Any]) -> tup
     return tuple(kind if kind in rotaries else None for kind in types)
 
 
-def _join(parts: list[Any]) -> Any:
-    """Joins the outputs of consecutive chunks; what only a whole pass has (router logits) is kept of a single chunk."""
-    if len(parts) == 1:
-        return parts[0]
-    hidden = None
-    if parts[0].hidden_states is not None:
-        hidden = tuple(torch.cat(states, dim=1) for states in zip(*(p.hidden_states for p in parts), strict=True))
-    states = torch.cat([part.last_hidden_state for part in parts], dim=1)
-    blank = dict.fromkeys(parts[0].keys())
-    return type(parts[0])(**{**blank, "last_hidden_state": states, "hidden_states": hidden})
-
-
 def device_of(embedding: nn.Module) -> torch.device:
     """Returns where ids for an embedding may lie: by its weight, anywhere if that is offloaded."""
     device: torch.device = embedding.weight.device  # type: ignore[assignment]
@@ -298,6 +284,15 @@ def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor
             "landmark models take the two-dimensional padding mask"
         )
     return attention_mask[:, -tokens:].bool()
+
+
+def _check_balanced(attention_mask: Tensor | None, tokens: int) -> None:
+    """Raises ``ValueError`` for a mask over remembered columns, which the stock balancing loss cannot take."""
+    if attention_mask is not None and attention_mask.shape[1] != tokens:
+        raise ValueError(
+            f"output_router_logits: expected an attention_mask of the {tokens} new columns, got "
+            f"{attention_mask.shape[1]}; leave the remembered columns out, or set output_router_logits=False"
+        )
 
 
 def _documents(
