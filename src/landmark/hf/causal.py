@@ -139,6 +139,8 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
         if inputs_embeds is not None and text.shape[1] <= begin:  # the ids are those alone that were generated
             begin -= inputs_embeds.shape[1]
         rest = {name: value for name, value in kwargs.items() if name not in NOT_FOR_FORWARD}
+        if getattr(self.config, "output_router_logits", False):
+            rest["output_router_logits"] = False  # nobody asks for the balancing loss of a generated token
         new = text[:, begin:].clone(memory_format=torch.contiguous_format)
         return {**rest, "inputs_embeds" if takes_embeds else "input_ids": new, "attention_mask": attention_mask}
 

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import Call, OnePass, Remembered, check_attention, claim_attention
 from landmark.hf.cache import LandmarkCache, require_landmark_cache
 from landmark.hf.columns import device_of
-from landmark.hf.compat import CACHE
+from landmark.hf.compat import CACHE, cache_by_installed_name
 from landmark.hf.graphs import current
 from landmark.hf.layout import Layout, documents_of, packed_layout, padded_layout, plain_layout
 from landmark.hf.rope import layer_types, read_rotaries
+from landmark.hf.states import merge
 from landmark.memory.plan import make_plan
 from landmark.memory.positions import RotationTables
 
@@ -97,14 +97,12 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
         if text.ndim < 2 or text.shape[1] == 0:
             raise ValueError(f"expected text of shape (B, T) with T of at least 1, got {tuple(text.shape)}")
         settings = self.settings
-        if past_key_values is not None and cache is not None:
-            raise ValueError(
-                "expected one cache, got both cache and past_key_values: they are two names of one argument"
-            )
-        cache = past_key_values if cache is None else cache
+        cache = cache_by_installed_name({"cache": cache, "past_key_values": past_key_values}).get(CACHE)
         if cache is not None:
             require_landmark_cache(cache)
         mask = text_mask(attention_mask, text, cache)
+        if kwargs.get("output_router_logits"):
+            _check_balanced(attention_mask, text.shape[1])
         documents = _documents(text, seq_idx, position_ids, kwargs, whole=mask is None and cache is None)
         if settings.mode == "all" and cache is None:
             output = self._one_pass(self._embed(text), mask, documents, settings, kwargs)
@@ -155,10 +153,7 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
         tokens = embeds.shape[1]
         inserted = layout.insert(embeds, self._landmark(embeds)).contiguous()  # as later layers get it: one graph
         output = self.stock(inserted, call, **kwargs)
-        output.last_hidden_state = layout.extract(output.last_hidden_state, tokens)
-        if output.hidden_states is not None:
-            output.hidden_states = tuple(layout.extract(states, tokens) for states in output.hidden_states)
-        return output
+        return merge([output], lambda states: layout.extract(states[0], tokens))
 
     def stock(self, embeds: Tensor, call: Call, **kwargs: Any) -> Any:
         """Runs the stock decoder on slots ``(B, width, hidden)``, all at position 0."""
@@ -270,15 +265,14 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
     def _by_document(self, embeds: Tensor, documents: Tensor, settings: LandmarkConfig, kwargs: Any) -> Any:
         """Reads each document of packed rows as a row of its own."""
         changes = torch.nn.functional.pad((documents[:, 1:] != documents[:, :-1]).long().cumsum(1), (1, 0))
-        states = torch.zeros_like(embeds)
-        for row in range(len(embeds)):
-            for document in range(int(changes[row, -1]) + 1):
-                columns = changes[row] == document
-                chunks = self.read_chunks(
-                    embeds[row, columns][None], None, LandmarkCache(self.config), settings, kwargs
-                )
-                states[row, columns] = _join(list(chunks)).last_hidden_state[0]
-        return BaseModelOutputWithPast(last_hidden_state=states)
+        rows = []
+        for row, document_of in zip(embeds, changes, strict=True):
+            documents_read = []
+            for document in row.split(document_of.bincount().tolist()):
+                chunks = self.read_chunks(document[None], None, LandmarkCache(self.config), settings, kwargs)
+                documents_read.append(_join(list(chunks)))
+            rows.append(_join(documents_read))
+        return merge(rows, lambda states: torch.cat(states, dim=0))
 
     def _check_length(self, slots: int, settings: LandmarkConfig) -> None:
         trained = settings.trained_length
@@ -301,15 +295,8 @@ def _keys(types: tuple[str | None, ...], rotaries: dict[str | None, Any]) -> tup
 
 
 def _join(parts: list[Any]) -> Any:
-    """Joins the outputs of consecutive chunks; what only a whole pass has (router logits) is kept of a single chunk."""
-    if len(parts) == 1:
-        return parts[0]
-    hidden = None
-    if parts[0].hidden_states is not None:
-        hidden = tuple(torch.cat(states, dim=1) for states in zip(*(p.hidden_states for p in parts), strict=True))
-    states = torch.cat([part.last_hidden_state for part in parts], dim=1)
-    blank = dict.fromkeys(parts[0].keys())
-    return type(parts[0])(**{**blank, "last_hidden_state": states, "hidden_states": hidden})
+    """Joins the outputs of consecutive columns."""
+    return merge(parts, lambda states: torch.cat(states, dim=1))
 
 
 def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor | None:
@@ -325,6 +312,15 @@ def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor
             "landmark models take the two-dimensional padding mask"
         )
     return attention_mask[:, -tokens:].bool()
+
+
+def _check_balanced(attention_mask: Tensor | None, tokens: int) -> None:
+    """Raises ``ValueError`` for a mask over remembered columns, which the stock balancing loss cannot take."""
+    if attention_mask is not None and attention_mask.shape[1] != tokens:
+        raise ValueError(
+            f"output_router_logits: expected an attention_mask of the {tokens} new columns, got "
+            f"{attention_mask.shape[1]}; leave the remembered columns out, or set output_router_logits=False"
+        )
 
 
 def _documents(
