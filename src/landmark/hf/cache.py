@@ -210,9 +210,10 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """
         if not self.is_initialized:
             return
-        mask, ids = self._columns.all()
-        if not torch.equal(attention_mask.bool().cpu(), mask):
-            self._go_back(self._columns.without(attention_mask), ids)
+        wanted = attention_mask.bool().cpu()
+        if not self._columns.are_read_with(wanted):
+            mask = self._columns.without(wanted)
+            self._go_back(mask, self._columns.all()[1])
 
     def _go_back(self, mask: Tensor, ids: Tensor) -> None:
         """Keeps the text that ``mask`` leaves, the first tokens of every row; raises as ``crop``."""
@@ -350,6 +351,11 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         return -1
 
     get_max_cache_shape = get_max_length
+
+    @property
+    def max_cache_len(self) -> int:
+        """-1: there is no maximum."""
+        return -1
 
     @property
     def batch_size(self) -> int:

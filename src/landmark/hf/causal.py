@@ -13,7 +13,7 @@ from torch import Tensor
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.cache import LandmarkCache, require_landmark_cache
-from landmark.hf.compat import CACHE, cache_by_installed_name
+from landmark.hf.compat import CACHE, cache_by_installed_name, columns_of_step
 from landmark.hf.graphs import repeating
 from landmark.hf.model import Stock
 
@@ -126,23 +126,21 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
         """
         kwargs = cache_by_installed_name(kwargs)
         cache = kwargs.get(CACHE)
-        takes_embeds = inputs_embeds is not None and is_first_iteration
-        text = inputs_embeds if takes_embeds else input_ids
-        assert text is not None
-        before = _columns_before.get()
-        if cache is not None and is_first_iteration:
-            cache.begin_with(text, attention_mask, self.get_input_embeddings(), before)
-        seen = 0 if cache is None else cache.get_seq_length()
-        if attention_mask is not None and not is_first_iteration:  # what stands before was compared in the first call
-            attention_mask = attention_mask[:, seen:]
-        begin = seen - before
-        if inputs_embeds is not None and text.shape[1] <= begin:  # the ids are those alone that were generated
-            begin -= inputs_embeds.shape[1]
         rest = {name: value for name, value in kwargs.items() if name not in NOT_FOR_FORWARD}
         if getattr(self.config, "output_router_logits", False):
             rest["output_router_logits"] = False  # nobody asks for the balancing loss of a generated token
-        new = text[:, begin:].clone(memory_format=torch.contiguous_format)
-        return {**rest, "inputs_embeds" if takes_embeds else "input_ids": new, "attention_mask": attention_mask}
+        name, text, count = "input_ids", input_ids, None
+        if is_first_iteration:
+            if inputs_embeds is not None:
+                name, text = "inputs_embeds", inputs_embeds
+            if cache is not None:
+                before = _columns_before.get()
+                cache.begin_with(text, attention_mask, self.get_input_embeddings(), before)
+                count = before + text.shape[1] - cache.get_seq_length()
+        elif cache is not None:
+            count = columns_of_step(kwargs) or text.shape[1] - cache.get_seq_length()
+        new = text if count is None else text[:, -count:]
+        return {**rest, name: new.clone(memory_format=torch.contiguous_format), "attention_mask": attention_mask}
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

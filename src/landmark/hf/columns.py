@@ -94,14 +94,18 @@ class TextColumns:
             f"from column {column} on ({how}); pass the whole text, or new text with an attention_mask over all columns"
         )
 
-    def without(self, attention_mask: Tensor) -> Tensor:
-        """Returns the mask of what is left when a mask ``(B, columns)`` takes back the last tokens of rows.
+    def are_read_with(self, mask: Tensor) -> bool:
+        """Whether a mask ``(B, columns)``, bool on the CPU, is that of all columns; nothing is copied."""
+        parts = mask.split([each.shape[1] for each in self._masks], dim=1) if mask.shape[1] == len(self) else ()
+        return len(parts) > 0 and all(torch.equal(*pair) for pair in zip(parts, self._masks, strict=True))
+
+    def without(self, wanted: Tensor) -> Tensor:
+        """Returns the mask of what is left when a mask ``(B, columns)``, bool, takes back the last tokens of rows.
 
         Raises:
             ValueError: another shape, a 0 over a token that is followed by one that stays, or a 1 over padding.
         """
         mask, _ = self.all()
-        wanted = attention_mask.bool().cpu()
         if wanted.shape != mask.shape:
             raise ValueError(
                 f"attention_mask: expected shape {tuple(mask.shape)} over the columns that were read, got "

@@ -21,6 +21,17 @@ def cache_by_installed_name(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in arguments.items() if name in CACHE_NAMES and value is not None}
     if len(given) > 1:
-        raise ValueError("expected one cache, got both cache and past_key_values: they are two names of one argument")
+        types = " and ".join(f"a {type(value).__name__} as {name}" for name, value in given.items())
+        raise ValueError(f"expected one cache, got {types}: they are two names of one argument, leave one out")
     rest = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
     return {**rest, CACHE: next(iter(given.values()))} if given else rest
+
+
+def columns_of_step(arguments: dict[str, Any]) -> int | None:
+    """Returns how many of the last ids a step inside ``generate`` is about, ``None`` where stock code does not say.
+
+    It says so by ``next_sequence_length`` since 5.3, and by the places of the columns (``cache_position``) before.
+    """
+    count: int | None = arguments.get("next_sequence_length")
+    places = arguments.get("cache_position")
+    return len(places) if count is None and places is not None else count
