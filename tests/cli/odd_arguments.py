@@ -73,8 +73,8 @@ COUNTED = {
     "--local --blocks --top-k --local-blocks --seed": [*_PERPLEXITY, "--model", "MARKED"],
     "--passages --passage-tokens --max-tokens": ["eval", "rank", "--data", "TEXT", "--model", "MARKED"],
     "--landmarks --layer --max-tokens": ["eval", "index", "--data", "TEXT", "--model", "MARKED", "--queries", "9999"],
-    "--steps --batch --lr --warmup --seed --episodes --answer-weight --vocab-size --block-size --top-k --local-blocks": _TRAIN,
-    "--position-gap --micro-batch --workers --log-every --evaluate-every --save-every --lora --max-seconds": _TRAIN,
+    "--steps --batch --lr --warmup --seed --episodes --answer-weight --vocab-size --block-size --top-k": _TRAIN,
+    "--local-blocks --position-gap --micro-batch --workers --log-every --evaluate-every --save-every --lora": _TRAIN,
 }
 OPTIONS = {f"{words[0]} {option}": [*words, option] for names, words in COUNTED.items() for option in names.split()}
 

@@ -24,6 +24,7 @@ def file(name: str | bytes, content: str | bytes) -> Callable[[Path], str]:
 
     def make(folder: Path) -> str:
         path = os.path.join(os.fsencode(folder), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as opened:
             opened.write(content if isinstance(content, bytes) else content.encode())
         return os.fsdecode(path)
@@ -134,7 +135,7 @@ THINGS: dict[str, tuple[Callable[[Path], str], bool | None]] = {
     "an empty .json": (file("empty.json", "\n"), False),
     "a name that is no UTF-8": (file(b"caf\xe9.txt", TEXT), True),
     "a name of control characters": (file("\x1b[31m\r\n\x07\u202e.txt", TEXT), True),
-    "a name of brackets": (file("[/red] [bold].txt", TEXT), True),
+    "a name of brackets": (file("[/red] [bold] $x_{.txt", TEXT), True),
     "a name of 200 characters": (file("n" * 196 + ".txt", TEXT), True),
     "a name of 2000 characters": (named("FOLDER/" + "n" * 2000 + ".txt"), False),
     "a zero character": (named("FOLDER/a\0b.txt"), False),

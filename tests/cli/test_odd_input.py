@@ -4,11 +4,15 @@ All pairs run under the mark ``full``; without it one of ``EVERY``, each thing w
 some things.
 """
 
+import json
 import re
+import tempfile
 import unicodedata
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from odd_arguments import ASKED, NUMBERS, OPTIONS, OUTS, WORDS, WRITING
 from odd_inputs import OPENERS, READERS, REFUSING, TEXT, THINGS
 
@@ -18,6 +22,7 @@ from tiny import save_models
 
 LONGEST = 400
 EVERY = 4
+PLACES = {"MARKED": "marked", "PLAIN": "plain", "TEXT": "text.txt", "MEMORY": "memory"}
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +40,9 @@ def run(models, tmp_path, capsys, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    places = {"MARKED": "marked", "PLAIN": "plain", "TEXT": "text.txt", "MEMORY": "memory"}
 
     def call(words, thing=None):
-        given = {"THING": thing, "WORD": thing, **{name: str(models / place) for name, place in places.items()}}
+        given = {"THING": thing, "WORD": thing, **{name: str(models / place) for name, place in PLACES.items()}}
         return checked([given.get(word, word) for word in words], capsys)
 
     return call
@@ -126,3 +130,54 @@ def test_outputs(run, name, command):
     assert code == 2 or possible is not False or (folder and name in ("a folder", "nothing", "a point"))
     assert Path("folder/book").read_text() == Path("file.txt").read_text() == "mine"
     assert not list(Path().rglob("*.new"))
+
+
+CONTENTS = st.one_of(
+    st.binary(max_size=200),
+    st.text(st.characters(exclude_categories=()), max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")),
+    st.lists(
+        st.fixed_dictionaries({"text": st.text(st.characters(exclude_categories=()), max_size=90)}), max_size=3
+    ).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "x"]), inner, max_size=2),
+        max_leaves=8,
+    ).map(lambda value: json.dumps(value).encode()),
+)
+COMMANDS = {
+    **{name: line.split() for name, line in (READERS | REFUSING | OPENERS).items()},
+    **ASKED,
+    **{name: [*words, "WORD"] for name, words in OPTIONS.items()},
+}
+
+
+def some_runs(test):
+    drawn = given(
+        st.sampled_from(sorted(COMMANDS)),
+        st.sampled_from(["a.txt", "a.jsonl", "a.json", "é [/b].txt", "-a"]),
+        CONTENTS,
+        st.text(st.characters(exclude_categories=()), max_size=12) | st.integers().map(str) | st.floats().map(str),
+    )
+    return drawn(test)
+
+
+@settings(max_examples=50, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@some_runs
+def test_drawn(models, capsys, monkeypatch, command, name, content, word):
+    runs_well(models, capsys, monkeypatch, command, name, content, word)
+
+
+@pytest.mark.full
+@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@some_runs
+def test_drawn_many(models, capsys, monkeypatch, command, name, content, word):
+    runs_well(models, capsys, monkeypatch, command, name, content, word)
+
+
+def runs_well(models, capsys, monkeypatch, command, name, content, word):
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.chdir(folder)
+        Path(name).write_bytes(content)
+        words = {"THING": name, "WORD": word, **{key: str(models / place) for key, place in PLACES.items()}}
+        checked([words.get(each, each) for each in COMMANDS[command]], capsys)
+        monkeypatch.undo()

@@ -92,12 +92,11 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(_named(error))
     except (ValueError, ModuleNotFoundError) as error:
         _fail(str(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
             raise
-        _fail(
-            f"expected the run to fit the device's memory: {error}; pass less text, a smaller batch or --dtype bfloat16"
-        )
+        said = str(error).splitlines()[0] if str(error) else "no more of it"
+        _fail(f"expected the run to fit the memory: {said}; pass less text, a smaller batch or --dtype bfloat16")
     except _USAGE_ERROR as error:
         _fail(f"{error.format_message()} See landmark --help.")
     except (typer.Abort, KeyboardInterrupt):
@@ -111,6 +110,12 @@ def _named(error: OSError) -> str:
     if error.strerror is None or error.filename is None:
         return str(error)
     return f"{os.fsdecode(error.filename)}: {error.strerror}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, a GPU or, by no class of its own, the CPU of torch has no room."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 def _fail(message: str) -> None:

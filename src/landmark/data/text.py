@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -206,7 +205,7 @@ def _parse(text: str, where: str) -> Any:
     except RecursionError:
         reason = "arrays or objects in too many others"
     except ValueError:  # Python's limit on the digits of an integer
-        reason = f"an integer of more than {sys.get_int_max_str_digits()} digits"
+        reason = "an integer of too many digits"
     raise ValueError(f"{where}: expected JSON that Python can read, got {reason}; leave that part out")
 
 

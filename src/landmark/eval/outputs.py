@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,4 +88,6 @@ def _is_replaced(path: Path) -> bool:
 
 def _new(path: Path) -> Path:
     target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, "a link to itself")
     return target.with_name(f"{target.name}.new")
