@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed
+from landmark.cli.progress import Shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,36 +32,41 @@ def demo(
     dtype: Dtype = "auto",
 ) -> None:
     """Find pass keys in a long real text, show what was read for each, reopen a memory, compare with a dense run."""
-    from rich.console import Console
-
-    from landmark.eval import demo as work
-    from landmark.eval import subjects
-    from landmark.eval.dense import run_dense
-
     begun = time.perf_counter()
-    subjects.quiet()
-    console = Console(soft_wrap=True, highlight=False)
-    subject = subjects.load(model, device, dtype)
-    subjects.require_landmark(subject)
-    filler = work.load_text(text, subject.tokenizer)
-    settings = subject.model.landmark
-    console.print(
-        f"Model {subject.name}: trained on {subject.trained_length} positions, retrieves {settings.top_k} blocks. "
-        f"Text {filler.name}: {len(filler.ids):,} tokens. In each part of it, a pass key and {work.DISTRACTORS} other "
-        "codes at random places. Documents are read without retrieval; the question retrieves.\n",
-        markup=False,
-    )
-    trials = []
-    for trial in work.run_trials(subject, filler, seed):
-        trials.append(trial)
-        _print_trial(console, len(trials), trial)
-    right = sum(trial.right for trial in trials)
-    console.print(f"[bold]{right} of {len(trials)} right[/bold]")
-    compared = None
-    if dense:
-        number = work.compared_number(filler)
-        compared = run_dense(subject, work.build_document(subject, filler, number, seed))
-        _print_dense(trials[number], compared)
+    with Shown() as progress:
+        from rich.console import Console
+
+        from landmark.eval import demo as work
+        from landmark.eval import subjects
+        from landmark.eval.dense import run_dense
+
+        subjects.quiet()
+        console = Console(soft_wrap=True, highlight=False)
+        subject = subjects.load(model, device, dtype)
+        subjects.require_landmark(subject)
+        filler = work.load_text(text, subject.tokenizer, progress)
+        settings = subject.model.landmark
+        progress.rest()
+        console.print(
+            f"Model {subject.name}: trained on {subject.trained_length} positions, retrieves {settings.top_k} blocks. "
+            f"Text {filler.name}: {len(filler.ids):,} tokens. In each part of it, a pass key and {work.DISTRACTORS} "
+            "other codes at random places. Documents are read without retrieval; the question retrieves.\n",
+            markup=False,
+        )
+        trials = []
+        for trial in work.run_trials(subject, filler, seed, progress):
+            trials.append(trial)
+            progress.rest()
+            _print_trial(console, len(trials), trial)
+        right = sum(trial.right for trial in trials)
+        console.print(f"[bold]{right} of {len(trials)} right[/bold]")
+        compared = None
+        if dense:
+            number = work.compared_number(filler)
+            progress("the same weights, densely")
+            compared = run_dense(subject, work.build_document(subject, filler, number, seed))
+            progress.rest()
+            _print_dense(trials[number], compared)
     twin = work.recorded_twin(work.DENSE_LENGTH) if model is None else None
     if twin is not None:
         console.print(

@@ -9,6 +9,7 @@ import typer
 
 from landmark.cli.answers import show_answer
 from landmark.cli.options import Device, Dtype, Model
+from landmark.cli.progress import Shown
 
 
 def explain(
@@ -21,15 +22,17 @@ def explain(
     dtype: Dtype = "auto",
 ) -> None:
     """Ask about FILES, and show as an HTML page which passages were read for each token of the answer."""
-    from landmark.eval.explain import explain as explained
-    from landmark.eval.explain import file_sources
-    from landmark.eval.subjects import load, quiet, require_landmark
+    with Shown() as progress:
+        from landmark.eval.explain import explain_sources, file_sources
+        from landmark.eval.subjects import load, quiet, require_landmark
 
-    quiet()
-    sources = [(source.name, source.text) for source in file_sources(files)]
-    subject = load(model, device, dtype)
-    require_landmark(subject)
-    explanation = explained(subject.model, subject.tokenizer, sources, question, max_new_tokens=max_new_tokens)
+        quiet()
+        sources = file_sources(files)
+        subject = load(model, device, dtype)
+        require_landmark(subject)
+        explanation = explain_sources(
+            subject.model, subject.tokenizer, sources, question, max_new_tokens=max_new_tokens, progress=progress
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(explanation.html(), encoding="utf-8")
     show_answer(explanation)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed
+from landmark.cli.progress import Shown
 
 
 def generate(
@@ -22,12 +23,19 @@ def generate(
     dtype: Dtype = "auto",
 ) -> None:
     """Go on from PROMPT, after reading a text of any length with --file."""
-    from landmark.eval.generate import continue_text
-    from landmark.eval.subjects import load, quiet
+    with Shown() as progress:
+        from landmark.eval.generate import continue_text
+        from landmark.eval.subjects import load, quiet
 
-    quiet()
-    subject = load(model, device, dtype)
-    text = continue_text(
-        subject, prompt, file=file, read=read, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
+        quiet()
+        text = continue_text(
+            load(model, device, dtype),
+            prompt,
+            file=file,
+            read=read,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            progress=progress,
+        )
     typer.echo(text)

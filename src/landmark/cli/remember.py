@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Tier
+from landmark.cli.progress import Shown
 
 
 def remember(
@@ -20,15 +21,18 @@ def remember(
     dtype: Dtype = "auto",
 ) -> None:
     """Read FILES into a memory on disk; the same command goes on with what was interrupted, and adds further files."""
-    from landmark.eval.subjects import load, quiet
-    from landmark.library import Progress
-    from landmark.library import remember as remembered
+    with Shown() as watch:
+        from landmark.eval.subjects import load, quiet
+        from landmark.library import Progress
+        from landmark.library import remember as remembered
 
-    def show(found: Progress) -> None:
-        sizes = ", ".join(f"{tier} {size / 2**20:,.0f} MiB" for tier, size in found.nbytes.items() if size)
-        speed = found.read / max(found.seconds, 1e-9)
-        typer.echo(f"{found.tokens:,} of {found.total:,} tokens  {speed:,.0f} tokens/s  {sizes}")
+        def show(found: Progress) -> None:
+            sizes = ", ".join(f"{tier} {size / 2**20:,.0f} MiB" for tier, size in found.nbytes.items() if size)
+            speed = found.read / max(found.seconds, 1e-9)
+            watch.rest()
+            typer.echo(f"{found.tokens:,} of {found.total:,} tokens  {speed:,.0f} tokens/s  {sizes}")
 
-    quiet()
-    library = remembered(files, out, load(model, device, dtype), tier=tier, retrieve=retrieve, progress=show)
+        quiet()
+        subject = load(model, device, dtype)
+        library = remembered(files, out, subject, tier=tier, retrieve=retrieve, progress=show, watch=watch)
     typer.echo(f"{library.tokens:,} tokens of {len(library.reading.sources)} texts are remembered in {out}")

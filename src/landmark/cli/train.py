@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from landmark.cli.progress import Shown
+
 OF_THE_RUN = (
     "data",
     "out",
@@ -105,12 +107,17 @@ def train(
 ) -> None:
     """Train a landmark model on texts: from scratch, or from a model."""
     given = dict(locals())
-    from landmark.train.recipe import Recipe, fine_tuning, load_recipe
-    from landmark.train.run import train as run
+    with Shown() as progress:
+        from landmark.train.recipe import Recipe, fine_tuning, load_recipe
+        from landmark.train.run import train as run
 
-    base = load_recipe(config) if config else fine_tuning() if model else Recipe()
-    recipe = base.override(**{name: value for name, value in given.items() if name not in OF_THE_RUN})
-    where = {name: given[name] for name in OF_THE_RUN if name != "config"}
-    summary = run(**where, recipe=recipe, report=typer.echo)
+        def tell(line: str) -> None:
+            progress.rest()
+            typer.echo(line)
+
+        base = load_recipe(config) if config else fine_tuning() if model else Recipe()
+        recipe = base.override(**{name: value for name, value in given.items() if name not in OF_THE_RUN})
+        where = {name: given[name] for name in OF_THE_RUN if name != "config"}
+        summary = run(**where, recipe=recipe, report=tell, progress=progress)
     speed = summary["tokens_per_second"] or 0
     typer.echo(f"saved {out}: {summary['steps']} steps, {summary['tokens']:,} tokens, {speed:,} tokens/s")
