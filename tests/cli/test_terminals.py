@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from landmark import remember
+from landmark.cli.progress import Shown
 from tiny import save_models
 
 TEXT = "The road went on. The pass key is 12345. Nobody was there.\n" * 6
@@ -151,3 +152,26 @@ def test_a_memory_is_asked_from_another_folder(models, tmp_path, monkeypatch):
     remember([Path(NAME)], tmp_path / "memory", "marked")
     monkeypatch.chdir(tmp_path)
     assert model_of("memory") == str(models / "marked")
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr("landmark.cli.progress.FIRST", 0.01)
+    monkeypatch.setattr("landmark.cli.progress.EVERY", 0.01)
+
+
+def test_progress_controls_no_terminal(capsys, at_once):
+    with Shown() as progress:
+        progress(f"{NAME} read", 1, 2)
+        time.sleep(0.2)
+    said = capsys.readouterr()
+    assert said.out == "" and "\ufffd[31m.txt read: 1 of 2 (0 s)\n" in said.err
+    assert "\x1b" not in said.err
+
+
+def test_progress_without_stderr(capsys, at_once, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with Shown() as progress:
+        progress("tokens read", 1, 2)
+        time.sleep(0.2)
+    assert capsys.readouterr().out == ""
