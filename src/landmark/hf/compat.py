@@ -27,11 +27,10 @@ def cache_by_installed_name(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**rest, CACHE: next(iter(given.values()))} if given else rest
 
 
-def columns_of_step(arguments: dict[str, Any]) -> int | None:
-    """Returns how many of the last ids a step inside ``generate`` is about, ``None`` where stock code does not say.
+def columns_of_step(arguments: dict[str, Any]) -> int:
+    """Returns how many of the last ids a step inside ``generate`` is about.
 
-    It says so by ``next_sequence_length`` since 5.3, and by the places of the columns (``cache_position``) before.
+    Stock code says so by ``next_sequence_length`` since 5.3, and by the places of the columns before.
     """
     count: int | None = arguments.get("next_sequence_length")
-    places = arguments.get("cache_position")
-    return len(places) if count is None and places is not None else count
+    return len(arguments["cache_position"]) if count is None else count
