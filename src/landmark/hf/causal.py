@@ -179,7 +179,7 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
         result = super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         if folder.is_dir():
-            (folder / "LANDMARK.md").write_text(NOTE.format(folder=folder.name), encoding="utf-8")
+            (folder / "LANDMARK.md").write_text(NOTE.format(folder=folder.name), encoding="utf-8", errors="replace")
         return result
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:

@@ -27,7 +27,12 @@ def read_config(path: Any) -> Any:
     with _in_one_line(path):
         if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
             raise OSError("config.json is missing")
-        return AutoConfig.from_pretrained(path)
+        try:
+            return AutoConfig.from_pretrained(path)
+        except (TypeError, AttributeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"{fspath(path)}: expected the config.json of a model, got a damaged one ({error}); save it again"
+            ) from None
 
 
 def read_weights(model_class: Any, path: Any, **loading: Any) -> Any:
