@@ -24,6 +24,7 @@ class Column:
         silent: it was read without retrieval.
         rough: it was computed in bfloat16, by autocast.
         pad: generate wrote it behind the end of a row that ended early.
+        unknown: it was read as an embedding.
     """
 
     id: int
@@ -31,6 +32,7 @@ class Column:
     silent: bool = False
     rough: bool = False
     pad: bool = False
+    unknown: bool = False
 
 
 Row = list[Column]
@@ -43,6 +45,11 @@ def visible(row: Row) -> Row:
 
 def ids_of(row: Row) -> list[int]:
     return [column.id for column in row]
+
+
+def known_ids(row: Row) -> list[int]:
+    """The ids that a memory tells."""
+    return [-1 if column.unknown else column.id for column in row]
 
 
 def mask_of(row: Row) -> list[int]:
@@ -97,6 +104,12 @@ def some_text(rows: int, tokens: int, seed: int) -> list[list[int]]:
         [1 + each % 3 if seed % 2 else each for each in models.text(tokens, seed=3 * seed + row).tolist()]
         for row in range(rows)
     ]
+
+
+def as_tensors(rows: list[Row], new: list[Row], *, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (B, T) of new columns, or of all columns."""
+    columns = [row + more for row, more in zip(rows, new, strict=True)] if whole else new
+    return torch.tensor([*map(ids_of, columns)]), torch.tensor([*map(mask_of, columns)])
 
 
 # What the definition says.
