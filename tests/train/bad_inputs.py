@@ -89,7 +89,7 @@ CASES = [
     ("unknown precision", setting(precision="int4"), "precision: expected one of auto, bf16, fp32, got 'int4'"),
     ("unknown setting", setting(learning_rate=1.0), "unknown landmark settings.*learning_rate"),
     ("block size 1", setting(block_size=1), "block_size: expected an integer of at least 2, got 1"),
-    ("recipe that is no JSON", recipe_file("steps: 3"), r"recipe\.json: expected a recipe in JSON"),
+    ("recipe that is no JSON", recipe_file("steps: 3"), r"recipe\.json: expected JSON, got something else"),
     ("recipe that is a list", recipe_file("[]"), "expected a JSON object with sections, got list"),
     ("recipe with an unknown section", recipe_file('{"optimizer": {}}'), r"unknown section \['optimizer'\]"),
     ("recipe with an unknown setting", recipe_file('{"data": {"shares": 1}}'), r"unknown setting of data \['shares'\]"),

@@ -12,8 +12,8 @@ from landmark.config import LandmarkConfig
 from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.bundled import model_path
 from landmark.hf.causal import LandmarkCausalLMMixin, check_layers, warn_beyond_trained
+from landmark.hf.columns import device_of
 from landmark.hf.families import PREFIX, check_config, family
-from landmark.hf.model import device_of
 from landmark.hf.pretrained import read_config, read_weights
 
 CHECKED_TOKENS = 24

@@ -132,6 +132,10 @@ def _check(out: Path, recipe: Recipe, rest: dict[str, Any], *, resume: bool) -> 
         raise ValueError("lora: expected a model to adapt, with landmarks, got none or --plain; pass --model")
     if importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError("training needs the package accelerate: pip install landmark-attention[train]")
+    if Path(rest["data"]).is_fifo():
+        raise ValueError(
+            f"data: expected texts that can be read again, got the pipe {rest['data']}; write a file of it"
+        )
     next(read_documents(rest["data"], field=recipe.data.field), None)
     if not resume:
         refuse_overwriting(out)
