@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 
@@ -114,6 +115,8 @@ def as_tensors(rows: list[Row], new: list[Row], *, whole: bool) -> tuple[torch.T
 
 # What the definition says.
 
+CLOSE = 1e-3  # a choice decided by less may fall otherwise in float32
+
 
 class Truth:
     """The oracle's logits under one setting, computed once for each text that begins alike."""
@@ -121,21 +124,37 @@ class Truth:
     def __init__(self, family: str, kv_heads: int, settings: LandmarkConfig) -> None:
         self.model = models.oracle_model(family, kv_heads)
         self.settings = settings
-        self.computed: dict[tuple[tuple[int, bool], ...], tuple[torch.Tensor, oracle.Known]] = {}
+        self.computed: dict[tuple[tuple[int, bool], ...], tuple[torch.Tensor, oracle.Known, float]] = {}
 
     def logits(self, row: Row, last: int) -> torch.Tensor:
         """Logits (last, vocabulary) of the last so many visible tokens of a row, which stands alone."""
         text = tuple((column.id, column.silent) for column in visible(row))
         seen = next(n for n in range(len(text), -1, -1) if n == 0 or text[:n] in self.computed)
         if seen < len(text):
-            known = dict(self.computed[text[:seen]][1]) if seen else {}
-            ids = torch.tensor([token for token, _ in text])
-            silent = {index for index, (_, without) in enumerate(text) if without}
-            new = oracle.logits(
-                self.model, models.landmark_vector(), ids, self.settings, silent=silent, known=known, seen=seen
-            )
-            self.computed.update({text[: seen + n + 1]: (each, known) for n, each in enumerate(new)})
+            self._compute(text, seen)
         return torch.stack([self.computed[text[: n + 1]][0] for n in range(len(text) - last, len(text))])
+
+    def _compute(self, text: tuple[tuple[int, bool], ...], seen: int) -> None:
+        _, known, closest = self.computed[text[:seen]] if seen else (None, {}, math.inf)
+        known, found = dict(known), [closest]
+        logits = oracle.logits(
+            self.model,
+            models.landmark_vector(),
+            torch.tensor([token for token, _ in text]),
+            self.settings,
+            silent={index for index, (_, silent) in enumerate(text) if silent},
+            known=known,
+            seen=seen,
+            closest=found,
+        )
+        self.computed.update({text[: seen + n + 1]: (each, known, min(found)) for n, each in enumerate(logits)})
+
+    def is_close(self, row: Row) -> bool:
+        """Whether rounding to float32 might choose other blocks somewhere in a row."""
+        if not visible(row):
+            return False
+        self.logits(row, 1)
+        return self.computed[tuple((column.id, column.silent) for column in visible(row))][2] < CLOSE
 
     def steps(self, row: Row, said: list[int]) -> torch.Tensor:
         """Logits (len(said), vocabulary) from which each of the tokens said after a row was chosen."""

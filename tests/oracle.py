@@ -41,6 +41,7 @@ class Layer:
     trace: Trace
     silent: Container[int] = ()
     first: int = 0
+    closest: list[float] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.memo: dict[tuple[int, int], dict[int, float]] = {}
@@ -169,7 +170,14 @@ class Layer:
             shares = [softmax(self.landmark_scores(*sharer)) for sharer in self.sharers(head, query)]
             merit = {block: max(share[block] for share in shares) for block in self.candidates(query)}
         ranked = sorted(merit, key=lambda block: (-merit[block], block))
+        self.note_closest([merit[block] for block in ranked[self.settings.top_k - 1 : self.settings.top_k + 1]])
         return sorted(ranked[: self.settings.top_k])
+
+    def note_closest(self, merits: list[float]) -> None:
+        """Notes how far the last chosen block lies before the best one left out, but for exact ties."""
+        if len(merits) == 2 and merits[0] != merits[1]:
+            shares = self.settings.granularity != "token_head"
+            self.closest.append(math.log(merits[0] / merits[1]) if shares else merits[0] - merits[1])
 
     # Attention.
 
@@ -232,6 +240,7 @@ def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: An
         trace=_run["trace"],
         silent=_run["silent"],
         first=first,
+        closest=_run["closest"],
     )
     return torch.from_numpy(layer.attend())[None], None
 
@@ -261,6 +270,7 @@ def logits(
     silent: Container[int] = (),
     known: Known | None = None,
     seen: int = 0,
+    closest: list[float] | None = None,
 ) -> torch.Tensor:
     """Computes the logits of one row of text by the definition.
 
@@ -274,6 +284,7 @@ def logits(
         silent: indices of text tokens that see their local context and block 0 only, as do the landmarks behind them.
         known: filled with what the layers computed of the text; at first what an earlier call filled in.
         seen: the first so many text tokens are the beginning of that earlier call's text: they are not computed again.
+        closest: filled with how much decided each choice: a difference of scores, or of the logarithms of shares.
 
     Returns:
         logits (T - seen, vocabulary) of the text tokens from ``seen`` on.
@@ -297,6 +308,7 @@ def logits(
         silent={slot for token in range(len(ids)) if token in silent for slot in range(ends[token], ends[token + 1])},
         known={} if known is None else known,
         first=ends[seen],
+        closest=[] if closest is None else closest,
     )
     model.set_attn_implementation("oracle")
     places = torch.zeros(1, len(rows) - ends[seen], dtype=torch.long)
