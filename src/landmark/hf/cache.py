@@ -257,10 +257,13 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     @torch.inference_mode(False)
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replaces row ``i`` by row ``beam_idx[i]``."""
+        """Replaces row ``i`` by row ``beam_idx[i]``; raises ``ValueError`` for a row that is not there."""
         if not self.is_initialized:
             return
         rows = beam_idx.cpu()
+        missing = rows[(rows < 0) | (rows >= self.batch_size)]
+        if len(rows) == 0 or len(missing):
+            raise ValueError(f"expected rows from 0 to {self.batch_size - 1}, got {rows.tolist()}")
         self._note_change([0])
         for memory in self.made():
             memory.select_rows(rows)

@@ -129,17 +129,18 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
         rest = {name: value for name, value in kwargs.items() if name not in NOT_FOR_FORWARD}
         if getattr(self.config, "output_router_logits", False):
             rest["output_router_logits"] = False  # nobody asks for the balancing loss of a generated token
-        name, text, count = "input_ids", input_ids, None
-        if is_first_iteration:
-            if inputs_embeds is not None:
-                name, text = "inputs_embeds", inputs_embeds
-            if cache is not None:
-                before = _columns_before.get()
+        name, text = "input_ids", input_ids
+        if is_first_iteration and inputs_embeds is not None:
+            name, text = "inputs_embeds", inputs_embeds
+        new = text
+        if cache is not None:
+            before = _columns_before.get()
+            if is_first_iteration:
                 cache.begin_with(text, attention_mask, self.get_input_embeddings(), before)
-                count = before + text.shape[1] - cache.get_seq_length()
-        elif cache is not None:
-            count = columns_of_step(kwargs) or text.shape[1] - cache.get_seq_length()
-        new = text if count is None else text[:, -count:]
+            count = before + text.shape[1] - cache.get_seq_length()
+            if count < 1:  # behind embeddings, these are the ids alone that were generated
+                count = columns_of_step(kwargs)
+            new = text[:, -count:]
         return {**rest, name: new.clone(memory_format=torch.contiguous_format), "attention_mask": attention_mask}
 
     def _prepare_cache_for_generation(
@@ -178,7 +179,7 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
         result = super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         if folder.is_dir():
-            (folder / "LANDMARK.md").write_text(NOTE.format(folder=folder.name), encoding="utf-8")
+            (folder / "LANDMARK.md").write_text(NOTE.format(folder=folder.name), encoding="utf-8", errors="replace")
         return result
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
