@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class Subject:
         attention: ``landmark``; ``full``, ``window`` or ``dynamic`` for a plain model.
         window: latest tokens a query of a windowed plain model sees beside the first block.
         rope_factor: of dynamic RoPE scaling.
+        folder: where a model that was loaded from a folder lies, from the root; a bundled one has none.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Subject:
     attention: str
     window: int | None = None
     rope_factor: float | None = None
+    folder: str | None = None
 
     @property
     def device(self) -> str:
@@ -180,9 +183,10 @@ def load(name: str | None, device: str = "auto", dtype: str = "auto") -> Subject
     require_model(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises many kinds for what is missing or damaged
         raise ValueError(f"--model: expected a model of transformers, got {folder} ({_first_line(error)})") from None
-    return build(name or "landmark", folder, config, where, precision)
+    found = build(name or "landmark", folder, config, where, precision)
+    return replace(found, folder=os.path.abspath(folder)) if folder == name and os.path.isdir(folder) else found
 
 
 def build(name: str, folder: str, config: Any, device: str, dtype: torch.dtype, rope: float | None = None) -> Subject:
