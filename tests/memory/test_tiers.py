@@ -292,7 +292,7 @@ def test_addresses_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
             made.drop(blocks // 2)
         elif do == "rows":
             rows = chance.choice((1, 2, 3))
-            made.select_rows(torch.tensor([chance.randrange(len(made.rows[0])) for _ in range(rows)]))
+            made.select_rows(torch.tensor([chance.randrange(len(made.held[0].rows)) for _ in range(rows)]))
         else:
             forks.append(made)
             made = copy.deepcopy(made)
@@ -300,8 +300,8 @@ def test_addresses_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
         other._move_all()
         found, right = made.addresses(cpu), other.addresses(cpu)
         assert found is not None and right is not None
-        assert torch.equal(found[: len(made.extents)], right[: len(made.extents)])
-    assert len(made.extents) > 4
+        assert torch.equal(found[list(made.held)], right[list(made.held)])
+    assert max(made.held) > 4
 
 
 def test_extents_in_order_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +310,7 @@ def test_extents_in_order_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> N
     model = models.landmark_model("llama", settings())
     for budgets in ({"tier": "host"}, {"tier": "disk"}, {"tier": "disk", "host_bytes": 2**13}):
         cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, **budgets))
-        rows = [each for memory in cache.made() for each in memory.store.near.shelf.rows]
+        rows = [each.rows for memory in cache.made() for each in memory.store.near.shelf.held.values()]
         assert len(rows) > 100 and len({each.data_ptr() for each in rows}) == 1
 
 
@@ -442,6 +442,60 @@ def test_places_of_a_file_are_used_again(monkeypatch: pytest.MonkeyPatch) -> Non
         model.read(models.text(100)[None], cache=cache)
         sizes.append([os.fstat(handle).st_size for handle in handles(cache)])
     assert sizes[1] == sizes[-1]
+
+
+class Steps:
+    """While open, counts the steps that Python takes inside the files of the memory."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.folder = str(Path(store.__file__).parent)
+
+    def __enter__(self) -> Steps:
+        sys.settrace(self.entered)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.settrace(None)
+
+    def entered(self, frame: Any, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(self.folder):
+            return None
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        return self.stepped
+
+    def stepped(self, frame: Any, event: str, argument: Any) -> Any:
+        self.taken += event == "opcode"
+        return self.stepped
+
+
+EVICTING = [{"tier": "host"}, {"tier": "disk"}, {"tier": "disk", "host_bytes": 20 * 2 * 2 * 2 * 4}]
+
+
+@pytest.mark.parametrize("budgets", EVICTING)
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_block_costs_the_same_however_many_came_before(
+    budgets: dict[str, Any], asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``max_blocks``, counted in steps of the interpreter; also where a kernel asks for addresses in between."""
+    monkeypatch.setattr(shelf, "EXTENT_BYTES", 1)
+    config = LandmarkConfig(block_size=2, local_blocks=1, max_blocks=20)
+    blocks, taken = BlockStore(2, local_blocks=1, tiers=Tiers(**budgets)), []
+    for begin in range(0, 800, 16):
+        plan = make_plan([2 * begin], [2 * 16], config)
+        key = torch.full((1, 1, 2 * 16, 2), float(begin))
+        with Steps() as steps:
+            blocks.evict(plan.seen_from)
+            blocks.reserve(plan.blocks, key)
+            blocks.open(plan)
+            blocks.write(key, key, plan.writes)
+            if asked:
+                blocks.near.shelf.addresses(torch.device("cpu"))
+        taken.append(steps.taken)
+    early, late = sum(taken[10:20]), sum(taken[-10:])
+    assert early > 0 and late < 1.05 * early
+    kept = blocks.near.shelf.held
+    assert len(kept) < 20 + 16 + store.SPARE_BLOCKS + 16 + 2 and blocks.first > 700
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
