@@ -130,15 +130,15 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
         if getattr(self.config, "output_router_logits", False):
             rest["output_router_logits"] = False  # nobody asks for the balancing loss of a generated token
         name, text, count = "input_ids", input_ids, None
+        before = _columns_before.get()
         if is_first_iteration:
             if inputs_embeds is not None:
                 name, text = "inputs_embeds", inputs_embeds
             if cache is not None:
-                before = _columns_before.get()
                 cache.begin_with(text, attention_mask, self.get_input_embeddings(), before)
                 count = before + text.shape[1] - cache.get_seq_length()
         elif cache is not None:
-            count = columns_of_step(kwargs) or text.shape[1] - cache.get_seq_length()
+            count = columns_of_step(kwargs) or before + text.shape[1] - cache.get_seq_length()
         new = text if count is None else text[:, -count:]
         return {**rest, name: new.clone(memory_format=torch.contiguous_format), "attention_mask": attention_mask}
 
