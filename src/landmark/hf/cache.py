@@ -173,6 +173,13 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """Forgets what a call that failed in some layer has filed."""
         for memory in self.made():
             memory.undo()
+        self._begin_anew_if_empty()
+
+    def _begin_anew_if_empty(self) -> None:
+        """Where nothing is left of the text, the next call may have any number of rows."""
+        if not self.is_initialized:
+            self.memories = [None] * len(self.memories)
+            self._columns = TextColumns()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the text columns seen so far, padding included."""
@@ -223,6 +230,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self._columns.replace(mask, ids)
         for memory in self.made():
             memory.forget_peak()
+        self._begin_anew_if_empty()
 
     def _check_crop(self, slots: list[int]) -> None:
         size = self.settings.block_size
@@ -257,13 +265,15 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     @torch.inference_mode(False)
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replaces row ``i`` by row ``beam_idx[i]``; raises ``ValueError`` for a row that is not there."""
+        """Replaces row ``i`` by row ``beam_idx[i]``; raises ``ValueError`` for a row that is not there, or for none."""
         if not self.is_initialized:
             return
         rows = beam_idx.cpu()
-        missing = rows[(rows < 0) | (rows >= self.batch_size)]
-        if len(rows) == 0 or len(missing):
-            raise ValueError(f"expected rows from 0 to {self.batch_size - 1}, got {rows.tolist()}")
+        if len(rows) == 0 or not 0 <= int(rows.min()) <= int(rows.max()) < self.batch_size:
+            raise ValueError(
+                f"expected at least one of the rows 0 to {self.batch_size - 1}, got {rows.tolist()[:20]}; "
+                "choose among the rows of the cache"
+            )
         self._note_change([0])
         for memory in self.made():
             memory.select_rows(rows)
@@ -271,7 +281,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self._columns.replace(mask[rows], ids[rows])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the given rows (a boolean mask or indices)."""
+        """Keeps the given rows (a boolean mask or indices); raises as ``reorder_cache``."""
         self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
