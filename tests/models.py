@@ -155,6 +155,18 @@ def _converted(family: str, kv_heads: int, layers: int, dtype: torch.dtype, bloc
     return model
 
 
+@functools.cache
+def converted_family(model_type: str, block_size: int, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
+    """Returns a landmark model of ``family_model``, trained as far as its settings say; it is shared."""
+    import landmark
+
+    model = landmark.convert(
+        family_model(model_type, dtype=dtype, **fields), block_size=block_size, trained_length=4096
+    )
+    model.configure_landmark(landmark_trained=True, top_k=2, local_blocks=1, chunk_tokens=13)
+    return model
+
+
 def landmark_vector() -> torch.Tensor:
     """Returns the embedding (hidden,) that every landmark of these tests has, float64."""
     return torch.randn(32, generator=torch.Generator().manual_seed(5)).double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from landmark.eval.explain import MAX_NEW_TOKENS, explain_memory, file_sources
 from landmark.eval.explanation import Explanation
 from landmark.eval.subjects import Subject, load, require_landmark
 from landmark.hf.cache import LandmarkCache
-from landmark.memory.archive import STATE, Archive
+from landmark.memory.archive import STATE, Archive, require_free
 from landmark.memory.saved import as_bytes
 
 SAVE_TOKENS = 1 << 16  # read between two moments at which all that was read is on the disk
@@ -117,7 +118,8 @@ class Library:
             "tokens": lambda kept: bytes(as_bytes(self.reading.ids[kept // TOKEN_BYTES :].int())),
             "spans": lambda kept: bytes(as_bytes(self.reading.spans[kept // SPAN_BYTES :].contiguous())),
         }
-        notes = {"sources": sources, "model": self.subject.name, "tokenizer": _hash(self.subject.tokenizer)}
+        model = self.subject.folder or self.subject.name
+        notes = {"sources": sources, "model": model, "tokenizer": _hash(self.subject.tokenizer)}
         self.memory.save(self.folder, notes=notes, streams=streams)
 
     def _characters(self, kept: int) -> bytes:
@@ -152,11 +154,17 @@ class Library:
 
 
 def model_of(folder: str | Path) -> str:
-    """Returns the name of the model that a library was remembered by; raises as ``Library.open``."""
+    """Returns the folder or name of the model that a library was remembered by; raises as ``Library.open``."""
     notes = Archive.open(folder).manifest["notes"]
     if "sources" not in notes:
         raise ValueError(f"expected a memory with its texts in {str(folder)!r}, got one without; use landmark remember")
-    return str(notes["model"])
+    model = str(notes["model"])
+    if os.path.isabs(model) and not os.path.isdir(model):
+        raise FileNotFoundError(
+            f"model: expected the one that made the memory {str(folder)!r} in {model}, got nothing there; name the "
+            "folder that it was moved to"
+        )
+    return model
 
 
 def remember(
@@ -190,6 +198,7 @@ def remember(
         library = Library.open(folder, model, tier, **budgets)
         library.reading = _continued(library, sources)
     else:
+        require_free(folder)
         subject = _subject(model)
         memory = LandmarkCache(subject.model, tier, **budgets)
         library = Library(subject, memory, read_sources(sources, subject.tokenizer), folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import Annotated, cast
@@ -17,6 +18,7 @@ from landmark.cli.explain import explain
 from landmark.cli.generate import generate
 from landmark.cli.index import index
 from landmark.cli.info import info
+from landmark.cli.output import flush, in_line, print_no_more, say, say_error, show_what_the_terminal_can
 from landmark.cli.passages import passages
 from landmark.cli.passkey import passkey
 from landmark.cli.perplexity import perplexity
@@ -52,13 +54,15 @@ for _command in (memory.info, memory.verify, memory.compact):
     memories.command()(_command)
 evaluation.command()(index)
 
+NOBODY_READS = 141  # as a shell says it of a program that a closed pipe ended
+
 # ClickException, of whichever click typer stands on
 _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"landmark {landmark.__version__}")
+        say(f"landmark {landmark.__version__}")
         raise typer.Exit()
 
 
@@ -72,18 +76,27 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0 done, 1 the command says no, 2 a wrong input, 130 interrupted."""
-    warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
+    """Runs the command line and exits.
+
+    Codes: 0 done, 1 the command says no, 2 a wrong input, 130 interrupted, 141 nobody reads what it prints.
+    """
+    warnings.formatwarning = lambda message, *rest, **more: f"warning: {in_line(str(message))}\n"
+    show_what_the_terminal_can()
     try:
         code = app(arguments, standalone_mode=False)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+        flush()
+    except BrokenPipeError:
+        print_no_more()
+        sys.exit(NOBODY_READS)
+    except OSError as error:
+        _fail(_named(error))
+    except (ValueError, ModuleNotFoundError) as error:
         _fail(str(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
             raise
-        _fail(
-            f"expected the run to fit the device's memory: {error}; pass less text, a smaller batch or --dtype bfloat16"
-        )
+        said = str(error).splitlines()[0] if str(error) else "no more of it"
+        _fail(f"expected the run to fit the memory: {said}; pass less text, a smaller batch or --dtype bfloat16")
     except _USAGE_ERROR as error:
         _fail(f"{error.format_message()} See landmark --help.")
     except (typer.Abort, KeyboardInterrupt):
@@ -92,8 +105,25 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
 
 
+def _named(error: OSError) -> str:
+    """What the system says of a file, or what we say."""
+    if error.strerror is None or error.filename is None:
+        return str(error)
+    return f"{os.fsdecode(error.filename)}: {error.strerror}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, a GPU or, by no class of its own, the CPU of torch has no room."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
 def _fail(message: str) -> None:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    try:
+        flush()
+    except OSError:
+        print_no_more()
+    say_error(message)
     sys.exit(2)
 
 

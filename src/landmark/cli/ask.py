@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 from landmark.cli.answers import show_answer
-from landmark.cli.options import Device, Dtype, Model, Tier
+from landmark.cli.options import Device, Dtype, Model, Tier, text
+from landmark.data.characters import from_arguments
 
 
 def ask(
     memory: Annotated[Path, typer.Argument(help="The folder of a memory made by landmark remember.")],
     question: Annotated[
-        str | None, typer.Argument(help="What the model goes on from; it ends where the answer begins.")
+        str | None, typer.Argument(callback=text, help="What the model goes on from; it ends where the answer begins.")
     ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask line by line, until an empty one.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 16,
@@ -39,10 +40,10 @@ def ask(
 
 
 def _lines() -> Iterator[str]:
-    while True:
+    while sys.stdin is not None:
         if sys.stdin.isatty():
             typer.echo("> ", nl=False)
-        line = sys.stdin.readline().rstrip("\n")
+        line = from_arguments(sys.stdin.readline().rstrip("\r\n"))
         if not line:
             return
         yield line

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model, Seed
+from landmark.cli.options import Device, Dtype, Model, Seed, text
+from landmark.cli.output import say_text
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    prompt: Annotated[str, typer.Argument(callback=text, help="Text to go on from.")],
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
     file: Annotated[Path | None, typer.Option(help="A text of any length that is read before the prompt.")] = None,
@@ -27,7 +28,7 @@ def generate(
 
     quiet()
     subject = load(model, device, dtype)
-    text = continue_text(
+    written = continue_text(
         subject, prompt, file=file, read=read, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
-    typer.echo(text)
+    say_text(written)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, integers, words
+from landmark.cli.output import say
 
 
 def index(
@@ -42,7 +43,7 @@ def index(
     subject = subjects.load(model, device, dtype)
 
     def tell(row: results.IndexRow) -> None:
-        typer.echo(f"{row.index}, {row.landmarks:,} landmarks: {row.step_ms} ms a step", err=True)
+        say(f"{row.index}, {row.landmarks:,} landmarks: {row.step_ms} ms a step", err=True)
 
     report = results.Recorder(out, subject.device, tell)
     show(index_table(task_module.run(subject, task, texts, name, report)))

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from landmark.data.characters import from_arguments
+
 Model = Annotated[
     str | None,
     typer.Option(help="Folder or hub name; `twin` is the bundled plain-attention twin. By default the bundled model."),
@@ -16,6 +18,11 @@ Dtype = Annotated[
 ]
 Tier = Annotated[str, typer.Option(help="Where blocks live: device, host or disk.")]
 Seed = Annotated[int, typer.Option(help="Of all random choices.")]
+
+
+def text(word: str | None) -> str | None:
+    """Reads a word of the command line that is a text, not a path; see ``from_arguments``."""
+    return None if word is None else from_arguments(word)
 
 
 def integers(option: str, text: str) -> tuple[int, ...]:

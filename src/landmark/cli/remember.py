@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Tier
+from landmark.cli.output import say
 
 
 def remember(
@@ -20,6 +21,7 @@ def remember(
     dtype: Dtype = "auto",
 ) -> None:
     """Read FILES into a memory on disk; the same command goes on with what was interrupted, and adds further files."""
+    from landmark.eval.outputs import require_folder
     from landmark.eval.subjects import load, quiet
     from landmark.library import Progress
     from landmark.library import remember as remembered
@@ -27,8 +29,9 @@ def remember(
     def show(found: Progress) -> None:
         sizes = ", ".join(f"{tier} {size / 2**20:,.0f} MiB" for tier, size in found.nbytes.items() if size)
         speed = found.read / max(found.seconds, 1e-9)
-        typer.echo(f"{found.tokens:,} of {found.total:,} tokens  {speed:,.0f} tokens/s  {sizes}")
+        say(f"{found.tokens:,} of {found.total:,} tokens  {speed:,.0f} tokens/s  {sizes}")
 
     quiet()
+    require_folder(out, "--out")
     library = remembered(files, out, load(model, device, dtype), tier=tier, retrieve=retrieve, progress=show)
-    typer.echo(f"{library.tokens:,} tokens of {len(library.reading.sources)} texts are remembered in {out}")
+    say(f"{library.tokens:,} tokens of {len(library.reading.sources)} texts are remembered in {out}")

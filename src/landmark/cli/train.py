@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from landmark.cli.output import say
+
 OF_THE_RUN = (
     "data",
     "out",
@@ -111,6 +113,6 @@ def train(
     base = load_recipe(config) if config else fine_tuning() if model else Recipe()
     recipe = base.override(**{name: value for name, value in given.items() if name not in OF_THE_RUN})
     where = {name: given[name] for name in OF_THE_RUN if name != "config"}
-    summary = run(**where, recipe=recipe, report=typer.echo)
+    summary = run(**where, recipe=recipe, report=say)
     speed = summary["tokens_per_second"] or 0
-    typer.echo(f"saved {out}: {summary['steps']} steps, {summary['tokens']:,} tokens, {speed:,} tokens/s")
+    say(f"saved {out}: {summary['steps']} steps, {summary['tokens']:,} tokens, {speed:,} tokens/s")

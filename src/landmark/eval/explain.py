@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from landmark.blocks import slot_of
+from landmark.data.characters import from_arguments, without_surrogates
 from landmark.data.sources import Reading, Source, read_sources
-from landmark.data.text import read_documents
+from landmark.data.text import read_documents, text_files
 from landmark.eval.explanation import Explanation, Span, Step
 from landmark.hf.cache import LandmarkCache
 from landmark.memory.retrieval import Retrieval
@@ -42,7 +43,8 @@ def explain(
     if not hasattr(model, "landmark"):
         raise ValueError(f"model: expected a landmark model, got {type(model).__name__}; use landmark.convert")
     named = [("text", text)] if isinstance(text, str) else text
-    reading = read_sources([Source(name, characters) for name, characters in named], tokenizer)
+    sources = [Source(without_surrogates(name), without_surrogates(characters)) for name, characters in named]
+    reading = read_sources(sources, tokenizer)
     ids = _question_ids(tokenizer, question)
     cache = model.read(reading.ids[None].to(model.device), retrieve=False)
     return _explained(model, tokenizer, cache, reading, question, ids, max_new_tokens)
@@ -82,7 +84,7 @@ def explain_memory(
 
 
 def _question_ids(tokenizer: Any, question: str) -> list[int]:
-    ids: list[int] = tokenizer(question, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(without_surrogates(question), add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError("question: expected at least one token, got an empty text; ask something")
     return ids
@@ -177,5 +179,9 @@ def file_sources(files: Iterable[Path]) -> list[Source]:
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"FILES: expected text files or folders of .txt files, got {file}: no such file")
-        found += (sorted(file.rglob("*.txt")) if file.is_dir() else []) or [file]
-    return [Source(str(file.parent / each.title), each.text) for file in found for each in read_documents(file)]
+        found += (sorted(text_files(file)) if file.is_dir() else []) or [file]
+    return [
+        Source(from_arguments(str(file.parent / each.title)), each.text)
+        for file in found
+        for each in read_documents(file)
+    ]

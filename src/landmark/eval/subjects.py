@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Subject:
         attention: ``landmark``; ``full``, ``window`` or ``dynamic`` for a plain model.
         window: latest tokens a query of a windowed plain model sees beside the first block.
         rope_factor: of dynamic RoPE scaling.
+        folder: where a model that was loaded from a folder lies, from the root; a bundled one has none.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Subject:
     attention: str
     window: int | None = None
     rope_factor: float | None = None
+    folder: str | None = None
 
     @property
     def device(self) -> str:
@@ -179,7 +182,9 @@ def load(name: str | None, device: str = "auto", dtype: str = "auto") -> Subject
     require_model(folder)
     try:
         source = find(folder)
-    except (OSError, ValueError) as error:
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # transformers raises many kinds for what is missing or damaged
         raise ValueError(f"--model: expected a model of transformers, got {folder} ({_first_line(error)})") from None
     model_type = source.config.model_type
     if source.adapter is not None and not str(model_type).startswith(PREFIX):
@@ -187,7 +192,8 @@ def load(name: str | None, device: str = "auto", dtype: str = "auto") -> Subject
             f"--model: expected an adapter of a landmark model, got {folder}, one of the plain {model_type} in "
             f"{source.path}; merge it into its base and convert that"
         )
-    return build(name or "landmark", folder, source.config, where, precision)
+    found = build(name or "landmark", folder, source.config, where, precision)
+    return replace(found, folder=os.path.abspath(folder)) if folder == name and os.path.isdir(folder) else found
 
 
 def build(name: str, folder: str, config: Any, device: str, dtype: torch.dtype, rope: float | None = None) -> Subject:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from landmark.hf.cache import LandmarkCache
+from landmark.hf.columns import device_of
 from landmark.hf.compat import NEWEST_TESTED, OLDEST_TESTED
 from landmark.hf.families import PREFIX, family
-from landmark.hf.model import device_of
 from landmark.hf.sharing import model_around
 
 CHECKED_TOKENS = 24

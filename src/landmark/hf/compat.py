@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import sys
@@ -9,12 +10,41 @@ import warnings
 from typing import Any
 
 import transformers
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 # The range that the tests ran on: a later version is warned about by name, once.
 OLDEST_TESTED = "5.0.0"
 NEWEST_TESTED = "5.24.0"
+
+CACHE_NAMES = ("cache", "past_key_values")
+_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+# 5.24 renamed the argument of forward and generate, and the field of outputs, from `past_key_values` to `cache`.
+CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
+
+
+def cache_by_installed_name(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns keyword arguments with the cache under the name that the installed transformers gives it.
+
+    Raises:
+        ValueError: caches under both names.
+    """
+    given = {name: value for name, value in arguments.items() if name in CACHE_NAMES and value is not None}
+    if len(given) > 1:
+        types = " and ".join(f"a {type(value).__name__} as {name}" for name, value in given.items())
+        raise ValueError(f"expected one cache, got {types}: they are two names of one argument, leave one out")
+    rest = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+    return {**rest, CACHE: next(iter(given.values()))} if given else rest
+
+
+def columns_of_step(arguments: dict[str, Any]) -> int:
+    """Returns how many of the last ids a step inside ``generate`` is about.
+
+    Stock code says so by ``next_sequence_length`` since 5.3, and by the places of the columns before.
+    """
+    count: int | None = arguments.get("next_sequence_length")
+    return len(arguments["cache_position"]) if count is None else count
 
 
 def warn_untested() -> None:

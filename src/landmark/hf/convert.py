@@ -14,10 +14,11 @@ from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.bundled import model_path
 from landmark.hf.causal import LandmarkCausalLMMixin, check_layers, warn_beyond_trained
 from landmark.hf.check import check_conversion
+from landmark.hf.columns import device_of
 from landmark.hf.compat import warn_untested
 from landmark.hf.families import PREFIX, check_config, family
-from landmark.hf.model import device_of
 from landmark.hf.pretrained import Source, find, read_weights
+from landmark.hf.rope import trained_positions
 from landmark.hf.sharing import model_around
 
 
@@ -44,7 +45,8 @@ def convert(
         model_or_path: a model instance (its weights are shared, not copied), or a hub name or folder.
         block_size, top_k, granularity, positions, local_blocks, max_blocks, layers, local, mode, chunk_tokens,
             position_gap: see ``LandmarkConfig``.
-        trained_length: positions the model was trained on; by default ``config.max_position_embeddings``.
+        trained_length: positions the model was trained on; by default ``config.max_position_embeddings``; under
+            longrope, those up to which its frequencies for short texts were trained.
         **loading: for ``from_pretrained`` where a path is given (``dtype``, ``device_map``, ...).
 
     Returns:
@@ -95,7 +97,9 @@ def _settings(stock_config: Any, settings: dict[str, Any]) -> LandmarkConfig:
     if stock_config.model_type.startswith(PREFIX):
         raise ValueError("this is a landmark model already: use landmark.load and configure_landmark")
     check_config(stock_config)
-    trained = settings["trained_length"] or stock_config.max_position_embeddings
+    trained = settings["trained_length"]
+    if trained is None:
+        trained = trained_positions(stock_config)
     found = LandmarkConfig(**{**settings, "trained_length": trained})
     check_layers(found, stock_config.num_hidden_layers)
     return found

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from landmark.hf.attention import claim_attention
 from landmark.hf.causal import LandmarkCausalLMMixin
-from landmark.hf.compat import installed
+from landmark.hf.compat import cache_by_installed_name, installed
 from landmark.hf.model import LandmarkDecoderMixin
 
 PREFIX = "landmark_"
@@ -111,12 +111,17 @@ def family(model_type: str) -> Family:
             finally:
                 setattr(module, stock_decoder.__name__, stock_decoder)
 
+    @functools.wraps(stock_causal_lm.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock_causal_lm.forward(self, *args, **cache_by_installed_name(kwargs))
+
     causal_lm: Any = type(
         f"Landmark{stock_causal_lm.__name__}",
         (LandmarkCausalLMMixin, stock_causal_lm),
         {
             "config_class": config,
             "__init__": initialise,
+            "forward": forward,
             "__doc__": f"{stock_causal_lm.__name__} that attends by landmarks.",
         },
     )

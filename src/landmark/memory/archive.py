@@ -63,10 +63,7 @@ class Archive:
             ValueError: the folder holds something else than what an interrupted first writer left, or as ``lock``.
         """
         folder = Path(folder)
-        if folder.exists() and not _is_free(folder):
-            raise ValueError(
-                f"expected a new or empty folder for a memory, got {str(folder)!r}; name another, or open it"
-            )
+        require_free(folder)
         made = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for each in made:
@@ -277,6 +274,12 @@ class Archive:
             yield f"{self.folder / name}: expected {self._lengths[name]} bytes, got {found}; {REMEDY}"
 
 
+def require_free(folder: Path) -> None:
+    """Raises ``ValueError`` for a folder that holds something else than what an interrupted first writer left."""
+    if folder.exists() and not _is_free(folder):
+        raise ValueError(f"expected a new or empty folder for a memory, got {str(folder)!r}; name another, or open it")
+
+
 def _is_free(folder: Path) -> bool:
     """Whether a folder is empty, or holds only what a writer left that was interrupted before its first commit."""
     names = [each.name for each in folder.iterdir()] if folder.is_dir() else [folder.name]
@@ -311,7 +314,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         body = json.loads(data)["state"]
         whole = data == _file_of(body)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if whole and body["format"] != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}, got {body['format']}; install the landmark that wrote it")
