@@ -50,6 +50,13 @@ def ids(tokens: int = 12) -> torch.Tensor:
     return models.text(tokens)[None]
 
 
+def loss_over_remembered_columns() -> None:
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": None}
+    model = landmark.convert(stock("Mixtral", **sizes), block_size=5)
+    mask = torch.ones(1, 15)
+    model(ids(3), past_key_values=model.read(ids()), attention_mask=mask, output_router_logits=True)
+
+
 def read_cache(model: Any) -> Any:
     return model.read(ids())
 
@@ -197,7 +204,14 @@ def saved_without_a_model(folder: Path) -> None:
     cache.save(folder)
 
 
+def rows_that_are_not_there(rows: list[int]) -> Callable[[], None]:
+    return lambda: read_cache(ours()).batch_select_indices(torch.tensor(rows, dtype=torch.long))
+
+
 CASES = [
+    ("a row that is not there", rows_that_are_not_there([0, 1]), "expected rows from 0 to 0, got"),
+    ("a row before the first", rows_that_are_not_there([-1]), "expected rows from 0 to 0, got"),
+    ("no rows", rows_that_are_not_there([]), "expected rows from 0 to 0, got"),
     ("open nothing", lambda folder: landmark.LandmarkCache.open(folder, ours()), "a memory with a file memory.json in"),
     (
         "open what was never finished",
@@ -323,6 +337,11 @@ CASES = [
     ("retrieval in train mode", retrieve_in_train_mode, "train mode.*mode='all'"),
     ("no text", lambda: ours()(torch.zeros(1, 0, dtype=torch.long)), r"at least 1, got \(1, 0\)"),
     ("read without a batch", lambda: ours().read(models.text(5)), r"\(B, T\).*got \(5,\)"),
+    (
+        "a balancing loss over remembered columns",
+        loss_over_remembered_columns,
+        r"mask of the 3 new columns, got 15; leave the remembered columns out",
+    ),
     ("a mask of another length", lambda: ours()(ids(), attention_mask=torch.ones(1, 5)), r"\(1, 12\), got \(1, 5\)"),
     ("no ids and no embeddings", lambda: ours()(), "exactly one of input_ids and inputs_embeds"),
     ("attention weights", lambda: ours()(ids(), output_attentions=True), "no attention matrix.*retrievals"),

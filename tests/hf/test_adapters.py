@@ -72,3 +72,42 @@ def test_peft_asks_for_target_modules_by_name() -> None:
     base = landmark.convert(models.stock_model("llama", dtype=torch.float32), block_size=5)
     with pytest.raises(ValueError, match="target_modules"):
         peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM"))
+
+
+def prompted(base: Any, method: Any, **own: Any) -> Any:
+    """A model with three virtual tokens in front of every text, the same for every base."""
+    torch.manual_seed(0)
+    config = method(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=3,
+        num_layers=2,
+        num_attention_heads=models.HEADS,
+        token_dim=32,
+        num_transformer_submodules=1,
+        **own,
+    )
+    return peft.get_peft_model(base, config).double().eval()
+
+
+@pytest.mark.parametrize(
+    ("method", "own"), [("PromptTuningConfig", {}), ("PromptEncoderConfig", {"encoder_hidden_size": 8})]
+)
+def test_virtual_tokens_generate_as_on_the_stock_model(method: str, own: dict[str, Any]) -> None:
+    """In one block both are the same function."""
+    stock = models.family_model("llama")
+    ids = models.text(20)[None]
+    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    expected = prompted(stock, getattr(peft, method), **own).generate(**options)
+    found = prompted(landmark.convert(models.family_model("llama"), block_size=64), getattr(peft, method), **own)
+    assert torch.equal(found.generate(**options), expected)
+
+
+def test_prefix_tuning_is_refused() -> None:
+    """Its keys have no text and no landmarks."""
+    model = prompted(landmark.convert(models.family_model("llama"), block_size=5), peft.PrefixTuningConfig)
+    ids = models.text(20)[None]
+    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with pytest.raises(ValueError, match=r"got DynamicCache|a DynamicCache as past_key_values"):
+        model(**options)
+    with pytest.raises(ValueError, match=r"got DynamicCache|a DynamicCache as past_key_values"):
+        model.generate(**options, max_new_tokens=5)

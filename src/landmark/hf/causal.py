@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from torch import Tensor
 
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import IMPLEMENTATION
-from landmark.hf.cache import LandmarkCache
+from landmark.hf.cache import LandmarkCache, require_landmark_cache
+from landmark.hf.compat import CACHE, cache_by_installed_name, columns_of_step
 from landmark.hf.graphs import repeating
-from landmark.hf.model import Stock, device_of, text_mask
+from landmark.hf.model import Stock
+
+# What stock code hands from step to step: landmark models find positions by the mask and the memory.
+NOT_FOR_FORWARD = ("position_ids", "cache_position", "next_sequence_length", "labels")
 
 NOTE = """# A landmark model
 
@@ -26,6 +31,10 @@ This model attends by landmarks. To load it:
 
 or `import landmark.hf` before `AutoModelForCausalLM.from_pretrained(...)`.
 """
+
+
+# Of the running `generate`: columns that the memory has read and the text given leaves out.
+_columns_before: ContextVar[int] = ContextVar("columns_before", default=0)
 
 
 class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
@@ -65,7 +74,7 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
 
         Args:
             input_ids: ``(B, T)`` text token ids.
-            attention_mask: ``(B, T)``, 0 for padding.
+            attention_mask: as for ``forward``: ``(B, T)``, or ``(B, past + T)`` with a memory; 0 for padding.
             cache: a memory to go on from.
             retrieve: ``False`` reads with the local context and block 0 only: fast, and not what the model would
                 compute with retrieval; later calls retrieve from what was read.
@@ -76,26 +85,63 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
         Raises:
             ValueError: as the model's ``forward``.
         """
-        decoder = self.base_model
-        embedding, settings = decoder.get_input_embeddings(), self.landmark
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"expected input_ids of shape (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
-        cache = LandmarkCache(self.config) if cache is None else cache
-        mask = text_mask(attention_mask, input_ids, cache)
-        cache.check(settings, len(input_ids), decoder)
-        for begin in range(0, input_ids.shape[1], settings.chunk_tokens):
-            part = input_ids[:, begin : begin + settings.chunk_tokens]
-            seen = torch.ones(part.shape, dtype=torch.bool)
-            if mask is not None:
-                seen = mask[:, begin : begin + settings.chunk_tokens].cpu()
-            embeds = embedding(part.to(device_of(embedding)))
-            decoder.extend(embeds, seen, cache, settings, {}, ids=part, retrieve=retrieve)
+        cache = LandmarkCache(self.config) if cache is None else require_landmark_cache(cache)
+        for _ in self.base_model.read_chunks(input_ids, attention_mask, cache, self.landmark, {}, retrieve=retrieve):
+            pass
         return cache
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates as stock code does; on an NVIDIA GPU, steps of one token are captured in a CUDA graph."""
-        with repeating():
-            return super().generate(*args, **kwargs)
+        """Generates as stock code does; on an NVIDIA GPU, steps of one token are captured in a CUDA graph.
+
+        With a memory (``past_key_values`` or ``cache``) the ids given begin with all that it has read. Where they are
+        exactly that, its last token is computed again. Ids of new text alone are taken together with an
+        ``attention_mask`` over all columns, those read before included. A memory of fewer rows is repeated for beams
+        and answers.
+
+        Raises:
+            ValueError: ids that do not begin with what the memory has read, or as ``forward``.
+        """
+        kwargs = cache_by_installed_name(kwargs)
+        token = _columns_before.set(_columns_left_out(args, kwargs))
+        try:
+            with repeating():
+                return super().generate(*args, **kwargs)
+        finally:
+            _columns_before.reset(token)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Returns what the next call of ``forward`` inside ``generate`` is given: the text behind the memory.
+
+        Stands in place of every family's own: those cut the text by other rules, or drop the cache where a RoPE of
+        other frequencies begins (longrope), which landmark models never switch to.
+        """
+        kwargs = cache_by_installed_name(kwargs)
+        cache = kwargs.get(CACHE)
+        rest = {name: value for name, value in kwargs.items() if name not in NOT_FOR_FORWARD}
+        if getattr(self.config, "output_router_logits", False):
+            rest["output_router_logits"] = False  # nobody asks for the balancing loss of a generated token
+        name, text = "input_ids", input_ids
+        if is_first_iteration and inputs_embeds is not None:
+            name, text = "inputs_embeds", inputs_embeds
+        new = text
+        if cache is not None:
+            before = _columns_before.get()
+            if is_first_iteration:
+                cache.begin_with(text, attention_mask, self.get_input_embeddings(), before)
+            count = before + text.shape[1] - cache.get_seq_length()
+            if count < 1:  # behind embeddings, these are the ids alone that were generated
+                count = columns_of_step(kwargs)
+            new = text[:, -count:]
+        return {**rest, name: new.clone(memory_format=torch.contiguous_format), "attention_mask": attention_mask}
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -104,14 +150,13 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} cannot hold landmarks: leave it unset"
             )
-        cache = model_kwargs.get("past_key_values")
+        generation_config.prefill_chunk_size = None  # forward reads in chunks of its own
+        cache = model_kwargs.get(CACHE)
         if cache is None:
             if generation_config.use_cache is not False:
-                model_kwargs["past_key_values"] = LandmarkCache(self.config)
-        elif isinstance(cache, LandmarkCache):
-            cache._is_user_defined = True
+                model_kwargs[CACHE] = LandmarkCache(self.config)
         else:
-            raise ValueError(f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config)")
+            require_landmark_cache(cache)._is_user_defined = True
 
     def _prepare_generated_length(self, generation_config: Any, has_default_max_length: bool, **kwargs: Any) -> Any:
         """Counts the default length as new tokens: stock code cuts it at ``max_position_embeddings``, text included."""
@@ -149,6 +194,17 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Does nothing: the classes come from this package, not from code in the saved folder."""
+
+
+def _columns_left_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Columns of the memory before the text given to ``generate``: all, where the mask says so by its width."""
+    cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+    inputs = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+    text = next((each for each in inputs if isinstance(each, Tensor)), None)
+    if text is None or mask is None or not isinstance(cache, LandmarkCache):
+        return 0
+    read = cache.get_seq_length()
+    return read if mask.shape[-1] == read + text.shape[1] else 0
 
 
 def check_layers(settings: LandmarkConfig, layers: int) -> None:

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from landmark.hf.attention import claim_attention
 from landmark.hf.causal import LandmarkCausalLMMixin
+from landmark.hf.compat import cache_by_installed_name, installed
 from landmark.hf.model import LandmarkDecoderMixin
 
 PREFIX = "landmark_"
@@ -81,7 +82,7 @@ def family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         reason = REFUSED.get(model_type, "it has not been checked")
         raise ValueError(f"cannot make a landmark model of {model_type!r}: {reason}; supported: {', '.join(FAMILIES)}")
-    if not _installed(model_type):
+    if not installed(model_type):
         raise ValueError(f"cannot make a landmark model of {model_type!r} with this transformers: install a later one")
     stock_config = CONFIG_MAPPING[model_type]
     stock_decoder, stock_causal_lm = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
@@ -110,12 +111,17 @@ def family(model_type: str) -> Family:
             finally:
                 setattr(module, stock_decoder.__name__, stock_decoder)
 
+    @functools.wraps(stock_causal_lm.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock_causal_lm.forward(self, *args, **cache_by_installed_name(kwargs))
+
     causal_lm: Any = type(
         f"Landmark{stock_causal_lm.__name__}",
         (LandmarkCausalLMMixin, stock_causal_lm),
         {
             "config_class": config,
             "__init__": initialise,
+            "forward": forward,
             "__doc__": f"{stock_causal_lm.__name__} that attends by landmarks.",
         },
     )
@@ -131,14 +137,6 @@ def family(model_type: str) -> Family:
     return Family(config, decoder, causal_lm, stock_config, stock_decoder, stock_causal_lm)
 
 
-def _installed(model_type: str) -> bool:
-    if model_type not in CONFIG_MAPPING:
-        return False
-    decoder = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
-    # Before it had this class, Gemma scaled embeddings in the decoder: another landmark embedding for the same model.
-    return model_type != "gemma" or hasattr(sys.modules[decoder.__module__], "GemmaTextScaledWordEmbedding")
-
-
 def _copy_conversion(stock: str, ours: str) -> None:
     """Lets checkpoints be read and written as the stock architecture's are: renamed heads, fused experts, ..."""
     mapping = get_checkpoint_conversion_mapping(stock)
@@ -149,7 +147,7 @@ def _copy_conversion(stock: str, ours: str) -> None:
 def register() -> None:
     """Registers every supported family that the installed transformers has."""
     for model_type in FAMILIES:
-        if _installed(model_type):
+        if installed(model_type):
             family(model_type)
 
 

@@ -58,6 +58,11 @@ class BlockStore:
         """Places allocated."""
         return self.landmark_keys.shape[2] if self.landmark_keys.ndim == 4 else 0
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of keys and values, ``None`` before the first call."""
+        return self.landmark_keys.dtype if self.places else None
+
     def place_of(self, blocks: Tensor) -> Tensor:
         """Returns the places of ``blocks``: block 0 and all from ``first`` on have one; ask for no others."""
         return (blocks - self.first + 1).clamp_(min=0)
