@@ -28,6 +28,7 @@ WORDS = {
     "info": ["memory", "info", "MEMORY"],
     "info of nothing": ["memory", "info", NAME],
     "no command": [NAME],
+    "help": ["--help"],
     "no number": ["eval", "passkey", "--trials", NAME],
 }
 STREAMS = {
@@ -73,7 +74,9 @@ def environment(locale):
 @pytest.mark.parametrize("locale", LOCALES)
 def test_locales(models, tmp_path, locale, name):
     code, out, err = done(WORDS[name], models, tmp_path, env=environment(locale))
-    if name == "info":
+    if name == "help":
+        assert code == 0 and out and err == b""
+    elif name == "info":
         assert code == 0 and err == b"" and b"source " in out
         assert locale not in ("UTF-8", "C", "one column") or "café \U0001f642 \ufffd\ufffd[31m.txt".encode() in out
     else:
