@@ -146,5 +146,15 @@ def index_table(rows: Sequence[IndexRow]) -> Table:
     return table
 
 
+def facts_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    """Returns names and values side by side."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    return table
+
+
 def _or_dash(value: object) -> str:
     return "-" if value is None else str(value)
