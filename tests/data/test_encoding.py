@@ -12,8 +12,8 @@ from landmark.data.encoding import TextEncoder
 from landmark.data.tokenizer import encode, encoder_of, row_start
 
 BITS = (
-    "the", "river", " ", "  ", "\n", "\r\n", "\t", "🙂", "👩‍👩‍👧", "é", "e\u0301", "ﬁ", "漢字", "1", "23456", "A", "x" * 7,
-    "</s>", "<s>", ".", "'s", "▁", "İ", "\u00a0", "-", "The man went",
+    "the", "river", " ", "  ", "\n", "\r\n", "\t", "🙂", "👩‍👩‍👧", "é", "e\u0301", "ﬁ", "漢字", "1", "23456", "A",
+    "x" * 7, "</s>", "<s>", ".", "'s", "▁", "İ", "\u00a0", "-", "The man went",
 )  # fmt: skip
 RUNS = (
     "a" * 1501,

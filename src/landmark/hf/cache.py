@@ -15,7 +15,7 @@ from transformers import Cache
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.columns import TextColumns
-from landmark.hf.saved import Saved, Streams, fingerprint, open_saved, save
+from landmark.hf.saved import Saved, Streams, open_saved, require_reader, save
 from landmark.memory.index import check_index
 from landmark.memory.layer import RECENT_BLOCKS, LayerMemory
 from landmark.memory.plan import oldest_needed
@@ -100,21 +100,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
                 f"expected {self.batch_size} rows as in the cache, got {batch}; repeat or choose its rows with "
                 "batch_repeat_interleave or batch_select_indices, or make a new LandmarkCache"
             )
-        self._check_decoder(decoder)
+        if self.is_initialized:
+            require_reader(self.decoder, decoder)
         self._decoder = weakref.ref(decoder)
-
-    def _check_decoder(self, decoder: Any) -> None:
-        """Raises ``ValueError`` where the keys that are remembered are those of another model."""
-        reader = self.decoder
-        if not self.is_initialized or reader is decoder:
-            return
-        if reader is None:
-            raise ValueError(
-                "expected the model that read this cache, got another, and that one is gone: save a cache before its "
-                "model goes, and open it with LandmarkCache.open"
-            )
-        if fingerprint(reader) != fingerprint(decoder):
-            raise ValueError(f"expected the model that read this cache, got one with other weights: {NEW_CACHE}")
 
     def begin_with(self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, left_out: int = 0) -> None:
         """Makes ready to go on with a text that begins with all that was read.
