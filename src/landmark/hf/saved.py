@@ -64,7 +64,7 @@ def fingerprint(decoder: Any) -> str:
 
 
 def require_reader(reader: Any, decoder: Any) -> None:
-    """Raises ``ValueError`` where keys that ``reader`` remembered (``None``: it is gone) are not those of ``decoder``."""
+    """Raises ``ValueError`` where what ``reader`` remembered (``None``: it is gone) is not what ``decoder`` would."""
     if reader is decoder:
         return
     if reader is None:
