@@ -12,10 +12,19 @@ from landmark.data.encoding import TextEncoder
 from landmark.data.tokenizer import encode, encoder_of, row_start
 
 BITS = (
-    "the", "river", " ", "  ", "\n", "\r\n", "\t", "🙂", "👩‍👩‍👧", "é", "e\u0301", "ﬁ", "漢字", "1", "23456", "A", "x" * 7,
-    "</s>", "<s>", ".", "'s", "▁", "İ", "\u00a0", "-", "The man went",
+    "the", "river", " ", "  ", "\n", "\r\n", "\t", "🙂", "👩‍👩‍👧", "é", "e\u0301", "ﬁ", "漢字", "1", "23456", "A",
+    "x" * 7, "</s>", "<s>", ".", "'s", "▁", "İ", "\u00a0", "-", "The man went",
 )  # fmt: skip
-RUNS = ("a" * 1501, "1" * 1200 + "x", " " * 1300 + "x", "ab" * 700, "river" * 300, "🙂" * 600, "</s>" * 300, "the " * 500)
+RUNS = (
+    "a" * 1501,
+    "1" * 1200 + "x",
+    " " * 1300 + "x",
+    "ab" * 700,
+    "river" * 300,
+    "🙂" * 600,
+    "</s>" * 300,
+    "the " * 500,
+)
 
 
 def made_text(seed, count, bits=BITS):
