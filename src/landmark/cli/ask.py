@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from landmark.cli.answers import show_answer
-from landmark.cli.options import Device, Dtype, Model, Tier, text
+from landmark.cli.options import Device, Dtype, Model, SpillFolder, Tier, text
 from landmark.data.characters import from_arguments
 
 
@@ -22,6 +22,7 @@ def ask(
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask line by line, until an empty one.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 16,
     tier: Tier = "disk",
+    spill_folder: SpillFolder = None,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -34,7 +35,7 @@ def ask(
         found = "neither" if question is None else "both"
         raise ValueError(f"QUESTION: expected a question or --interactive, got {found}; ask one, or line by line")
     quiet()
-    library = Library.open(memory, load(model or model_of(memory), device, dtype), tier)
+    library = Library.open(memory, load(model or model_of(memory), device, dtype), tier, spill_folder=spill_folder)
     for each in _lines() if question is None else [question]:
         show_answer(library.ask(each, max_new_tokens=max_new_tokens))
 
