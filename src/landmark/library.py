@@ -51,11 +51,11 @@ class Library:
         subject: the model and its tokenizer.
         memory: what the model remembers, of one row.
         reading: the texts that are to be remembered, and where each of their tokens stands.
-        folder: where it is saved.
+        folder: where it is saved, as an absolute path.
     """
 
     def __init__(self, subject: Subject, memory: LandmarkCache, reading: Reading, folder: Path) -> None:
-        self.subject, self.memory, self.reading, self.folder = subject, memory, reading, folder
+        self.subject, self.memory, self.reading, self.folder = subject, memory, reading, folder.absolute()
 
     @classmethod
     def open(
@@ -67,7 +67,7 @@ class Library:
             folder: where it was saved.
             model: the model that remembers it, or its name; ``None`` for the name that it was saved with.
             tier: where blocks live, as for ``LandmarkCache``.
-            **budgets: likewise.
+            **budgets: likewise: ``device_bytes``, ``host_bytes``, ``spill_folder``, ``index``.
 
         Raises:
             FileNotFoundError: there is no memory in the folder.
@@ -212,7 +212,7 @@ def remember(
         retrieve: as for ``Library.read``.
         progress: likewise.
         watch: likewise, and while the texts are tokenised.
-        **budgets: of the tiers.
+        **budgets: likewise: ``device_bytes``, ``host_bytes``, ``spill_folder``, ``index``.
 
     Raises:
         FileNotFoundError: a file that is not there.

@@ -237,7 +237,7 @@ CASES = [
         lambda folder: opened(
             folder, models.landmark_model("llama", LandmarkConfig(block_size=5), dtype=torch.float64)
         ),
-        "was made in float32, the model is in float64; load it in the former",
+        "was made in float32, the model is in float64; load the model with dtype 'float32'",
     ),
     (
         "open with another block size",

@@ -42,8 +42,8 @@ def tiers(chance: random.Random, folder: Path) -> list[dict[str, Any]]:
     return [
         {},
         {"tier": "host", "device_bytes": near},
-        {"tier": "disk", "device_bytes": near, "folder": folder},
-        {"tier": "disk", "device_bytes": near, "host_bytes": chance.randint(1, 20) * 1000, "folder": folder},
+        {"tier": "disk", "device_bytes": near, "spill_folder": folder},
+        {"tier": "disk", "device_bytes": near, "host_bytes": chance.randint(1, 20) * 1000, "spill_folder": folder},
     ]
 
 
@@ -336,7 +336,7 @@ def test_neighbouring_steps_choose_what_is_near() -> None:
 
 def test_a_fork_writes_nothing_into_the_files_of_its_origin(tmp_path: Path) -> None:
     model = models.landmark_model("llama", settings())
-    cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", folder=tmp_path))
+    cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", spill_folder=tmp_path))
     before = {handle: content(handle) for handle in handles(cache)}
     fork = cache.fork()
     fork.crop(-50)
@@ -356,7 +356,7 @@ def content(handle: int) -> bytes:
 
 def test_files_go_with_the_last_cache_that_reads_them(tmp_path: Path) -> None:
     model = models.landmark_model("llama", settings())
-    cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", folder=tmp_path))
+    cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", spill_folder=tmp_path))
     files = {handle: os.fstat(handle).st_ino for handle in handles(cache)}
     fork = cache.fork()
     del cache
@@ -384,7 +384,7 @@ def test_a_killed_process_leaves_no_file(named: bool, tmp_path: Path) -> None:
         from landmark import LandmarkCache, LandmarkConfig
 
         model = models.landmark_model("llama", LandmarkConfig(block_size=4))
-        folder = {"folder": sys.argv[1]} if len(sys.argv) > 1 else {}
+        folder = {"spill_folder": sys.argv[1]} if len(sys.argv) > 1 else {}
         cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", **folder))
         fork = cache.fork()
         model.read(models.text(200)[None], cache=fork)
@@ -543,7 +543,7 @@ def test_a_full_disk_leaves_the_memory_as_it_was(tmp_path: Path, monkeypatch: py
     model = models.landmark_model("llama", settings())
     ids = models.text(400)[None]
     expected = model(ids).logits[:, 100:]
-    cache = model.read(ids[:, :100], cache=LandmarkCache(model.config, "disk", folder=tmp_path))
+    cache = model.read(ids[:, :100], cache=LandmarkCache(model.config, "disk", spill_folder=tmp_path))
     limited(2**14 + 2**12)
     try:
         with pytest.raises(ValueError, match=f"no room for .* bytes of blocks in '{tmp_path}'"):

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from landmark.cli.answers import show_answer
-from landmark.cli.options import Device, Dtype, Model, Tier, text
+from landmark.cli.options import Device, Dtype, Model, SpillFolder, Tier, text
 from landmark.cli.progress import Shown
 from landmark.data.characters import from_arguments
 
@@ -23,6 +23,7 @@ def ask(
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask line by line, until an empty one.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 16,
     tier: Tier = "disk",
+    spill_folder: SpillFolder = None,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -38,7 +39,7 @@ def ask(
         quiet()
         subject = load(model or model_of(memory), device, dtype)
         progress("opening the memory")
-        library = Library.open(memory, subject, tier)
+        library = Library.open(memory, subject, tier, spill_folder=spill_folder)
     for each in _lines() if question is None else [question]:
         with Shown() as progress:
             progress("answering")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model, Tier
+from landmark.cli.options import Device, Dtype, Model, SpillFolder, Tier
 from landmark.cli.output import say
 from landmark.cli.progress import Shown
 
@@ -16,6 +16,7 @@ def remember(
     files: Annotated[list[Path], typer.Argument(help="Text files or folders of .txt files, read one after the other.")],
     out: Annotated[Path, typer.Option(help="The memory's folder; where there is one, reading goes on.")],
     tier: Tier = "disk",
+    spill_folder: SpillFolder = None,
     retrieve: Annotated[bool, typer.Option("--retrieve", help="Read with retrieval: much slower.")] = False,
     model: Model = None,
     device: Device = "auto",
@@ -37,5 +38,14 @@ def remember(
         quiet()
         require_folder(out, "--out")
         subject = load(model, device, dtype)
-        library = remembered(files, out, subject, tier=tier, retrieve=retrieve, progress=show, watch=watch)
+        library = remembered(
+            files,
+            out,
+            subject,
+            tier=tier,
+            retrieve=retrieve,
+            progress=show,
+            watch=watch,
+            spill_folder=spill_folder,
+        )
     say(f"{library.tokens:,} tokens of {len(library.reading.sources)} texts are remembered in {out}")

@@ -215,8 +215,11 @@ def _check_model(archive: Archive, cache: LandmarkCache, decoder: Any) -> None:
     manifest, theirs = archive.manifest, {"type": decoder.config.model_type, "fingerprint": fingerprint(decoder)}
     folder = str(archive.folder)
     dtype = name_of(decoder.dtype)
-    if manifest["dtype"] != dtype:
-        raise ValueError(f"{folder!r} was made in {manifest['dtype']}, the model is in {dtype}; load it in the former")
+    made_in = manifest["dtype"]
+    if made_in != dtype:
+        raise ValueError(
+            f"{folder!r} was made in {made_in}, the model is in {dtype}; load the model with dtype {made_in!r}"
+        )
     cache.check_settings(LandmarkConfig.from_dict(manifest["settings"]), f"memory {folder!r}", SET_MODEL)
     if manifest["model"] != theirs:
         raise ValueError(

@@ -162,6 +162,8 @@ class Shelf:
 
     def adopt(self, saved: SavedLayer) -> None:
         """Lets the archive that one row was saved to hold its blocks in place of files of the shelf's own."""
+        if saved.count:
+            saved.hold()
         for index in list(self._kinds[DiskExtent]):
             if (index + 1) * self.length <= saved.count:
                 self._put_saved(index, saved)
@@ -262,7 +264,7 @@ class Shelf:
 
     def _file(self, shape: tuple[int, ...], dtype: torch.dtype) -> BlockFile:
         if self.file is None or self.file.shape != shape:
-            self.file = BlockFile(self.tiers.folder, shape, dtype)
+            self.file = BlockFile(self.tiers.spill_folder, shape, dtype)
         return self.file
 
 
