@@ -85,7 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(arguments, standalone_mode=False)
         flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:  # typer and rich make the second of the first, with code 1
+        if BrokenPipeError not in (type(error), type(error.__context__)):
+            raise
         print_no_more()
         sys.exit(NOBODY_READS)
     except OSError as error:
