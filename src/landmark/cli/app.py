@@ -107,7 +107,8 @@ def _named(error: OSError) -> str:
     """What the system says of a file, or what we say."""
     if error.strerror is None or error.filename is None:
         return str(error)
-    return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    return f"{name}: {error.strerror}"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
