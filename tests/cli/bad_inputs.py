@@ -168,7 +168,7 @@ CASES = [
     (
         "a memory whose model is gone",
         memory_without_its_model,
-        "model: expected the one that made the memory .* got nothing there; name the folder that it was moved to",
+        "model: expected the one that made the memory .* got nothing there; pass its new folder as model",
     ),
     ("top_k 0", run("eval passkey --model MARKED --lengths 200 --trials 1 --top-k 0"), "top_k: expected.*got 0"),
     (
