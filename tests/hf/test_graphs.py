@@ -174,6 +174,7 @@ def test_a_stock_layer_that_asks_the_device_is_called(
     found = generated(made, 1)
     assert replays[0].replayed and not replays[1].replayed
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert torch.rand(3, device=DEVICE).shape == (3,)  # the generator is not left in a capture that failed
 
 
 def raising(*_: Any) -> None:
