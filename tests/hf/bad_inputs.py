@@ -6,6 +6,7 @@ import fcntl
 import gc
 import json
 import os
+import pickle
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +210,11 @@ def rows_that_are_not_there(rows: list[int]) -> Callable[[], None]:
 
 
 CASES = [
+    (
+        "a pickled cache",
+        lambda: pickle.dumps(landmark.LandmarkCache(ours())),
+        r"cannot be pickled.*cache\.save.*LandmarkCache\.open.*cache\.fork",
+    ),
     ("a row that is not there", rows_that_are_not_there([0, 1]), "expected rows from 0 to 0, got"),
     ("a row before the first", rows_that_are_not_there([-1]), "expected rows from 0 to 0, got"),
     ("no rows", rows_that_are_not_there([]), "expected rows from 0 to 0, got"),
