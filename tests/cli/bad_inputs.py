@@ -109,6 +109,11 @@ CASES = [
         run("remember FOLDER/a.txt --out FOLDER/m --model MARKED"),
         "FILES: expected text files.*a.txt",
     ),
+    (
+        "remember with files in no folder",
+        run("remember FILE --out FOLDER/m --model MARKED --spill-folder FOLDER/none", b"text"),
+        "spill_folder: expected a folder that exists, got .*none'; make it first",
+    ),
     ("remember on no tier", run("remember FILE --out FOLDER/m --model MARKED --tier tape", b"text"), "tier: .*'tape'"),
     (
         "remember by a plain model",
