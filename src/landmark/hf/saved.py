@@ -63,6 +63,21 @@ def fingerprint(decoder: Any) -> str:
     return found.hexdigest()
 
 
+def require_reader(reader: Any, decoder: Any) -> None:
+    """Raises ``ValueError`` where what ``reader`` remembered (``None``: it is gone) is not what ``decoder`` would."""
+    if reader is decoder:
+        return
+    if reader is None:
+        raise ValueError(
+            "expected the model that read this cache, got another, and that one is gone: save a cache before its model "
+            "goes, and open it with LandmarkCache.open"
+        )
+    if fingerprint(reader) != fingerprint(decoder):
+        raise ValueError(
+            "expected the model that read this cache, got one with other weights: make a new LandmarkCache"
+        )
+
+
 def save(cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None, streams: Streams) -> None:
     """As ``LandmarkCache.save``."""
     folder, decoder = Path(folder), cache.decoder
