@@ -233,11 +233,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> LandmarkCache:
-        for never_written in (*(memory.tables for memory in self.made()), *self._columns.all()):
-            memo[id(never_written)] = never_written
         made = memo[id(self)] = object.__new__(type(self))
-        for name, value in vars(self).items():
-            setattr(made, name, copy.deepcopy(value, memo))
+        vars(made).update(copy.deepcopy(vars(self), memo))
         return made
 
     def __copy__(self) -> LandmarkCache:

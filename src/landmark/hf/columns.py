@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,13 @@ class TextColumns:
 
     def __len__(self) -> int:
         return self._count
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextColumns:
+        """Shares the tensors."""
+        made = TextColumns()
+        made.tokens, made._count = self.tokens[:], self._count
+        made._masks, made._ids = self._masks[:], self._ids[:]
+        return made
 
     def append(self, mask: Tensor, ids: Tensor | None) -> None:
         """Adds columns.
