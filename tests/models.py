@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from landmark.config import LandmarkConfig
-from landmark.hf import families
+from landmark.hf import compat, families
 
 FAMILIES = ("llama", "qwen3", "mistral", "gpt_neox", "olmo2", "phi3", "gemma3")
 VOCAB = 61
@@ -32,7 +32,7 @@ _NAMES = {
     "gemma3": "Gemma3",
 }
 
-ALL_FAMILIES = tuple(name for name in families.FAMILIES if families._installed(name))
+ALL_FAMILIES = tuple(name for name in families.FAMILIES if compat.installed(name))
 _OWN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

@@ -56,6 +56,8 @@ class LandmarkConfig:
 
     def __post_init__(self) -> None:
         if self.layers is not None:
+            if not isinstance(self.layers, list | tuple):
+                raise ValueError(f"layers: expected a list of integers, got {self.layers!r}; pass layers=[1]")
             object.__setattr__(self, "layers", tuple(self.layers))
         for name, least in (("block_size", 2), ("top_k", 1), ("local_blocks", 0), ("chunk_tokens", 1)):
             _require_int(name, getattr(self, name), least)

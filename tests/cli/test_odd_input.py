@@ -21,7 +21,7 @@ from landmark.cli import app as cli
 from tiny import save_models
 
 LONGEST = 400
-EVERY = 4
+EVERY = 6
 PLACES = {"MARKED": "marked", "PLAIN": "plain", "TEXT": "text.txt", "MEMORY": "memory"}
 
 

@@ -204,7 +204,14 @@ def saved_without_a_model(folder: Path) -> None:
     cache.save(folder)
 
 
+def rows_that_are_not_there(rows: list[int]) -> Callable[[], None]:
+    return lambda: read_cache(ours()).batch_select_indices(torch.tensor(rows, dtype=torch.long))
+
+
 CASES = [
+    ("a row that is not there", rows_that_are_not_there([0, 1]), "expected at least one of the rows 0 to 0, got"),
+    ("a row before the first", rows_that_are_not_there([-1]), "expected at least one of the rows 0 to 0, got"),
+    ("no rows", rows_that_are_not_there([]), "expected at least one of the rows 0 to 0, got"),
     ("open nothing", lambda folder: landmark.LandmarkCache.open(folder, ours()), "a memory with a file memory.json in"),
     (
         "open what was never finished",
@@ -230,7 +237,7 @@ CASES = [
         lambda folder: opened(
             folder, models.landmark_model("llama", LandmarkConfig(block_size=5), dtype=torch.float64)
         ),
-        "was made in float32, the model is in float64; load it in the former",
+        "was made in float32, the model is in float64; load the model with dtype 'float32'",
     ),
     (
         "open with another block size",

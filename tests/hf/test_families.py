@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import landmark
 import models
-from landmark.hf.convert import check_conversion
+from landmark.hf.check import check_conversion
 from landmark.hf.families import FAMILIES, REFUSED, family
 
 TINY = {

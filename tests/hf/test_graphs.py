@@ -76,10 +76,12 @@ SETTINGS = {
     "plain": {},
     "exact": {"positions": "exact"},
     "evicting": {"max_blocks": 3},
+    "block 0 alone": {"max_blocks": 0},
 }
 
 
 CASES = [("plain", "device", 1), ("plain", "host", 2), ("exact", "host", 1), ("evicting", "device", 2)]
+CASES += [("block 0 alone", "device", 1), ("block 0 alone", "host", 2)]
 
 
 @pytest.mark.parametrize(

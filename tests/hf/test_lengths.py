@@ -55,8 +55,8 @@ TEXT = LIMIT + 9
 TIERS = ("device", "host", "disk")
 
 
-def short(name: str, longrope: bool) -> Any:
-    """A model whose constants of length all lie inside its texts."""
+def short_stock(name: str, longrope: bool) -> Any:
+    """A stock model whose constants of length all lie inside the texts here."""
     fields: dict[str, Any] = {"max_position_embeddings": LIMIT}
     if name == "phi3":
         fields["original_max_position_embeddings"] = LIMIT
@@ -66,7 +66,12 @@ def short(name: str, longrope: bool) -> Any:
         rope = {**rope, "rope_type": "longrope", "original_max_position_embeddings": LIMIT, "factor": 4.0}
         rope |= {"short_factor": [1.0] * width, "long_factor": [3.0] * width}
         fields |= {"max_position_embeddings": 4 * LIMIT, "rope_parameters": rope}
-    model = landmark.convert(models.family_model(name, **fields), block_size=9, trained_length=4096)
+    return models.family_model(name, **fields)
+
+
+def short(name: str, longrope: bool) -> Any:
+    """The landmark model of it."""
+    model = landmark.convert(short_stock(name, longrope), block_size=9, trained_length=4096)
     model.configure_landmark(landmark_trained=True, top_k=2, local_blocks=1)
     return model
 
@@ -95,6 +100,12 @@ def test_a_memory_is_kept_where_a_text_passes_a_length(name: str, longrope: bool
     assert found[0, TEXT:].tolist() == expected
     assert memory.tokens == [TEXT + 5]
     assert memory.retrievals
+
+
+@pytest.mark.parametrize("name", [name for name in models.ALL_FAMILIES if name in LONGROPE])
+def test_longrope_was_trained_up_to_its_switch(name: str) -> None:
+    """Landmark models keep the frequencies of short texts, so that further positions were never trained."""
+    assert landmark.convert(short_stock(name, longrope=True), block_size=9).landmark.trained_length == LIMIT
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -307,5 +307,5 @@ def test_many_calls_leave_few_tensors_of_their_text() -> None:
         mask = torch.rand(ids.shape) < 0.8
         cache.append(mask, ids)
         text.append(ids[1, mask[1]])
-        assert len(cache._masks) == len(cache._ids) <= cache.get_seq_length().bit_length() + 1
+        assert len(cache._columns._masks) == len(cache._columns._ids) <= cache.get_seq_length().bit_length() + 1
     assert torch.equal(cache.ids(1), torch.cat(text).int()) and cache.get_seq_length() > 1000

@@ -9,6 +9,7 @@ import typer
 
 from landmark.cli.options import integers
 from landmark.cli.output import say
+from landmark.data.characters import require_utf8
 
 
 def convert(
@@ -35,6 +36,7 @@ def convert(
 
     require_model(model, option="MODEL")
     outputs.require_folder(out, "--out")
+    require_utf8(out, "--out")
     quiet()
     converted = landmark.convert(
         model,

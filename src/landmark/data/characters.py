@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 REPLACEMENT = "\ufffd"
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -22,6 +23,17 @@ def from_arguments(text: str) -> str:
     Python keeps bytes that are none in the locale's encoding as lone surrogates; what is no UTF-8 becomes U+FFFD.
     """
     return _NO_BYTES.sub(REPLACEMENT, text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def require_utf8(path: str | Path, name: str) -> None:
+    """Raises ``ValueError`` for the folder of a model whose name is no UTF-8, which tokenizers cannot open.
+
+    Args:
+        path: of the folder.
+        name: of the parameter, for the message.
+    """
+    if _SURROGATES.search(str(path)):
+        raise ValueError(f"{name}: expected a folder with a name in UTF-8 for a model, got {path}; name another")
 
 
 def printable(text: str) -> str:

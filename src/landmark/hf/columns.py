@@ -96,7 +96,7 @@ class TextColumns:
 
     def are_read_with(self, mask: Tensor) -> bool:
         """Whether a mask ``(B, columns)``, bool on the CPU, is that of all columns; nothing is copied."""
-        parts = mask.split([each.shape[1] for each in self._masks], dim=1) if mask.shape[1] == len(self) else ()
+        parts = torch.split(mask, [each.shape[1] for each in self._masks], dim=1) if mask.shape[1] == len(self) else ()
         return len(parts) > 0 and all(torch.equal(*pair) for pair in zip(parts, self._masks, strict=True))
 
     def without(self, wanted: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
+from landmark.data import encoding
+from landmark.data.characters import require_utf8
 from landmark.data.text import read_documents
 from landmark.train.checkpoints import (
     FOLDER,
@@ -55,6 +57,7 @@ def train(
     resume: bool = False,
     max_seconds: float | None = None,
     report: Report = print,
+    progress: encoding.Progress | None = None,
 ) -> dict[str, Any]:
     """Trains a model, from scratch or further, and saves it with its tokenizer and ``training_summary.json``.
 
@@ -74,6 +77,7 @@ def train(
         resume: continue from the last checkpoint in ``out``.
         max_seconds: stop after so many seconds of steps, wherever the schedule is.
         report: takes the lines of progress.
+        progress: called while texts are tokenised, before the first of these lines.
 
     Returns:
         what ``training_summary.json`` holds.
@@ -92,11 +96,11 @@ def train(
     set_seed(recipe.run.seed)
     path = None if model is None else find_model(model)
     with args.main_process_first(local=False):
-        cutter = find_tokenizer(data, out, recipe, model=path, tokenizer=tokenizer, report=report)
+        cutter = find_tokenizer(data, out, recipe, model=path, tokenizer=tokenizer, report=report, progress=progress)
         made = given_model(path, recipe, plain=plain) if path else new_model(recipe, cutter, plain=plain)
         settings = LandmarkConfig.from_dict(recipe.landmark) if plain else made.landmark
         row_tokens = text_tokens(recipe.data.length, settings.block_size)
-        rows = prepare_rows(data, Path(tokens or out / "tokens"), recipe, cutter, tokens=row_tokens)
+        rows = prepare_rows(data, Path(tokens or out / "tokens"), recipe, cutter, tokens=row_tokens, progress=progress)
     dtype = recipe.save.dtype or stored_dtype(path)
     if lora is not None:
         made = add_lora(made, lora)
@@ -130,6 +134,7 @@ def _check(out: Path, recipe: Recipe, rest: dict[str, Any], *, resume: bool) -> 
     """Checks what can be checked before any work; returns the checkpoint to resume from."""
     if rest["lora"] is not None and (rest["model"] is None or rest["plain"]):
         raise ValueError("lora: expected a model to adapt, with landmarks, got none or --plain; pass --model")
+    require_utf8(out, "out")
     if importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError("training needs the package accelerate: pip install landmark-attention[train]")
     if Path(rest["data"]).is_fifo():
