@@ -18,9 +18,9 @@ from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.columns import TextColumns
 from landmark.hf.saved import Saved, Streams, open_saved, require_reader, save
+from landmark.memory.cropping import check_crop
 from landmark.memory.index import check_index
-from landmark.memory.layer import RECENT_BLOCKS, LayerMemory
-from landmark.memory.plan import oldest_needed
+from landmark.memory.layer import LayerMemory
 from landmark.memory.positions import RotationTables
 from landmark.memory.retrieval import Retrieval
 from landmark.memory.tiers import TIERS, Tiers, Traffic
@@ -212,29 +212,11 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def _go_back(self, mask: Tensor, ids: Tensor) -> None:
         """Keeps the text that ``mask`` leaves, the first tokens of every row; raises as ``crop``."""
         tokens = mask.sum(1).tolist()
-        self._check_crop([slots_for(n, self.settings.block_size) for n in tokens])
+        check_crop(self.made(), self.settings, self.slots, [slots_for(n, self.settings.block_size) for n in tokens])
         self._note_change(tokens)
         self._columns.replace(mask, ids)
         for memory in self.made():
             memory.forget_peak()
-
-    def _check_crop(self, slots: list[int]) -> None:
-        size = self.settings.block_size
-        own = min(s // size for s in slots)
-        for memory in self.made():
-            lowest = oldest_needed(own, self.settings) if memory.retrieves else own - self.settings.local_blocks
-            if max(1, lowest) < memory.store.first:
-                raise ValueError(
-                    f"cannot go back to where block {lowest} is seen: blocks before {memory.store.first} were evicted; "
-                    "keep a cache.fork() from there instead"
-                )
-        if self.settings.granularity == "head":
-            far = [a // size - b // size for a, b in zip(self.slots, slots, strict=True) if b % size]
-            if far and max(far) >= RECENT_BLOCKS:
-                raise ValueError(
-                    f"granularity head can go back less than {RECENT_BLOCKS} blocks, or to a block's border, "
-                    f"got {max(far)} blocks; keep a cache.fork() from there instead"
-                )
 
     def reset(self) -> None:
         """Forgets everything."""
