@@ -26,7 +26,6 @@ from landmark.memory.retrieval import Retrieval
 from landmark.memory.tiers import TIERS, Tiers, Traffic
 
 NEW_CACHE = "make a new LandmarkCache(model.config)"
-FREE_TO_CHANGE = ("chunk_tokens", "trained_length", "landmark_trained", "position_gap")
 
 
 class LandmarkCache(Cache):  # type: ignore[misc]
@@ -142,10 +141,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     def check_settings(self, settings: LandmarkConfig, owner: str, remedy: str = NEW_CACHE) -> None:
         """Raises ``ValueError`` where the settings of ``owner`` compute something else."""
-        same = {name: getattr(self.settings, name) for name in FREE_TO_CHANGE}
-        if settings.replace(**same) != self.settings:
-            ours, theirs = self.settings.to_dict(), settings.replace(**same).to_dict()
-            differing = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+        differing = self.settings.differences(settings)
+        if differing:
             raise ValueError(f"cache and {owner} differ in {differing} (cache, {owner}): {remedy}")
 
     def append(self, mask: Tensor, ids: Tensor | None = None) -> None:
@@ -232,7 +229,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> LandmarkCache:
         made = memo[id(self)] = object.__new__(type(self))
-        vars(made).update(copy.deepcopy(vars(self), memo))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 
     def __copy__(self) -> LandmarkCache:
@@ -370,11 +367,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         return -1
 
     get_max_cache_shape = get_max_length
-
-    @property
-    def max_cache_len(self) -> int:
-        """-1: there is no maximum."""
-        return -1
+    max_cache_len = property(get_max_length)
 
     @property
     def batch_size(self) -> int:
@@ -404,12 +397,3 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: landmark layers file their keys themselves."""
         raise ValueError("expected a landmark model with this cache, got a stock attention layer; use landmark.convert")
-
-
-def require_landmark_cache(cache: Any) -> LandmarkCache:
-    """Returns a cache that can hold landmarks; raises ``ValueError`` for any other."""
-    if not isinstance(cache, LandmarkCache):
-        raise ValueError(
-            f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config), or leave it out"
-        )
-    return cache

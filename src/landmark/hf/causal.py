@@ -13,9 +13,10 @@ from torch import Tensor
 
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import IMPLEMENTATION
-from landmark.hf.cache import LandmarkCache, require_landmark_cache
+from landmark.hf.cache import LandmarkCache
 from landmark.hf.compat import CACHE, cache_by_installed_name, columns_of_step
 from landmark.hf.graphs import repeating
+from landmark.hf.model import require_landmark_cache
 from landmark.hf.stub import PackagedMixin
 
 # What stock code hands from step to step: landmark models find positions by the mask and the memory.

@@ -31,11 +31,8 @@ class TextColumns:
         return self._count
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextColumns:
-        """Shares the tensors."""
-        made = TextColumns()
-        made.tokens, made._count = self.tokens[:], self._count
-        made._masks, made._ids = self._masks[:], self._ids[:]
-        return made
+        """As ``copy``."""
+        return self.copy()
 
     def append(self, mask: Tensor, ids: Tensor | None) -> None:
         """Adds columns.

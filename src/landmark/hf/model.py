@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import Call, OnePass, Remembered, check_attention, claim_attention
-from landmark.hf.cache import LandmarkCache, require_landmark_cache
+from landmark.hf.cache import LandmarkCache
 from landmark.hf.columns import device_of
 from landmark.hf.compat import CACHE, cache_by_installed_name
 from landmark.hf.graphs import current
@@ -296,6 +296,15 @@ def _keys(types: tuple[str | None, ...], rotaries: dict[str | None, Any]) -> tup
 def _join(parts: list[Any]) -> Any:
     """Joins the outputs of consecutive columns."""
     return merge(parts, lambda states: torch.cat(states, dim=1))
+
+
+def require_landmark_cache(cache: Any) -> LandmarkCache:
+    """Returns a cache that can hold landmarks; raises ``ValueError`` for any other."""
+    if not isinstance(cache, LandmarkCache):
+        raise ValueError(
+            f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config), or leave it out"
+        )
+    return cache
 
 
 def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor | None:
