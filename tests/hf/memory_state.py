@@ -93,7 +93,7 @@ class Memory(RuleBasedStateMachine):
         chunk=CHUNKS,
         rows=st.integers(1, 3),
         tier=st.sampled_from(TIERS),
-        narrow=st.sampled_from((False, False, False, True)),
+        narrow=st.booleans(),
         index=st.booleans(),
         tokens=st.sampled_from((0, 14, 9, 20)),
     )

@@ -20,6 +20,7 @@ from memory_machine import Machine
 from memory_state import SHORT
 
 from landmark import LandmarkCache
+from landmark.hf.attention import Remembered
 from landmark.hf.causal import LandmarkCausalLMMixin
 from landmark.hf.columns import TextColumns
 from landmark.hf.compat import CACHE
@@ -95,12 +96,22 @@ def ignore_the_mask_of_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_as_autocast_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values come in bfloat16, keys as RoPE leaves them."""
+    called = Remembered.attend
     attend = LayerMemory.attend
+    under = []
+
+    def noting(self: Any, *args: Any) -> Any:
+        under.append(torch.is_autocast_enabled("cpu"))
+        try:
+            return called(self, *args)
+        finally:
+            under.pop()
 
     def uncast(self: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        value = value.bfloat16() if torch.is_autocast_enabled("cpu") else value
+        value = value.bfloat16() if under[-1] else value
         return attend(self, query, key, value, *args, **kwargs)
 
+    monkeypatch.setattr(Remembered, "attend", noting)
     monkeypatch.setattr(LayerMemory, "attend", uncast)
 
 
@@ -119,7 +130,7 @@ def repeat_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def unrepeated(self: Any, *args: Any) -> None:
         with monkeypatch.context() as inside:
-            inside.setattr(LandmarkCache, "batch_repeat_interleave", lambda self, repeats: None)
+            inside.setattr(LandmarkCache, "_select_rows", lambda self, rows: None)
             begin(self, *args)
 
     monkeypatch.setattr(LandmarkCache, "begin_with", unrepeated)
