@@ -9,6 +9,7 @@ MODES = ("retrieval", "all")
 GRANULARITIES = ("token_head", "head", "token", "group")
 POSITIONS = ("stingy", "exact")
 LOCALS = ("blocks", "chunk")
+GREATEST = 2**31 - 1  # of any integer: places and positions are counted in int64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,8 @@ class LandmarkConfig:
 def _require_int(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}; pass {name}={max(least, 1)}")
+    if value > GREATEST:
+        raise ValueError(f"{name}: expected an integer of at most {GREATEST}, got {value}; pass a smaller one")
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

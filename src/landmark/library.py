@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from landmark.data import encoding
 from landmark.data.sources import Reading, Source, read_sources
 from landmark.eval.explain import MAX_NEW_TOKENS, explain_memory, file_sources
 from landmark.eval.explanation import Explanation
@@ -20,7 +21,7 @@ from landmark.hf.cache import LandmarkCache
 from landmark.memory.archive import STATE, Archive, require_free
 from landmark.memory.saved import as_bytes
 
-SAVE_TOKENS = 1 << 16  # read between two moments at which all that was read is on the disk
+SAVE_TOKENS, SAVE_SECONDS = 1 << 16, 10.0  # read between two saves, at most
 TOKEN_BYTES, SPAN_BYTES = 4, 16  # of one in its stream
 
 
@@ -50,11 +51,11 @@ class Library:
         subject: the model and its tokenizer.
         memory: what the model remembers, of one row.
         reading: the texts that are to be remembered, and where each of their tokens stands.
-        folder: where it is saved.
+        folder: where it is saved, as an absolute path.
     """
 
     def __init__(self, subject: Subject, memory: LandmarkCache, reading: Reading, folder: Path) -> None:
-        self.subject, self.memory, self.reading, self.folder = subject, memory, reading, folder
+        self.subject, self.memory, self.reading, self.folder = subject, memory, reading, folder.absolute()
 
     @classmethod
     def open(
@@ -66,7 +67,7 @@ class Library:
             folder: where it was saved.
             model: the model that remembers it, or its name; ``None`` for the name that it was saved with.
             tier: where blocks live, as for ``LandmarkCache``.
-            **budgets: likewise.
+            **budgets: likewise: ``device_bytes``, ``host_bytes``, ``spill_folder``, ``index``.
 
         Raises:
             FileNotFoundError: there is no memory in the folder.
@@ -90,25 +91,47 @@ class Library:
         """Text tokens remembered so far."""
         return sum(self.memory.tokens)
 
-    def read(self, *, retrieve: bool = False, progress: Callable[[Progress], None] | None = None) -> None:
+    def read(
+        self,
+        *,
+        retrieve: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+        watch: encoding.Progress | None = None,
+    ) -> None:
         """Reads what is not remembered yet, and saves it as it goes; interrupted, it goes on from the last save.
+
+        It saves after 65,536 tokens or 10 seconds. Chunks end at multiples of ``chunk_tokens``, so that the memory is
+        the same, to the bit, wherever reading was interrupted.
 
         Args:
             retrieve: whether to read with retrieval; much slower, and not what later questions need.
             progress: called after every save.
+            watch: called before every chunk with what is done, how much of it, and of how much.
 
         Raises:
             ValueError: no room on the disk, or another writer.
         """
-        model, start, before = self.subject.model, time.perf_counter(), self.tokens
-        total = len(self.reading.ids)
+        start, before = time.perf_counter(), self.tokens
+        saved, saved_at, total = before, start, len(self.reading.ids)
         while self.tokens < total:
-            part = self.reading.ids[self.tokens : self.tokens + SAVE_TOKENS]
-            model.read(part[None].to(self.subject.device), cache=self.memory, retrieve=retrieve)
+            if watch is not None:
+                watch("tokens read", self.tokens, total)
+            self._read_chunk(retrieve=retrieve)
+            due = self.tokens - saved >= SAVE_TOKENS or time.perf_counter() - saved_at >= SAVE_SECONDS
+            if not due and self.tokens < total:
+                continue
             self.save()
+            saved, saved_at = self.tokens, time.perf_counter()
             if progress is not None:
                 nbytes = {tier: self.memory.nbytes(tier) for tier in ("device", "host", "disk")}
-                progress(Progress(self.tokens, total, time.perf_counter() - start, self.tokens - before, nbytes))
+                progress(Progress(saved, total, saved_at - start, saved - before, nbytes))
+
+    def _read_chunk(self, *, retrieve: bool) -> None:
+        """Reads to the next multiple of a chunk, or to the end."""
+        model = self.subject.model
+        chunk = min(model.landmark.chunk_tokens, SAVE_TOKENS)
+        part = self.reading.ids[self.tokens : (self.tokens // chunk + 1) * chunk]
+        model.read(part[None].to(self.subject.device), cache=self.memory, retrieve=retrieve)
 
     def save(self) -> None:
         """Saves what is remembered; raises as ``LandmarkCache.save``."""
@@ -161,8 +184,8 @@ def model_of(folder: str | Path) -> str:
     model = str(notes["model"])
     if os.path.isabs(model) and not os.path.isdir(model):
         raise FileNotFoundError(
-            f"model: expected the one that made the memory {str(folder)!r} in {model}, got nothing there; name the "
-            "folder that it was moved to"
+            f"model: expected the one that made the memory {str(folder)!r} in {model}, got nothing there; pass its "
+            "new folder as model (--model)"
         )
     return model
 
@@ -175,6 +198,7 @@ def remember(
     tier: str = "disk",
     retrieve: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    watch: encoding.Progress | None = None,
     **budgets: Any,
 ) -> Library:
     """Remembers texts in a folder, or goes on with what is there.
@@ -187,7 +211,8 @@ def remember(
         tier: where blocks live meanwhile, as for ``LandmarkCache``.
         retrieve: as for ``Library.read``.
         progress: likewise.
-        **budgets: of the tiers.
+        watch: likewise, and while the texts are tokenised.
+        **budgets: likewise: ``device_bytes``, ``host_bytes``, ``spill_folder``, ``index``.
 
     Raises:
         FileNotFoundError: a file that is not there.
@@ -196,18 +221,18 @@ def remember(
     folder, sources = Path(folder), file_sources(Path(each) for each in files)
     if (folder / STATE).exists():
         library = Library.open(folder, model, tier, **budgets)
-        library.reading = _continued(library, sources)
+        library.reading = _continued(library, sources, watch)
     else:
         require_free(folder)
         subject = _subject(model)
         memory = LandmarkCache(subject.model, tier, **budgets)
-        library = Library(subject, memory, read_sources(sources, subject.tokenizer), folder)
-    library.read(retrieve=retrieve, progress=progress)
+        library = Library(subject, memory, read_sources(sources, subject.tokenizer, watch), folder)
+    library.read(retrieve=retrieve, progress=progress, watch=watch)
     return library
 
 
-def _continued(library: Library, sources: Sequence[Source]) -> Reading:
-    """Raises ``ValueError`` unless the texts begin with those of the library."""
+def _continued(library: Library, sources: Sequence[Source], watch: encoding.Progress | None) -> Reading:
+    """Raises ``ValueError`` unless the texts, and the tokens that were read, begin as those of the library."""
     known = library.reading.sources
     if tuple(each.text for each in sources[: len(known)]) != tuple(each.text for each in known):
         names = ", ".join(each.name for each in known[:3]) + (", ..." if len(known) > 3 else "")
@@ -215,7 +240,13 @@ def _continued(library: Library, sources: Sequence[Source]) -> Reading:
             f"FILES: expected those of the library in {str(library.folder)!r} first ({names}), unchanged, then further "
             f"ones, got {', '.join(each.name for each in sources[:3])}; name them, or another folder"
         )
-    return read_sources(sources, library.subject.tokenizer)
+    reading = read_sources(sources, library.subject.tokenizer, watch)
+    if not torch.equal(reading.ids[: library.tokens], library.reading.ids[: library.tokens]):
+        raise ValueError(
+            f"--out: expected a memory of the tokens of these texts in {str(library.folder)!r}, got one that was "
+            "tokenised otherwise, by an earlier version; remember them in another folder"
+        )
+    return reading
 
 
 def _subject(model: Subject | str | None) -> Subject:

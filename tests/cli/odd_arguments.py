@@ -76,7 +76,9 @@ COUNTED = {
     "--steps --batch --lr --warmup --seed --episodes --answer-weight --vocab-size --block-size --top-k": _TRAIN,
     "--local-blocks --position-gap --micro-batch --workers --log-every --evaluate-every --save-every --lora": _TRAIN,
 }
-OPTIONS = {f"{words[0]} {option}": [*words, option] for names, words in COUNTED.items() for option in names.split()}
+OPTIONS = {
+    f"{words[0]} {words[1]} {option}": [*words, option] for names, words in COUNTED.items() for option in names.split()
+}
 
 OUTS = {  # paths below an empty folder with a file, a folder with something in it, and a link to itself
     "a folder": ("folder", False),

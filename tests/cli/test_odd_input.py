@@ -21,7 +21,7 @@ from landmark.cli import app as cli
 from tiny import save_models
 
 LONGEST = 400
-EVERY = 4
+EVERY = 6
 PLACES = {"MARKED": "marked", "PLAIN": "plain", "TEXT": "text.txt", "MEMORY": "memory"}
 
 
@@ -177,6 +177,7 @@ def test_drawn_many(models, capsys, monkeypatch, command, name, content, word):
 def runs_well(models, capsys, monkeypatch, command, name, content, word):
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.chdir(folder)
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(content)
         words = {"THING": name, "WORD": word, **{key: str(models / place) for key, place in PLACES.items()}}
         checked([words.get(each, each) for each in COMMANDS[command]], capsys)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from landmark import remember
+from landmark.cli.progress import Shown
 from tiny import save_models
 
 TEXT = "The road went on. The pass key is 12345. Nobody was there.\n" * 6
@@ -27,6 +28,7 @@ WORDS = {
     "info": ["memory", "info", "MEMORY"],
     "info of nothing": ["memory", "info", NAME],
     "no command": [NAME],
+    "help": ["--help"],
     "no number": ["eval", "passkey", "--trials", NAME],
 }
 STREAMS = {
@@ -72,7 +74,9 @@ def environment(locale):
 @pytest.mark.parametrize("locale", LOCALES)
 def test_locales(models, tmp_path, locale, name):
     code, out, err = done(WORDS[name], models, tmp_path, env=environment(locale))
-    if name == "info":
+    if name == "help":
+        assert code == 0 and out and err == b""
+    elif name == "info":
         assert code == 0 and err == b"" and b"source " in out
         assert locale not in ("UTF-8", "C", "one column") or "café \U0001f642 \ufffd\ufffd[31m.txt".encode() in out
     else:
@@ -95,7 +99,7 @@ def test_nobody_reads(models, tmp_path, words):
     os.close(read)
     code, _, err = done(words, models, tmp_path, stdout=written, env=environment("UTF-8"))
     os.close(written)
-    assert (code, err) == (141, b"")
+    assert (code, err) == (1, b"")
 
 
 @pytest.mark.parametrize("locale", ["C without UTF-8", pytest.param("a terminal of ASCII", marks=pytest.mark.full)])
@@ -151,3 +155,26 @@ def test_a_memory_is_asked_from_another_folder(models, tmp_path, monkeypatch):
     remember([Path(NAME)], tmp_path / "memory", "marked")
     monkeypatch.chdir(tmp_path)
     assert model_of("memory") == str(models / "marked")
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr("landmark.cli.progress.FIRST", 0.01)
+    monkeypatch.setattr("landmark.cli.progress.EVERY", 0.01)
+
+
+def test_progress_controls_no_terminal(capsys, at_once):
+    with Shown() as progress:
+        progress(f"{NAME} read", 1, 2)
+        time.sleep(0.2)
+    said = capsys.readouterr()
+    assert said.out == "" and "\ufffd[31m.txt read: 1 of 2 (0 s)\n" in said.err
+    assert "\x1b" not in said.err
+
+
+def test_progress_without_stderr(capsys, at_once, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with Shown() as progress:
+        progress("tokens read", 1, 2)
+        time.sleep(0.2)
+    assert capsys.readouterr().out == ""

@@ -16,7 +16,8 @@ def test_filler_goes_round():
 
 def test_tokenizing_in_pieces_keeps_the_text(tokenizer, monkeypatch):
     text = "one line\nand 12 more\n\n" * 40
-    monkeypatch.setattr("landmark.data.sources._PIECE", 50)
+    monkeypatch.setattr("landmark.data.encoding.PIECE", 50)
+    monkeypatch.setattr("landmark.data.encoding.OVERLAP", 32)
     assert tokenizer.decode(tokenize(text, tokenizer).tolist()) == text
 
 

@@ -85,7 +85,8 @@ def test_blocks_have_the_characters_that_their_bytes_are_of(bytes_tokenizer, tex
 def test_a_long_text_is_read_in_pieces_with_the_same_characters(tokenizer, monkeypatch):
     text = "The grass is green.\n\nWhat is the pass key?\n" * 20
     whole = read_sources([Source("a", text)], tokenizer)
-    monkeypatch.setattr("landmark.data.sources._PIECE", 50)
+    monkeypatch.setattr("landmark.data.encoding.PIECE", 50)
+    monkeypatch.setattr("landmark.data.encoding.OVERLAP", 32)
     cut = read_sources([Source("a", text)], tokenizer)
     assert all(
         tokenizer.decode(one) == text[begin:end]

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from landmark.cli.answers import show_answer
-from landmark.cli.options import Device, Dtype, Model, Tier, text
+from landmark.cli.options import Device, Dtype, Model, SpillFolder, Tier, text
+from landmark.cli.progress import Shown
 from landmark.data.characters import from_arguments
 
 
@@ -22,21 +23,28 @@ def ask(
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask line by line, until an empty one.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 16,
     tier: Tier = "disk",
+    spill_folder: SpillFolder = None,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Ask a MEMORY; below the answer stand the passages that were read. Asking changes nothing."""
-    from landmark.eval.subjects import load, quiet
-    from landmark.library import Library, model_of
-
     if (question is None) != interactive:
         found = "neither" if question is None else "both"
         raise ValueError(f"QUESTION: expected a question or --interactive, got {found}; ask one, or line by line")
-    quiet()
-    library = Library.open(memory, load(model or model_of(memory), device, dtype), tier)
+    with Shown() as progress:
+        from landmark.eval.subjects import load, quiet
+        from landmark.library import Library, model_of
+
+        quiet()
+        subject = load(model or model_of(memory), device, dtype)
+        progress("opening the memory")
+        library = Library.open(memory, subject, tier, spill_folder=spill_folder)
     for each in _lines() if question is None else [question]:
-        show_answer(library.ask(each, max_new_tokens=max_new_tokens))
+        with Shown() as progress:
+            progress("answering")
+            answer = library.ask(each, max_new_tokens=max_new_tokens)
+        show_answer(answer)
 
 
 def _lines() -> Iterator[str]:

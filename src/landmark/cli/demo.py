@@ -11,6 +11,7 @@ import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed
 from landmark.cli.output import in_line, say
+from landmark.cli.progress import Shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,38 +34,43 @@ def demo(
     dtype: Dtype = "auto",
 ) -> None:
     """Find pass keys in a long real text, show what was read for each, reopen a memory, compare with a dense run."""
-    from rich.console import Console
-
-    from landmark.eval import demo as work
-    from landmark.eval import plots, subjects
-    from landmark.eval.dense import run_dense
-
     begun = time.perf_counter()
-    subjects.quiet()
-    console = Console(soft_wrap=True, highlight=False)
-    subject = subjects.load(model, device, dtype)
-    subjects.require_landmark(subject)
-    filler = work.load_text(text, subject.tokenizer)
-    with contextlib.suppress(ModuleNotFoundError):  # then there is no picture
-        plots.require_picture(out, "--out")
-    settings = subject.model.landmark
-    say(
-        f"Model {subject.name}: trained on {subject.trained_length} positions, retrieves {settings.top_k} blocks. "
-        f"Text {filler.name}: {len(filler.ids):,} tokens. In each part of it, a pass key and {work.DISTRACTORS} other "
-        "codes at random places. Documents are read without retrieval; the question retrieves."
-    )
-    say("")
-    trials = []
-    for trial in work.run_trials(subject, filler, seed):
-        trials.append(trial)
-        _print_trial(console, len(trials), trial)
-    right = sum(trial.right for trial in trials)
-    console.print(f"[bold]{right} of {len(trials)} right[/bold]")
-    compared = None
-    if dense:
-        number = work.compared_number(filler)
-        compared = run_dense(subject, work.build_document(subject, filler, number, seed))
-        _print_dense(trials[number], compared)
+    with Shown() as progress:
+        from rich.console import Console
+
+        from landmark.eval import demo as work
+        from landmark.eval import plots, subjects
+        from landmark.eval.dense import run_dense
+
+        subjects.quiet()
+        console = Console(soft_wrap=True, highlight=False)
+        subject = subjects.load(model, device, dtype)
+        subjects.require_landmark(subject)
+        filler = work.load_text(text, subject.tokenizer, progress)
+        with contextlib.suppress(ModuleNotFoundError):  # then there is no picture
+            plots.require_picture(out, "--out")
+        settings = subject.model.landmark
+        progress.rest()
+        say(
+            f"Model {subject.name}: trained on {subject.trained_length} positions, retrieves {settings.top_k} blocks. "
+            f"Text {filler.name}: {len(filler.ids):,} tokens. In each part of it, a pass key and {work.DISTRACTORS} "
+            "other codes at random places. Documents are read without retrieval; the question retrieves."
+        )
+        say("")
+        trials = []
+        for trial in work.run_trials(subject, filler, seed, progress):
+            trials.append(trial)
+            progress.rest()
+            _print_trial(console, len(trials), trial)
+        right = sum(trial.right for trial in trials)
+        console.print(f"[bold]{right} of {len(trials)} right[/bold]")
+        compared = None
+        if dense:
+            number = work.compared_number(filler)
+            progress("the same weights, densely")
+            compared = run_dense(subject, work.build_document(subject, filler, number, seed))
+            progress.rest()
+            _print_dense(trials[number], compared)
     twin = work.recorded_twin(work.DENSE_LENGTH) if model is None else None
     if twin is not None:
         console.print(

@@ -10,6 +10,7 @@ import typer
 from landmark.cli.answers import show_answer
 from landmark.cli.options import Device, Dtype, Model, text
 from landmark.cli.output import say
+from landmark.cli.progress import Shown
 
 
 def explain(
@@ -24,17 +25,19 @@ def explain(
     dtype: Dtype = "auto",
 ) -> None:
     """Ask about FILES, and show as an HTML page which passages were read for each token of the answer."""
-    from landmark.eval import outputs
-    from landmark.eval.explain import explain as explained
-    from landmark.eval.explain import file_sources
-    from landmark.eval.subjects import load, quiet, require_landmark
+    with Shown() as progress:
+        from landmark.eval import outputs
+        from landmark.eval.explain import explain_sources, file_sources
+        from landmark.eval.subjects import load, quiet, require_landmark
 
-    quiet()
-    outputs.require_writable(out, "--out")
-    sources = [(source.name, source.text) for source in file_sources(files)]
-    subject = load(model, device, dtype)
-    require_landmark(subject)
-    explanation = explained(subject.model, subject.tokenizer, sources, question, max_new_tokens=max_new_tokens)
+        quiet()
+        outputs.require_writable(out, "--out")
+        sources = file_sources(files)
+        subject = load(model, device, dtype)
+        require_landmark(subject)
+        explanation = explain_sources(
+            subject.model, subject.tokenizer, sources, question, max_new_tokens=max_new_tokens, progress=progress
+        )
     show_answer(explanation)
     outputs.write(out, explanation.html().encode())
     say(f"Page: {out}")

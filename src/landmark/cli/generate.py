@@ -9,6 +9,7 @@ import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, text
 from landmark.cli.output import say_text
+from landmark.cli.progress import Shown
 
 
 def generate(
@@ -23,12 +24,19 @@ def generate(
     dtype: Dtype = "auto",
 ) -> None:
     """Go on from PROMPT, after reading a text of any length with --file."""
-    from landmark.eval.generate import continue_text
-    from landmark.eval.subjects import load, quiet
+    with Shown() as progress:
+        from landmark.eval.generate import continue_text
+        from landmark.eval.subjects import load, quiet
 
-    quiet()
-    subject = load(model, device, dtype)
-    written = continue_text(
-        subject, prompt, file=file, read=read, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
+        quiet()
+        written = continue_text(
+            load(model, device, dtype),
+            prompt,
+            file=file,
+            read=read,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            progress=progress,
+        )
     say_text(written)

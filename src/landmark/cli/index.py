@@ -9,6 +9,7 @@ import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, integers, words
 from landmark.cli.output import say
+from landmark.cli.progress import Shown
 
 
 def index(
@@ -29,21 +30,24 @@ def index(
     out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
 ) -> None:
     """Recall and time of an index over recorded landmarks, beside scoring every one."""
-    from landmark.cli.tables import index_table, show
-    from landmark.data.text import read_documents
-    from landmark.eval import index as task_module
-    from landmark.eval import results, subjects
-    from landmark.eval.fillers import pydoc_text
+    with Shown() as progress:
+        from landmark.cli.tables import index_table, show
+        from landmark.data.text import read_documents
+        from landmark.eval import index as task_module
+        from landmark.eval import results, subjects
+        from landmark.eval.fillers import pydoc_text
 
-    numbers = integers("--landmarks", landmarks)
-    task = task_module.IndexTask(numbers, words(index), layer, queries, max_tokens, seed)
-    texts = iter([pydoc_text()]) if data is None else (each.text for each in read_documents(data, split=split))
-    name = "pydoc" if data is None else f"{Path(data).name}, {split}"
-    subjects.quiet()
-    subject = subjects.load(model, device, dtype)
+        numbers = integers("--landmarks", landmarks)
+        task = task_module.IndexTask(numbers, words(index), layer, queries, max_tokens, seed)
+        texts = iter([pydoc_text()]) if data is None else (each.text for each in read_documents(data, split=split))
+        name = "pydoc" if data is None else f"{Path(data).name}, {split}"
+        subjects.quiet()
+        subject = subjects.load(model, device, dtype)
 
-    def tell(row: results.IndexRow) -> None:
-        say(f"{row.index}, {row.landmarks:,} landmarks: {row.step_ms} ms a step", err=True)
+        def tell(row: results.IndexRow) -> None:
+            progress.rest()
+            say(f"{row.index}, {row.landmarks:,} landmarks: {row.step_ms} ms a step", err=True)
 
-    report = results.Recorder(out, subject.device, tell)
-    show(index_table(task_module.run(subject, task, texts, name, report)))
+        report = results.Recorder(out, subject.device, tell)
+        rows = task_module.run(subject, task, texts, name, report, progress)
+    show(index_table(rows))

@@ -9,6 +9,7 @@ def info() -> None:
     """Show versions, devices, which implementation would be chosen and why not the others, and the bundled model."""
     from rich.console import Console
 
+    from landmark.cli.tables import facts_table, show
     from landmark.eval import info as facts
 
     console = Console(soft_wrap=True, highlight=False)
@@ -16,8 +17,8 @@ def info() -> None:
         ("Versions", facts.version_lines()),
         ("Devices", facts.device_lines()),
         ("Attention", facts.attention_lines()),
-        ("Bundled model", facts.bundled_lines()),
     ):
         console.print(f"[bold]{title}[/bold]")
         for line in lines:
             say(f"  {line}")
+    show(facts_table("Bundled model", facts.bundled_rows()))

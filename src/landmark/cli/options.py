@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +18,9 @@ Dtype = Annotated[
     str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16, float16, float64.")
 ]
 Tier = Annotated[str, typer.Option(help="Where blocks live: device, host or disk.")]
+SpillFolder = Annotated[
+    Path | None, typer.Option(help="Folder for temporary files of tier disk. By default the system's, mostly /tmp.")
+]
 Seed = Annotated[int, typer.Option(help="Of all random choices.")]
 
 

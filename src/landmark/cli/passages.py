@@ -9,6 +9,7 @@ import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, words
 from landmark.cli.output import say
+from landmark.cli.progress import Shown
 
 
 def passages(
@@ -25,20 +26,23 @@ def passages(
     out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
 ) -> None:
     """Given a passage, find its document: recall@1 and nDCG@10 by landmarks and by BM25."""
-    from landmark.cli.tables import rank_table, show
-    from landmark.data.text import read_documents
-    from landmark.eval import passages as task_module
-    from landmark.eval import results, subjects
+    with Shown() as progress:
+        from landmark.cli.tables import rank_table, show
+        from landmark.data.text import read_documents
+        from landmark.eval import passages as task_module
+        from landmark.eval import results, subjects
 
-    task = task_module.PassageTask(passages, passage_tokens, max_tokens, seed)
-    documents = list(read_documents(data, split=split))
-    others = [document for part in words(among) for document in read_documents(data, split=part)]
-    subjects.quiet()
-    subject = subjects.load(model, device, dtype)
+        task = task_module.PassageTask(passages, passage_tokens, max_tokens, seed)
+        documents = list(read_documents(data, split=split))
+        others = [document for part in words(among) for document in read_documents(data, split=part)]
+        subjects.quiet()
+        subject = subjects.load(model, device, dtype)
 
-    def tell(row: results.RankRow) -> None:
-        say(f"{row.ranker}, text {row.text}: recall@1 {row.recall_at_1:.1%}", err=True)
+        def tell(row: results.RankRow) -> None:
+            progress.rest()
+            say(f"{row.ranker}, text {row.text}: recall@1 {row.recall_at_1:.1%}", err=True)
 
-    report = results.Recorder(out, subject.device, tell)
-    name = ", ".join([Path(data).name, split, *(f"among {part}" for part in words(among))])
-    show(rank_table(task_module.run(subject, task, documents, others, name, report)))
+        report = results.Recorder(out, subject.device, tell)
+        name = ", ".join([Path(data).name, split, *(f"among {part}" for part in words(among))])
+        rows = task_module.run(subject, task, documents, others, name, report, progress)
+    show(rank_table(rows))

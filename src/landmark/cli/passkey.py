@@ -9,6 +9,7 @@ import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, integers, rope_factor, words
 from landmark.cli.output import say
+from landmark.cli.progress import Shown
 
 
 def passkey(
@@ -40,31 +41,33 @@ def passkey(
     counts = () if facts is None else integers("--facts", facts)
     retrieved = None if top_k is None else integers("--top-k", top_k)
     factor = rope_factor(rope)
-    from landmark.cli.tables import passkey_table, show
-    from landmark.eval import passkey as task_module
-    from landmark.eval import plots, results, subjects
+    with Shown() as progress:
+        from landmark.cli.tables import passkey_table, show
+        from landmark.eval import passkey as task_module
+        from landmark.eval import plots, results, subjects
 
-    task = task_module.PasskeyTask(
-        lengths=documents,
-        facts=counts,
-        top_k=retrieved,
-        trials=trials,
-        fillers=words(filler),
-        distractors=distractors,
-        read=read,
-        granularity=None if granularity is None else words(granularity),
-        seed=seed,
-        plain_limit=plain_limit,
-    )
-    if plot is not None:
-        plots.require_picture(plot, "--plot")
-    subjects.quiet()
-    tested = subjects.load_all(model, compare, device, dtype, window, factor)
+        task = task_module.PasskeyTask(
+            lengths=documents,
+            facts=counts,
+            top_k=retrieved,
+            trials=trials,
+            fillers=words(filler),
+            distractors=distractors,
+            read=read,
+            granularity=None if granularity is None else words(granularity),
+            seed=seed,
+            plain_limit=plain_limit,
+        )
+        if plot is not None:
+            plots.require_picture(plot, "--plot")
+        subjects.quiet()
+        tested = subjects.load_all(model, compare, device, dtype, window, factor)
 
-    def tell(row: results.PasskeyRow) -> None:
-        say(f"{row.model} {row.attention} {row.filler} {row.length}: {row.accuracy:.1%}", err=True)
+        def tell(row: results.PasskeyRow) -> None:
+            progress.rest()
+            say(f"{row.model} {row.attention} {row.filler} {row.length}: {row.accuracy:.1%}", err=True)
 
-    rows = task_module.run(tested, task, results.Recorder(out, tested[0].device, tell))
+        rows = task_module.run(tested, task, results.Recorder(out, tested[0].device, tell), progress)
     show(passkey_table(rows))
     if plot is not None:
         plots.plot_passkey(rows, plot)

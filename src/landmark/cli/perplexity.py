@@ -9,6 +9,7 @@ import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, integers, rope_factor
 from landmark.cli.output import say
+from landmark.cli.progress import Shown
 
 
 def perplexity(
@@ -46,30 +47,32 @@ def perplexity(
         "top_k": integers("--top-k", top_k),
     }
     factor = rope_factor(rope)
-    from landmark.cli.tables import perplexity_table, show
-    from landmark.data.text import read_documents
-    from landmark.eval import perplexity as task_module
-    from landmark.eval import plots, results, subjects
+    with Shown() as progress:
+        from landmark.cli.tables import perplexity_table, show
+        from landmark.data.text import read_documents
+        from landmark.eval import perplexity as task_module
+        from landmark.eval import plots, results, subjects
 
-    task = task_module.PerplexityTask(
-        **counts,
-        scheme=scheme,
-        blocks=blocks,
-        granularity=granularity,
-        max_tokens=max_tokens,
-        seed=seed,
-    )
-    if plot is not None:
-        plots.require_picture(plot, "--plot")
-    documents = list(read_documents(data, split=split))
-    subjects.quiet()
-    tested = subjects.load_all(model, compare, device, dtype, window, factor)
+        task = task_module.PerplexityTask(
+            **counts,
+            scheme=scheme,
+            blocks=blocks,
+            granularity=granularity,
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+        if plot is not None:
+            plots.require_picture(plot, "--plot")
+        documents = list(read_documents(data, split=split))
+        subjects.quiet()
+        tested = subjects.load_all(model, compare, device, dtype, window, factor)
 
-    def tell(row: results.PerplexityRow) -> None:
-        say(f"{row.model} {row.attention} {row.length} k={row.top_k}: {row.perplexity:.2f}", err=True)
+        def tell(row: results.PerplexityRow) -> None:
+            progress.rest()
+            say(f"{row.model} {row.attention} {row.length} k={row.top_k}: {row.perplexity:.2f}", err=True)
 
-    report = results.Recorder(out, tested[0].device, tell)
-    rows = task_module.run(tested, task, documents, f"{Path(data).name}, {split}", report)
+        report = results.Recorder(out, tested[0].device, tell)
+        rows = task_module.run(tested, task, documents, f"{Path(data).name}, {split}", report, progress)
     show(perplexity_table(rows))
     if plot is not None:
         plots.plot_perplexity(rows, plot)

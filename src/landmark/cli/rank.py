@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, text
+from landmark.cli.progress import Shown
 
 
 def rank(
@@ -21,9 +22,11 @@ def rank(
     """Order FILES by their highest landmark scores for QUERY; the passage is the text of the best block."""
     if top < 1:
         raise ValueError(f"--top: expected at least 1, got {top}; pass for example --top 10")
-    from landmark.cli.tables import ranking_table, show
-    from landmark.eval.rank import rank_files
-    from landmark.eval.subjects import load, quiet
+    with Shown() as progress:
+        from landmark.cli.tables import ranking_table, show
+        from landmark.eval.rank import rank_files
+        from landmark.eval.subjects import load, quiet
 
-    quiet()
-    show(ranking_table(rank_files(load(model, device, dtype), query, files)[:top]))
+        quiet()
+        lines = rank_files(load(model, device, dtype), query, files, progress)
+    show(ranking_table(lines[:top]))

@@ -155,3 +155,13 @@ def index_table(rows: Sequence[IndexRow]) -> Table:
             ", ".join(f"{name} {value}" for name, value in row.settings.items()),
         )
     return table
+
+
+def facts_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    """Returns names and values side by side."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, cell(value))
+    return table

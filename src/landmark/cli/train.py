@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from landmark.cli.output import say
+from landmark.cli.progress import Shown
 
 OF_THE_RUN = (
     "data",
@@ -107,12 +108,17 @@ def train(
 ) -> None:
     """Train a landmark model on texts: from scratch, or from a model."""
     given = dict(locals())
-    from landmark.train.recipe import Recipe, fine_tuning, load_recipe
-    from landmark.train.run import train as run
+    with Shown() as progress:
+        from landmark.train.recipe import Recipe, fine_tuning, load_recipe
+        from landmark.train.run import train as run
 
-    base = load_recipe(config) if config else fine_tuning() if model else Recipe()
-    recipe = base.override(**{name: value for name, value in given.items() if name not in OF_THE_RUN})
-    where = {name: given[name] for name in OF_THE_RUN if name != "config"}
-    summary = run(**where, recipe=recipe, report=say)
+        def tell(line: str) -> None:
+            progress.rest()
+            say(line)
+
+        base = load_recipe(config) if config else fine_tuning() if model else Recipe()
+        recipe = base.override(**{name: value for name, value in given.items() if name not in OF_THE_RUN})
+        where = {name: given[name] for name in OF_THE_RUN if name != "config"}
+        summary = run(**where, recipe=recipe, report=tell, progress=progress)
     speed = summary["tokens_per_second"] or 0
     say(f"saved {out}: {summary['steps']} steps, {summary['tokens']:,} tokens, {speed:,} tokens/s")

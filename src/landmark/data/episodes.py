@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from landmark.data import wordings
+from landmark.data.encoding import TextEncoder
 from landmark.data.tokens import Ids
 
 IGNORED = -100
@@ -81,7 +82,7 @@ class Episodes:
         ids: the corpus, ``(tokens,)``.
         tokens: text tokens of a row.
         seed: with a row's index decides everything about it.
-        prefix: ids that begin every row (the tokenizer's bos, or nothing).
+        prefix: ids that begin every row (``row_start``).
 
     Raises:
         ValueError: the corpus is shorter than a row, or a row has fewer than 128 tokens.
@@ -94,7 +95,7 @@ class Episodes:
             raise ValueError(
                 f"expected rows of at least {2 * TAIL} tokens for episodes, got {tokens}; lengthen the rows"
             )
-        self.tokenizer, self.ids, self.seed = tokenizer, ids, seed
+        self.encoder, self.ids, self.seed = TextEncoder(tokenizer), ids, seed
         self.prefix = list(prefix)
         self.tokens = tokens - len(self.prefix)
         self.ends_sentence = _sentence_ends(tokenizer)
@@ -167,7 +168,7 @@ class Episodes:
         text = _pick(rng, wordings.INTRODUCTIONS) + _pick(rng, (" ", "\n", "\n\n"))
         if rng.random() >= INTRODUCTION_SHARE:
             return []
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.encoder.encode(text, continues=True).ids.tolist()
         return [_Segment(ids, [], [])] if len(ids) <= room else []
 
     def _say(self, rng: random.Random, wording: Parsed, fact: _Fact, role: str) -> _Segment:
@@ -179,9 +180,9 @@ class Episodes:
             if field == "value" and begin < 0:
                 begin, end = len(text), len(text) + len(fact.value)
             text += getattr(fact, field) if field else ""
-        encoded = self.tokenizer.encode(text + after, add_special_tokens=False)
-        code = [i for i, (a, b) in enumerate(encoded.offsets) if a < end and b > begin]
-        return _Segment(encoded.ids, code if role == "secret" else [], code if role == "answer" else [])
+        encoded = self.encoder.encode(text + after, continues=True)
+        code = [i for i, (a, b) in enumerate(encoded.spans.tolist()) if a < end and b > begin]
+        return _Segment(encoded.ids.tolist(), code if role == "secret" else [], code if role == "answer" else [])
 
     def _spread(self, rng: random.Random, segments: list[_Segment]) -> list[_Segment]:
         """Puts filler before, between and after the segments; the last gap is often short."""
@@ -212,7 +213,7 @@ class Episodes:
         return repeated
 
     def _quote(self, rng: random.Random) -> Row:
-        opening = self.tokenizer.encode(_pick(rng, wordings.QUOTE_OPENINGS), add_special_tokens=False).ids
+        opening = self.encoder.encode(_pick(rng, wordings.QUOTE_OPENINGS), continues=True).ids.tolist()
         length = self.tokens // 32 + _below(rng, self.tokens // 8)
         filler = self._window(rng, self.tokens - len(opening) - length).tolist()
         tail = min(_below(rng, TAIL), len(filler) - length) if rng.random() < 0.5 else _below(rng, len(filler) - length)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from landmark.data.tokenizer import row_start
-
-_PIECE = 1 << 16
+from landmark.data.encoding import Progress
+from landmark.data.tokenizer import encode, row_start
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Reading:
 
     Attributes:
         sources: what is read; characters are counted over all of them, nothing between two.
-        ids: ``(n,)`` int64 text tokens, one that the tokenizer begins every text with included.
+        ids: ``(n,)`` int64 text tokens, those that the tokenizer begins every text with included.
         spans: ``(n, 2)`` int64, first character of each token and the one after its last; equal for a special token.
             Tokens that share a character, as byte-level tokenizers make them, have it both.
     """
@@ -61,43 +60,24 @@ class Reading:
         return int(spans[:, 0].min()), int(spans[:, 1].max())
 
 
-def read_sources(sources: Sequence[Source], tokenizer: Any) -> Reading:
-    """Tokenises sources of any length.
+def read_sources(sources: Sequence[Source], tokenizer: Any, progress: Progress | None = None) -> Reading:
+    """Tokenises sources of any length; each goes on from the one before it.
 
     Args:
         sources: in the order in which they are read.
         tokenizer: of transformers, a fast one.
+        progress: called while a long source is tokenised.
 
     Raises:
         ValueError: no text, or a tokenizer that does not know the characters of its tokens.
     """
     if not any(source.text for source in sources):
         raise ValueError(f"text: expected at least one character, got {len(sources)} empty texts; pass a text")
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"tokenizer: expected a fast one, which knows the characters of its tokens, "
-            f"got {type(tokenizer).__name__}; load it with AutoTokenizer from a folder with tokenizer.json"
-        )
     begin = row_start(tokenizer)
-    ids, spans, at = list(begin), [(0, 0)] * len(begin), 0
+    ids, spans, at = [torch.tensor(begin, dtype=torch.long)], [torch.zeros(len(begin), 2, dtype=torch.long)], 0
     for source in sources:
-        for piece in pieces(source.text):
-            found = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ids += found["input_ids"]
-            spans += [(at + first, at + last) for first, last in found["offset_mapping"]]
-            at += len(piece)
-    return Reading(tuple(sources), torch.tensor(ids), torch.tensor(spans))
-
-
-def pieces(text: str) -> Iterator[str]:
-    """Cuts a text at line ends into pieces that a tokenizer takes in its stride; joined, they are the text."""
-    held: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True):
-        held.append(line)
-        size += len(line)
-        if size >= _PIECE:
-            yield "".join(held)
-            held, size = [], 0
-    if held:
-        yield "".join(held)
+        found = encode(tokenizer, source.text, continues=any(map(len, ids[1:])), progress=progress)
+        ids.append(torch.from_numpy(found.ids))
+        spans.append(torch.from_numpy(found.spans + at))
+        at += len(source.text)
+    return Reading(tuple(sources), torch.cat(ids), torch.cat(spans))

@@ -1,13 +1,19 @@
-"""A byte-level BPE in which every digit is its own token, so that codes are read and written digit by digit."""
+"""Tokenizers: what a row begins with, a text's ids, and a byte-level BPE in which every digit is its own token.
+
+So codes are read and written digit by digit.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from landmark.data.encoding import Encoded, Progress, TextEncoder
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -15,7 +21,9 @@ SMALLEST_VOCABULARY = 258
 LONGEST_SAMPLE = 200_000_000
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 4096, progress: Progress | None = None
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE; no token holds two digits, or a digit and anything else.
 
     ``<|endoftext|>`` begins and ends documents (bos and eos), ``<|pad|>`` pads; neither is added by encoding.
@@ -23,6 +31,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     Args:
         texts: what to learn merges from; the first 200 million characters are used.
         vocab_size: tokens at most, special tokens included (fewer when the texts are too short for so many).
+        progress: called after every text that merges are learnt from.
 
     Raises:
         ValueError: ``vocab_size`` below 258 (the 256 bytes and the two special tokens).
@@ -42,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(_sample(texts), trainer)
+    core.train_from_iterator(_sample(texts, progress), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=END, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
     )
@@ -79,16 +88,53 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(backend(tokenizer).to_str().encode()).hexdigest()
 
 
-def row_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the ids that the tokenizer puts before every text: its bos token, or nothing."""
-    ids = list(tokenizer("")["input_ids"])
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+def require_fast(tokenizer: Any) -> None:
+    """Raises ``ValueError`` for a tokenizer that does not know the characters of its tokens."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer: expected a fast one, which knows the characters of its tokens, "
+            f"got {type(tokenizer).__name__}; load it with AutoTokenizer from a folder with tokenizer.json"
+        )
 
 
-def _sample(texts: Iterable[str]) -> Iterator[str]:
+def row_start(tokenizer: Any) -> list[int]:
+    """Returns the ids that the tokenizer puts before every text, its bos token for example, without those behind.
+
+    Raises:
+        ValueError: as ``require_fast``.
+    """
+    require_fast(tokenizer)
+    processor = tokenizer.backend_tokenizer.post_processor
+    if processor is None:
+        return []
+    text = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")  # any text
+    whole = processor.process(text, None, True)
+    return list(whole.ids[: whole.special_tokens_mask.index(0)])
+
+
+def encoder_of(tokenizer: Any) -> TextEncoder:
+    """Returns what encodes texts of any length with a tokenizer of transformers.
+
+    Raises:
+        ValueError: as ``require_fast``.
+    """
+    require_fast(tokenizer)
+    core = backend(tokenizer)
+    core.encode_special_tokens = bool(tokenizer.split_special_tokens)
+    return TextEncoder(core)
+
+
+def encode(tokenizer: Any, text: str, *, continues: bool = False, progress: Progress | None = None) -> Encoded:
+    """Encodes a text as ``TextEncoder.encode`` does; raises as ``encoder_of``."""
+    return encoder_of(tokenizer).encode(text, continues=continues, progress=progress)
+
+
+def _sample(texts: Iterable[str], progress: Progress | None) -> Iterator[str]:
     left = LONGEST_SAMPLE
     for text in texts:
         yield text[:left]
         left -= len(text)
+        if progress is not None:
+            progress("characters learnt from", LONGEST_SAMPLE - max(0, left), 0)
         if left <= 0:
             return

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
+from landmark.data.encoding import PIECE, Progress, TextEncoder
 from landmark.data.text import Document, read_json
 from landmark.data.tokenizer import backend, fingerprint
 
 FORMAT = "landmark-tokens-1"
-PIECE = 1_000_000
 BATCH = 32
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
@@ -66,7 +66,11 @@ class TokenFile:
 
 
 def tokenize(
-    documents: Callable[[], Iterable[Document]], tokenizer: PreTrainedTokenizerFast, folder: str | Path, name: str
+    documents: Callable[[], Iterable[Document]],
+    tokenizer: PreTrainedTokenizerFast,
+    folder: str | Path,
+    name: str,
+    progress: Progress | None = None,
 ) -> TokenFile:
     """Returns the token file of the documents, from ``folder`` where it fits, made anew otherwise.
 
@@ -77,6 +81,7 @@ def tokenize(
         tokenizer: a fast tokenizer.
         folder: where ``name.bin`` and ``name.json`` lie.
         name: usually the split.
+        progress: called after some documents, and while a long one is tokenised.
 
     Raises:
         ValueError: a file of that name which is not ours, or is damaged; or no document.
@@ -88,7 +93,7 @@ def tokenize(
             hashes = [document.sha256 for document in documents()]
             if hashes == [place.sha256 for place in old.documents]:
                 return old
-    return _write(documents(), tokenizer, sidecar)
+    return _write(documents(), tokenizer, sidecar, progress)
 
 
 def open_tokens(sidecar: str | Path) -> TokenFile:
@@ -129,7 +134,9 @@ def open_tokens(sidecar: str | Path) -> TokenFile:
     return TokenFile(binary, ids, documents, tokenizer)
 
 
-def _write(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, sidecar: Path) -> TokenFile:
+def _write(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, sidecar: Path, progress: Progress | None
+) -> TokenFile:
     sidecar.parent.mkdir(parents=True, exist_ok=True)
     unfinished = sidecar.with_suffix(".unfinished")
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
@@ -137,12 +144,14 @@ def _write(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, si
     places: list[Place] = []
     position, digest = 0, hashlib.sha256()
     with unfinished.open("wb") as binary:
-        for document, ids in _encode(iter(documents), tokenizer):
+        for document, ids in _encode(iter(documents), tokenizer, progress):
             places.append(Place(document.title, document.sha256, position, len(ids)))
             raw = np.asarray(ids + end, dtype="<u2" if dtype == "uint16" else "<u4").tobytes()
             binary.write(raw)
             digest.update(raw)
             position += len(ids) + len(end)
+            if progress is not None:
+                progress(f"tokens, of {len(places):,} documents", position, 0)
     if not places:
         unfinished.unlink()
         raise ValueError(f"{sidecar.stem}: expected at least one document, got none; pass a source with text")
@@ -159,26 +168,19 @@ def _write(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, si
     return open_tokens(sidecar)
 
 
-def _encode(documents: Iterator[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, list[int]]]:
-    core = backend(tokenizer)
-    core.no_truncation()
-    core.no_padding()
+def _encode(
+    documents: Iterator[Document], tokenizer: PreTrainedTokenizerFast, progress: Progress | None
+) -> Iterator[tuple[Document, list[int]]]:
+    """Encodes short documents several at once; a long one is cut by its encoder."""
+    encoder = TextEncoder(backend(tokenizer))
     while batch := list(itertools.islice(documents, BATCH)):
-        pieces = [_pieces(document.text) for document in batch]
-        encoded = iter(core.encode_batch_fast([piece for cut in pieces for piece in cut], add_special_tokens=False))
-        for document, cut in zip(batch, pieces, strict=True):
-            yield document, [token for _ in cut for token in next(encoded).ids]
-
-
-def _pieces(text: str) -> list[str]:
-    """Cuts a long text at line ends, so that it is encoded by several threads."""
-    cuts = [0]
-    while len(text) - cuts[-1] > 2 * PIECE:
-        cut = text.find("\n", cuts[-1] + PIECE)
-        if cut < 0:
-            break
-        cuts.append(cut + 1)
-    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+        short = [document.text for document in batch if len(document.text) <= PIECE]
+        encoded = iter(encoder.core.encode_batch_fast(short, add_special_tokens=False))
+        for document in batch:
+            if len(document.text) <= PIECE:
+                yield document, next(encoded).ids
+            else:
+                yield document, encoder.encode(document.text, progress=progress).ids.tolist()
 
 
 def _digest(ids: Ids) -> str:

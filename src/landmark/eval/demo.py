@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from landmark.blocks import slot_of
+from landmark.data.encoding import Progress
 from landmark.eval.dense import DenseRun
 from landmark.eval.episodes import Episode, build_episode, named_codes, pass_key
 from landmark.eval.explain import block_shares
-from landmark.eval.fillers import Filler, file_text, pydoc_text, tokenize
+from landmark.eval.fillers import Filler, file_text, made_filler, pydoc_text
 from landmark.eval.measure import measured
 from landmark.eval.passkey import read_into_memory
 from landmark.eval.plots import save, subplots
@@ -108,7 +109,7 @@ class Trial:
     reopened: Reopened | None = None
 
 
-def load_text(path: Path | None, tokenizer: Any) -> Filler:
+def load_text(path: Path | None, tokenizer: Any, progress: Progress | None = None) -> Filler:
     """Tokenises the user's text, or the language reference of this Python for ``None``.
 
     Raises:
@@ -116,7 +117,7 @@ def load_text(path: Path | None, tokenizer: Any) -> Filler:
         ValueError: empty, no UTF-8 text, or too short to hide keys in.
     """
     text = pydoc_text() if path is None else file_text(path, "--text")
-    filler = Filler("pydoc" if path is None else str(path), tokenize(text, tokenizer))
+    filler = made_filler("pydoc" if path is None else str(path), text, tokenizer, progress)
     if len(filler.ids) < LENGTHS[0]:
         raise ValueError(
             f"--text: expected a text of at least {LENGTHS[0]} tokens, got {len(filler.ids)} in {filler.name}; "
@@ -130,12 +131,12 @@ def lengths_for(filler: Filler) -> tuple[int, ...]:
     return tuple(min(length, len(filler.ids)) for length in LENGTHS)
 
 
-def run_trials(subject: Subject, filler: Filler, seed: int) -> Iterator[Trial]:
+def run_trials(subject: Subject, filler: Filler, seed: int, progress: Progress | None = None) -> Iterator[Trial]:
     """Hides a pass key among distractor codes at a random place and asks for it, ten times; reopens one memory."""
     subject.model.read(filler.ids[None, :_WARM_UP].to(subject.device), retrieve=False)
     for number in range(len(LENGTHS)):
         document = build_document(subject, filler, number, seed)
-        yield run_trial(subject, document, reopen=number == compared_number(filler))
+        yield run_trial(subject, document, reopen=number == compared_number(filler), progress=progress)
 
 
 def compared_number(filler: Filler) -> int:
@@ -152,7 +153,7 @@ def build_document(subject: Subject, filler: Filler, number: int, seed: int) -> 
 
 
 @torch.no_grad()
-def run_trial(subject: Subject, episode: Episode, *, reopen: bool = False) -> Trial:
+def run_trial(subject: Subject, episode: Episode, *, reopen: bool = False, progress: Progress | None = None) -> Trial:
     """Reads a document without retrieval, then answers its question with retrieval.
 
     Raises:
@@ -164,7 +165,7 @@ def run_trial(subject: Subject, episode: Episode, *, reopen: bool = False) -> Tr
     document = episode.document[None].to(subject.device)
     with measured(subject.device) as whole:
         with measured(subject.device) as reading:
-            cache = read_into_memory(subject, document, retrieve=False)
+            cache = read_into_memory(subject, document, retrieve=False, progress=progress)
         cache_bytes = cache.nbytes()
         cache.record = True
         written = _write(subject.model, prompt, cache, question.answered)

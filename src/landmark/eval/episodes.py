@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landmark.data.tokenizer import row_start
+from landmark.data.tokenizer import encode, row_start
 from landmark.eval.fillers import Filler
 
 BUCKETS = 10
@@ -102,15 +102,15 @@ def build_episode(
 
     Args:
         rng: decides the places and, but for the paper's sentence, where the filler starts.
-        tokenizer: of transformers.
+        tokenizer: of transformers, a fast one.
         filler: what stands between the facts.
-        length: text tokens, a leading special token of the tokenizer included.
+        length: text tokens, those that the tokenizer begins every text with included.
         facts: asked for.
         distractors: placed like facts, not asked for.
         bucket: which tenth of the document the first fact begins in; anywhere for ``None``.
 
     Raises:
-        ValueError: the facts do not fit.
+        ValueError: the facts do not fit, or a slow tokenizer.
     """
     start_ids = row_start(tokenizer)
     statements = [_encode(tokenizer, fact.statement) for fact in (*facts, *distractors)]
@@ -152,5 +152,6 @@ def _question(tokenizer: Any, fact: Fact) -> Question:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    """The ids of a text that goes on from another one."""
+    ids: list[int] = encode(tokenizer, text, continues=True).ids.tolist()
     return ids

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from landmark.blocks import slot_of
 from landmark.data.characters import from_arguments, without_surrogates
+from landmark.data.encoding import Progress
 from landmark.data.sources import Reading, Source, read_sources
 from landmark.data.text import read_documents, text_files
+from landmark.data.tokenizer import encode
 from landmark.eval.explanation import Explanation, Span, Step
+from landmark.eval.reading import read_reporting
 from landmark.hf.cache import LandmarkCache
 from landmark.memory.retrieval import Retrieval
 
@@ -44,10 +47,37 @@ def explain(
         raise ValueError(f"model: expected a landmark model, got {type(model).__name__}; use landmark.convert")
     named = [("text", text)] if isinstance(text, str) else text
     sources = [Source(without_surrogates(name), without_surrogates(characters)) for name, characters in named]
-    reading = read_sources(sources, tokenizer)
-    ids = _question_ids(tokenizer, question)
-    cache = model.read(reading.ids[None].to(model.device), retrieve=False)
-    return _explained(model, tokenizer, cache, reading, question, ids, max_new_tokens)
+    return explain_sources(model, tokenizer, sources, question, max_new_tokens=max_new_tokens)
+
+
+def explain_sources(
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[Source],
+    question: str,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: Progress | None = None,
+) -> Explanation:
+    """Does what ``explain`` does for named texts.
+
+    Args:
+        model: a landmark model.
+        tokenizer: its tokenizer, a fast one.
+        sources: read one after the other.
+        question: see ``explain``.
+        max_new_tokens: see ``explain``.
+        progress: called while the texts are tokenised and read.
+
+    Raises:
+        ValueError: as ``explain``.
+    """
+    asked = _question_ids(tokenizer, question, max_new_tokens)
+    reading = read_sources(sources, tokenizer, progress)
+    cache = read_reporting(model, reading.ids[None].to(model.device), retrieve=False, progress=progress)
+    if progress is not None:
+        progress("answering", 0, 0)
+    return _explained(model, tokenizer, cache, reading, question, asked, max_new_tokens)
 
 
 def explain_memory(
@@ -78,25 +108,25 @@ def explain_memory(
             f"memory: expected one row of the {length} text tokens of the reading, without padding, got rows of "
             f"{memory.tokens} in {memory.get_seq_length()} columns; pass what was read into it, and nothing more"
         )
-    return _explained(
-        model, tokenizer, memory.fork(), reading, question, _question_ids(tokenizer, question), max_new_tokens
-    )
+    asked = _question_ids(tokenizer, question, max_new_tokens)
+    return _explained(model, tokenizer, memory.fork(), reading, question, asked, max_new_tokens)
 
 
-def _question_ids(tokenizer: Any, question: str) -> list[int]:
-    ids: list[int] = tokenizer(without_surrogates(question), add_special_tokens=False)["input_ids"]
-    if not ids:
+def _question_ids(tokenizer: Any, question: str, most: int) -> Tensor:
+    """The tokens of a question that goes on from the texts; checks what is asked for, before anything is read."""
+    if most < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {most}; pass for example {MAX_NEW_TOKENS}")
+    ids = torch.from_numpy(encode(tokenizer, without_surrogates(question), continues=True).ids)
+    if len(ids) == 0:
         raise ValueError("question: expected at least one token, got an empty text; ask something")
     return ids
 
 
 def _explained(
-    model: Any, tokenizer: Any, cache: LandmarkCache, reading: Reading, question: str, asked: list[int], most: int
+    model: Any, tokenizer: Any, cache: LandmarkCache, reading: Reading, question: str, asked: Tensor, most: int
 ) -> Explanation:
-    if most < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {most}; pass for example {MAX_NEW_TOKENS}")
     cache.record, cache.retrievals = True, []
-    ids = torch.cat((reading.ids, torch.tensor(asked)))[None].to(model.device)
+    ids = torch.cat((reading.ids, asked))[None].to(model.device)
     with torch.no_grad():
         whole = model.generate(
             ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=most, do_sample=False

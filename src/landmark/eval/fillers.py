@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landmark.data.sources import pieces
+from landmark.data.encoding import Progress
 from landmark.data.text import read_documents
+from landmark.data.tokenizer import encode, encoder_of
 
 PAPER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
@@ -21,33 +22,52 @@ class Filler:
 
     Attributes:
         name: ``paper``, ``pydoc`` or a path.
-        ids: ``(n,)`` int64, one round.
+        ids: ``(n,)`` int64, the first round, as it begins a row.
+        again: ``(m,)`` int64, every further round, as it goes on from the one before; ``None`` for the same.
     """
 
     name: str
     ids: Tensor
+    again: Tensor | None = None
 
     def take(self, start: int, count: int) -> Tensor:
         """Returns ``count`` ids from place ``start`` on, ``(count,)``."""
-        return self.ids[(start + torch.arange(count)) % len(self.ids)]
+        again = self.ids if self.again is None else self.again
+        rounds = -(-max(0, start + count - len(self.ids)) // len(again))
+        return torch.cat((self.ids, again.repeat(rounds)))[start : start + count]
 
 
-def load_filler(name: str, tokenizer: Any) -> Filler:
+def load_filler(name: str, tokenizer: Any, progress: Progress | None = None) -> Filler:
     """Tokenises a filler once.
 
     Args:
         name: ``paper`` (the paper's sentence), ``pydoc`` (the Python language reference that every Python carries), or
             a text file or folder of .txt files.
-        tokenizer: of transformers.
+        tokenizer: of transformers, a fast one.
+        progress: called while a long text is tokenised.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is empty or no UTF-8 text.
+        ValueError: a file that is empty or no UTF-8 text, or a slow tokenizer.
     """
     if name == "paper":
-        return Filler(name, tokenize(PAPER + " ", tokenizer))
+        return made_filler(name, PAPER + " ", tokenizer)
     text = pydoc_text() if name == "pydoc" else file_text(Path(name), "--filler")
-    return Filler(name, tokenize(text, tokenizer))
+    return made_filler(name, text, tokenizer, progress)
+
+
+def made_filler(name: str, text: str, tokenizer: Any, progress: Progress | None = None) -> Filler:
+    """Tokenises a text that is repeated as often as needed.
+
+    Raises:
+        ValueError: a slow tokenizer, or one that finds no token in the text.
+    """
+    first = tokenize(text, tokenizer, progress=progress)
+    if len(first) == 0:
+        raise ValueError(f"--filler: expected a text of at least one token, got none in {name}; pass another text")
+    if not encoder_of(tokenizer).prefixes:
+        return Filler(name, first)
+    return Filler(name, first, tokenize(text, tokenizer, continues=True, progress=progress))
 
 
 def pydoc_text() -> str:
@@ -72,7 +92,6 @@ def file_text(path: Path, option: str) -> str:
     return "\n\n".join(document.text for document in read_documents(path, split="test"))
 
 
-def tokenize(text: str, tokenizer: Any) -> Tensor:
-    """Returns the token ids of a text of any length ``(n,)``, no special tokens; cut at line ends, piece by piece."""
-    batches = tokenizer(list(pieces(text)), add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor([token for ids in batches for token in ids], dtype=torch.long)
+def tokenize(text: str, tokenizer: Any, *, continues: bool = False, progress: Progress | None = None) -> Tensor:
+    """Returns the token ids of a text of any length ``(n,)`` as ``landmark.data.tokenizer.encode`` does."""
+    return torch.from_numpy(encode(tokenizer, text, continues=continues, progress=progress).ids)

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from landmark.data.encoding import Progress
 from landmark.data.tokenizer import row_start
 from landmark.eval.fillers import file_text, tokenize
 from landmark.eval.passkey import READS
+from landmark.eval.reading import read_reporting
 from landmark.eval.subjects import Subject
 
 
@@ -22,6 +24,7 @@ def continue_text(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> str:
     """Returns what the model writes after the text of ``file`` and ``prompt``.
 
@@ -33,9 +36,10 @@ def continue_text(
         max_new_tokens: at most so many tokens.
         temperature: of sampling; 0 takes the most probable token.
         seed: of sampling.
+        progress: called while the file is tokenised and read.
 
     Raises:
-        ValueError: nothing to go on from, or a value outside its range.
+        ValueError: nothing to go on from, a slow tokenizer, or a value outside its range.
         FileNotFoundError: no such file.
     """
     if read not in READS:
@@ -45,19 +49,23 @@ def continue_text(
     if temperature < 0:
         raise ValueError(f"--temperature: expected at least 0, got {temperature}; 0 takes the most probable token")
     tokenizer = subject.tokenizer
-    question = torch.tensor(tokenizer(prompt, add_special_tokens=file is None)["input_ids"], dtype=torch.long)
-    if len(question) == 0:
+    document = torch.tensor(row_start(tokenizer), dtype=torch.long)
+    question = tokenize(prompt, tokenizer, continues=file is not None)
+    if len(question) == 0 and (file is not None or len(document) == 0):
         raise ValueError("PROMPT: expected a text of at least one token, got an empty one; write where to go on from")
-    document = torch.empty(0, dtype=torch.long)
     if file is not None:
-        start = torch.tensor(row_start(tokenizer), dtype=torch.long)
-        document = torch.cat((start, tokenize(file_text(file, "--file"), tokenizer)))
+        document = torch.cat((document, tokenize(file_text(file, "--file"), tokenizer, progress=progress)))
     ids = torch.cat((document, question))[None].to(subject.device)
     arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         arguments["temperature"] = temperature
-    if subject.attention == "landmark" and len(document):
-        arguments["past_key_values"] = subject.model.read(ids[:, : len(document)], retrieve=read == "retrieve")
+    if subject.attention == "landmark" and file is not None and len(document):
+        document = ids[:, : len(document)]
+        arguments["past_key_values"] = read_reporting(
+            subject.model, document, retrieve=read == "retrieve", progress=progress
+        )
+    if progress is not None:
+        progress("answering", 0, 0)
     torch.manual_seed(seed)
     with torch.no_grad():
         written = subject.model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landmark.data.encoding import Progress
 from landmark.eval.fillers import tokenize
 from landmark.eval.passkey import read_into_memory
 from landmark.eval.rank import old_queries
@@ -120,7 +121,7 @@ class _RecordingCache(LandmarkCache):
 
 
 @torch.no_grad()
-def record(subject: Subject, ids: Tensor, layer: int, queries: int) -> Recorded:
+def record(subject: Subject, ids: Tensor, layer: int, queries: int, progress: Progress | None = None) -> Recorded:
     """Reads a text without retrieval and records landmarks that are old for the queries of its end.
 
     Args:
@@ -128,6 +129,7 @@ def record(subject: Subject, ids: Tensor, layer: int, queries: int) -> Recorded:
         ids: ``(T,)`` token ids.
         layer: which layer is recorded.
         queries: positions of text whose queries are kept.
+        progress: called while it is read.
 
     Raises:
         ValueError: no landmark model, or a text too short for one landmark.
@@ -135,7 +137,7 @@ def record(subject: Subject, ids: Tensor, layer: int, queries: int) -> Recorded:
     config = subject.model.landmark
     with subject.configured(mode="retrieval", positions="stingy", local="blocks", layers=(), max_blocks=None):
         cache = _RecordingCache(subject.model.config, layer, queries)
-        read_into_memory(subject, ids[None].to(subject.device), retrieve=False, cache=cache)
+        read_into_memory(subject, ids[None].to(subject.device), retrieve=False, cache=cache, progress=progress)
     memory = cache.memories[layer]
     assert isinstance(memory, _RecordingMemory) and memory.query is not None
     keys = torch.cat(memory.keys, dim=1)
@@ -149,7 +151,12 @@ def record(subject: Subject, ids: Tensor, layer: int, queries: int) -> Recorded:
 
 
 def run(
-    subject: Subject, task: IndexTask, texts: Iterable[str], data: str, report: Callable[[IndexRow], None]
+    subject: Subject,
+    task: IndexTask,
+    texts: Iterable[str],
+    data: str,
+    report: Callable[[IndexRow], None],
+    progress: Progress | None = None,
 ) -> list[IndexRow]:
     """Measures every kind of index at every number of landmarks.
 
@@ -159,6 +166,7 @@ def run(
         texts: what is read, one after the other; no more of them than is needed.
         data: their name, for the rows.
         report: called with each row as soon as it is there.
+        progress: called while texts are tokenised and read, and before each index.
 
     Raises:
         ValueError: no landmark model, a layer that it has not or whose landmarks are all equal, or too short a text.
@@ -168,14 +176,17 @@ def run(
     config = subject.model.landmark
     blocks = max(task.landmarks) + config.local_blocks + config.top_k + -(-task.queries // config.block_size)
     needed = blocks * config.text_per_block
-    ids = _tokens(texts, subject.tokenizer, needed if task.max_tokens is None else min(needed, task.max_tokens))
-    recorded = record(subject, ids, layer, task.queries)
+    most = needed if task.max_tokens is None else min(needed, task.max_tokens)
+    ids = _tokens(texts, subject.tokenizer, most, progress)
+    recorded = record(subject, ids, layer, task.queries, progress)
     rows = []
     for landmarks in sorted(task.landmarks):
         real = min(landmarks, recorded.keys.shape[1])
         found = recorded if real == landmarks else with_copies(recorded, landmarks, task.seed)
         right = None if real < landmarks else exact(found.query, found.keys[:, :landmarks], config.top_k)
         for kind in task.kinds:
+            if progress is not None:
+                progress(f"measuring {kind} with {landmarks:,} landmarks", 0, 0)
             measured = _measure(kind, Recorded(found.keys[:, :landmarks], found.query), config.top_k, right)
             rows.append(
                 IndexRow(
@@ -199,10 +210,10 @@ def run(
     return rows
 
 
-def _tokens(texts: Iterable[str], tokenizer: Any, most: int) -> Tensor:
+def _tokens(texts: Iterable[str], tokenizer: Any, most: int, progress: Progress | None) -> Tensor:
     parts, count = [torch.empty(0, dtype=torch.long)], 0
     for text in texts:
-        parts.append(tokenize(text, tokenizer))
+        parts.append(tokenize(text, tokenizer, continues=count > 0, progress=progress))
         count += len(parts[-1])
         if count >= most:
             break

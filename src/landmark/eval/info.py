@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from landmark.eval.results import FIGURES, IndexRow, PerplexityRow, RankRow, Row, read
+from landmark.config import LandmarkConfig
+from landmark.eval.results import FIGURES, PasskeyRow, PerplexityRow, Row, read
 from landmark.eval.subjects import model_folder
 from landmark.ops.choice import explain_impl
 from landmark.versions import versions
+
+Figure = TypeVar("Figure", PasskeyRow, PerplexityRow)
 
 _PACKAGES = (
     "torch",
@@ -51,29 +57,53 @@ def attention_lines() -> list[str]:
     return [f"{choice.chosen}: chosen"] + [f"{name}: not chosen, {why}" for name, why in choice.refused.items()]
 
 
-def bundled_lines() -> list[str]:
-    """Returns where the bundled model lies and its recorded figures."""
+def bundled_rows() -> list[tuple[str, str]]:
+    """Returns what the bundled model is and its headline figures, as (name, value); its model card has the others."""
     try:
         folder = Path(model_folder(None))
     except (FileNotFoundError, ModuleNotFoundError) as error:
-        return [str(error)]
+        return [("missing", str(error))]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = LandmarkConfig.from_dict(config["landmark"])
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    lines = [f"{folder} ({weights / 1e6:.1f} MB of weights)"]
-    if not (folder / FIGURES).is_file():
-        return [*lines, "no recorded figures"]
-    return lines + [_line(row) for row in read(folder / FIGURES)]
+    kind = f"{config['model_type']}, {config['num_hidden_layers']} layers"
+    rows = [
+        ("model", f"{kind}, blocks of {settings.block_size}, top_k {settings.top_k}"),
+        ("folder", str(folder)),
+        ("weights", f"{weights / 1e6:.1f} MB"),
+        ("trained length", f"{settings.trained_length} positions"),
+    ]
+    if (folder / FIGURES).is_file():
+        rows += _headlines(read(folder / FIGURES), settings)
+    return [*rows, ("all figures", f"in its model card, {folder / 'README.md'}")]
 
 
-def _line(row: Row) -> str:
-    if isinstance(row, RankRow):
-        asked = f"{row.passages} passages, {row.documents} documents, text {row.text}, {row.data}"
-        return f"recall@1 {row.recall_at_1:.1%}, nDCG@10 {row.ndcg_at_10:.3f}: {row.ranker}, {asked}"
-    if isinstance(row, IndexRow):
-        among = f"{row.landmarks} landmarks, {row.recorded} of them recorded, {row.heads} heads of layer {row.layer}"
-        return f"{row.step_ms} ms a step, recall {row.recall}: {row.index}, {among}, {row.data}"
-    settings = f"{row.model}, {row.attention}" + ("" if row.top_k is None else f", k={row.top_k}")
-    if isinstance(row, PerplexityRow):
-        local = f"{row.scheme} local {row.local}"
-        return f"perplexity {row.perplexity:.2f}: {row.length} tokens, {local}, {settings}, {row.data}"
-    task = "pass key" if row.task == "passkey" else f"{row.facts} named facts"
-    return f"{task} {row.accuracy:.1%}: {row.length} tokens, {row.trials} trials, filler {row.filler}, {settings}"
+def _headlines(rows: Sequence[Row], settings: LandmarkConfig) -> list[tuple[str, str]]:
+    """The figures at the greatest lengths that were recorded with the model's own settings."""
+    found = []
+    asked = [row for row in rows if isinstance(row, PasskeyRow) and _is_own(row.settings, settings)]
+    keys = _longest([row for row in asked if row.task == "passkey"])
+    if keys:
+        right, trials = sum(row.correct for row in keys), sum(row.asked for row in keys)
+        found.append(("pass key", f"{right} of {trials} right at {keys[0].length:,} tokens"))
+    facts = _longest([row for row in asked if row.task == "facts"])
+    if facts:
+        shares = ", ".join(f"{row.accuracy:.0%} of {row.facts}" for row in facts)
+        found.append(("named facts", f"{shares} at {facts[0].length:,} tokens"))
+    measured = [row for row in rows if isinstance(row, PerplexityRow)]
+    own = _longest([row for row in measured if _is_own(row.settings, settings)])
+    for row in own[:1]:
+        plain = [each for each in measured if each.attention == "full" and each.length == row.length]
+        beside = f" (plain attention, trained identically: {plain[0].perplexity:.2f})" if plain else ""
+        found.append(("perplexity", f"{row.perplexity:.2f} at {row.length:,} tokens{beside}"))
+    return found
+
+
+def _longest(rows: Sequence[Figure]) -> list[Figure]:
+    longest = max((row.length for row in rows), default=0)
+    return [row for row in rows if row.length == longest]
+
+
+def _is_own(settings: dict[str, Any], own: LandmarkConfig) -> bool:
+    """Whether a row was measured with the model as it is saved."""
+    return settings == own.to_dict()

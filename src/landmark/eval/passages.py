@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landmark.data.encoding import Progress
 from landmark.data.text import Document
 from landmark.eval.bm25 import Bm25, require_bm25s
 from landmark.eval.fillers import tokenize
 from landmark.eval.measure import measured
 from landmark.eval.rank import SETTINGS, TextRead, build_library, read_document, read_text, search
+from landmark.eval.reading import counted
 from landmark.eval.results import RankRow
 from landmark.eval.subjects import Subject, require_landmark
 
@@ -74,6 +76,7 @@ def run(
     others: Sequence[Document],
     data: str,
     report: Callable[[RankRow], None],
+    progress: Progress | None = None,
 ) -> list[RankRow]:
     """Ranks the documents for every passage: first with all passages cut out of their documents, then whole.
 
@@ -84,6 +87,7 @@ def run(
         others: further texts that are searched.
         data: their name, for the rows.
         report: called with each row as soon as it is there.
+        progress: called while texts are tokenised and read.
 
     Raises:
         ValueError: no landmark model, or documents that are too few or too short.
@@ -91,31 +95,38 @@ def run(
     """
     require_landmark(subject)
     require_bm25s()
-    ids, more = ([_head(subject, document, task) for document in some] for some in (documents, others))
+    ids, more = ([_head(subject, document, task, progress) for document in some] for some in (documents, others))
     passages = draw_passages(ids, task)
     with measured(subject.device) as reading:
-        known = [read_document(subject, other) for other in more]
+        known = [read_document(subject, other, progress) for other in counted("documents read", more, progress)]
     rows = []
     for text in TEXTS:
         searched = [*(ids if text == "whole" else cut_out(ids, passages)), *more]
         for make in (_landmarks, _bm25):
             with measured(subject.device) as measure:
-                ranker = make(subject, searched, known)
-                ranks = [rank_of(ranker.scores(passage.ids), passage.document) for passage in passages]
+                ranker = make(subject, searched, known, progress)
+                ranks = [
+                    rank_of(ranker.scores(passage.ids), passage.document)
+                    for passage in counted("passages looked for", passages, progress)
+                ]
             seconds = measure.seconds + (reading.seconds if make is _landmarks else 0.0)
             rows.append(_row(task, text, ranks, searched, data, seconds, ranker.fields))
             report(rows[-1])
     return rows
 
 
-def _head(subject: Subject, document: Document, task: PassageTask) -> Tensor:
-    return tokenize(document.text, subject.tokenizer)[: task.max_tokens]
+def _head(subject: Subject, document: Document, task: PassageTask, progress: Progress | None) -> Tensor:
+    return tokenize(document.text, subject.tokenizer, progress=progress)[: task.max_tokens]
 
 
-def _landmarks(subject: Subject, searched: Sequence[Tensor], known: Sequence[TextRead]) -> _Ranker:
+def _landmarks(
+    subject: Subject, searched: Sequence[Tensor], known: Sequence[TextRead], progress: Progress | None
+) -> _Ranker:
     """By landmarks; the last of the documents are ``known`` already."""
     new = searched[: len(searched) - len(known)]
-    library = build_library([*(read_document(subject, document) for document in new), *known])
+    library = build_library(
+        [*(read_document(subject, document, progress) for document in counted("documents read", new, progress)), *known]
+    )
     with subject.configured(**SETTINGS):
         settings = subject.settings()
     fields = {
@@ -128,7 +139,9 @@ def _landmarks(subject: Subject, searched: Sequence[Tensor], known: Sequence[Tex
     return _Ranker(lambda passage: [found.score for found in search(library, read_text(subject, passage))], fields)
 
 
-def _bm25(subject: Subject, searched: Sequence[Tensor], known: Sequence[TextRead]) -> _Ranker:
+def _bm25(
+    subject: Subject, searched: Sequence[Tensor], known: Sequence[TextRead], progress: Progress | None
+) -> _Ranker:
     """By BM25 on the text of the same tokens."""
     index = Bm25([subject.tokenizer.decode(document.tolist()) for document in searched])
     fields = {

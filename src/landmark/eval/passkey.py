@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landmark.data.encoding import Progress
 from landmark.eval.episodes import BUCKETS, Episode, bucket_of, build_episode, named_codes, pass_key
 from landmark.eval.fillers import Filler, load_filler
 from landmark.eval.measure import measured
+from landmark.eval.reading import read_reporting
 from landmark.eval.results import PasskeyRow
 from landmark.eval.subjects import Subject
 
@@ -60,19 +62,28 @@ class PasskeyTask:
         for name, values in (("--lengths", self.lengths), ("--facts", self.facts), ("--trials", (self.trials,))):
             if any(value < 1 for value in values) or (name == "--lengths" and not values):
                 raise ValueError(f"{name}: expected integers of at least 1, got {list(values)}; pass for example 8")
+        if not self.fillers or self.granularity == ():
+            option = "--granularity" if self.fillers else "--filler"
+            raise ValueError(f"{option}: expected some, with commas, got none; leave {option} out for the default")
         if self.distractors < 0:
             raise ValueError(f"--distractors: expected at least 0, got {self.distractors}; pass --distractors 0")
         if self.read not in READS:
             raise ValueError(f"--read: expected one of {', '.join(READS)}, got {self.read!r}; pass --read local")
 
 
-def run(subjects: Sequence[Subject], task: PasskeyTask, report: Callable[[PasskeyRow], None]) -> list[PasskeyRow]:
+def run(
+    subjects: Sequence[Subject],
+    task: PasskeyTask,
+    report: Callable[[PasskeyRow], None],
+    progress: Progress | None = None,
+) -> list[PasskeyRow]:
     """Evaluates every model at every length and filler with all asked settings.
 
     Args:
         subjects: models; all answer the same documents as far as their tokenizers agree.
         task: what is asked.
         report: called with each row as soon as it is there.
+        progress: called while texts are tokenised and read.
 
     Returns:
         The rows. Models beyond ``task.plain_limit`` have none.
@@ -83,7 +94,7 @@ def run(subjects: Sequence[Subject], task: PasskeyTask, report: Callable[[Passke
     """
     rows = []
     for subject in subjects:
-        fillers = [load_filler(name, subject.tokenizer) for name in task.fillers]
+        fillers = [load_filler(name, subject.tokenizer, progress) for name in task.fillers]
         for settings in _settings(subject, task):
             with subject.configured(**settings):
                 for filler in fillers:
@@ -91,7 +102,7 @@ def run(subjects: Sequence[Subject], task: PasskeyTask, report: Callable[[Passke
                         if subject.attention != "landmark" and length > task.plain_limit:
                             continue
                         for facts in task.facts or (None,):
-                            rows.append(_row(subject, task, filler, length, facts))
+                            rows.append(_row(subject, task, filler, length, facts, progress))
                             report(rows[-1])
     return rows
 
@@ -105,14 +116,18 @@ def _settings(subject: Subject, task: PasskeyTask) -> Iterator[dict[str, Any]]:
             yield {"top_k": top_k, "granularity": granularity}
 
 
-def _row(subject: Subject, task: PasskeyTask, filler: Filler, length: int, facts: int | None) -> PasskeyRow:
+def _row(
+    subject: Subject, task: PasskeyTask, filler: Filler, length: int, facts: int | None, progress: Progress | None
+) -> PasskeyRow:
     episodes = [_episode(subject, task, filler, length, facts, trial) for trial in range(task.trials)]
     size = max(1, _BATCH_TOKENS.get(torch.device(subject.device).type, 1 << 13) // length)
     asked, correct = [0] * BUCKETS, [0] * BUCKETS
     with measured(subject.device) as measure:
         for start in range(0, len(episodes), size):
             batch = episodes[start : start + size]
-            for episode, answers in zip(batch, answers_right(subject, batch, task.read), strict=True):
+            if progress is not None:
+                progress(f"documents of {length:,} tokens asked", start, len(episodes))
+            for episode, answers in zip(batch, answers_right(subject, batch, task.read, progress), strict=True):
                 for place, right in zip(episode.places, answers, strict=True):
                     asked[bucket_of(place.start, length)] += 1
                     correct[bucket_of(place.start, length)] += right
@@ -158,13 +173,16 @@ def _episode(
 
 
 @torch.no_grad()
-def answers_right(subject: Subject, episodes: Sequence[Episode], read: str = "local") -> list[list[bool]]:
+def answers_right(
+    subject: Subject, episodes: Sequence[Episode], read: str = "local", progress: Progress | None = None
+) -> list[list[bool]]:
     """Asks every question of documents of one length.
 
     Args:
         subject: the model.
         episodes: all with documents of one length and the same number of questions.
         read: see ``PasskeyTask``; plain models read everything with every question.
+        progress: called while the documents are read.
 
     Returns:
         For each episode, whether each of its questions was answered exactly.
@@ -172,7 +190,7 @@ def answers_right(subject: Subject, episodes: Sequence[Episode], read: str = "lo
     documents = torch.stack([episode.document for episode in episodes]).to(subject.device)
     cache: Any = None
     if subject.attention == "landmark":
-        cache = read_into_memory(subject, documents, retrieve=read == "retrieve")
+        cache = read_into_memory(subject, documents, retrieve=read == "retrieve", progress=progress)
     right: list[list[bool]] = [[] for _ in episodes]
     for number in range(len(episodes[0].questions)):
         questions = [episode.questions[number] for episode in episodes]
@@ -189,11 +207,13 @@ def answers_right(subject: Subject, episodes: Sequence[Episode], read: str = "lo
     return right
 
 
-def read_into_memory(subject: Subject, documents: Tensor, *, retrieve: bool, cache: Any = None) -> Any:
+def read_into_memory(
+    subject: Subject, documents: Tensor, *, retrieve: bool, cache: Any = None, progress: Progress | None = None
+) -> Any:
     """Reads ``documents (B, T)`` into a cache, a new one for ``None``, in larger chunks on a GPU (rounding only)."""
     large = documents.is_cuda and subject.model.landmark.local == "blocks"
     with subject.configured(**({"chunk_tokens": _LARGE_CHUNK} if large else {})):
-        return subject.model.read(documents, retrieve=retrieve, cache=cache)
+        return read_reporting(subject.model, documents, retrieve=retrieve, cache=cache, progress=progress)
 
 
 def _padded(rows: Sequence[list[int]]) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
+from landmark.data.encoding import Progress
 from landmark.data.text import Document
 from landmark.eval.fillers import tokenize
 from landmark.eval.measure import measured
@@ -100,6 +101,7 @@ def run(
     documents: Sequence[Document],
     data: str,
     report: Callable[[PerplexityRow], None],
+    progress: Progress | None = None,
 ) -> list[PerplexityRow]:
     """Measures every model at every length in every asked way.
 
@@ -109,6 +111,7 @@ def run(
         documents: texts.
         data: their name, for the rows.
         report: called with each row as soon as it is there.
+        progress: called while texts are tokenised and measured.
 
     Raises:
         ValueError: models with different vocabularies, no document as long as the greatest evaluation length, or
@@ -123,16 +126,23 @@ def run(
         )
     rows = []
     for subject in subjects:
-        spans = choose_spans(documents, subject.tokenizer, max(task.lengths), task.max_tokens, task.seed)
+        spans = choose_spans(documents, subject.tokenizer, max(task.lengths), task.max_tokens, task.seed, progress)
         for length in task.lengths:
             for way in _ways(subject, task, length):
                 with subject.configured(**way.changes):
-                    rows.append(_row(subject, task, spans, length, way, data))
+                    rows.append(_row(subject, task, spans, length, way, data, progress))
                     report(rows[-1])
     return rows
 
 
-def choose_spans(documents: Sequence[Document], tokenizer: Any, length: int, max_tokens: int, seed: int) -> Tensor:
+def choose_spans(
+    documents: Sequence[Document],
+    tokenizer: Any,
+    length: int,
+    max_tokens: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Tensor:
     """Chooses spans of ``length`` tokens that do not overlap, spread evenly over the documents.
 
     Returns:
@@ -148,7 +158,7 @@ def choose_spans(documents: Sequence[Document], tokenizer: Any, length: int, max
     chosen: list[Tensor] = []
     spare: list[Tensor] = []
     for index in order:
-        ids = tokenize(documents[index].text, tokenizer)
+        ids = tokenize(documents[index].text, tokenizer, progress=progress)
         spans = list(ids[: len(ids) // length * length].reshape(-1, length))
         rng.shuffle(spans)
         chosen += spans[:each]
@@ -225,10 +235,18 @@ def _without_retrieval(config: LandmarkConfig, local_blocks: int) -> _Way:
     return _Way("blocks", local, None, 0, local + config.text_per_block, changes)
 
 
-def _row(subject: Subject, task: PerplexityTask, spans: Tensor, length: int, way: _Way, data: str) -> PerplexityRow:
+def _row(
+    subject: Subject,
+    task: PerplexityTask,
+    spans: Tensor,
+    length: int,
+    way: _Way,
+    data: str,
+    progress: Progress | None,
+) -> PerplexityRow:
     segments = spans[:, : spans.shape[1] // length * length].reshape(-1, length)
     with measured(subject.device) as measure:
-        loss = mean_loss(subject, segments)
+        loss = mean_loss(subject, segments, progress)
     settings = subject.settings()
     return PerplexityRow(
         model=subject.name,
@@ -254,11 +272,13 @@ def _row(subject: Subject, task: PerplexityTask, spans: Tensor, length: int, way
     )
 
 
-def mean_loss(subject: Subject, segments: Tensor) -> float:
+def mean_loss(subject: Subject, segments: Tensor, progress: Progress | None = None) -> float:
     """Returns the mean loss in nats over all tokens of ``segments (n, length)`` but each segment's first."""
     size = max(1, _BATCH_TOKENS.get(torch.device(subject.device).type, 1 << 12) // segments.shape[1])
     total = 0.0
-    for batch in torch.split(segments, size):
+    for number, batch in enumerate(torch.split(segments, size)):
+        if progress is not None:
+            progress("tokens measured", number * size * segments.shape[1], segments.numel())
         ids = batch.to(subject.device)
         logits = subject.logits(ids)
         for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from landmark.data.characters import from_arguments
+from landmark.data.encoding import Progress
 from landmark.data.text import Document, read_documents
 from landmark.data.tokenizer import row_start
 from landmark.eval.fillers import tokenize
 from landmark.eval.passkey import read_into_memory
+from landmark.eval.reading import counted
 from landmark.eval.subjects import Subject, require_landmark
 from landmark.hf.cache import LandmarkCache
 from landmark.memory.layer import LayerMemory
@@ -132,12 +134,13 @@ class _QueryCache(LandmarkCache):
 
 
 @torch.no_grad()
-def read_text(subject: Subject, ids: Tensor) -> TextRead:
+def read_text(subject: Subject, ids: Tensor, progress: Progress | None = None) -> TextRead:
     """Reads a text without retrieval and keeps what ranking needs.
 
     Args:
         subject: a landmark model.
         ids: ``(T,)`` token ids.
+        progress: called while it is read.
 
     Raises:
         ValueError: no landmark model, no tokens, or a model of which no layer can tell documents apart.
@@ -145,7 +148,7 @@ def read_text(subject: Subject, ids: Tensor) -> TextRead:
     require_landmark(subject)
     with subject.configured(**SETTINGS):
         cache = _QueryCache(subject.model.config)
-        read_into_memory(subject, ids[None].to(subject.device), retrieve=False, cache=cache)
+        read_into_memory(subject, ids[None].to(subject.device), retrieve=False, cache=cache, progress=progress)
     (slots,), (tokens,) = cache.slots, cache.tokens
     memories = cache.deciding()
     if not memories:
@@ -157,7 +160,7 @@ def read_text(subject: Subject, ids: Tensor) -> TextRead:
     return TextRead(keys, tuple(memory.total / slots for memory in memories if memory.total is not None))
 
 
-def read_document(subject: Subject, ids: Tensor) -> TextRead:
+def read_document(subject: Subject, ids: Tensor, progress: Progress | None = None) -> TextRead:
     """Reads a document ``(T,)`` behind what the tokenizer puts before every text.
 
     Its last block is filled up with its beginning, so that a landmark closes it. Warns where the landmark was never
@@ -172,7 +175,7 @@ def read_document(subject: Subject, ids: Tensor) -> TextRead:
     ids = torch.cat((_start(subject), ids))
     per_block = subject.model.landmark.text_per_block
     whole = math.ceil(len(ids) / per_block) * per_block
-    return read_text(subject, ids[torch.arange(whole) % max(1, len(ids))])
+    return read_text(subject, ids[torch.arange(whole) % max(1, len(ids))], progress)
 
 
 def _start(subject: Subject) -> Tensor:
@@ -227,13 +230,14 @@ class Line:
     passage: str
 
 
-def rank_files(subject: Subject, query: str, files: Sequence[Path]) -> list[Line]:
+def rank_files(subject: Subject, query: str, files: Sequence[Path], progress: Progress | None = None) -> list[Line]:
     """Ranks texts for a query, best first.
 
     Args:
         subject: a landmark model.
         query: any text.
         files: text files, or ``.jsonl`` files with a document in each row.
+        progress: called while they are tokenised and read.
 
     Raises:
         ValueError: no landmark model, no files, an empty query, or a file without text.
@@ -246,8 +250,10 @@ def rank_files(subject: Subject, query: str, files: Sequence[Path]) -> list[Line
     documents = [document for file in files for document in _documents(file)]
     if not documents:
         raise ValueError("FILES: expected at least one text file, got none; name the files to rank")
-    ids = [tokenize(document.text, subject.tokenizer) for document in documents]
-    library = build_library([read_document(subject, each) for each in ids])
+    ids = [tokenize(document.text, subject.tokenizer, progress=progress) for document in documents]
+    library = build_library(
+        [read_document(subject, each, progress) for each in counted("documents read", ids, progress)]
+    )
     return [
         Line(documents[found.document].title, found.score, _text(subject, ids[found.document], found.block))
         for found in ordered(search(library, read_text(subject, wanted)))

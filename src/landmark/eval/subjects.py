@@ -254,8 +254,8 @@ def plain_variants(subject: Subject, window: int | None, rope: float | None) -> 
     """
     variants = [subject]
     if window is not None:
-        if window < 1:
-            raise ValueError(f"--window: expected at least 1 token, got {window}; pass for example --window 384")
+        if not 1 <= window < 2**31:
+            raise ValueError(f"--window: expected 1 to {2**31 - 1} tokens, got {window}; pass for example --window 384")
         variants.append(Subject(subject.name, subject.model, subject.tokenizer, "window", window=window))
     if rope is not None:
         if rope < 1:

@@ -15,10 +15,10 @@ from transformers import Cache
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.columns import TextColumns
-from landmark.hf.saved import Saved, Streams, fingerprint, open_saved, save
+from landmark.hf.saved import Saved, Streams, open_saved, require_reader, save
+from landmark.memory.cropping import check_crop
 from landmark.memory.index import check_index
-from landmark.memory.layer import RECENT_BLOCKS, LayerMemory
-from landmark.memory.plan import oldest_needed
+from landmark.memory.layer import LayerMemory
 from landmark.memory.positions import RotationTables
 from landmark.memory.retrieval import Retrieval
 from landmark.memory.tiers import TIERS, Tiers, Traffic
@@ -37,7 +37,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         tier: ``device``, ``host`` or ``disk``: the lowest that blocks may move down to.
         index: how a query finds its blocks: ``exact`` scores every landmark; ``faiss-flat``, ``faiss-ivf`` and
             ``faiss-hnsw`` ask an index on the CPU. The last two miss some blocks, so that results change.
-        **budgets: ``device_bytes``, ``host_bytes`` and ``folder`` of ``landmark.memory.tiers.Tiers``.
+        **budgets: ``device_bytes``, ``host_bytes`` and ``spill_folder`` of ``landmark.memory.tiers.Tiers``.
 
     Attributes:
         settings: the ``LandmarkConfig`` it was made with.
@@ -100,21 +100,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
                 f"expected {self.batch_size} rows as in the cache, got {batch}; repeat or choose its rows with "
                 "batch_repeat_interleave or batch_select_indices, or make a new LandmarkCache"
             )
-        self._check_decoder(decoder)
+        if self.is_initialized:
+            require_reader(self.decoder, decoder)
         self._decoder = weakref.ref(decoder)
-
-    def _check_decoder(self, decoder: Any) -> None:
-        """Raises ``ValueError`` where the keys that are remembered are those of another model."""
-        reader = self.decoder
-        if not self.is_initialized or reader is decoder:
-            return
-        if reader is None:
-            raise ValueError(
-                "expected the model that read this cache, got another, and that one is gone: save a cache before its "
-                "model goes, and open it with LandmarkCache.open"
-            )
-        if fingerprint(reader) != fingerprint(decoder):
-            raise ValueError(f"expected the model that read this cache, got one with other weights: {NEW_CACHE}")
 
     def begin_with(self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, left_out: int = 0) -> None:
         """Makes ready to go on with a text that begins with all that was read.
@@ -173,6 +161,13 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """Forgets what a call that failed in some layer has filed."""
         for memory in self.made():
             memory.undo()
+        self._begin_anew_if_empty()
+
+    def _begin_anew_if_empty(self) -> None:
+        """Where nothing is left of the text, the next call may have any number of rows."""
+        if not self.is_initialized:
+            self.memories = [None] * len(self.memories)
+            self._columns = TextColumns()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the text columns seen so far, padding included."""
@@ -218,29 +213,12 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def _go_back(self, mask: Tensor, ids: Tensor) -> None:
         """Keeps the text that ``mask`` leaves, the first tokens of every row; raises as ``crop``."""
         tokens = mask.sum(1).tolist()
-        self._check_crop([slots_for(n, self.settings.block_size) for n in tokens])
+        check_crop(self.made(), self.settings, self.slots, [slots_for(n, self.settings.block_size) for n in tokens])
         self._note_change(tokens)
         self._columns.replace(mask, ids)
         for memory in self.made():
             memory.forget_peak()
-
-    def _check_crop(self, slots: list[int]) -> None:
-        size = self.settings.block_size
-        own = min(s // size for s in slots)
-        for memory in self.made():
-            lowest = oldest_needed(own, self.settings) if memory.retrieves else own - self.settings.local_blocks
-            if max(1, lowest) < memory.store.first:
-                raise ValueError(
-                    f"cannot go back to where block {lowest} is seen: blocks before {memory.store.first} were evicted; "
-                    "keep a cache.fork() from there instead"
-                )
-        if self.settings.granularity == "head":
-            far = [a // size - b // size for a, b in zip(self.slots, slots, strict=True) if b % size]
-            if far and max(far) >= RECENT_BLOCKS:
-                raise ValueError(
-                    f"granularity head can go back less than {RECENT_BLOCKS} blocks, or to a block's border, "
-                    f"got {max(far)} blocks; keep a cache.fork() from there instead"
-                )
+        self._begin_anew_if_empty()
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -249,21 +227,40 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.retrievals = []
         self.saved, self.rewound = None, False
 
-    @torch.inference_mode(False)
     def fork(self) -> LandmarkCache:
-        """Returns a copy that goes on independently."""
-        never_written = [memory.tables for memory in self.made()] + [*self._columns.all()]
-        return copy.deepcopy(self, {id(each): each for each in never_written})
+        """Returns a copy that goes on independently; so do ``copy.copy`` and ``copy.deepcopy``."""
+        return copy.deepcopy(self)
+
+    @torch.inference_mode(False)
+    def __deepcopy__(self, memo: dict[int, Any]) -> LandmarkCache:
+        for never_written in (*(memory.tables for memory in self.made()), *self._columns.all()):
+            memo[id(never_written)] = never_written
+        made = memo[id(self)] = object.__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(made, name, copy.deepcopy(value, memo))
+        return made
+
+    def __copy__(self) -> LandmarkCache:
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a memory may lie in files, and belongs to a model."""
+        raise ValueError(
+            "a LandmarkCache cannot be pickled, nor saved by torch.save: use cache.save(folder) and "
+            "LandmarkCache.open(folder, model), or cache.fork() for a copy"
+        )
 
     @torch.inference_mode(False)
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replaces row ``i`` by row ``beam_idx[i]``; raises ``ValueError`` for a row that is not there."""
+        """Replaces row ``i`` by row ``beam_idx[i]``; raises ``ValueError`` for a row that is not there, or for none."""
         if not self.is_initialized:
             return
         rows = beam_idx.cpu()
-        missing = rows[(rows < 0) | (rows >= self.batch_size)]
-        if len(rows) == 0 or len(missing):
-            raise ValueError(f"expected rows from 0 to {self.batch_size - 1}, got {rows.tolist()}")
+        if len(rows) == 0 or not 0 <= int(rows.min()) <= int(rows.max()) < self.batch_size:
+            raise ValueError(
+                f"expected at least one of the rows 0 to {self.batch_size - 1}, got {rows.tolist()[:20]}; "
+                "choose among the rows of the cache"
+            )
         self._note_change([0])
         for memory in self.made():
             memory.select_rows(rows)
@@ -271,7 +268,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self._columns.replace(mask[rows], ids[rows])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the given rows (a boolean mask or indices)."""
+        """Keeps the given rows (a boolean mask or indices); raises as ``reorder_cache``."""
         self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -304,8 +301,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
                 of it so far, and returns those that come behind them.
 
         Raises:
-            ValueError: several rows, a memory that was cropped since it was saved, a folder that holds something else,
-                no room on the disk, or another writer.
+            ValueError: several rows, a memory that was cropped since it was saved, a folder that holds something else
+                or cannot be written to, no room on the disk, or another writer.
+            FileNotFoundError: its own folder is not there any more.
         """
         save(self, folder, notes, streams or {})
 
@@ -319,7 +317,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         Args:
             folder: where it was saved.
             model: the landmark model that made it.
-            tier: as for ``LandmarkCache``; ``disk`` reads from the folder, and writes what comes on top elsewhere.
+            tier: as for ``LandmarkCache``; ``disk`` reads from the folder, and writes what comes on top to files in
+                ``spill_folder``.
             **budgets: likewise, and ``index``, which is not saved: it is built again at the first call.
 
         Raises:

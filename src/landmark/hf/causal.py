@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,29 +14,16 @@ from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.cache import LandmarkCache, require_landmark_cache
 from landmark.hf.compat import CACHE, cache_by_installed_name, columns_of_step
 from landmark.hf.graphs import repeating
-from landmark.hf.model import Stock
+from landmark.hf.stub import PackagedMixin
 
 # What stock code hands from step to step: landmark models find positions by the mask and the memory.
 NOT_FOR_FORWARD = ("position_ids", "cache_position", "next_sequence_length", "labels")
-
-NOTE = """# A landmark model
-
-This model attends by landmarks. To load it:
-
-    pip install landmark-attention
-
-    import landmark
-    model = landmark.load("{folder}")
-
-or `import landmark.hf` before `AutoModelForCausalLM.from_pretrained(...)`.
-"""
-
 
 # Of the running `generate`: columns that the memory has read and the text given leaves out.
 _columns_before: ContextVar[int] = ContextVar("columns_before", default=0)
 
 
-class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
+class LandmarkCausalLMMixin(PackagedMixin):
     """What a landmark model offers beside its stock family's ``forward`` and ``generate``."""
 
     @property
@@ -174,14 +160,6 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
                 each.max_position_embeddings = None
         return criteria
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Saves the model as its stock family does, and a note that says what to install to load it."""
-        result = super().save_pretrained(save_directory, *args, **kwargs)
-        folder = Path(save_directory)
-        if folder.is_dir():
-            (folder / "LANDMARK.md").write_text(NOTE.format(folder=folder.name), encoding="utf-8", errors="replace")
-        return result
-
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Refused but for ``landmark``: another attention would ignore the landmarks."""
         if attn_implementation != IMPLEMENTATION:
@@ -190,10 +168,6 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching keeps keys in pages that know no landmarks."""
         raise AttributeError("continuous batching does not know landmarks: use generate")
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Does nothing: the classes come from this package, not from code in the saved folder."""
 
 
 def _columns_left_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -17,6 +17,7 @@ from landmark.hf.attention import claim_attention
 from landmark.hf.causal import LandmarkCausalLMMixin
 from landmark.hf.compat import cache_by_installed_name, installed
 from landmark.hf.model import LandmarkDecoderMixin
+from landmark.hf.stub import LandmarkConfigMixin, auto_map
 
 PREFIX = "landmark_"
 
@@ -88,7 +89,7 @@ def family(model_type: str) -> Family:
     stock_decoder, stock_causal_lm = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     config: Any = type(
         f"Landmark{stock_config.__name__}",
-        (stock_config,),
+        (LandmarkConfigMixin, stock_config),
         {
             "model_type": PREFIX + model_type,
             "__doc__": f"{stock_config.__name__} with landmark settings.",
@@ -132,6 +133,7 @@ def family(model_type: str) -> Family:
             "__doc__": f"{stock_causal_lm.__name__} that attends by landmarks.",
         },
     )
+    config.auto_map = auto_map(config.__name__, decoder.__name__, causal_lm.__name__)
     for made in (config, decoder, causal_lm):
         made.__module__ = __name__
         setattr(sys.modules[__name__], made.__name__, made)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,12 @@ from landmark.hf.graphs import current
 from landmark.hf.layout import Layout, documents_of, packed_layout, padded_layout, plain_layout
 from landmark.hf.rope import layer_types, read_rotaries
 from landmark.hf.states import merge
+from landmark.hf.stub import PackagedMixin
 from landmark.memory.plan import make_plan
 from landmark.memory.positions import RotationTables
 
-if TYPE_CHECKING:
-    Stock = Any  # the stock class that stands behind the mixin
-else:
-    Stock = object
 
-
-class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
+class LandmarkDecoderMixin(PackagedMixin):
     """Inserts landmarks in front of a stock decoder and takes them out behind it."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:

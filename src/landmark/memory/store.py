@@ -1,7 +1,8 @@
 """One layer's blocks, addressed by (row, block): their landmark keys, and the tier that holds their keys and values.
 
 ``write`` puts slots of any rows, ``landmarks`` gives every landmark key without touching the blocks, ``fetch`` brings
-blocks near by place. Nothing else reads the tensors, so that every tier computes the same.
+blocks near by place, on every tier the same. Kernels that file and bring blocks (``triton/launch.py``) are given the
+tensors themselves.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from landmark.config import LandmarkConfig
+from landmark.data.encoding import Progress
 from landmark.data.episodes import Episodes
 from landmark.data.rows import FixedRows, Rows, Windows, plain_row
 from landmark.data.text import has_split, read_documents
@@ -48,7 +49,14 @@ def text_tokens(length: int, block_size: int) -> int:
 
 
 def find_tokenizer(
-    data: str, out: Path, recipe: Recipe, *, model: str | None, tokenizer: str | None, report: Callable[[str], None]
+    data: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    model: str | None,
+    tokenizer: str | None,
+    report: Callable[[str], None],
+    progress: Progress | None = None,
 ) -> PreTrainedTokenizerFast:
     """Returns the given model's tokenizer, or the given one, or that of ``out``, or one trained on the texts."""
     if model is not None or tokenizer is not None:
@@ -57,13 +65,19 @@ def find_tokenizer(
         return load_tokenizer(out)
     report(f"training a tokenizer of {recipe.tokenizer.vocab_size} tokens")
     documents = read_documents(data, field=recipe.data.field)
-    trained = train_tokenizer((document.text for document in documents), recipe.tokenizer.vocab_size)
+    trained = train_tokenizer((document.text for document in documents), recipe.tokenizer.vocab_size, progress)
     trained.save_pretrained(str(out))
     return trained
 
 
 def prepare_rows(
-    data: str, folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, tokens: int
+    data: str,
+    folder: Path,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    tokens: int,
+    progress: Progress | None = None,
 ) -> Prepared:
     """Tokenises the texts (or finds them tokenised in ``folder``) and lays out the rows of the run.
 
@@ -75,16 +89,17 @@ def prepare_rows(
         recipe: the settings.
         tokenizer: cuts the texts.
         tokens: text tokens of a row.
+        progress: called while texts are tokenised.
 
     Raises:
         ValueError: the texts are shorter than a row.
     """
     field = recipe.data.field
-    stream = tokenize(lambda: read_documents(data, field=field), tokenizer, folder, "train")
+    stream = tokenize(lambda: read_documents(data, field=field), tokenizer, folder, "train", progress)
     ids, unseen = stream.ids, stream.ids[:0]
     if has_split(data, "validation"):
         validation = lambda: read_documents(data, split="validation", field=field)  # noqa: E731
-        unseen = tokenize(validation, tokenizer, folder, "validation").ids
+        unseen = tokenize(validation, tokenizer, folder, "validation", progress).ids
     elif len(ids) >= LEAST_ROWS * tokens:
         cut = len(ids) - max(len(ids) // 20, 2 * tokens)
         ids, unseen = ids[:cut], ids[cut:]

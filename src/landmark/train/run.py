@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
+from landmark.data import encoding
 from landmark.data.characters import require_utf8
 from landmark.data.text import read_documents
 from landmark.train.checkpoints import (
@@ -56,6 +57,7 @@ def train(
     resume: bool = False,
     max_seconds: float | None = None,
     report: Report = print,
+    progress: encoding.Progress | None = None,
 ) -> dict[str, Any]:
     """Trains a model, from scratch or further, and saves it with its tokenizer and ``training_summary.json``.
 
@@ -75,6 +77,7 @@ def train(
         resume: continue from the last checkpoint in ``out``.
         max_seconds: stop after so many seconds of steps, wherever the schedule is.
         report: takes the lines of progress.
+        progress: called while texts are tokenised, before the first of these lines.
 
     Returns:
         what ``training_summary.json`` holds.
@@ -93,11 +96,11 @@ def train(
     set_seed(recipe.run.seed)
     path = None if model is None else find_model(model)
     with args.main_process_first(local=False):
-        cutter = find_tokenizer(data, out, recipe, model=path, tokenizer=tokenizer, report=report)
+        cutter = find_tokenizer(data, out, recipe, model=path, tokenizer=tokenizer, report=report, progress=progress)
         made = given_model(path, recipe, plain=plain) if path else new_model(recipe, cutter, plain=plain)
         settings = LandmarkConfig.from_dict(recipe.landmark) if plain else made.landmark
         row_tokens = text_tokens(recipe.data.length, settings.block_size)
-        rows = prepare_rows(data, Path(tokens or out / "tokens"), recipe, cutter, tokens=row_tokens)
+        rows = prepare_rows(data, Path(tokens or out / "tokens"), recipe, cutter, tokens=row_tokens, progress=progress)
     dtype = recipe.save.dtype or stored_dtype(path)
     if lora is not None:
         made = add_lora(made, lora)

@@ -1,0 +1,93 @@
+"""How far long work has come, on stderr: a bar on a terminal, plain lines elsewhere; short work says nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from landmark.cli.output import in_line, say
+
+FIRST = 1.8  # seconds of work before anything is said
+EVERY = 2.5  # seconds between two lines
+REDRAWN = 0.25  # seconds between two states of a bar
+
+
+class Shown:
+    """Shows from its ``with`` block on what it was told last, until it ``rest``s.
+
+    It is a ``Progress`` of ``landmark.data.encoding``. A thread shows it, so that work in one long step is seen too.
+    """
+
+    def __init__(self) -> None:
+        self._latest: tuple[str, int, int] | None = ("loading", 0, 0)
+        self._begun = time.perf_counter()
+        self._bar: Any = None
+        self._console = _terminal()
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Takes what is being done, how much of it is done, and how much there is (0: not known)."""
+        self._latest = (what, done, total)
+
+    def rest(self) -> None:
+        """Shows nothing until it is called again: for what is printed meanwhile."""
+        with self._lock:
+            self._latest = None
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+
+    def __enter__(self) -> Shown:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        self.rest()
+
+    def _run(self) -> None:
+        wait = FIRST
+        while not self._over.wait(wait):
+            with self._lock, contextlib.suppress(OSError, ValueError):  # a closed stderr is no reason to stop working
+                if self._latest is not None:
+                    self._show(*self._latest)
+            wait = EVERY if self._console is None else REDRAWN
+
+    def _show(self, what: str, done: int, total: int) -> None:
+        count = f": {done:,} of {total:,}" if total else f": {done:,}" if done else ""
+        if self._console is None:
+            say(f"{what}{count} ({time.perf_counter() - self._begun:.0f} s)", err=True)
+            return
+        if self._bar is None:
+            self._bar = _bar(self._console)
+            self._bar.start()
+        for task in self._bar.tasks:
+            self._bar.update(task.id, description=in_line(f"{what}{count}"), completed=done, total=total or None)
+
+
+def _terminal() -> Any:
+    """The console of stderr where it can show a bar, else ``None``."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return None if console.is_dumb_terminal else console
+
+
+def _bar(console: Any) -> Any:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    bar.add_task("", total=None)
+    return bar
