@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -136,6 +137,10 @@ def saved_adapter(root: Path, family: str = "llama", base: str | None = None) ->
 @pytest.mark.parametrize("family", [name for name in models.ALL_FAMILIES if name not in ("mixtral", "qwen3_moe")])
 def test_the_folder_of_an_adapter_loads_as_the_auto_classes_open_it(family: str, tmp_path: Path) -> None:
     adapted, ids = saved_adapter(tmp_path, family), models.text(80).view(2, 40)
+    if family == "gpt_neox" and transformers.__version__.startswith("5.0."):
+        with pytest.raises(ValueError, match=r"tensors that are not in the model .*gpt_neox"):
+            landmark.load(tmp_path / "adapter")
+        pytest.skip("transformers 5.0 reads no adapter of GPT-NeoX: its names are taken for other ones")
     model = landmark.load(tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(model(ids).logits, adapted(input_ids=ids).logits)
@@ -205,7 +210,7 @@ def without(part: str) -> Any:
 ADAPTER_DAMAGES = {
     "the base is gone": (lost_base, "adapter .an adapter of .*base"),
     "the base is plain": (plain_base, "adapter: its base .*base: expected a landmark model, got model_type 'llama'"),
-    "the base has fewer layers": (other_base, "other tensors than it has .*layers.1"),
+    "the base has fewer layers": (other_base, "tensors that are not in the model .*layers.1"),
     "no weights": (no_weights, "adapter of"),
     "weights of garbage": (damaged("adapter_model.safetensors", b"\xff" * 500), "damaged ones"),
     "no bytes of weights": (damaged("adapter_model.safetensors", b""), "damaged ones"),
@@ -218,9 +223,9 @@ ADAPTER_DAMAGES = {
     ),
     "a tensor is missing": (
         without("layers.1.self_attn.q_proj.lora_A"),
-        "other tensors than it has .*layers.1.self_attn.q_proj",
+        "got none for 1 of its tensors .*layers.1",
     ),
-    "the landmark is missing": (without("landmark_embedding"), "other tensors than it has .*landmark_embedding"),
+    "the landmark is missing": (without("landmark_embedding"), "got none for 1 of its tensors .*landmark_embedding"),
 }
 
 

@@ -96,10 +96,16 @@ def family(model_type: str) -> Family:
             "landmark": None,
         },
     )
+    # transformers looks for it in the source of a class's module, or of whichever class was asked before.
+    experts = classmethod(lambda cls: stock_decoder._can_set_experts_implementation())
     decoder = type(
         f"Landmark{stock_decoder.__name__}",
         (LandmarkDecoderMixin, stock_decoder),
-        {"config_class": config, "__doc__": f"{stock_decoder.__name__} that inserts landmarks."},
+        {
+            "config_class": config,
+            "_can_set_experts_implementation": experts,
+            "__doc__": f"{stock_decoder.__name__} that inserts landmarks.",
+        },
     )
 
     def initialise(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -123,6 +129,7 @@ def family(model_type: str) -> Family:
             "config_class": config,
             "__init__": initialise,
             "forward": forward,
+            "_can_set_experts_implementation": experts,
             "__doc__": f"{stock_causal_lm.__name__} that attends by landmarks.",
         },
     )

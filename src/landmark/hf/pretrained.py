@@ -22,6 +22,7 @@ from landmark.hf.compat import forget_gguf, load_saved_modules, unpacked_gguf
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 NOT_OF_CONFIGS = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code", "code_revision")
 ADAPTER = "adapter_config.json"
+REASON = 200  # characters of what transformers says: it may name all its architectures
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Source:
     Attributes:
         path: a folder or hub name with the weights.
         adapter: a folder or hub name with an adapter of peft to put on them, if any.
+        apart: whether the adapter lies apart from its model, so that transformers does not load both at once.
         hub: where the adapter is to be looked for.
         config: the config, with the fields that were given as loading arguments.
         loading: the other loading arguments, for ``from_pretrained``.
@@ -39,6 +41,7 @@ class Source:
 
     path: str
     adapter: str | None
+    apart: bool
     hub: dict[str, Any]
     config: Any
     loading: dict[str, Any]
@@ -72,13 +75,14 @@ def find(path: Any, **loading: Any) -> Source:
         )
     told = bool(loading.pop("output_loading_info", False))
     place = os.path.expanduser(os.fsdecode(path))
-    base, adapter = _base_of(place, loading)
-    hub = {name: loading[name] for name in HUB if name in loading}
-    if base != place:
+    folder = Path(place, loading.get("subfolder") or "")
+    hub = {name: loading[name] for name in HUB if name in loading and not (name == "subfolder" and folder.is_dir())}
+    adapter, base = _adapter(place, folder, hub)
+    if base is not None:
         loading = {name: value for name, value in loading.items() if name not in ("subfolder", "revision")}
-    with _in_one_line(base, adapter):
-        config, rest = _config(base, loading)
-    return Source(base, adapter, hub, config, rest, told)
+    with _in_one_line(base or place, adapter):
+        config, rest = _config(base or place, loading)
+    return Source(base or place, adapter, base is not None, hub, config, rest, told)
 
 
 def read_weights(source: Source) -> tuple[Any, dict[str, Any]]:
@@ -95,14 +99,16 @@ def read_weights(source: Source) -> tuple[Any, dict[str, Any]]:
         )
         if arguments is not source.loading:
             forget_gguf(model)
-    missing = sorted(info["missing_keys"])
-    if missing and not source.told:
-        raise ValueError(
-            f"{source.path}: expected all weights of {type(model).__name__}, got none for {len(missing)} of its "
-            f"tensors ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); save the whole model again"
-        )
+    missing = set(info["missing_keys"])
     if source.adapter is not None:
-        _put_on(model, source)
+        missing = _put_on(model, source, missing)
+    if missing and not source.told:
+        names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+        where = source.path if source.adapter is None else f"{source.adapter} (an adapter of {source.path})"
+        raise ValueError(
+            f"{where}: expected all weights of {type(model).__name__}, got none for {len(missing)} of its "
+            f"tensors ({names}); save the whole model again"
+        )
     return model, info
 
 
@@ -143,45 +149,46 @@ def _json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _base_of(place: str, loading: dict[str, Any]) -> tuple[str, str | None]:
-    """Returns where the model is, and where its adapter: ``place`` is either or both."""
-    folder = Path(place, loading.get("subfolder") or "")
+def _adapter(place: str, folder: Path, hub: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Returns where an adapter of peft lies, if there is one, and the model that it names where none lies beside it."""
     with _in_one_line(place, None):
         if folder.is_file():
             raise OSError("it is a file; a GGUF file is named by gguf_file= beside its folder")
-        if folder.is_dir():
+        local = folder.is_dir()
+        if local:
             file: Any = folder / ADAPTER if (folder / ADAPTER).is_file() else None
         else:
-            hub = {name: loading[name] for name in HUB if name in loading}
             file = find_adapter_config_file(place, **hub) if _has_peft() else None
         if file is None:
-            return place, None
+            return None, None
         if not _has_peft():
             raise ModuleNotFoundError("it is an adapter: pip install 'landmark-attention[peft]'")
+        adapter = str(folder) if local else place
         if (folder / "config.json").is_file():
-            return place, place
-        named = _json(Path(file)).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        raise ValueError(f"{place}: {ADAPTER} names no base model (base_model_name_or_path)")
-    beside = [path for path in (Path(named), folder / named, folder.parent / named) if path.is_dir()]
-    return str(beside[0]) if beside else named, place
+            return adapter, None
+        base = _json(Path(file)).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{adapter}: {ADAPTER} names no base model (base_model_name_or_path)")
+    beside = [path for path in (Path(base), folder / base, folder.parent / base) if path.is_dir()]
+    return adapter, str(beside[0]) if beside else base
 
 
 def _has_peft() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
-def _put_on(model: Any, source: Source) -> None:
-    """Loads the adapter into the model, as stock code does for its folder; refuses one that does not fit."""
+def _put_on(model: Any, source: Source, missing: set[str]) -> set[str]:
+    """Loads the adapter into the model, as stock code does for its folder, and returns what is missing even so."""
     assert source.adapter is not None
     with _in_one_line(source.path, source.adapter):
-        left: set[str] = set()
-        if source.adapter != source.path:
+        foreign: set[str] = set()
+        if source.apart:
             info = model.load_adapter(source.adapter, adapter_kwargs=dict(source.hub))
-            left = {*info.missing_keys, *info.unexpected_keys}
-        left = load_saved_modules(model, source.adapter, left, source.hub)
-        if left:
-            raise ValueError(f"an adapter of other tensors than it has ({', '.join(sorted(left)[:3])}); save it again")
+            missing, foreign = missing | set(info.missing_keys), set(info.unexpected_keys)
+        left = load_saved_modules(model, source.adapter, missing | foreign, source.hub)
+        if left & foreign:
+            raise ValueError(f"tensors that are not in the model ({', '.join(sorted(left & foreign)[:3])})")
+    return left
 
 
 @contextmanager
@@ -194,6 +201,7 @@ def _in_one_line(path: str, adapter: str | None) -> Iterator[None]:
         raise
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = reason if len(reason) <= REASON else f"{reason[:REASON]}..."
         if isinstance(error, ImportError):
             raise ModuleNotFoundError(f"{name}: {reason}") from None
         if isinstance(error, SafetensorError):
