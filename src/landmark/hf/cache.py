@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from landmark.memory.retrieval import Retrieval
 from landmark.memory.tiers import TIERS, Tiers, Traffic
 
 NEW_CACHE = "make a new LandmarkCache(model.config)"
-FREE_TO_CHANGE = ("chunk_tokens", "trained_length", "landmark_trained", "position_gap")
 
 
 class LandmarkCache(Cache):  # type: ignore[misc]
@@ -69,6 +70,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.saved: Saved | None = None
         self.rewound = False
         self._columns = TextColumns()
+        self._rows = 0  # that the layers hold
         self._decoder: weakref.ref[Any] | None = None
 
     @property
@@ -102,6 +104,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             )
         if self.is_initialized:
             require_reader(self.decoder, decoder)
+        elif self._rows != batch:  # a first call that failed, or a crop to nothing, left layers of other rows
+            self.memories = [None] * len(self.memories)
+        self._rows = batch
         self._decoder = weakref.ref(decoder)
 
     def begin_with(self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, left_out: int = 0) -> None:
@@ -129,17 +134,15 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             )
         if not left_out:
             self._columns.check_beginning(text, attention_mask, embedding, repeats)
-        if repeats > 1:
-            self.batch_repeat_interleave(repeats)
         if left_out + text.shape[1] == len(self._columns):
             self.crop(-1)
+        if repeats > 1:
+            self._select_rows(torch.arange(self._rows).repeat_interleave(repeats))
 
     def check_settings(self, settings: LandmarkConfig, owner: str, remedy: str = NEW_CACHE) -> None:
         """Raises ``ValueError`` where the settings of ``owner`` compute something else."""
-        same = {name: getattr(self.settings, name) for name in FREE_TO_CHANGE}
-        if settings.replace(**same) != self.settings:
-            ours, theirs = self.settings.to_dict(), settings.replace(**same).to_dict()
-            differing = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+        differing = self.settings.differences(settings)
+        if differing:
             raise ValueError(f"cache and {owner} differ in {differing} (cache, {owner}): {remedy}")
 
     def append(self, mask: Tensor, ids: Tensor | None = None) -> None:
@@ -161,13 +164,6 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """Forgets what a call that failed in some layer has filed."""
         for memory in self.made():
             memory.undo()
-        self._begin_anew_if_empty()
-
-    def _begin_anew_if_empty(self) -> None:
-        """Where nothing is left of the text, the next call may have any number of rows."""
-        if not self.is_initialized:
-            self.memories = [None] * len(self.memories)
-            self._columns = TextColumns()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the text columns seen so far, padding included."""
@@ -218,7 +214,6 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self._columns.replace(mask, ids)
         for memory in self.made():
             memory.forget_peak()
-        self._begin_anew_if_empty()
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -234,7 +229,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> LandmarkCache:
         made = memo[id(self)] = object.__new__(type(self))
-        vars(made).update(copy.deepcopy(vars(self), memo))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 
     def __copy__(self) -> LandmarkCache:
@@ -247,7 +242,6 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             "LandmarkCache.open(folder, model), or cache.fork() for a copy"
         )
 
-    @torch.inference_mode(False)
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replaces row ``i`` by row ``beam_idx[i]``; raises ``ValueError`` for a row that is not there, or for none."""
         if not self.is_initialized:
@@ -258,11 +252,33 @@ class LandmarkCache(Cache):  # type: ignore[misc]
                 f"expected at least one of the rows 0 to {self.batch_size - 1}, got {rows.tolist()[:20]}; "
                 "choose among the rows of the cache"
             )
+        self._select_rows(rows)
+
+    @torch.inference_mode(False)
+    def _select_rows(self, rows: Tensor) -> None:
         self._note_change([0])
         for memory in self.made():
             memory.select_rows(rows)
-        mask, ids = self._columns.all()
-        self._columns.replace(mask[rows], ids[rows])
+        if self.is_initialized:
+            mask, ids = self._columns.all()
+            self._columns.replace(mask[rows], ids[rows])
+        self._rows = len(rows)
+
+    @contextlib.contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """Around a call: when it is refused, or fails before it has read anything, the memory is as it was."""
+        before = self._columns.copy()
+        rewound = self.rewound
+        try:
+            yield
+        except BaseException:
+            if self._columns.calls == before.calls:
+                repeats = self._rows // max(1, len(before.tokens))
+                if before.tokens and repeats > 1:
+                    self._select_rows(torch.arange(0, self._rows, repeats))
+                self._columns = before
+                self.rewound = rewound
+            raise
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows (a boolean mask or indices); raises as ``reorder_cache``."""
@@ -328,6 +344,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def resume(self, ids: Tensor, decoder: Any) -> None:
         """Counts what was read from a folder; ``ids (tokens,)`` int32."""
         self._columns.replace(torch.ones(1, len(ids), dtype=torch.bool), ids[None])
+        self._rows = 1
         self._decoder = weakref.ref(decoder)
 
     def _note_change(self, tokens: list[int]) -> None:
@@ -350,11 +367,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         return -1
 
     get_max_cache_shape = get_max_length
-
-    @property
-    def max_cache_len(self) -> int:
-        """-1: there is no maximum."""
-        return -1
+    max_cache_len = property(get_max_length)
 
     @property
     def batch_size(self) -> int:
@@ -384,12 +397,3 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: landmark layers file their keys themselves."""
         raise ValueError("expected a landmark model with this cache, got a stock attention layer; use landmark.convert")
-
-
-def require_landmark_cache(cache: Any) -> LandmarkCache:
-    """Returns a cache that can hold landmarks; raises ``ValueError`` for any other."""
-    if not isinstance(cache, LandmarkCache):
-        raise ValueError(
-            f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config), or leave it out"
-        )
-    return cache
