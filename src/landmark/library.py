@@ -184,8 +184,8 @@ def model_of(folder: str | Path) -> str:
     model = str(notes["model"])
     if os.path.isabs(model) and not os.path.isdir(model):
         raise FileNotFoundError(
-            f"model: expected the one that made the memory {str(folder)!r} in {model}, got nothing there; name the "
-            "folder that it was moved to"
+            f"model: expected the one that made the memory {str(folder)!r} in {model}, got nothing there; pass its "
+            "new folder as model (--model)"
         )
     return model
 

@@ -146,8 +146,9 @@ THINGS: dict[str, tuple[Callable[[Path], str], bool | None]] = {
     "an empty folder": (folder_of(), False),
     "a folder of texts": (folder_of(a_txt=TEXT, b_txt=TEXT.replace("\n", "\r")), None),
     "a folder with an image": (folder_of(a_txt=TEXT, b_txt=b"\x89PNG\0"), False),
-    "a folder with a bad manifest": (folder_of(a_txt=TEXT, MANIFEST_tsv=b"file\ttitle\na.txt\tcaf\xe9\n"), False),
-    "a folder with a long manifest": (folder_of(a_txt=TEXT, MANIFEST_tsv="file\ttitle\n" + "x" * 200_000), False),
+    # remember and explain name texts by their paths and read no manifest
+    "a folder with a bad manifest": (folder_of(a_txt=TEXT, MANIFEST_tsv=b"file\ttitle\na.txt\tcaf\xe9\n"), None),
+    "a folder with a long manifest": (folder_of(a_txt=TEXT, MANIFEST_tsv="file\ttitle\n" + "x" * 200_000), None),
     "a folder named as a text": (folder_named_as_a_text, None),
     "a folder with a broken link": (folder_with_a_broken_link, False),
     "a broken link": (broken_link, False),

@@ -6,6 +6,7 @@ import fcntl
 import gc
 import json
 import os
+import pickle
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,11 @@ CASES = [
     ("a row that is not there", rows_that_are_not_there([0, 1]), "expected at least one of the rows 0 to 0, got"),
     ("a row before the first", rows_that_are_not_there([-1]), "expected at least one of the rows 0 to 0, got"),
     ("no rows", rows_that_are_not_there([]), "expected at least one of the rows 0 to 0, got"),
+    (
+        "a pickled cache",
+        lambda: pickle.dumps(landmark.LandmarkCache(ours())),
+        r"cannot be pickled.*cache\.save.*LandmarkCache\.open.*cache\.fork",
+    ),
     ("open nothing", lambda folder: landmark.LandmarkCache.open(folder, ours()), "a memory with a file memory.json in"),
     (
         "open what was never finished",

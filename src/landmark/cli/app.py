@@ -54,8 +54,6 @@ for _command in (memory.info, memory.verify, memory.compact):
     memories.command()(_command)
 evaluation.command()(index)
 
-NOBODY_READS = 141  # as a shell says it of a program that a closed pipe ended
-
 # ClickException, of whichever click typer stands on
 _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 
@@ -78,16 +76,18 @@ def options(
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits.
 
-    Codes: 0 done, 1 the command says no, 2 a wrong input, 130 interrupted, 141 nobody reads what it prints.
+    Codes: 0 done, 1 the command says no or nobody reads what it says, 2 a wrong input, 130 interrupted.
     """
     warnings.formatwarning = lambda message, *rest, **more: f"warning: {in_line(str(message))}\n"
     show_what_the_terminal_can()
     try:
         code = app(arguments, standalone_mode=False)
         flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:  # typer and rich make the second of the first, with code 1
+        if BrokenPipeError not in (type(error), type(error.__context__)):
+            raise
         print_no_more()
-        sys.exit(NOBODY_READS)
+        sys.exit(1)
     except OSError as error:
         _fail(_named(error))
     except (ValueError, ModuleNotFoundError) as error:
@@ -109,7 +109,8 @@ def _named(error: OSError) -> str:
     """What the system says of a file, or what we say."""
     if error.strerror is None or error.filename is None:
         return str(error)
-    return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    return f"{name}: {error.strerror}"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

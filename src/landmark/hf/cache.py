@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,14 @@ from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.columns import TextColumns
 from landmark.hf.saved import Saved, Streams, open_saved, require_reader, save
+from landmark.memory.cropping import check_crop
 from landmark.memory.index import check_index
-from landmark.memory.layer import RECENT_BLOCKS, LayerMemory
-from landmark.memory.plan import oldest_needed
+from landmark.memory.layer import LayerMemory
 from landmark.memory.positions import RotationTables
 from landmark.memory.retrieval import Retrieval
 from landmark.memory.tiers import TIERS, Tiers, Traffic
 
 NEW_CACHE = "make a new LandmarkCache(model.config)"
-FREE_TO_CHANGE = ("chunk_tokens", "trained_length", "landmark_trained", "position_gap")
 
 
 class LandmarkCache(Cache):  # type: ignore[misc]
@@ -69,6 +70,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.saved: Saved | None = None
         self.rewound = False
         self._columns = TextColumns()
+        self._rows = 0  # that the layers hold
         self._decoder: weakref.ref[Any] | None = None
 
     @property
@@ -102,6 +104,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             )
         if self.is_initialized:
             require_reader(self.decoder, decoder)
+        elif self._rows != batch:  # a first call that failed, or a crop to nothing, left layers of other rows
+            self.memories = [None] * len(self.memories)
+        self._rows = batch
         self._decoder = weakref.ref(decoder)
 
     def begin_with(self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, left_out: int = 0) -> None:
@@ -129,17 +134,15 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             )
         if not left_out:
             self._columns.check_beginning(text, attention_mask, embedding, repeats)
-        if repeats > 1:
-            self.batch_repeat_interleave(repeats)
         if left_out + text.shape[1] == len(self._columns):
             self.crop(-1)
+        if repeats > 1:
+            self._select_rows(torch.arange(self._rows).repeat_interleave(repeats))
 
     def check_settings(self, settings: LandmarkConfig, owner: str, remedy: str = NEW_CACHE) -> None:
         """Raises ``ValueError`` where the settings of ``owner`` compute something else."""
-        same = {name: getattr(self.settings, name) for name in FREE_TO_CHANGE}
-        if settings.replace(**same) != self.settings:
-            ours, theirs = self.settings.to_dict(), settings.replace(**same).to_dict()
-            differing = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+        differing = self.settings.differences(settings)
+        if differing:
             raise ValueError(f"cache and {owner} differ in {differing} (cache, {owner}): {remedy}")
 
     def append(self, mask: Tensor, ids: Tensor | None = None) -> None:
@@ -161,13 +164,6 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """Forgets what a call that failed in some layer has filed."""
         for memory in self.made():
             memory.undo()
-        self._begin_anew_if_empty()
-
-    def _begin_anew_if_empty(self) -> None:
-        """Where nothing is left of the text, the next call may have any number of rows."""
-        if not self.is_initialized:
-            self.memories = [None] * len(self.memories)
-            self._columns = TextColumns()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the text columns seen so far, padding included."""
@@ -213,30 +209,11 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def _go_back(self, mask: Tensor, ids: Tensor) -> None:
         """Keeps the text that ``mask`` leaves, the first tokens of every row; raises as ``crop``."""
         tokens = mask.sum(1).tolist()
-        self._check_crop([slots_for(n, self.settings.block_size) for n in tokens])
+        check_crop(self.made(), self.settings, self.slots, [slots_for(n, self.settings.block_size) for n in tokens])
         self._note_change(tokens)
         self._columns.replace(mask, ids)
         for memory in self.made():
             memory.forget_peak()
-        self._begin_anew_if_empty()
-
-    def _check_crop(self, slots: list[int]) -> None:
-        size = self.settings.block_size
-        own = min(s // size for s in slots)
-        for memory in self.made():
-            lowest = oldest_needed(own, self.settings) if memory.retrieves else own - self.settings.local_blocks
-            if max(1, lowest) < memory.store.first:
-                raise ValueError(
-                    f"cannot go back to where block {lowest} is seen: blocks before {memory.store.first} were evicted; "
-                    "keep a cache.fork() from there instead"
-                )
-        if self.settings.granularity == "head":
-            far = [a // size - b // size for a, b in zip(self.slots, slots, strict=True) if b % size]
-            if far and max(far) >= RECENT_BLOCKS:
-                raise ValueError(
-                    f"granularity head can go back less than {RECENT_BLOCKS} blocks, or to a block's border, "
-                    f"got {max(far)} blocks; keep a cache.fork() from there instead"
-                )
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -251,11 +228,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> LandmarkCache:
-        for never_written in (*(memory.tables for memory in self.made()), *self._columns.all()):
-            memo[id(never_written)] = never_written
         made = memo[id(self)] = object.__new__(type(self))
-        for name, value in vars(self).items():
-            setattr(made, name, copy.deepcopy(value, memo))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 
     def __copy__(self) -> LandmarkCache:
@@ -268,7 +242,6 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             "LandmarkCache.open(folder, model), or cache.fork() for a copy"
         )
 
-    @torch.inference_mode(False)
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replaces row ``i`` by row ``beam_idx[i]``; raises ``ValueError`` for a row that is not there, or for none."""
         if not self.is_initialized:
@@ -279,11 +252,33 @@ class LandmarkCache(Cache):  # type: ignore[misc]
                 f"expected at least one of the rows 0 to {self.batch_size - 1}, got {rows.tolist()[:20]}; "
                 "choose among the rows of the cache"
             )
+        self._select_rows(rows)
+
+    @torch.inference_mode(False)
+    def _select_rows(self, rows: Tensor) -> None:
         self._note_change([0])
         for memory in self.made():
             memory.select_rows(rows)
-        mask, ids = self._columns.all()
-        self._columns.replace(mask[rows], ids[rows])
+        if self.is_initialized:
+            mask, ids = self._columns.all()
+            self._columns.replace(mask[rows], ids[rows])
+        self._rows = len(rows)
+
+    @contextlib.contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """Around a call: when it is refused, or fails before it has read anything, the memory is as it was."""
+        before = self._columns.copy()
+        rewound = self.rewound
+        try:
+            yield
+        except BaseException:
+            if self._columns.calls == before.calls:
+                repeats = self._rows // max(1, len(before.tokens))
+                if before.tokens and repeats > 1:
+                    self._select_rows(torch.arange(0, self._rows, repeats))
+                self._columns = before
+                self.rewound = rewound
+            raise
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows (a boolean mask or indices); raises as ``reorder_cache``."""
@@ -349,6 +344,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def resume(self, ids: Tensor, decoder: Any) -> None:
         """Counts what was read from a folder; ``ids (tokens,)`` int32."""
         self._columns.replace(torch.ones(1, len(ids), dtype=torch.bool), ids[None])
+        self._rows = 1
         self._decoder = weakref.ref(decoder)
 
     def _note_change(self, tokens: list[int]) -> None:
@@ -371,11 +367,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         return -1
 
     get_max_cache_shape = get_max_length
-
-    @property
-    def max_cache_len(self) -> int:
-        """-1: there is no maximum."""
-        return -1
+    max_cache_len = property(get_max_length)
 
     @property
     def batch_size(self) -> int:
@@ -405,12 +397,3 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: landmark layers file their keys themselves."""
         raise ValueError("expected a landmark model with this cache, got a stock attention layer; use landmark.convert")
-
-
-def require_landmark_cache(cache: Any) -> LandmarkCache:
-    """Returns a cache that can hold landmarks; raises ``ValueError`` for any other."""
-    if not isinstance(cache, LandmarkCache):
-        raise ValueError(
-            f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config), or leave it out"
-        )
-    return cache

@@ -49,8 +49,14 @@ def columns_of_step(arguments: dict[str, Any]) -> int:
 
 def warn_untested() -> None:
     """Warns, once, where transformers is newer than any that this package was tested with."""
-    if _numbers(transformers.__version__) > _numbers(NEWEST_TESTED):
-        _warn_of(transformers.__version__)
+    if _numbers(installed_version()) > _numbers(NEWEST_TESTED):
+        _warn_of(installed_version())
+
+
+def installed_version() -> str:
+    """Returns the version of transformers, whose module replaces itself while it is imported."""
+    version: str = sys.modules["transformers"].__version__
+    return version
 
 
 @functools.cache
@@ -93,10 +99,19 @@ def forget_gguf(model: Any) -> None:
         quantizer.remove_quantization_config(model)
 
 
-def load_saved_modules(model: Any, adapter: str, missing: list[str], hub: dict[str, Any]) -> list[str]:
-    """Reads whole modules that an adapter was saved with (the landmark embedding); returns what is missing even so.
+def load_saved_modules(model: Any, adapter: str, left: set[str], hub: dict[str, Any]) -> set[str]:
+    """Reads whole modules that an adapter was saved with (the landmark embedding).
 
     transformers 5.0 leaves them as they were when it loads an adapter, with no more than a line in its report.
+
+    Args:
+        model: the model with the adapter.
+        adapter: where the adapter lies.
+        left: names of tensors that the model or the adapter has alone.
+        hub: where to look for a hub name.
+
+    Returns:
+        those of ``left`` that are so even now.
     """
     from peft.utils import load_peft_weights
 
@@ -104,8 +119,9 @@ def load_saved_modules(model: Any, adapter: str, missing: list[str], hub: dict[s
     names = [name for name, _ in model.named_parameters() if whole in name]
     weights = load_peft_weights(adapter, device="cpu", **hub) if names else {}
     for name in names:
-        saved = weights.get("base_model.model." + name.replace(whole, ""))
+        plain = name.replace(whole, "")
+        saved = weights.get(f"base_model.model.{plain}")
         if saved is not None:
             model.get_parameter(name).data.copy_(saved)
-            missing = [each for each in missing if each != name]
-    return missing
+            left = left - {name, plain}
+    return left

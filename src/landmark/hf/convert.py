@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from landmark.hf.compat import warn_untested
 from landmark.hf.families import PREFIX, check_config, family
 from landmark.hf.pretrained import Source, find, read_weights
 from landmark.hf.rope import trained_positions
-from landmark.hf.sharing import model_around
+from landmark.hf.sharing import config_as, model_around
 
 
 def convert(
@@ -115,8 +114,7 @@ def landmark_config(stock_config: Any, settings: LandmarkConfig) -> Any:
     check_layers(settings, stock_config.num_hidden_layers)
     warn_beyond_trained(settings)
     made = family(stock_config.model_type)
-    config = copy.deepcopy(stock_config)  # with what is not saved, such as how experts are computed
-    config.__class__ = made.config
+    config = config_as(stock_config, made.config)
     config._attn_implementation = IMPLEMENTATION
     config.landmark = settings.to_dict()
     config.architectures = [made.causal_lm.__name__]

@@ -172,15 +172,16 @@ def _has_peft() -> bool:
 
 
 def _put_on(model: Any, source: Source) -> None:
-    """Loads the adapter into the model as stock code does for the folder of an adapter; refuses half an adapter."""
+    """Loads the adapter into the model, as stock code does for its folder; refuses one that does not fit."""
     assert source.adapter is not None
     with _in_one_line(source.path, source.adapter):
-        missing = []
+        left: set[str] = set()
         if source.adapter != source.path:
-            missing = list(model.load_adapter(source.adapter, adapter_kwargs=dict(source.hub)).missing_keys)
-        left = load_saved_modules(model, source.adapter, missing, source.hub)
+            info = model.load_adapter(source.adapter, adapter_kwargs=dict(source.hub))
+            left = {*info.missing_keys, *info.unexpected_keys}
+        left = load_saved_modules(model, source.adapter, left, source.hub)
         if left:
-            raise ValueError(f"an adapter with tensors missing ({', '.join(sorted(left)[:3])}); save it again")
+            raise ValueError(f"an adapter of other tensors than it has ({', '.join(sorted(left)[:3])}); save it again")
 
 
 @contextmanager
@@ -202,4 +203,4 @@ def _in_one_line(path: str, adapter: str | None) -> Iterator[None]:
         if isinstance(error, OSError):
             what = "a folder with config.json and weights" if Path(path).exists() else "a model's folder or hub name"
             raise FileNotFoundError(f"{name}: expected {what}, found none ({reason})") from None
-        raise ValueError(f"{name}: expected a model that transformers can load, got {reason}") from None
+        raise ValueError(f"{name}: expected what transformers can load, got {reason}") from None

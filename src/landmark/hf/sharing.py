@@ -38,6 +38,15 @@ def model_around(given: PreTrainedModel, causal_lm: Any, config: Any) -> Any:
     return model
 
 
+def config_as(config: Any, config_class: Any) -> Any:
+    """Returns a copy of a config as one of another class, with what is not saved, such as how experts are computed."""
+    made = copy.deepcopy(config)
+    made.__class__ = config_class
+    for name in ("model_type", "transformers_version"):  # where they lie on the instance, they are the other class's
+        made.__dict__.pop(name, None)
+    return made
+
+
 class _Copies:
     """The copies made so far: what appears twice in the given model appears twice in the other."""
 

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
-from landmark.config import LandmarkConfig
+from landmark.config import GREATEST, LandmarkConfig
 from landmark.data.text import read_json
 
 SMALL_LLAMA: dict[str, Any] = {
@@ -102,7 +102,6 @@ class SaveSettings:
 
 
 Section = TypeVar("Section")
-GREATEST = 2**31 - 1
 DTYPES = ("float32", "bfloat16", "float16")
 
 
