@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import landmark
 import models
 import tiny
-from landmark.hf.compat import installed
-from landmark.hf.families import FAMILIES, family
+from landmark.hf.families import family
 
 PROMPT = "The grass is green. What is the pass key? The pass key is " * 4
 STUB = "landmark_stub.py"
@@ -84,9 +83,9 @@ def apart(root: Path, *command: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def stranger(root: Path) -> dict[str, str]:
+def stranger(root: Path) -> dict[str, Any]:
     printed = apart(root, "-c", STRANGER, root / "marked", root / "again", PROMPT)
-    said: dict[str, str] = json.loads(printed.splitlines()[-1])
+    said: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return said
 
 
@@ -109,6 +108,13 @@ def test_the_auto_classes_find_the_classes_of_this_package(stranger: dict[str, s
     assert stranger[auto] == f"landmark.hf.families.LandmarkLlama{made}"
 
 
+def test_transformers_serve_finds_the_class_where_it_looks(root: Path) -> None:
+    import transformers
+
+    model = landmark.load(root / "marked")
+    assert getattr(transformers, model.config.architectures[0]) is type(model)
+
+
 def test_what_a_stranger_saves_again_is_the_same_folder(root: Path, stranger: dict[str, str]) -> None:
     saved = {path.name for path in (root / "again").iterdir()}
     assert saved == {path.name for path in (root / "marked").iterdir() if not path.name.startswith("tokenizer")}
@@ -124,7 +130,7 @@ def test_without_the_package_the_message_names_it(root: Path) -> None:
         assert "pip install -U landmark-attention" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if installed(name)])
+@pytest.mark.parametrize("name", models.ALL_FAMILIES)
 def test_the_stub_of_every_family_names_its_classes(name: str, tmp_path: Path) -> None:
     made = family(name)
     made.config().save_pretrained(tmp_path)

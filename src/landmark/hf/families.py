@@ -140,6 +140,7 @@ def family(model_type: str) -> Family:
     AutoConfig.register(config.model_type, config)
     AutoModel.register(config, decoder)
     AutoModelForCausalLM.register(config, causal_lm)
+    setattr(sys.modules["transformers"], causal_lm.__name__, causal_lm)  # there `transformers serve` looks for it
     _copy_conversion(model_type, config.model_type)
     for stock, ours in ((stock_decoder, decoder), (stock_causal_lm, causal_lm)):
         _copy_conversion(stock.__name__, ours.__name__)
