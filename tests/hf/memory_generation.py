@@ -165,13 +165,13 @@ class Generating(Memory):
     @precondition(Memory.has_room)
     @rule(tokens=TOKENS, seed=SEEDS, count=NEW, how=st.sampled_from(ASSISTED))
     def assisted(self, tokens: int, seed: int, count: int, how: str) -> None:
-        """Assisted decoding of one row says what greedy decoding says; of several rows it is refused."""
-        rows, new = self.asked(tokens, seed)
-        if len(rows) > 1:
-            ids, mask = as_tensors(rows, new, whole=True)
+        """Assisted decoding of several rows is refused; of one row it says what greedy decoding says."""
+        if len(self.rows) > 1:
+            ids, mask = as_tensors(*self.asked(tokens, seed), whole=True)
             options = {"attention_mask": mask, "past_key_values": self.cache, "max_new_tokens": count}
             self.refused(lambda: self.model.generate(ids, **options, **helper(how, self.other)))
-            return
+            self.select([0])
+        rows, new = self.asked(tokens, seed)
         told = self.generate(rows, new, count, **helper(how, self.other))
         if told is not None:
             assert len(told[0]) == count

@@ -94,12 +94,9 @@ class Machine(Generating):
         rows = [row % held for row in rows]
         if how == "mask":
             rows = sorted(set(rows))
-            given = torch.tensor([row in rows for row in range(held)])
+            self.select(rows, torch.tensor([row in rows for row in range(held)]))
         else:
-            given = torch.tensor(rows)
-        with self.step():
-            (self.cache.reorder_cache if how == "reorder" else self.cache.batch_select_indices)(given)
-        self.take(rows)
+            self.select(rows, reorder=how == "reorder")
 
     @precondition(has_read)
     @rule(times=st.integers(1, MOST_ROWS))
@@ -109,10 +106,6 @@ class Machine(Generating):
         with self.step():
             self.cache.batch_repeat_interleave(times)
         self.take([row for row in range(len(self.rows)) for _ in range(times)])
-
-    def take(self, rows: list[int]) -> None:
-        self.rows = [self.rows[row] for row in rows]
-        self.pending = None if self.pending is None else [self.pending[row] for row in rows]
 
     @rule(deep=st.booleans())
     def fork(self, deep: bool) -> None:
@@ -135,14 +128,10 @@ class Machine(Generating):
             self.cache.reset()
         self.rows, self.pending = [[] for _ in self.rows], None
 
-    @rule(around=st.sampled_from(tuple(AROUND)))
-    def enter(self, around: str) -> None:
-        """The steps that follow run under inference_mode, autocast or neither; float64 knows no autocast."""
-        self.around = "nothing" if around == "autocast" and self.dtype == torch.float64 else around
-
-    @rule(chunk=CHUNKS, record=st.booleans())
-    def configure(self, chunk: int, record: bool) -> None:
-        """What is free to change at any time."""
+    @rule(around=st.sampled_from(tuple(AROUND)), chunk=CHUNKS, record=st.booleans())
+    def configure(self, around: str, chunk: int, record: bool) -> None:
+        """What is free to change; the steps that follow run under inference_mode, autocast or neither."""
+        self.around = "nothing" if around == "autocast" and self.dtype == torch.float64 else around  # knows no autocast
         self.model.configure_landmark(chunk_tokens=chunk)
         self.cache.record = record
 

@@ -58,8 +58,9 @@ def with_mask(memory: Memory, *, text: bool, tokens: int = 1, **options: Any) ->
     if mask is None:
         return None
     mask = torch.nn.functional.pad(mask, (0, tokens), value=1)
-    if options or not tokens:
-        return generated(memory, tokens, attention_mask=mask, **options) if memory.pending is None else None
+    if options or not tokens:  # generate leaves a mask of ones out
+        seen = memory.pending is None and not mask.all()
+        return generated(memory, tokens, attention_mask=mask, **options) if seen else None
     return lambda: memory.model(
         ids(memory, len(memory.rows), tokens), attention_mask=mask, past_key_values=memory.cache
     )

@@ -95,11 +95,19 @@ class Memory(RuleBasedStateMachine):
         tier=st.sampled_from(TIERS),
         narrow=st.sampled_from((False, False, False, True)),
         index=st.booleans(),
+        tokens=st.sampled_from((0, 14, 9, 20)),
     )
     def begin(
-        self, policy: dict[str, Any], chunk: int, rows: int, tier: dict[str, Any], narrow: bool, index: bool
+        self,
+        policy: dict[str, Any],
+        chunk: int,
+        rows: int,
+        tier: dict[str, Any],
+        narrow: bool,
+        index: bool,
+        tokens: int,
     ) -> None:
-        """Makes a model, in float32 where ``narrow``, and an empty memory."""
+        """Makes a model, in float32 where ``narrow``, and a memory of some text."""
         self.dtype = torch.float32 if narrow else torch.float64
         family = models.FAMILIES[self.group % len(models.FAMILIES)]
         kv_heads = 4 if family == "gpt_neox" else (2, 1, 4)[self.group % 3]
@@ -118,6 +126,8 @@ class Memory(RuleBasedStateMachine):
         self.aside: tuple[LandmarkCache, list[Row], list[Column] | None] | None = None
         self.archive: tuple[Path, Row] | None = None
         self.whole = True
+        if tokens:
+            self.call(self.columns(tokens, 0), "none", self.forwarded)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -211,6 +221,18 @@ class Memory(RuleBasedStateMachine):
 
     def forwarded(self, ids: torch.Tensor, mask: torch.Tensor | None, name: str = "past_key_values") -> torch.Tensor:
         return self.model(ids, attention_mask=mask, **{name: self.cache}).logits
+
+    def select(self, rows: list[int], given: torch.Tensor | None = None, *, reorder: bool = False) -> None:
+        """Keeps these rows, as ``given`` tells the memory."""
+        with self.step():
+            choose = self.cache.reorder_cache if reorder else self.cache.batch_select_indices
+            choose(torch.tensor(rows) if given is None else given)
+        self.take(rows)
+
+    def take(self, rows: list[int]) -> None:
+        """The memory holds these rows now."""
+        self.rows = [self.rows[row] for row in rows]
+        self.pending = None if self.pending is None else [self.pending[row] for row in rows]
 
     @invariant()
     def counters(self) -> None:

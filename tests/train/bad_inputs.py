@@ -83,8 +83,8 @@ def tear(checkpoint: Path) -> None:
 
 
 CASES = [
-    ("no steps", setting(steps=0), "steps: expected an integer from 1 to 2147483647, got 0"),
-    ("half a batch", setting(batch=2.5), r"batch: expected an integer from 1 to 2147483647, got 2\.5"),
+    ("no steps", setting(steps=0), "steps: expected an integer from 1 to .*, got 0"),
+    ("half a batch", setting(batch=2.5), r"batch: expected an integer from 1 to .*, got 2\.5"),
     ("more episodes than rows", setting(episodes=1.5), r"episodes: expected a number from 0 to 1, got 1\.5"),
     ("unknown precision", setting(precision="int4"), "precision: expected one of auto, bf16, fp32, got 'int4'"),
     ("unknown setting", setting(learning_rate=1.0), "unknown landmark settings.*learning_rate"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.saved: Saved | None = None
         self.rewound = False
         self._columns = TextColumns()
+        self._rows = 0  # that the layers hold
         self._decoder: weakref.ref[Any] | None = None
 
     @property
@@ -102,6 +105,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             )
         if self.is_initialized:
             require_reader(self.decoder, decoder)
+        elif self._rows != batch:  # a first call that failed, or a crop to nothing, left layers of other rows
+            self.memories = [None] * len(self.memories)
+        self._rows = batch
         self._decoder = weakref.ref(decoder)
 
     def begin_with(self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, left_out: int = 0) -> None:
@@ -129,10 +135,10 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             )
         if not left_out:
             self._columns.check_beginning(text, attention_mask, embedding, repeats)
-        if repeats > 1:
-            self.batch_repeat_interleave(repeats)
         if left_out + text.shape[1] == len(self._columns):
             self.crop(-1)
+        if repeats > 1:
+            self._select_rows(torch.arange(self._rows).repeat_interleave(repeats))
 
     def check_settings(self, settings: LandmarkConfig, owner: str, remedy: str = NEW_CACHE) -> None:
         """Raises ``ValueError`` where the settings of ``owner`` compute something else."""
@@ -161,13 +167,6 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """Forgets what a call that failed in some layer has filed."""
         for memory in self.made():
             memory.undo()
-        self._begin_anew_if_empty()
-
-    def _begin_anew_if_empty(self) -> None:
-        """Where nothing is left of the text, the next call may have any number of rows."""
-        if not self.is_initialized:
-            self.memories = [None] * len(self.memories)
-            self._columns = TextColumns()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the text columns seen so far, padding included."""
@@ -218,7 +217,6 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self._columns.replace(mask, ids)
         for memory in self.made():
             memory.forget_peak()
-        self._begin_anew_if_empty()
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -233,11 +231,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> LandmarkCache:
-        for never_written in (*(memory.tables for memory in self.made()), *self._columns.all()):
-            memo[id(never_written)] = never_written
         made = memo[id(self)] = object.__new__(type(self))
-        for name, value in vars(self).items():
-            setattr(made, name, copy.deepcopy(value, memo))
+        vars(made).update(copy.deepcopy(vars(self), memo))
         return made
 
     def __copy__(self) -> LandmarkCache:
@@ -250,7 +245,6 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             "LandmarkCache.open(folder, model), or cache.fork() for a copy"
         )
 
-    @torch.inference_mode(False)
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replaces row ``i`` by row ``beam_idx[i]``; raises ``ValueError`` for a row that is not there, or for none."""
         if not self.is_initialized:
@@ -261,11 +255,33 @@ class LandmarkCache(Cache):  # type: ignore[misc]
                 f"expected at least one of the rows 0 to {self.batch_size - 1}, got {rows.tolist()[:20]}; "
                 "choose among the rows of the cache"
             )
+        self._select_rows(rows)
+
+    @torch.inference_mode(False)
+    def _select_rows(self, rows: Tensor) -> None:
         self._note_change([0])
         for memory in self.made():
             memory.select_rows(rows)
-        mask, ids = self._columns.all()
-        self._columns.replace(mask[rows], ids[rows])
+        if self.is_initialized:
+            mask, ids = self._columns.all()
+            self._columns.replace(mask[rows], ids[rows])
+        self._rows = len(rows)
+
+    @contextlib.contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """Around a call: when it is refused, or fails before it has read anything, the memory is as it was."""
+        before = self._columns.copy()
+        rewound = self.rewound
+        try:
+            yield
+        except BaseException:
+            if self._columns.calls == before.calls:
+                repeats = self._rows // max(1, len(before.tokens))
+                if before.tokens and repeats > 1:
+                    self._select_rows(torch.arange(0, self._rows, repeats))
+                self._columns = before
+                self.rewound = rewound
+            raise
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows (a boolean mask or indices); raises as ``reorder_cache``."""
@@ -331,6 +347,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def resume(self, ids: Tensor, decoder: Any) -> None:
         """Counts what was read from a folder; ``ids (tokens,)`` int32."""
         self._columns.replace(torch.ones(1, len(ids), dtype=torch.bool), ids[None])
+        self._rows = 1
         self._decoder = weakref.ref(decoder)
 
     def _note_change(self, tokens: list[int]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +21,27 @@ from landmark.hf.stub import PackagedMixin
 # What stock code hands from step to step: landmark models find positions by the mask and the memory.
 NOT_FOR_FORWARD = ("position_ids", "cache_position", "next_sequence_length", "labels")
 
-# Of the running `generate`: columns that the memory has read and the text given leaves out.
-_columns_before: ContextVar[int] = ContextVar("columns_before", default=0)
+
+@dataclass(frozen=True)
+class Given:
+    """What the running ``generate`` was given.
+
+    Attributes:
+        columns: of its ids or embeddings, ``None`` where it was given neither.
+        before: columns that the memory has read and that these leave out.
+    """
+
+    columns: int | None = None
+    before: int = 0
+
+    def without_candidates(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns text and mask of the first step without the tokens that an assistant has put behind them."""
+        if self.columns is None or mask is None:
+            return text[:, : self.columns], mask
+        return text[:, : self.columns], mask[:, : self.before + self.columns]
+
+
+_given: ContextVar[Given] = ContextVar("given")
 
 
 class LandmarkCausalLMMixin(PackagedMixin):
@@ -90,12 +111,13 @@ class LandmarkCausalLMMixin(PackagedMixin):
             ValueError: ids that do not begin with what the memory has read, or as ``forward``.
         """
         kwargs = cache_by_installed_name(kwargs)
-        token = _columns_before.set(_columns_left_out(args, kwargs))
+        cache = kwargs.get(CACHE)
+        token = _given.set(_what_is_given(args, kwargs))
         try:
-            with repeating():
+            with repeating(), cache.kept_on_failure() if isinstance(cache, LandmarkCache) else nullcontext():
                 return super().generate(*args, **kwargs)
         finally:
-            _columns_before.reset(token)
+            _given.reset(token)
 
     def prepare_inputs_for_generation(
         self,
@@ -120,10 +142,11 @@ class LandmarkCausalLMMixin(PackagedMixin):
             name, text = "inputs_embeds", inputs_embeds
         new = text
         if cache is not None:
-            before = _columns_before.get()
+            given = _given.get(Given())
             if is_first_iteration:
-                cache.begin_with(text, attention_mask, self.get_input_embeddings(), before)
-            count = before + text.shape[1] - cache.get_seq_length()
+                own, mask = given.without_candidates(text, attention_mask)
+                cache.begin_with(own, mask, self.get_input_embeddings(), given.before)
+            count = given.before + text.shape[1] - cache.get_seq_length()
             if count < 1:  # behind embeddings, these are the ids alone that were generated
                 count = columns_of_step(kwargs)
             new = text[:, -count:]
@@ -170,15 +193,16 @@ class LandmarkCausalLMMixin(PackagedMixin):
         raise AttributeError("continuous batching does not know landmarks: use generate")
 
 
-def _columns_left_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Columns of the memory before the text given to ``generate``: all, where the mask says so by its width."""
+def _what_is_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+    """Returns how much text ``generate`` was given: new text alone, where the mask says so by its width."""
     cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
     inputs = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
     text = next((each for each in inputs if isinstance(each, Tensor)), None)
-    if text is None or mask is None or not isinstance(cache, LandmarkCache):
-        return 0
-    read = cache.get_seq_length()
-    return read if mask.shape[-1] == read + text.shape[1] else 0
+    if text is None:
+        return Given()
+    read = cache.get_seq_length() if isinstance(cache, LandmarkCache) else 0
+    alone = mask is not None and mask.shape[-1] == read + text.shape[1]
+    return Given(text.shape[1], read if alone else 0)
 
 
 def check_layers(settings: LandmarkConfig, layers: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,16 +17,25 @@ class TextColumns:
 
     Attributes:
         tokens: text tokens of each row, padding not counted.
+        calls: how often columns were added.
     """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
+        self.calls = 0
         self._count = 0
         self._masks: list[Tensor] = []  # (B, T) bool of some calls each, never written to; see `append`
         self._ids: list[Tensor] = []  # (B, T) int32 likewise
 
     def __len__(self) -> int:
         return self._count
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextColumns:
+        """Shares the tensors."""
+        made = TextColumns()
+        made.tokens, made._count = self.tokens[:], self._count
+        made._masks, made._ids = self._masks[:], self._ids[:]
+        return made
 
     def append(self, mask: Tensor, ids: Tensor | None) -> None:
         """Adds columns.
@@ -41,13 +53,21 @@ class TextColumns:
             for each in (self._masks, self._ids):  # few parts: small tensors that stay scatter the memory of calls
                 each[-2:] = [torch.cat(each[-2:], dim=1)]
         self._count += mask.shape[1]
+        self.calls += 1
+
+    def copy(self) -> TextColumns:
+        """Returns a copy that shares the tensors, which are never written to."""
+        other = copy.copy(self)
+        other._masks = list(self._masks)
+        other._ids = list(self._ids)
+        return other
 
     def replace(self, mask: Tensor, ids: Tensor) -> None:
         """Replaces all columns; arguments as for ``append``."""
-        self._masks = [mask]
-        self._ids = [ids]
         self._count = mask.shape[1]
-        self.tokens = mask.sum(1).tolist()
+        self._masks = [mask] if len(self) else []
+        self._ids = [ids] if len(self) else []
+        self.tokens = mask.sum(1).tolist() if len(self) else []
 
     def all(self) -> tuple[Tensor, Tensor]:
         """Returns mask and ids of all columns, ``(B, columns)``, and keeps them so."""

@@ -185,14 +185,18 @@ class LandmarkDecoderMixin(PackagedMixin):
         """
         mask = text_mask(attention_mask, text, cache)
         cache.check(settings, len(text), self)
-        if attention_mask is not None and attention_mask.shape[1] > text.shape[1]:
-            cache.hide(attention_mask[:, : -text.shape[1]])
-        for begin in range(0, text.shape[1], settings.chunk_tokens):
-            columns = slice(begin, begin + settings.chunk_tokens)
-            part = text[:, columns]
-            seen = torch.ones(part.shape[:2], dtype=torch.bool) if mask is None else mask[:, columns].cpu()
-            ids = part if part.ndim == 2 else None
-            yield self.extend(self._embed(part), seen, cache, settings, kwargs, ids=ids, retrieve=retrieve)
+        with cache.kept_on_failure():
+            if attention_mask is not None and attention_mask.shape[1] > text.shape[1]:
+                cache.hide(attention_mask[:, : -text.shape[1]])
+            counts = [text.shape[1]] * len(text) if mask is None else mask.sum(1).tolist()
+            longest = max(map(sum, zip(cache.tokens or [0] * len(text), counts, strict=True)))
+            self._check_length(slots_for(longest, settings.block_size), settings)
+            for begin in range(0, text.shape[1], settings.chunk_tokens):
+                columns = slice(begin, begin + settings.chunk_tokens)
+                part = text[:, columns]
+                seen = torch.ones(part.shape[:2], dtype=torch.bool) if mask is None else mask[:, columns].cpu()
+                ids = part if part.ndim == 2 else None
+                yield self.extend(self._embed(part), seen, cache, settings, kwargs, ids=ids, retrieve=retrieve)
 
     @torch.inference_mode(False)  # what a memory keeps has to be written to outside of inference mode, too
     @torch.no_grad()
@@ -227,7 +231,6 @@ class LandmarkDecoderMixin(PackagedMixin):
         seen = cache.tokens or [0] * len(counts)
         starts = [slots_for(n, settings.block_size) for n in seen]
         ends = [slots_for(n + c, settings.block_size) for n, c in zip(seen, counts, strict=True)]
-        self._check_length(max(ends), settings)
         plan = make_plan(starts, [e - s for s, e in zip(starts, ends, strict=True)], settings)
         if plan.candidates and retrieve:
             self._warn_untrained(settings)

@@ -92,6 +92,7 @@ def save(cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None,
     archive = saved.archive
     archive.lock()
     try:
+        archive.check_whole()
         _write(cache, saved, decoder, notes, streams)
     except BaseException:
         archive.roll_back()

@@ -113,7 +113,6 @@ class Archive:
             FileNotFoundError: the folder was moved, removed or emptied since this archive was opened.
             ValueError: there is another writer, somebody has committed since this archive was opened, or the folder
                 cannot be written to.
-            Damaged: a stream is shorter than what was committed.
         """
         if self._lock is not None:
             return
@@ -132,7 +131,6 @@ class Archive:
         self._lock = handle
         try:
             self._check_nobody_wrote()
-            self._check_whole()
             self.roll_back()
         except BaseException:
             self.unlock()
@@ -152,7 +150,8 @@ class Archive:
             f"{self.commits}); open it again, or save to a new folder"
         )
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
+        """Raises ``Damaged`` where a stream is shorter than what was committed: what is appended would stand alone."""
         short = [line for name in self.streams() for line in self._shorter(name)]
         if short:
             raise Damaged(f"{short[0]}; what is in memory can be saved to a new folder")
