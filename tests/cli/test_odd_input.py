@@ -177,7 +177,6 @@ def test_drawn_many(models, capsys, monkeypatch, command, name, content, word):
 def runs_well(models, capsys, monkeypatch, command, name, content, word):
     with tempfile.TemporaryDirectory() as folder, monkeypatch.context() as here:
         here.chdir(folder)
-        Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(content)
         words = {"THING": name, "WORD": word, **{key: str(models / place) for key, place in PLACES.items()}}
         checked([words.get(each, each) for each in COMMANDS[command]], capsys)
