@@ -6,7 +6,7 @@ PYTEST_FLAGS ?=
 # One thread for each worker: the tests run on all cores at once.
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-full test-gpu check setup clean
+.PHONY: demo test test-full test-gpu matrix check setup clean
 
 demo: $(VENV)/.installed-viz
 	$(BIN)/landmark demo
@@ -21,6 +21,10 @@ test-full: $(VENV)/.installed-test
 test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
 
+# Every version that the tests run with, each in an environment of its own; SESSIONS="oldest between" runs these alone.
+matrix: $(VENV)/.installed-test
+	$(BIN)/nox $(addprefix --session ,$(SESSIONS))
+
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check --no-cache
 	$(BIN)/ruff format --no-cache --check
@@ -30,7 +34,7 @@ check: $(VENV)/.installed-test
 setup: $(VENV)/.installed-test
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .nox .pytest_cache .mypy_cache .ruff_cache build dist
 
 # torch first and alone: pip then takes a CPU build from a local index where there is one.
 $(VENV)/.torch: constraints.txt

@@ -93,7 +93,7 @@ def books(tokenizer: Any, data: Path, tokens: int) -> Filler:
 
 def remember(subject: Subject, episode: Episode, folder: str, files: Path | None) -> dict[str, Any]:
     """Reads the text into a memory, asks it, saves it to ``folder``."""
-    cache, start = LandmarkCache(subject.model, "disk", folder=files), time.perf_counter()
+    cache, start = LandmarkCache(subject.model, "disk", spill_folder=files), time.perf_counter()
     for part in episode.document.split(PART):
         read_into_memory(subject, part[None], retrieve=False, cache=cache)
         seconds = time.perf_counter() - start

@@ -56,7 +56,7 @@ def main() -> None:
     quiet()
     subject, budgets = (
         load(None, options.device, options.dtype),
-        {"host_bytes": options.host_bytes, "folder": options.folder},
+        {"host_bytes": options.host_bytes, "spill_folder": options.folder},
     )
     budgets = {"tier": options.tier, **{name: value for name, value in budgets.items() if value is not None}}
     single = options.single_tokens or options.tokens

@@ -1,4 +1,7 @@
-"""Tiny random models of seven families, with weights large enough that every part of them shows in the logits."""
+"""Tiny random models with weights large enough that every part of them shows in the logits.
+
+``stock_model`` has the seven families that the oracle computes, ``family_model`` all that can be landmark models.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from landmark.config import LandmarkConfig
+from landmark.hf import compat, families
 
 FAMILIES = ("llama", "qwen3", "mistral", "gpt_neox", "olmo2", "phi3", "gemma3")
 VOCAB = 61
@@ -27,6 +32,15 @@ _NAMES = {
     "gemma3": "Gemma3",
 }
 
+ALL_FAMILIES = tuple(name for name in families.FAMILIES if compat.installed(name))
+_OWN: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mistral": {"sliding_window": None},
+    "starcoder2": {"sliding_window": None},
+}
+_WITHOUT = {"gpt_neox": ("num_key_value_heads", "head_dim"), "phi": ("head_dim",), "starcoder2": ("head_dim",)}
+
 
 def stock_model(
     family: str, *, kv_heads: int = 2, layers: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
@@ -34,7 +48,10 @@ def stock_model(
     """Returns a stock model in eval mode; norm weights and biases are random too. GPT-NeoX always has 4 key heads."""
     config_class = getattr(transformers, _NAMES[family] + ("TextConfig" if family == "gemma3" else "Config"))
     model_class = getattr(transformers, _NAMES[family] + "ForCausalLM")
-    model = model_class(config_class(**_fields(family, kv_heads, layers)))
+    return _randomised(model_class(config_class(**_fields(family, kv_heads, layers))), dtype, seed)
+
+
+def _randomised(model: Any, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     random = torch.Generator().manual_seed(1000 + seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,6 +60,48 @@ def stock_model(
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.to(dtype).eval()
+
+
+def family_model(
+    model_type: str, *, layers: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0, **fields: Any
+) -> PreTrainedModel:
+    """Returns a stock model of any of ``ALL_FAMILIES`` in eval mode, randomised as ``stock_model`` is.
+
+    Args:
+        model_type: as in the config: ``gemma3_text``, where ``stock_model`` says ``gemma3``.
+        layers: how many layers.
+        dtype: of all weights.
+        seed: of the weights.
+        **fields: of the config, in place of the tiny ones.
+    """
+    config = family_config(model_type, layers, **fields)
+    return _randomised(AutoModelForCausalLM.from_config(config), dtype, seed)
+
+
+def family_config(model_type: str, layers: int = 2, **fields: Any) -> Any:
+    """Returns the config of ``family_model``; its experts compute one by one: their grouped product has no float64."""
+    given: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 4096,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        **_OWN.get(model_type, {}),
+    }
+    if model_type in ("gemma3_text", "olmo3"):
+        given["layer_types"] = ["full_attention"] * layers
+    for field in _WITHOUT.get(model_type, ()):
+        given.pop(field)
+    config = CONFIG_MAPPING[model_type](**{**given, **fields})
+    if model_type in ("qwen3_moe", "mixtral"):
+        config._experts_implementation = "eager"
+    return config
 
 
 def _fields(family: str, kv_heads: int, layers: int) -> dict[str, Any]:
@@ -96,6 +155,18 @@ def _converted(family: str, kv_heads: int, layers: int, dtype: torch.dtype, bloc
     return model
 
 
+@functools.cache
+def converted_family(model_type: str, block_size: int, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
+    """Returns a landmark model of ``family_model``, trained as far as its settings say; it is shared."""
+    import landmark
+
+    model = landmark.convert(
+        family_model(model_type, dtype=dtype, **fields), block_size=block_size, trained_length=4096
+    )
+    model.configure_landmark(landmark_trained=True, top_k=2, local_blocks=1, chunk_tokens=13)
+    return model
+
+
 def landmark_vector() -> torch.Tensor:
     """Returns the embedding (hidden,) that every landmark of these tests has, float64."""
     return torch.randn(32, generator=torch.Generator().manual_seed(5)).double()
@@ -139,20 +210,20 @@ def wide_norms() -> Iterator[None]:
 
     The stock ones pass through float32, where two results that differ in the last bit of float64 can part by 6e-8.
     """
-    norms = {
-        type(module)
-        for family in FAMILIES
-        for module in stock_model(family).modules()
-        if "RMSNorm" in str(type(module))
-    }
-    before = {norm: norm.forward for norm in norms}
-    for norm in norms:
+    before = {norm: norm.forward for norm in _norms()}
+    for norm in before:
         norm.forward = _widened(norm, before[norm])
     try:
         yield
     finally:
-        for norm in norms:
+        for norm in before:
             norm.forward = before[norm]
+
+
+@functools.cache
+def _norms() -> frozenset[type]:
+    made = [stock_model(family) for family in FAMILIES] + [family_model(name) for name in ALL_FAMILIES]
+    return frozenset(type(each) for model in made for each in model.modules() if "RMSNorm" in str(type(each)))
 
 
 def _widened(norm: type, narrow: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from landmark.config import LandmarkConfig
 Array = np.ndarray
 # (layer, head, slot of the query) -> {retrieved block: its gate weight}
 Trace = dict[tuple[int, int, int], dict[int, float]]
+# layer -> unrotated queries (H, S, D), keys and values (G, S, D) of a row's slots
+Known = dict[int, list[Array]]
 
 
 @dataclasses.dataclass
@@ -36,10 +39,13 @@ class Layer:
     settings: LandmarkConfig
     chunks: list[tuple[int, int]]
     trace: Trace
-    silent: int = 0
+    silent: Container[int] = ()
+    first: int = 0
+    closest: list[float] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.memo: dict[tuple[int, int], dict[int, float]] = {}
+        self.turned: dict[tuple[str, int, int, int], Array] = {}
 
     # Where things are.
 
@@ -110,9 +116,15 @@ class Layer:
     def head_key(self, head: int) -> int:
         return head * self.key.shape[0] // self.query.shape[0]
 
+    def once(self, name: str, head: int, slot: int, position: int) -> Array:
+        """A query or key at a position, rotated once."""
+        if (name, head, slot, position) not in self.turned:
+            self.turned[name, head, slot, position] = self.rotated(getattr(self, name)[head, slot], position)
+        return self.turned[name, head, slot, position]
+
     def score(self, head: int, query: int, query_position: int, slot: int, position: int) -> float:
-        turned = self.rotated(self.query[head, query], query_position)
-        return self.scale * float(turned @ self.rotated(self.key[self.head_key(head), slot], position))
+        key = self.once("key", self.head_key(head), slot, position)
+        return self.scale * float(self.once("query", head, query, query_position) @ key)
 
     # The choice of blocks.
 
@@ -148,7 +160,7 @@ class Layer:
         if self.settings.mode == "all" or self.first_local(query) == 0:
             return []
         layers = self.settings.layers
-        if query < self.silent or (layers is not None and self.index not in layers):
+        if query in self.silent or (layers is not None and self.index not in layers):
             return [0]
         if not self.candidates(query):
             return []
@@ -158,7 +170,14 @@ class Layer:
             shares = [softmax(self.landmark_scores(*sharer)) for sharer in self.sharers(head, query)]
             merit = {block: max(share[block] for share in shares) for block in self.candidates(query)}
         ranked = sorted(merit, key=lambda block: (-merit[block], block))
+        self.note_closest([merit[block] for block in ranked[self.settings.top_k - 1 : self.settings.top_k + 1]])
         return sorted(ranked[: self.settings.top_k])
+
+    def note_closest(self, merits: list[float]) -> None:
+        """Notes how far the last chosen block lies before the best one left out, but for exact ties."""
+        if len(merits) == 2 and merits[0] != merits[1]:
+            shares = self.settings.granularity != "token_head"
+            self.closest.append(math.log(merits[0] / merits[1]) if shares else merits[0] - merits[1])
 
     # Attention.
 
@@ -185,9 +204,10 @@ class Layer:
         return result
 
     def attend(self) -> Array:
-        """Returns the outputs (S, H, D)."""
+        """Returns the outputs (S - first, H, D) of the slots from ``first`` on."""
         heads, slots, _ = self.query.shape
-        return np.stack([np.stack([self.output(head, slot) for head in range(heads)]) for slot in range(slots)])
+        rows = range(self.first, slots)
+        return np.stack([np.stack([self.output(head, slot) for head in range(heads)]) for slot in rows])
 
 
 def softmax(scores: dict[int, float]) -> dict[int, float]:
@@ -202,10 +222,16 @@ _run: dict[str, Any] = {}
 
 def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **_: Any) -> Any:
     assert attention_mask is None and query.shape[0] == 1
+    known, first = _run["known"], _run["first"]
+    parts = [each[0].numpy() for each in (query, key, value)]
+    if first:
+        earlier = known[module.layer_idx]
+        parts = [np.concatenate((old[:, :first], new), axis=1) for old, new in zip(earlier, parts, strict=True)]
+    known[module.layer_idx] = parts
     layer = Layer(
-        query=query[0].numpy(),
-        key=key[0].numpy(),
-        value=value[0].numpy(),
+        query=parts[0],
+        key=parts[1],
+        value=parts[2],
         frequencies=_frequencies(_run["rotary"], module),
         scale=scaling,
         index=module.layer_idx,
@@ -213,6 +239,8 @@ def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: An
         chunks=_run["chunks"],
         trace=_run["trace"],
         silent=_run["silent"],
+        first=first,
+        closest=_run["closest"],
     )
     return torch.from_numpy(layer.attend())[None], None
 
@@ -239,7 +267,10 @@ def logits(
     *,
     chunks: list[int] | None = None,
     trace: Trace | None = None,
-    silent: int = 0,
+    silent: Container[int] = (),
+    known: Known | None = None,
+    seen: int = 0,
+    closest: list[float] | None = None,
 ) -> torch.Tensor:
     """Computes the logits of one row of text by the definition.
 
@@ -250,10 +281,13 @@ def logits(
         settings: the policy. Only ``local="chunk"`` depends on ``chunks``.
         chunks: text tokens of each chunk, in order; they sum to T.
         trace: filled with the retrieved blocks, and their gate weights, of each (layer, head, slot).
-        silent: the first so many text tokens see their local context and block 0 only.
+        silent: indices of text tokens that see their local context and block 0 only, as do the landmarks behind them.
+        known: filled with what the layers computed of the text; at first what an earlier call filled in.
+        seen: the first so many text tokens are the beginning of that earlier call's text: they are not computed again.
+        closest: filled with how much decided each choice: a difference of scores, or of the logarithms of shares.
 
     Returns:
-        logits (T, vocabulary) of the text tokens.
+        logits (T - seen, vocabulary) of the text tokens from ``seen`` on.
     """
     size = settings.block_size
     embedded = model.get_input_embeddings()(ids)
@@ -271,9 +305,13 @@ def logits(
         settings=settings,
         chunks=[(ends[first], ends[end]) for first, end in itertools.pairwise(bounds) if end > first],
         trace={} if trace is None else trace,
-        silent=ends[silent],
+        silent={slot for token in range(len(ids)) if token in silent for slot in range(ends[token], ends[token + 1])},
+        known={} if known is None else known,
+        first=ends[seen],
+        closest=[] if closest is None else closest,
     )
     model.set_attn_implementation("oracle")
-    places = torch.zeros(1, len(rows), dtype=torch.long)
-    everything = model(inputs_embeds=torch.stack(rows)[None], position_ids=places, use_cache=False).logits
-    return everything[0, slots_of(len(ids), size)]
+    places = torch.zeros(1, len(rows) - ends[seen], dtype=torch.long)
+    new = torch.stack(rows[ends[seen] :])[None]
+    everything = model(inputs_embeds=new, position_ids=places, use_cache=False).logits
+    return everything[0, [slot - ends[seen] for slot in slots_of(len(ids), size)[seen:]]]

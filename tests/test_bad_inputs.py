@@ -49,7 +49,7 @@ def test_is_refused_in_one_line(call: Callable[..., object] | list[str], message
 
 
 def refused_by_command(arguments: list[str]) -> str:
-    code = "import sys; from landmark.cli.app import main; main(sys.argv[1:])"
+    code = "import sys; from landmark.cli import app, progress; progress.FIRST = 3600.0; app.main(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""

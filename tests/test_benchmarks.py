@@ -254,6 +254,16 @@ def test_reading_is_timed(remembered, tmp_path):
     assert all(row["seconds"] > 0 and row["remembered"] == int(remembered) for row in rows)
 
 
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_eviction_is_timed(tier, tmp_path):
+    out = tmp_path / "eviction.json"
+    command = [sys.executable, str(BENCHMARKS / "eviction.py"), "--out", str(out), "--tier", tier]
+    subprocess.run([*command, "--blocks", "1000", "--max-blocks", "20", "--window", "100"], check=True)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["blocks"] for row in rows] == [100, 500, 1000]
+    assert all(row["microseconds"] > 0 and row["tier"] == tier for row in rows)
+
+
 def small_books(folder):
     """A folder of books, of whose train split alone one can read."""
     for split, text in (("train", pydoc_text()[:6000]), ("test", "\0")):

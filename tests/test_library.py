@@ -155,3 +155,29 @@ def test_bytes_of_all_tiers_are_reported(subject, files, tmp_path):
     remember(files, tmp_path / "memory", subject, progress=seen.append)
     assert set(seen[-1].nbytes) == set(TIERS) and seen[-1].nbytes["disk"] > 0
     assert dataclasses.asdict(seen[-1])["seconds"] > 0
+
+
+def test_files_of_tier_disk_lie_where_they_are_told(subject, files, tmp_path):
+    (tmp_path / "spill").mkdir()
+    made = remember(files[:1], tmp_path / "memory", subject, spill_folder=tmp_path / "spill")
+    opened = Library.open(tmp_path / "memory", subject, spill_folder=tmp_path / "spill")
+    continued = remember(files, tmp_path / "memory", subject, spill_folder=tmp_path / "spill")
+    for library in (made, opened, continued):
+        assert library.memory.tiers.spill_folder == tmp_path / "spill"
+    for library in (made, continued):  # which wrote
+        stores = [memory.store for memory in library.memory.made()]
+        assert {store.near.shelf.file.folder for store in stores} == {tmp_path / "spill"}
+
+
+def test_another_working_directory_changes_nothing(subject, files, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Interrupted):
+        remember(files, "memory", subject, progress=interrupt_after(1))
+    library = Library.open("memory", subject)
+    library.reading = remember(files, "whole", subject).reading
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    library.read()
+    expected = Library.open(tmp_path / "whole", subject).ask(QUESTION)
+    assert library.ask(QUESTION) == expected == Library.open(tmp_path / "memory", subject).ask(QUESTION)
+    assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -11,6 +11,7 @@ import torch
 import models
 import oracle
 from landmark import LandmarkConfig, landmark_attention
+from landmark.config import GRANULARITIES
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,6 +53,19 @@ def test_later_text_changes_nothing(granularity: str) -> None:
     whole = oracle.logits(model, models.landmark_vector(), ids, settings)
     part = oracle.logits(model, models.landmark_vector(), ids[:22], settings)
     torch.testing.assert_close(whole[:22], part, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_text_in_parts_is_the_whole_text(granularity: str) -> None:
+    model, ids = models.stock_model("llama"), models.text(26)
+    settings = LandmarkConfig(block_size=5, top_k=2, granularity=granularity, local_blocks=1)
+    whole = oracle.logits(model, models.landmark_vector(), ids, settings, silent={3, 7, 8})
+    known: oracle.Known = {}
+    for seen, end in ((0, 9), (9, 10), (10, 24), (6, 26)):
+        part = oracle.logits(
+            model, models.landmark_vector(), ids[:end], settings, silent={3, 7, 8}, known=known, seen=seen
+        )
+        torch.testing.assert_close(whole[seen:end], part, rtol=0, atol=1e-11)
 
 
 def layer(slots: int, **settings: object) -> oracle.Layer:

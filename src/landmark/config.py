@@ -9,6 +9,8 @@ MODES = ("retrieval", "all")
 GRANULARITIES = ("token_head", "head", "token", "group")
 POSITIONS = ("stingy", "exact")
 LOCALS = ("blocks", "chunk")
+FREE_TO_CHANGE = ("chunk_tokens", "trained_length", "landmark_trained", "position_gap")  # while a memory is used
+GREATEST = 2**31 - 1  # of any integer: places and positions are counted in int64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,8 @@ class LandmarkConfig:
 
     def __post_init__(self) -> None:
         if self.layers is not None:
+            if not isinstance(self.layers, list | tuple):
+                raise ValueError(f"layers: expected a list of integers, got {self.layers!r}; pass layers=[1]")
             object.__setattr__(self, "layers", tuple(self.layers))
         for name, least in (("block_size", 2), ("top_k", 1), ("local_blocks", 0), ("chunk_tokens", 1)):
             _require_int(name, getattr(self, name), least)
@@ -100,6 +104,16 @@ class LandmarkConfig:
             raise ValueError(f"unknown landmark settings {unknown}: expected some of {sorted(known)}")
         return dataclasses.replace(self, **changes)
 
+    def differences(self, other: LandmarkConfig) -> dict[str, tuple[Any, Any]]:
+        """Returns the fields by which ``other`` computes something else from a memory, with both values."""
+        ours = self.to_dict()
+        theirs = other.to_dict()
+        return {
+            name: (ours[name], theirs[name])
+            for name in ours
+            if ours[name] != theirs[name] and name not in FREE_TO_CHANGE
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON types."""
         fields = dataclasses.asdict(self)
@@ -115,6 +129,8 @@ class LandmarkConfig:
 def _require_int(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}; pass {name}={max(least, 1)}")
+    if value > GREATEST:
+        raise ValueError(f"{name}: expected an integer of at most {GREATEST}, got {value}; pass a smaller one")
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from landmark.eval.explain import MAX_NEW_TOKENS, explain_memory, file_sources
 from landmark.eval.explanation import Explanation
 from landmark.eval.subjects import Subject, load, require_landmark
 from landmark.hf.cache import LandmarkCache
-from landmark.memory.archive import STATE, Archive
+from landmark.memory.archive import STATE, Archive, require_free
 from landmark.memory.saved import as_bytes
 
 SAVE_TOKENS, SAVE_SECONDS = 1 << 16, 10.0  # read between two saves, at most
@@ -50,11 +51,11 @@ class Library:
         subject: the model and its tokenizer.
         memory: what the model remembers, of one row.
         reading: the texts that are to be remembered, and where each of their tokens stands.
-        folder: where it is saved.
+        folder: where it is saved, as an absolute path.
     """
 
     def __init__(self, subject: Subject, memory: LandmarkCache, reading: Reading, folder: Path) -> None:
-        self.subject, self.memory, self.reading, self.folder = subject, memory, reading, folder
+        self.subject, self.memory, self.reading, self.folder = subject, memory, reading, folder.absolute()
 
     @classmethod
     def open(
@@ -66,7 +67,7 @@ class Library:
             folder: where it was saved.
             model: the model that remembers it, or its name; ``None`` for the name that it was saved with.
             tier: where blocks live, as for ``LandmarkCache``.
-            **budgets: likewise.
+            **budgets: likewise: ``device_bytes``, ``host_bytes``, ``spill_folder``, ``index``.
 
         Raises:
             FileNotFoundError: there is no memory in the folder.
@@ -140,7 +141,8 @@ class Library:
             "tokens": lambda kept: bytes(as_bytes(self.reading.ids[kept // TOKEN_BYTES :].int())),
             "spans": lambda kept: bytes(as_bytes(self.reading.spans[kept // SPAN_BYTES :].contiguous())),
         }
-        notes = {"sources": sources, "model": self.subject.name, "tokenizer": _hash(self.subject.tokenizer)}
+        model = self.subject.folder or self.subject.name
+        notes = {"sources": sources, "model": model, "tokenizer": _hash(self.subject.tokenizer)}
         self.memory.save(self.folder, notes=notes, streams=streams)
 
     def _characters(self, kept: int) -> bytes:
@@ -175,11 +177,17 @@ class Library:
 
 
 def model_of(folder: str | Path) -> str:
-    """Returns the name of the model that a library was remembered by; raises as ``Library.open``."""
+    """Returns the folder or name of the model that a library was remembered by; raises as ``Library.open``."""
     notes = Archive.open(folder).manifest["notes"]
     if "sources" not in notes:
         raise ValueError(f"expected a memory with its texts in {str(folder)!r}, got one without; use landmark remember")
-    return str(notes["model"])
+    model = str(notes["model"])
+    if os.path.isabs(model) and not os.path.isdir(model):
+        raise FileNotFoundError(
+            f"model: expected the one that made the memory {str(folder)!r} in {model}, got nothing there; pass its "
+            "new folder as model (--model)"
+        )
+    return model
 
 
 def remember(
@@ -204,7 +212,7 @@ def remember(
         retrieve: as for ``Library.read``.
         progress: likewise.
         watch: likewise, and while the texts are tokenised.
-        **budgets: of the tiers.
+        **budgets: likewise: ``device_bytes``, ``host_bytes``, ``spill_folder``, ``index``.
 
     Raises:
         FileNotFoundError: a file that is not there.
@@ -215,6 +223,7 @@ def remember(
         library = Library.open(folder, model, tier, **budgets)
         library.reading = _continued(library, sources, watch)
     else:
+        require_free(folder)
         subject = _subject(model)
         memory = LandmarkCache(subject.model, tier, **budgets)
         library = Library(subject, memory, read_sources(sources, subject.tokenizer, watch), folder)

@@ -43,6 +43,13 @@ def damaged(folder: Path) -> None:
     run(f"generate hello --model {folder}/marked")(folder)
 
 
+def memory_without_its_model(folder: Path) -> None:
+    save_models(folder)
+    run(f"remember FILE --out {folder}/memory --model {folder}/marked", b"text")(folder)
+    (folder / "marked").rename(folder / "moved")
+    run(f"ask {folder}/memory hi")(folder)
+
+
 def without_bm25s(folder: Path) -> None:
     with mock.patch.dict(sys.modules, {"bm25s": None}):
         run("eval rank --data FILE --model MARKED", b"word " * 900)(folder)
@@ -102,6 +109,11 @@ CASES = [
         run("remember FOLDER/a.txt --out FOLDER/m --model MARKED"),
         "FILES: expected text files.*a.txt",
     ),
+    (
+        "remember with files in no folder",
+        run("remember FILE --out FOLDER/m --model MARKED --spill-folder FOLDER/none", b"text"),
+        "spill_folder: expected a folder that exists, got .*none'; make it first",
+    ),
     ("remember on no tier", run("remember FILE --out FOLDER/m --model MARKED --tier tape", b"text"), "tier: .*'tape'"),
     (
         "remember by a plain model",
@@ -137,6 +149,31 @@ CASES = [
         "lengths that measure other text",
         run("eval perplexity --model MARKED --data FILE --lengths 500,2048"),
         r"--lengths: expected lengths that divide the greatest, 2048.*got \[500\]; pass",
+    ),
+    (
+        "an endless top_k",
+        run(f"eval passkey --model MARKED --lengths 200 --trials 1 --top-k {10**20}"),
+        "top_k: expected an integer of at most 2147483647, got 1000.*pass a smaller",
+    ),
+    ("an endless window", run(f"eval passkey --model PLAIN --window {10**20}"), "--window: expected 1 to 2147483647"),
+    ("no filler", run("eval passkey --model MARKED --filler ,"), "--filler: expected some, with commas, got none"),
+    (
+        "a page over a folder",
+        run("explain FILE --question hi --out FOLDER", b"text"),
+        "--out: .*it is a folder.*another",
+    ),
+    ("a page in a file", run("explain FILE --question hi --out FILE/a", b"text"), "--out: expected a file that can be"),
+    (
+        "a picture of no format",
+        run("eval passkey --model MARKED --lengths 200 --plot FOLDER/a.html"),
+        "--plot: expected a picture named with .png, or .*; rename it",
+    ),
+    ("convert into a file", run("convert PLAIN --out FILE", b"text"), "--out: expected a folder, got .*; name another"),
+    ("remember in a file", run("remember FILE --out FILE --model MARKED", b"text"), "--out: expected a folder"),
+    (
+        "a memory whose model is gone",
+        memory_without_its_model,
+        "model: expected the one that made the memory .* got nothing there; pass its new folder as model",
     ),
     ("top_k 0", run("eval passkey --model MARKED --lengths 200 --trials 1 --top-k 0"), "top_k: expected.*got 0"),
     (

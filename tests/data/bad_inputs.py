@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,15 @@ def reading(name: str, content: bytes, **options: str) -> Callable[[Path], objec
     def call(folder: Path) -> object:
         (folder / name).write_bytes(content)
         return list(read_documents(folder if name.endswith(".txt") else folder / name, **options))
+
+    return call
+
+
+def manifest(line: bytes) -> Callable[[Path], object]:
+    def call(folder: Path) -> object:
+        (folder / "a.txt").write_text("text")
+        (folder / "MANIFEST.tsv").write_bytes(b"file\ttitle\n" + line)
+        return list(read_documents(folder))
 
     return call
 
@@ -81,7 +91,33 @@ CASES = [
         reading("a.jsonl", b'{"body": "x"}'),
         r"line 1: .*'text', got \['body'\]; name the key",
     ),
-    ("a row that is a list", reading("a.jsonl", b"[1]"), "line 1: expected a string under 'text', got list"),
+    ("a row that is a list", reading("a.jsonl", b"[1]"), "line 1: expected a string under 'text', got list; write"),
+    (
+        "a deep row",
+        reading("a.jsonl", b'{"text": "a"}\n{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+        r"a\.jsonl, line 2: expected JSON that Python can read, got arrays or objects in too many others; leave",
+    ),
+    (
+        "a row with a long number",
+        reading("a.jsonl", b'{"x": ' + b"9" * 5000 + b"}"),
+        r"a\.jsonl, line 1: .*got an integer of too many digits; leave",
+    ),
+    (
+        "a row of many keys",
+        reading("a.jsonl", json.dumps({f"key{n}": n for n in range(50_000)}).encode()),
+        r"a\.jsonl, line 1: .*'key10'.* and 49995 more keys; name",
+    ),
+    ("a row whose text is a list", reading("a.jsonl", b'{"text": []}'), "line 1: .* got list there; name"),
+    ("rows without text", reading("a.jsonl", b'{"text": " "}'), r"a\.jsonl: expected text, got an empty file"),
+    ("a text in UTF-16", reading("a.txt", "text".encode("utf-16")), r"a\.txt: .*got UTF-16.*convert"),
+    (
+        "a row in Latin-1",
+        reading("a.jsonl", b'{}\n{"text": "caf\xe9"}'.replace(b"{}\n", b"\n")),
+        r"a\.jsonl, line 2: .*0xe9",
+    ),
+    ("a manifest in Latin-1", manifest(b"caf\xe9"), r"MANIFEST\.tsv: expected UTF-8 columns"),
+    ("a manifest that is none", manifest(b"x" * 200_000), r"MANIFEST\.tsv: expected UTF-8 columns"),
+    ("a device", lambda: read_documents("/dev/null"), "/dev/null: expected a file, a folder or a pipe"),
     ("an empty JSONL file", reading("a.jsonl", b"\n\n"), r"a\.jsonl: expected text, got an empty file"),
     ("hub data without datasets", missing_package("pg19"), r"pg19.*pip install landmark-attention\[train\]"),
     ("a vocabulary too small", lambda: train_tokenizer(["text"], 100), "vocab_size: expected at least 258.*got 100"),

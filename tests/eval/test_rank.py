@@ -29,7 +29,7 @@ def layers_of(model, ids, monkeypatch):
     attend = oracle.Layer.attend
     monkeypatch.setattr(oracle.Layer, "attend", lambda self: found.append(self) or attend(self))
     embedding = model.base_model.landmark_embedding.weight[0].detach()
-    oracle.logits(tiny_llama(), embedding, ids, model.landmark, silent=len(ids))
+    oracle.logits(tiny_llama(), embedding, ids, model.landmark, silent=range(len(ids)))
     monkeypatch.setattr(oracle.Layer, "attend", attend)
     return found
 

@@ -6,6 +6,7 @@ import fcntl
 import gc
 import json
 import os
+import pickle
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,13 @@ def ours(**settings: Any) -> Any:
 
 def ids(tokens: int = 12) -> torch.Tensor:
     return models.text(tokens)[None]
+
+
+def loss_over_remembered_columns() -> None:
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": None}
+    model = landmark.convert(stock("Mixtral", **sizes), block_size=5)
+    mask = torch.ones(1, 15)
+    model(ids(3), past_key_values=model.read(ids()), attention_mask=mask, output_router_logits=True)
 
 
 def read_cache(model: Any) -> Any:
@@ -197,7 +205,19 @@ def saved_without_a_model(folder: Path) -> None:
     cache.save(folder)
 
 
+def rows_that_are_not_there(rows: list[int]) -> Callable[[], None]:
+    return lambda: read_cache(ours()).batch_select_indices(torch.tensor(rows, dtype=torch.long))
+
+
 CASES = [
+    ("a row that is not there", rows_that_are_not_there([0, 1]), "expected at least one of the rows 0 to 0, got"),
+    ("a row before the first", rows_that_are_not_there([-1]), "expected at least one of the rows 0 to 0, got"),
+    ("no rows", rows_that_are_not_there([]), "expected at least one of the rows 0 to 0, got"),
+    (
+        "a pickled cache",
+        lambda: pickle.dumps(landmark.LandmarkCache(ours())),
+        r"cannot be pickled.*cache\.save.*LandmarkCache\.open.*cache\.fork",
+    ),
     ("open nothing", lambda folder: landmark.LandmarkCache.open(folder, ours()), "a memory with a file memory.json in"),
     (
         "open what was never finished",
@@ -223,7 +243,7 @@ CASES = [
         lambda folder: opened(
             folder, models.landmark_model("llama", LandmarkConfig(block_size=5), dtype=torch.float64)
         ),
-        "was made in float32, the model is in float64; load it in the former",
+        "was made in float32, the model is in float64; load the model with dtype 'float32'",
     ),
     (
         "open with another block size",
@@ -323,6 +343,11 @@ CASES = [
     ("retrieval in train mode", retrieve_in_train_mode, "train mode.*mode='all'"),
     ("no text", lambda: ours()(torch.zeros(1, 0, dtype=torch.long)), r"at least 1, got \(1, 0\)"),
     ("read without a batch", lambda: ours().read(models.text(5)), r"\(B, T\).*got \(5,\)"),
+    (
+        "a balancing loss over remembered columns",
+        loss_over_remembered_columns,
+        r"mask of the 3 new columns, got 15; leave the remembered columns out",
+    ),
     ("a mask of another length", lambda: ours()(ids(), attention_mask=torch.ones(1, 5)), r"\(1, 12\), got \(1, 5\)"),
     ("no ids and no embeddings", lambda: ours()(), "exactly one of input_ids and inputs_embeds"),
     ("attention weights", lambda: ours()(ids(), output_attentions=True), "no attention matrix.*retrievals"),

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import landmark
 import models
-from landmark.hf.convert import check_conversion
-from landmark.hf.families import FAMILIES, REFUSED, _installed, family
+from landmark.hf.check import check_conversion
+from landmark.hf.families import FAMILIES, REFUSED, family
 
 TINY = {
     "vocab_size": 61,
@@ -29,28 +28,15 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FULL = ["full_attention"] * 2
-OWN: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "mistral": {"sliding_window": None},
-    "starcoder2": {"sliding_window": None},
-    "gemma3_text": {"layer_types": FULL},
-    "olmo3": {"layer_types": FULL},
-}
-SINGLE = ("qwen3_moe", "mixtral")  # their grouped matrix product takes no float64
-WITHOUT = {"gpt_neox": ("num_key_value_heads", "head_dim"), "phi": ("head_dim",), "starcoder2": ("head_dim",)}
+SINGLE = ("qwen3_moe", "mixtral")  # checkpoints store their experts apart
 SETTINGS = {"block_size": 5, "local_blocks": 1, "chunk_tokens": 20}
-
-INSTALLED = [name for name in FAMILIES if _installed(name)]
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
-    given = {**TINY, **OWN.get(name, {}), **fields}
-    for field in WITHOUT.get(name, ()):
-        given.pop(field, None)
+    """A model with weights as they are at the start of training, but larger."""
+    given = {"max_position_embeddings": 512, "initializer_range": 0.3, **fields}
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**given)).to(dtype).eval()
+    return AutoModelForCausalLM.from_config(models.family_config(name, **given)).to(dtype).eval()
 
 
 def converted(stock: Any, **settings: Any) -> Any:
@@ -60,14 +46,13 @@ def converted(stock: Any, **settings: Any) -> Any:
 
 
 def test_the_installed_families() -> None:
-    assert set(FAMILIES) - set(INSTALLED) <= {"gemma"}
+    assert set(FAMILIES) - set(models.ALL_FAMILIES) <= {"gemma"}
     assert not set(FAMILIES) & set(REFUSED)
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("name", models.ALL_FAMILIES)
 def test_retrieving_every_block_equals_one_pass(name: str) -> None:
-    dtype = torch.float32 if name in SINGLE else torch.float64
-    model = converted(tiny(name, dtype), top_k=30, trained_length=2048)
+    model = converted(tiny(name), top_k=30, trained_length=2048)
     assert check_conversion(model) < 1e-5
     ids = models.text(120).view(2, 60)
     with torch.no_grad():
@@ -79,7 +64,7 @@ def test_retrieving_every_block_equals_one_pass(name: str) -> None:
     assert (retrieved - whole).abs().max() < 1e-4 < 0.05 < (fewer - whole).abs().max()
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("name", models.ALL_FAMILIES)
 def test_without_landmarks_it_is_the_stock_model(name: str) -> None:
     stock, ids = tiny(name, torch.float32), models.text(48).view(2, 24)
     with torch.no_grad():
@@ -88,7 +73,7 @@ def test_without_landmarks_it_is_the_stock_model(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("name", models.ALL_FAMILIES)
 def test_the_landmark_starts_in_distribution(name: str) -> None:
     """What the decoder gets for a landmark has the norm of what it gets for a typical token."""
     model = converted(tiny(name, torch.float32))

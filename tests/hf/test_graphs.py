@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 BLOCK, VOCAB = 16, 61
+STEPS = graphs.Steps
 
 
 class Again:
@@ -58,7 +60,8 @@ def model(**settings: Any) -> Any:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     config = LlamaConfig(vocab_size=VOCAB, intermediate_size=96, num_hidden_layers=2, initializer_range=0.2, **shape)
-    made = landmark.convert(LlamaForCausalLM(config), block_size=BLOCK, top_k=2, local_blocks=1, **settings)
+    with mock.patch.object(graphs, "Steps", STEPS):  # conversion generates, too
+        made = landmark.convert(LlamaForCausalLM(config), block_size=BLOCK, top_k=2, local_blocks=1, **settings)
     made.generation_config.eos_token_id = None
     made.generation_config.pad_token_id = 0
     made.config.landmark["landmark_trained"] = True
@@ -76,10 +79,12 @@ SETTINGS = {
     "plain": {},
     "exact": {"positions": "exact"},
     "evicting": {"max_blocks": 3},
+    "block 0 alone": {"max_blocks": 0},
 }
 
 
 CASES = [("plain", "device", 1), ("plain", "host", 2), ("exact", "host", 1), ("evicting", "device", 2)]
+CASES += [("block 0 alone", "device", 1), ("block 0 alone", "host", 2)]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +174,7 @@ def test_a_stock_layer_that_asks_the_device_is_called(
     found = generated(made, 1)
     assert replays[0].replayed and not replays[1].replayed
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert torch.rand(3, device=DEVICE).shape == (3,)  # the generator is not left in a capture that failed
 
 
 def raising(*_: Any) -> None:

@@ -101,6 +101,7 @@ def test_2_retrieval_in_decode_but_every_block_in_prefill() -> None:
 def test_3_blocks_counted_from_the_padding() -> None:
     def put_in(patch: Patch) -> None:
         patch.setattr(decoder, "text_mask", lambda *_: None)
+        patch.setattr(decoder.LandmarkCache, "hide", lambda *_: None)
 
     turns_red(lambda: generation.greedy(generation_case(9, 14)), put_in)
     turns_red(lambda: generation.prefill(generation_case(9, 14)), put_in)

@@ -244,7 +244,7 @@ def test_a_document_read_without_retrieval(granularity: str, positions: str) -> 
     stock = models.oracle_model("gemma3")
     wanted, otherwise = (
         oracle.logits(stock, models.landmark_vector(), row, settings, silent=silent)[document:]
-        for silent in (document, 0)
+        for silent in (range(document), ())
     )
     assert (logits - wanted).abs().max() < 1e-8 < (wanted - otherwise).abs().max()
 
@@ -307,5 +307,5 @@ def test_many_calls_leave_few_tensors_of_their_text() -> None:
         mask = torch.rand(ids.shape) < 0.8
         cache.append(mask, ids)
         text.append(ids[1, mask[1]])
-        assert len(cache._masks) == len(cache._ids) <= cache.get_seq_length().bit_length() + 1
+        assert len(cache._columns._masks) == len(cache._columns._ids) <= cache.get_seq_length().bit_length() + 1
     assert torch.equal(cache.ids(1), torch.cat(text).int()) and cache.get_seq_length() > 1000

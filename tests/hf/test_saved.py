@@ -196,6 +196,19 @@ def test_evicted_blocks_take_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert torch.equal(*(model(ids, past_key_values=each.fork()).logits for each in (again, cache)))
 
 
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_what_was_evicted_stays_away(tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither saving a memory nor opening it brings back blocks that nobody will see."""
+    for module, name, value in ((shelf, "EXTENT_BYTES", 1), (store, "EVICTION_STEP", 1), (store, "SPARE_BLOCKS", 0)):
+        monkeypatch.setattr(module, name, value)
+    model = models.landmark_model("llama", settings(max_blocks=3), dtype=torch.float32)
+    cache = model.read(models.text(600)[None], cache=LandmarkCache(model.config, tier))
+    before = cache.nbytes("host", "disk")
+    cache.save(tmp_path)
+    assert cache.nbytes("host", "disk") == before
+    assert LandmarkCache.open(tmp_path, model, tier).nbytes("host", "disk") == before
+
+
 def test_a_row_of_a_padded_batch_is_saved_alone(tmp_path: Path) -> None:
     model = models.landmark_model("llama", settings(granularity="head"))
     ids, mask = models.padded([models.text(33), models.text(70, seed=1)], "left")

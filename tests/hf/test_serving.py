@@ -282,8 +282,10 @@ def test_quantized_while_loading(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(prompts()).logits, stock(prompts()).logits, rtol=0, atol=1e-4)
         assert (stock(prompts()).logits - plain(prompts()).logits).abs().max() > 0.1
-    with pytest.raises(ValueError, match="cannot be converted in place: pass its path and quantization_config"):
-        landmark.convert(stock)
+    in_memory = landmark.convert(stock, block_size=50, mode="all")
+    assert in_memory.hf_quantizer is stock.hf_quantizer
+    with torch.no_grad():
+        assert torch.equal(in_memory(prompts()).logits, model(prompts()).logits)
 
 
 @pytest.mark.parametrize("quantizer", ["nf4", "int8", "torchao"])

@@ -27,7 +27,7 @@ def no_room(folder: Path) -> None:
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, most[1]))
     try:
-        model().read(TEXT, cache=cache("disk", folder=folder))
+        model().read(TEXT, cache=cache("disk", spill_folder=folder))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
 
@@ -35,7 +35,7 @@ def no_room(folder: Path) -> None:
 def lost(folder: Path) -> LandmarkCache:
     """The folder goes after the cache was made."""
     (folder / "gone").mkdir()
-    made = cache("disk", folder=folder / "gone")
+    made = cache("disk", spill_folder=folder / "gone")
     (folder / "gone").rmdir()
     return made
 
@@ -55,8 +55,16 @@ CASES = [
     ("a budget in words", lambda: cache("host", host_bytes="1 GB"), "host_bytes: expected .* got '1 GB'"),
     ("a device budget of no use", lambda: cache(device_bytes=10), "device_bytes: expected none for tier 'device'"),
     ("a host budget of no use", lambda: cache(host_bytes=10), "host_bytes: expected none for tier 'device', got '10'"),
-    ("a folder of no use", lambda folder: cache("host", folder=folder), "folder: expected none for tier 'host'.*leave"),
-    ("a folder not there", lambda folder: cache("disk", folder=folder / "none"), "folder that exists, got .*none"),
+    (
+        "a folder of no use",
+        lambda folder: cache("host", spill_folder=folder),
+        "spill_folder: expected none for tier 'host'.*leave",
+    ),
+    (
+        "a folder not there",
+        lambda folder: cache("disk", spill_folder=folder / "none"),
+        "folder that exists, got .*none",
+    ),
     (
         "a budget below one block",
         lambda: model().read(TEXT, cache=cache("host", device_bytes=100)),

@@ -56,6 +56,11 @@ def rare(rng, noise, shape):
     return torch.where(torch.rand(shape, generator=noise) < rng.choice([0, 0.002, 0.02]), 1.0, NONE)
 
 
+def first_alone(rng, noise, shape):
+    """What ``max_blocks=0`` leaves."""
+    return torch.where(torch.arange(shape[1]) == 0, torch.randn(shape, generator=noise), NONE)
+
+
 def wide(rng, noise, shape):
     """All of float32, zeros of both signs with it."""
     bits = torch.randint(-(2**31), 2**31 - 1, shape, generator=noise).int().view(torch.float32)
@@ -85,7 +90,7 @@ def usual(rng, noise, shape):
 
 @pytest.mark.parametrize("n_old", [1, 30, 5 * CHUNK + 1, 21 * CHUNK - 3])
 @pytest.mark.parametrize("top_k", [1, 3, 4, 16])
-@pytest.mark.parametrize("kind", [usual, few, rare, wide, equal_zeros, crowded, ascending])
+@pytest.mark.parametrize("kind", [usual, few, rare, first_alone, wide, equal_zeros, crowded, ascending])
 def test_choice_is_that_of_a_stable_sort(kind, top_k, n_old):
     """With all chunks looked at, with one round of peaks, and with several; with and without latest candidates."""
     rng = random.Random(f"{kind.__name__} {top_k} {n_old}")

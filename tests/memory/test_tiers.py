@@ -42,8 +42,8 @@ def tiers(chance: random.Random, folder: Path) -> list[dict[str, Any]]:
     return [
         {},
         {"tier": "host", "device_bytes": near},
-        {"tier": "disk", "device_bytes": near, "folder": folder},
-        {"tier": "disk", "device_bytes": near, "host_bytes": chance.randint(1, 20) * 1000, "folder": folder},
+        {"tier": "disk", "device_bytes": near, "spill_folder": folder},
+        {"tier": "disk", "device_bytes": near, "host_bytes": chance.randint(1, 20) * 1000, "spill_folder": folder},
     ]
 
 
@@ -292,7 +292,7 @@ def test_addresses_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
             made.drop(blocks // 2)
         elif do == "rows":
             rows = chance.choice((1, 2, 3))
-            made.select_rows(torch.tensor([chance.randrange(len(made.rows[0])) for _ in range(rows)]))
+            made.select_rows(torch.tensor([chance.randrange(len(made.held[0].rows)) for _ in range(rows)]))
         else:
             forks.append(made)
             made = copy.deepcopy(made)
@@ -300,8 +300,8 @@ def test_addresses_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
         other._move_all()
         found, right = made.addresses(cpu), other.addresses(cpu)
         assert found is not None and right is not None
-        assert torch.equal(found[: len(made.extents)], right[: len(made.extents)])
-    assert len(made.extents) > 4
+        assert torch.equal(found[list(made.held)], right[list(made.held)])
+    assert max(made.held) > 4
 
 
 def test_extents_in_order_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +310,7 @@ def test_extents_in_order_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> N
     model = models.landmark_model("llama", settings())
     for budgets in ({"tier": "host"}, {"tier": "disk"}, {"tier": "disk", "host_bytes": 2**13}):
         cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, **budgets))
-        rows = [each for memory in cache.made() for each in memory.store.near.shelf.rows]
+        rows = [each.rows for memory in cache.made() for each in memory.store.near.shelf.held.values()]
         assert len(rows) > 100 and len({each.data_ptr() for each in rows}) == 1
 
 
@@ -336,7 +336,7 @@ def test_neighbouring_steps_choose_what_is_near() -> None:
 
 def test_a_fork_writes_nothing_into_the_files_of_its_origin(tmp_path: Path) -> None:
     model = models.landmark_model("llama", settings())
-    cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", folder=tmp_path))
+    cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", spill_folder=tmp_path))
     before = {handle: content(handle) for handle in handles(cache)}
     fork = cache.fork()
     fork.crop(-50)
@@ -356,7 +356,7 @@ def content(handle: int) -> bytes:
 
 def test_files_go_with_the_last_cache_that_reads_them(tmp_path: Path) -> None:
     model = models.landmark_model("llama", settings())
-    cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", folder=tmp_path))
+    cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", spill_folder=tmp_path))
     files = {handle: os.fstat(handle).st_ino for handle in handles(cache)}
     fork = cache.fork()
     del cache
@@ -384,7 +384,7 @@ def test_a_killed_process_leaves_no_file(named: bool, tmp_path: Path) -> None:
         from landmark import LandmarkCache, LandmarkConfig
 
         model = models.landmark_model("llama", LandmarkConfig(block_size=4))
-        folder = {"folder": sys.argv[1]} if len(sys.argv) > 1 else {}
+        folder = {"spill_folder": sys.argv[1]} if len(sys.argv) > 1 else {}
         cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", **folder))
         fork = cache.fork()
         model.read(models.text(200)[None], cache=fork)
@@ -444,6 +444,60 @@ def test_places_of_a_file_are_used_again(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sizes[1] == sizes[-1]
 
 
+class Steps:
+    """While open, counts the steps that Python takes inside the files of the memory."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.folder = str(Path(store.__file__).parent)
+
+    def __enter__(self) -> Steps:
+        sys.settrace(self.entered)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.settrace(None)
+
+    def entered(self, frame: Any, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(self.folder):
+            return None
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        return self.stepped
+
+    def stepped(self, frame: Any, event: str, argument: Any) -> Any:
+        self.taken += event == "opcode"
+        return self.stepped
+
+
+EVICTING = [{"tier": "host"}, {"tier": "disk"}, {"tier": "disk", "host_bytes": 20 * 2 * 2 * 2 * 4}]
+
+
+@pytest.mark.parametrize("budgets", EVICTING)
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_block_costs_the_same_however_many_came_before(
+    budgets: dict[str, Any], asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``max_blocks``, counted in steps of the interpreter; also where a kernel asks for addresses in between."""
+    monkeypatch.setattr(shelf, "EXTENT_BYTES", 1)
+    config = LandmarkConfig(block_size=2, local_blocks=1, max_blocks=20)
+    blocks, taken = BlockStore(2, local_blocks=1, tiers=Tiers(**budgets)), []
+    for begin in range(0, 800, 16):
+        plan = make_plan([2 * begin], [2 * 16], config)
+        key = torch.full((1, 1, 2 * 16, 2), float(begin))
+        with Steps() as steps:
+            blocks.evict(plan.seen_from)
+            blocks.reserve(plan.blocks, key)
+            blocks.open(plan)
+            blocks.write(key, key, plan.writes)
+            if asked:
+                blocks.near.shelf.addresses(torch.device("cpu"))
+        taken.append(steps.taken)
+    early, late = sum(taken[10:20]), sum(taken[-10:])
+    assert early > 0 and late < 1.05 * early
+    kept = blocks.near.shelf.held
+    assert len(kept) < 20 + 16 + store.SPARE_BLOCKS + 16 + 2 and blocks.first > 700
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_lies_on_disk_is_not_resident() -> None:
     """300 MiB written and read again, in a process of its own: neither pages written nor pages read stay."""
@@ -489,7 +543,7 @@ def test_a_full_disk_leaves_the_memory_as_it_was(tmp_path: Path, monkeypatch: py
     model = models.landmark_model("llama", settings())
     ids = models.text(400)[None]
     expected = model(ids).logits[:, 100:]
-    cache = model.read(ids[:, :100], cache=LandmarkCache(model.config, "disk", folder=tmp_path))
+    cache = model.read(ids[:, :100], cache=LandmarkCache(model.config, "disk", spill_folder=tmp_path))
     limited(2**14 + 2**12)
     try:
         with pytest.raises(ValueError, match=f"no room for .* bytes of blocks in '{tmp_path}'"):

@@ -83,13 +83,27 @@ def tear(checkpoint: Path) -> None:
 
 
 CASES = [
-    ("no steps", setting(steps=0), "steps: expected an integer of at least 1, got 0"),
-    ("half a batch", setting(batch=2.5), r"batch: expected an integer of at least 1, got 2\.5"),
+    ("no steps", setting(steps=0), "steps: expected an integer from 1 to .*, got 0"),
+    ("half a batch", setting(batch=2.5), r"batch: expected an integer from 1 to .*, got 2\.5"),
     ("more episodes than rows", setting(episodes=1.5), r"episodes: expected a number from 0 to 1, got 1\.5"),
     ("unknown precision", setting(precision="int4"), "precision: expected one of auto, bf16, fp32, got 'int4'"),
     ("unknown setting", setting(learning_rate=1.0), "unknown landmark settings.*learning_rate"),
     ("block size 1", setting(block_size=1), "block_size: expected an integer of at least 2, got 1"),
-    ("recipe that is no JSON", recipe_file("steps: 3"), r"recipe\.json: expected a recipe in JSON"),
+    ("recipe that is no JSON", recipe_file("steps: 3"), r"recipe\.json: expected JSON, got something else"),
+    ("recipe that is deep", recipe_file("[" * 100_000), r"recipe\.json: expected JSON that Python can read"),
+    ("recipe with a list for a name", recipe_file('{"data": {"field": []}}'), r"field: expected a string, got \[\]"),
+    ("recipe with a word for a rate", recipe_file('{"optimiser": {"beta1": "x"}}'), "beta1: expected a number.*'x'"),
+    (
+        "recipe with a word for a size",
+        recipe_file('{"tokenizer": {"vocab_size": "x"}}'),
+        "vocab_size: expected an integer",
+    ),
+    ("recipe with a number for layers", recipe_file('{"landmark": {"layers": 5}}'), "layers: expected a list.*got 5"),
+    (
+        "recipe of endless steps",
+        lambda: Recipe().override(steps=10**20),
+        "steps: expected an integer from 1 to 2147483647",
+    ),
     ("recipe that is a list", recipe_file("[]"), "expected a JSON object with sections, got list"),
     ("recipe with an unknown section", recipe_file('{"optimizer": {}}'), r"unknown section \['optimizer'\]"),
     ("recipe with an unknown setting", recipe_file('{"data": {"shares": 1}}'), r"unknown setting of data \['shares'\]"),

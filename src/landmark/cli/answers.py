@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import typer
+from landmark.cli.output import say, say_text
 
 if TYPE_CHECKING:
     from landmark.eval.explanation import Explanation
@@ -14,8 +14,8 @@ CHARACTERS = 240  # shown of a passage
 
 def show_answer(explanation: Explanation) -> None:
     """Prints the question with its answer, and below it share, file, line and text of each passage."""
-    typer.echo(f"{explanation.question.strip()}{explanation.answer.rstrip()}")
+    say_text(f"{explanation.question.strip()}{explanation.answer.rstrip()}")
     for passage in explanation.passages():
         text = " ".join(passage.text.split())
         cut = text if len(text) <= CHARACTERS else text[:CHARACTERS] + " ..."
-        typer.echo(f"  {passage.weight:>5.1%}  {passage.source}:{passage.line}  {cut}")
+        say(f"  {passage.weight:>5.1%}  {passage.source}:{passage.line}  {cut}")

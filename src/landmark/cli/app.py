@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import Annotated, cast
@@ -17,6 +18,7 @@ from landmark.cli.explain import explain
 from landmark.cli.generate import generate
 from landmark.cli.index import index
 from landmark.cli.info import info
+from landmark.cli.output import flush, in_line, print_no_more, say, say_error, show_what_the_terminal_can
 from landmark.cli.passages import passages
 from landmark.cli.passkey import passkey
 from landmark.cli.perplexity import perplexity
@@ -58,7 +60,7 @@ _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"landmark {landmark.__version__}")
+        say(f"landmark {landmark.__version__}")
         raise typer.Exit()
 
 
@@ -72,18 +74,29 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0 done, 1 the command says no, 2 a wrong input, 130 interrupted."""
-    warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
+    """Runs the command line and exits.
+
+    Codes: 0 done, 1 the command says no or nobody reads what it says, 2 a wrong input, 130 interrupted.
+    """
+    warnings.formatwarning = lambda message, *rest, **more: f"warning: {in_line(str(message))}\n"
+    show_what_the_terminal_can()
     try:
         code = app(arguments, standalone_mode=False)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        _fail(str(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        flush()
+    except (BrokenPipeError, SystemExit) as error:  # typer and rich make the second of the first, with code 1
+        if BrokenPipeError not in (type(error), type(error.__context__)):
             raise
-        _fail(
-            f"expected the run to fit the device's memory: {error}; pass less text, a smaller batch or --dtype bfloat16"
-        )
+        print_no_more()
+        sys.exit(1)
+    except OSError as error:
+        _fail(_named(error))
+    except (ValueError, ModuleNotFoundError) as error:
+        _fail(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        said = str(error).splitlines()[0] if str(error) else "no more of it"
+        _fail(f"expected the run to fit the memory: {said}; pass less text, a smaller batch or --dtype bfloat16")
     except _USAGE_ERROR as error:
         _fail(f"{error.format_message()} See landmark --help.")
     except (typer.Abort, KeyboardInterrupt):
@@ -92,8 +105,26 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
 
 
+def _named(error: OSError) -> str:
+    """What the system says of a file, or what we say."""
+    if error.strerror is None or error.filename is None:
+        return str(error)
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    return f"{name}: {error.strerror}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, a GPU or, by no class of its own, the CPU of torch has no room."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
 def _fail(message: str) -> None:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    try:
+        flush()
+    except OSError:
+        print_no_more()
+    say_error(message)
     sys.exit(2)
 
 

@@ -10,18 +10,20 @@ from typing import Annotated
 import typer
 
 from landmark.cli.answers import show_answer
-from landmark.cli.options import Device, Dtype, Model, Tier
+from landmark.cli.options import Device, Dtype, Model, SpillFolder, Tier, text
 from landmark.cli.progress import Shown
+from landmark.data.characters import from_arguments
 
 
 def ask(
     memory: Annotated[Path, typer.Argument(help="The folder of a memory made by landmark remember.")],
     question: Annotated[
-        str | None, typer.Argument(help="What the model goes on from; it ends where the answer begins.")
+        str | None, typer.Argument(callback=text, help="What the model goes on from; it ends where the answer begins.")
     ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask line by line, until an empty one.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 16,
     tier: Tier = "disk",
+    spill_folder: SpillFolder = None,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -37,7 +39,7 @@ def ask(
         quiet()
         subject = load(model or model_of(memory), device, dtype)
         progress("opening the memory")
-        library = Library.open(memory, subject, tier)
+        library = Library.open(memory, subject, tier, spill_folder=spill_folder)
     for each in _lines() if question is None else [question]:
         with Shown() as progress:
             progress("answering")
@@ -46,10 +48,10 @@ def ask(
 
 
 def _lines() -> Iterator[str]:
-    while True:
+    while sys.stdin is not None:
         if sys.stdin.isatty():
             typer.echo("> ", nl=False)
-        line = sys.stdin.readline().rstrip("\n")
+        line = from_arguments(sys.stdin.readline().rstrip("\r\n"))
         if not line:
             return
         yield line

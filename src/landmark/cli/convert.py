@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import integers
+from landmark.cli.output import say
+from landmark.data.characters import require_utf8
 
 
 def convert(
@@ -29,9 +31,12 @@ def convert(
 ) -> None:
     """Make a landmark model of a causal language model with RoPE, and save it with its tokenizer."""
     import landmark
+    from landmark.eval import outputs
     from landmark.eval.subjects import quiet, require_model, save_tokenizer
 
     require_model(model, option="MODEL")
+    outputs.require_folder(out, "--out")
+    require_utf8(out, "--out")
     quiet()
     converted = landmark.convert(
         model,
@@ -47,6 +52,4 @@ def convert(
     )
     converted.save_pretrained(out)
     tokenizer = "with its tokenizer" if save_tokenizer(model, out) else "without a tokenizer: the source has none"
-    typer.echo(
-        f"{type(converted).__name__} saved in {out} {tokenizer}. Its landmark is not trained yet: landmark train"
-    )
+    say(f"{type(converted).__name__} saved in {out} {tokenizer}. Its landmark is not trained yet: landmark train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed
+from landmark.cli.output import in_line, say
 from landmark.cli.progress import Shown
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def demo(
         from rich.console import Console
 
         from landmark.eval import demo as work
-        from landmark.eval import subjects
+        from landmark.eval import plots, subjects
         from landmark.eval.dense import run_dense
 
         subjects.quiet()
@@ -45,14 +47,16 @@ def demo(
         subject = subjects.load(model, device, dtype)
         subjects.require_landmark(subject)
         filler = work.load_text(text, subject.tokenizer, progress)
+        with contextlib.suppress(ModuleNotFoundError):  # then there is no picture
+            plots.require_picture(out, "--out")
         settings = subject.model.landmark
         progress.rest()
-        console.print(
+        say(
             f"Model {subject.name}: trained on {subject.trained_length} positions, retrieves {settings.top_k} blocks. "
             f"Text {filler.name}: {len(filler.ids):,} tokens. In each part of it, a pass key and {work.DISTRACTORS} "
-            "other codes at random places. Documents are read without retrieval; the question retrieves.\n",
-            markup=False,
+            "other codes at random places. Documents are read without retrieval; the question retrieves."
         )
+        say("")
         trials = []
         for trial in work.run_trials(subject, filler, seed, progress):
             trials.append(trial)
@@ -75,9 +79,9 @@ def demo(
         )
     try:
         work.draw(trials, compared, out)
-        console.print(f"Picture: {out}")
+        say(f"Picture: {out}")
     except ModuleNotFoundError as error:
-        console.print(f"No picture: {error}", markup=False)
+        say(f"No picture: {error}")
     console.print(f"{time.perf_counter() - begun:.0f} s in all")
     same = all(trial.reopened.same for trial in trials if trial.reopened is not None)
     if right < WANTED * len(trials) / 10 or not same:
@@ -90,15 +94,13 @@ def _print_trial(console: Console, number: int, trial: Trial) -> None:
     verdict = "[green]right[/green]" if trial.right else f"[red]wrong[/red], the key is {trial.expected}"
     console.print(
         f"[bold]{number}. {trial.length:,} tokens[/bold], key at {trial.place / trial.length:.0%}: "
-        f"What is the pass key? [bold]{escape(trial.answer)}[/bold] ({verdict}) "
+        f"What is the pass key? [bold]{escape(in_line(trial.answer))}[/bold] ({verdict}) "
         f"read in {trial.read_seconds:.1f} s, answered in {trial.answer_seconds:.2f} s"
     )
     for block in trial.blocks[:SHOWN_BLOCKS]:
         mark = "*" if block.has_fact else " "
         text = " ".join(block.text.split())
-        console.print(
-            f"  {mark} block {block.block:>4} {block.share:>4.0%}  {_cut(text, trial.expected)}", markup=False
-        )
+        say(f"  {mark} block {block.block:>4} {block.share:>4.0%}  {_cut(text, trial.expected)}")
     if trial.reopened is not None:
         _print_reopened(console, trial.reopened)
 
@@ -110,7 +112,7 @@ def _print_reopened(console: Console, found: Reopened) -> None:
     console.print(
         f"  [bold]Saved and opened again[/bold]: {found.saved_bytes / 2**20:,.0f} MiB on the disk in "
         f"{found.save_seconds:.1f} s, opened in {found.open_seconds * 1e3:,.0f} ms without reading its blocks\n"
-        f"  Asked on a fork: [bold]{escape(found.answer)}[/bold] ({verdict}) in {found.answer_seconds:.2f} s, "
+        f"  Asked on a fork: [bold]{escape(in_line(found.answer))}[/bold] ({verdict}) in {found.answer_seconds:.2f} s, "
         f"{found.fetched_bytes / 2**20:,.0f} MiB of blocks read for it"
     )
 
@@ -126,10 +128,9 @@ def _cut(text: str, wanted: str) -> str:
 
 
 def _print_dense(trial: Trial, dense: DenseRun) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
-    from landmark.cli.tables import show
+    from landmark.cli.tables import cell, show
 
     table = Table(title=f"The same weights at {dense.length:,} tokens")
     for name in ("", "read", "question and answer", "peak memory", "memory of the text", "keys per query", "answer"):
@@ -142,6 +143,6 @@ def _print_dense(trial: Trial, dense: DenseRun) -> None:
             "-" if run.peak_bytes is None else f"{run.peak_bytes / 2**20:,.0f} MiB",
             f"{run.cache_bytes / 2**20:,.0f} MiB",
             f"{run.keys_per_query:,}",
-            f"{escape(run.answer)} ({'right' if run.right else 'wrong'})",
+            cell(f"{run.answer} ({'right' if run.right else 'wrong'})"),
         )
     show(table)

@@ -8,13 +8,16 @@ from typing import Annotated
 import typer
 
 from landmark.cli.answers import show_answer
-from landmark.cli.options import Device, Dtype, Model
+from landmark.cli.options import Device, Dtype, Model, text
+from landmark.cli.output import say
 from landmark.cli.progress import Shown
 
 
 def explain(
     files: Annotated[list[Path], typer.Argument(help="Text files or folders of .txt files, read one after the other.")],
-    question: Annotated[str, typer.Option(help="What the model goes on from; it ends where the answer begins.")],
+    question: Annotated[
+        str, typer.Option(callback=text, help="What the model goes on from; it ends where the answer begins.")
+    ],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("out/explain.html"),
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 16,
     model: Model = None,
@@ -23,17 +26,18 @@ def explain(
 ) -> None:
     """Ask about FILES, and show as an HTML page which passages were read for each token of the answer."""
     with Shown() as progress:
+        from landmark.eval import outputs
         from landmark.eval.explain import explain_sources, file_sources
         from landmark.eval.subjects import load, quiet, require_landmark
 
         quiet()
+        outputs.require_writable(out, "--out")
         sources = file_sources(files)
         subject = load(model, device, dtype)
         require_landmark(subject)
         explanation = explain_sources(
             subject.model, subject.tokenizer, sources, question, max_new_tokens=max_new_tokens, progress=progress
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(explanation.html(), encoding="utf-8")
     show_answer(explanation)
-    typer.echo(f"Page: {out}")
+    outputs.write(out, explanation.html().encode())
+    say(f"Page: {out}")

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model, Seed
+from landmark.cli.options import Device, Dtype, Model, Seed, text
+from landmark.cli.output import say_text
 from landmark.cli.progress import Shown
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    prompt: Annotated[str, typer.Argument(callback=text, help="Text to go on from.")],
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
     file: Annotated[Path | None, typer.Option(help="A text of any length that is read before the prompt.")] = None,
@@ -28,7 +29,7 @@ def generate(
         from landmark.eval.subjects import load, quiet
 
         quiet()
-        text = continue_text(
+        written = continue_text(
             load(model, device, dtype),
             prompt,
             file=file,
@@ -38,4 +39,4 @@ def generate(
             seed=seed,
             progress=progress,
         )
-    typer.echo(text)
+    say_text(written)

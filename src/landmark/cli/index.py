@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, integers, words
+from landmark.cli.output import say
 from landmark.cli.progress import Shown
 
 
@@ -45,7 +46,7 @@ def index(
 
         def tell(row: results.IndexRow) -> None:
             progress.rest()
-            typer.echo(f"{row.index}, {row.landmarks:,} landmarks: {row.step_ms} ms a step", err=True)
+            say(f"{row.index}, {row.landmarks:,} landmarks: {row.step_ms} ms a step", err=True)
 
         report = results.Recorder(out, subject.device, tell)
         rows = task_module.run(subject, task, texts, name, report, progress)

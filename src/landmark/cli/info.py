@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import typer
+from landmark.cli.output import say
 
 
 def info() -> None:
@@ -20,5 +20,5 @@ def info() -> None:
     ):
         console.print(f"[bold]{title}[/bold]")
         for line in lines:
-            typer.echo(f"  {line}")
+            say(f"  {line}")
     show(facts_table("Bundled model", facts.bundled_rows()))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from landmark.cli.output import say
+
 Folder = Annotated[Path, typer.Argument(help="Folder of a saved memory.")]
 
 
@@ -29,9 +31,9 @@ def info(folder: Folder) -> None:
         *(f"{name}: {length:,} bytes" for name, length in lengths.items()),
         *(f"{name}: {extra:,} bytes that do not count" for name, extra in archive.leftover().items()),
     ):
-        typer.echo(line)
+        say(line)
     if archive.leftover():
-        typer.echo("somebody is writing, or was interrupted while writing: see landmark memory compact")
+        say("somebody is writing, or was interrupted while writing: see landmark memory compact")
 
 
 def verify(folder: Folder) -> int:
@@ -40,8 +42,8 @@ def verify(folder: Folder) -> int:
 
     lines = damaged(folder)
     for line in lines:
-        typer.echo(line)
-    typer.echo(f"{len(lines)} damaged" if lines else "all is as it was written")
+        say(line)
+    say(f"{len(lines)} damaged" if lines else "all is as it was written")
     return 1 if lines else 0
 
 
@@ -53,4 +55,4 @@ def compact(folder: Folder) -> None:
     left = archive.leftover()
     archive.lock()
     archive.unlock()
-    typer.echo(f"{sum(left.values()):,} bytes removed{''.join(f', {name}' for name in left)}")
+    say(f"{sum(left.values()):,} bytes removed{''.join(f', {name}' for name in left)}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from landmark.data.characters import from_arguments
 
 Model = Annotated[
     str | None,
@@ -15,7 +18,15 @@ Dtype = Annotated[
     str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16, float16, float64.")
 ]
 Tier = Annotated[str, typer.Option(help="Where blocks live: device, host or disk.")]
+SpillFolder = Annotated[
+    Path | None, typer.Option(help="Folder for temporary files of tier disk. By default the system's, mostly /tmp.")
+]
 Seed = Annotated[int, typer.Option(help="Of all random choices.")]
+
+
+def text(word: str | None) -> str | None:
+    """Reads a word of the command line that is a text, not a path; see ``from_arguments``."""
+    return None if word is None else from_arguments(word)
 
 
 def integers(option: str, text: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, words
+from landmark.cli.output import say
 from landmark.cli.progress import Shown
 
 
@@ -39,7 +40,7 @@ def passages(
 
         def tell(row: results.RankRow) -> None:
             progress.rest()
-            typer.echo(f"{row.ranker}, text {row.text}: recall@1 {row.recall_at_1:.1%}", err=True)
+            say(f"{row.ranker}, text {row.text}: recall@1 {row.recall_at_1:.1%}", err=True)
 
         report = results.Recorder(out, subject.device, tell)
         name = ", ".join([Path(data).name, split, *(f"among {part}" for part in words(among))])

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, integers, rope_factor, words
+from landmark.cli.output import say
 from landmark.cli.progress import Shown
 
 
@@ -58,13 +59,13 @@ def passkey(
             plain_limit=plain_limit,
         )
         if plot is not None:
-            plots.require_matplotlib()
+            plots.require_picture(plot, "--plot")
         subjects.quiet()
         tested = subjects.load_all(model, compare, device, dtype, window, factor)
 
         def tell(row: results.PasskeyRow) -> None:
             progress.rest()
-            typer.echo(f"{row.model} {row.attention} {row.filler} {row.length}: {row.accuracy:.1%}", err=True)
+            say(f"{row.model} {row.attention} {row.filler} {row.length}: {row.accuracy:.1%}", err=True)
 
         rows = task_module.run(tested, task, results.Recorder(out, tested[0].device, tell), progress)
     show(passkey_table(rows))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, integers, rope_factor
+from landmark.cli.output import say
 from landmark.cli.progress import Shown
 
 
@@ -61,14 +62,14 @@ def perplexity(
             seed=seed,
         )
         if plot is not None:
-            plots.require_matplotlib()
+            plots.require_picture(plot, "--plot")
         documents = list(read_documents(data, split=split))
         subjects.quiet()
         tested = subjects.load_all(model, compare, device, dtype, window, factor)
 
         def tell(row: results.PerplexityRow) -> None:
             progress.rest()
-            typer.echo(f"{row.model} {row.attention} {row.length} k={row.top_k}: {row.perplexity:.2f}", err=True)
+            say(f"{row.model} {row.attention} {row.length} k={row.top_k}: {row.perplexity:.2f}", err=True)
 
         report = results.Recorder(out, tested[0].device, tell)
         rows = task_module.run(tested, task, documents, f"{Path(data).name}, {split}", report, progress)

@@ -9,6 +9,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from landmark.cli.output import in_line, say
+
 FIRST = 1.8  # seconds of work before anything is said of it
 EVERY = 2.5  # seconds between two lines
 CHECKED = 0.25  # seconds between two states of a bar
@@ -68,18 +70,18 @@ class Shown:
     def _show(self, what: str, done: int, total: int) -> None:
         count = f": {done:,} of {total:,}" if total else f": {done:,}" if done else ""
         if self._console is None:
-            print(f"{what}{count} ({time.perf_counter() - self._begun:.0f} s)", file=sys.stderr, flush=True)
+            say(f"{what}{count} ({time.perf_counter() - self._begun:.0f} s)", err=True)
             return
         if self._bar is None:
             self._bar = _bar(self._console)
             self._bar.start()
         for task in self._bar.tasks:
-            self._bar.update(task.id, description=f"{what}{count}", completed=done, total=total or None)
+            self._bar.update(task.id, description=in_line(f"{what}{count}"), completed=done, total=total or None)
 
 
 def _terminal() -> Any:
     """The console of stderr where it can show a bar, else ``None``."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return None
     from rich.console import Console
 

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model
+from landmark.cli.options import Device, Dtype, Model, text
 from landmark.cli.progress import Shown
 
 
 def rank(
-    query: Annotated[str, typer.Argument(help="Text to look for.")],
+    query: Annotated[str, typer.Argument(callback=text, help="Text to look for.")],
     files: Annotated[list[Path], typer.Argument(help="Text files, or .jsonl files with a document in each row.")],
     model: Model = None,
     top: Annotated[int, typer.Option(help="How many documents are shown.")] = 10,

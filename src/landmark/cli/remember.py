@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model, Tier
+from landmark.cli.options import Device, Dtype, Model, SpillFolder, Tier
+from landmark.cli.output import say
 from landmark.cli.progress import Shown
 
 
@@ -15,6 +16,7 @@ def remember(
     files: Annotated[list[Path], typer.Argument(help="Text files or folders of .txt files, read one after the other.")],
     out: Annotated[Path, typer.Option(help="The memory's folder; where there is one, reading goes on.")],
     tier: Tier = "disk",
+    spill_folder: SpillFolder = None,
     retrieve: Annotated[bool, typer.Option("--retrieve", help="Read with retrieval: much slower.")] = False,
     model: Model = None,
     device: Device = "auto",
@@ -22,6 +24,7 @@ def remember(
 ) -> None:
     """Read FILES into a memory on disk; the same command goes on with what was interrupted, and adds further files."""
     with Shown() as watch:
+        from landmark.eval.outputs import require_folder
         from landmark.eval.subjects import load, quiet
         from landmark.library import Progress
         from landmark.library import remember as remembered
@@ -30,9 +33,19 @@ def remember(
             sizes = ", ".join(f"{tier} {size / 2**20:,.0f} MiB" for tier, size in found.nbytes.items() if size)
             speed = found.read / max(found.seconds, 1e-9)
             watch.rest()
-            typer.echo(f"{found.tokens:,} of {found.total:,} tokens  {speed:,.0f} tokens/s  {sizes}")
+            say(f"{found.tokens:,} of {found.total:,} tokens  {speed:,.0f} tokens/s  {sizes}")
 
         quiet()
+        require_folder(out, "--out")
         subject = load(model, device, dtype)
-        library = remembered(files, out, subject, tier=tier, retrieve=retrieve, progress=show, watch=watch)
-    typer.echo(f"{library.tokens:,} tokens of {len(library.reading.sources)} texts are remembered in {out}")
+        library = remembered(
+            files,
+            out,
+            subject,
+            tier=tier,
+            retrieve=retrieve,
+            progress=show,
+            watch=watch,
+            spill_folder=spill_folder,
+        )
+    say(f"{library.tokens:,} tokens of {len(library.reading.sources)} texts are remembered in {out}")

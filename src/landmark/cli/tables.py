@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from landmark.cli.output import in_line
 
 if TYPE_CHECKING:
     from landmark.eval.rank import Line
@@ -23,6 +25,15 @@ def show(table: Table) -> None:
     console = Console()
     console.width = max(console.width, 150 if not console.is_terminal else console.width)
     console.print(table)
+
+
+def cell(value: object) -> Text:
+    """Returns a cell that shows a value as it stands: no markup, no control characters; a dash for ``None``."""
+    return Text("-" if value is None else in_line(str(value)))
+
+
+def _title(text: str) -> Text:
+    return Text(in_line(text), style="table.title")
 
 
 def passkey_table(rows: Sequence[PasskeyRow]) -> Table:
@@ -48,12 +59,12 @@ def passkey_table(rows: Sequence[PasskeyRow]) -> Table:
     table.add_column("note")
     for row in rows:
         table.add_row(
-            row.model,
-            row.attention,
-            row.read,
-            row.filler,
-            _or_dash(row.top_k),
-            _or_dash(row.granularity),
+            cell(row.model),
+            cell(row.attention),
+            cell(row.read),
+            cell(row.filler),
+            cell(row.top_k),
+            cell(row.granularity),
             str(row.facts),
             f"{row.length:,}",
             f"{row.correct}/{row.asked}",
@@ -66,7 +77,7 @@ def passkey_table(rows: Sequence[PasskeyRow]) -> Table:
 
 def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
     """Returns perplexities in the columns of the paper's Table 1."""
-    table = Table(title=f"Perplexity, {rows[0].data}" if rows else "Perplexity")
+    table = Table(title=_title(f"Perplexity, {rows[0].data}" if rows else "Perplexity"))
     for name in ("model", "attention"):
         table.add_column(name)
     for name in ("eval length", "local", "blocks", "k", "attention size", "perplexity"):
@@ -77,12 +88,12 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
         notes += [row.scheme] if row.top_k else []
         notes += [BEYOND] if row.beyond_trained else []
         table.add_row(
-            row.model,
-            row.attention,
+            cell(row.model),
+            cell(row.attention),
             f"{row.length:,}",
             str(row.local),
-            "all" if row.blocks is None and row.top_k else _or_dash(row.blocks),
-            _or_dash(row.top_k),
+            cell("all" if row.blocks is None and row.top_k else row.blocks),
+            cell(row.top_k),
             str(row.attention_size),
             f"{row.perplexity:.2f}",
             ", ".join(notes),
@@ -97,22 +108,22 @@ def ranking_table(lines: Sequence[Line]) -> Table:
         table.add_column(name, justify="right" if name in {"rank", "score"} else "left", no_wrap=True)
     for place, line in enumerate(lines, 1):
         passage = textwrap.shorten(line.passage, PASSAGE, placeholder=" ...")
-        table.add_row(str(place), escape(line.title), f"{line.score:.3f}", escape(passage))
+        table.add_row(str(place), cell(line.title), f"{line.score:.3f}", cell(passage))
     return table
 
 
 def rank_table(rows: Sequence[RankRow]) -> Table:
     """Returns how often passages led to their documents, by ranker."""
-    table = Table(title=f"A passage's document, {rows[0].data}" if rows else "A passage's document")
+    table = Table(title=_title(f"A passage's document, {rows[0].data}" if rows else "A passage's document"))
     for name in ("ranker", "model", "text"):
         table.add_column(name)
     for name in ("documents", "tokens", "passages", "recall@1", "nDCG@10", "s"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
-            row.ranker,
-            _or_dash(row.model),
-            row.text,
+            cell(row.ranker),
+            cell(row.model),
+            cell(row.text),
             str(row.documents),
             f"{row.tokens:,}",
             str(row.passages),
@@ -126,13 +137,13 @@ def rank_table(rows: Sequence[RankRow]) -> Table:
 def index_table(rows: Sequence[IndexRow]) -> Table:
     """Returns what each kind of index found, and how fast."""
     title = f"{rows[0].model}, layer {rows[0].layer}, top {rows[0].top_k}, {rows[0].data}" if rows else ""
-    table = Table(title=f"Index over landmarks: {title}")
+    table = Table(title=_title(f"Index over landmarks: {title}"))
     table.add_column("index")
     for name in ("landmarks", "recorded", "heads", "recall", "ms a step", "ms a chunk", "s to build", "MB", "settings"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
-            row.index,
+            cell(row.index),
             f"{row.landmarks:,}",
             f"{row.recorded:,}",
             str(row.heads),
@@ -152,9 +163,5 @@ def facts_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, escape(value))
+        table.add_row(name, cell(value))
     return table
-
-
-def _or_dash(value: object) -> str:
-    return "-" if value is None else str(value)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from landmark.cli.output import say
 from landmark.cli.progress import Shown
 
 OF_THE_RUN = (
@@ -113,11 +114,11 @@ def train(
 
         def tell(line: str) -> None:
             progress.rest()
-            typer.echo(line)
+            say(line)
 
         base = load_recipe(config) if config else fine_tuning() if model else Recipe()
         recipe = base.override(**{name: value for name, value in given.items() if name not in OF_THE_RUN})
         where = {name: given[name] for name in OF_THE_RUN if name != "config"}
         summary = run(**where, recipe=recipe, report=tell, progress=progress)
     speed = summary["tokens_per_second"] or 0
-    typer.echo(f"saved {out}: {summary['steps']} steps, {summary['tokens']:,} tokens, {speed:,} tokens/s")
+    say(f"saved {out}: {summary['steps']} steps, {summary['tokens']:,} tokens, {speed:,} tokens/s")

@@ -27,8 +27,9 @@ class Source:
     text: str
 
     def line(self, place: int) -> int:
-        """Returns the line, counted from 1, of the character ``place``."""
-        return self.text.count("\n", 0, place) + 1
+        """Returns the line, counted from 1, of the character ``place``; lines end in LF, CR LF or CR."""
+        ends = self.text.count("\n", 0, place) + self.text.count("\r", 0, place)
+        return ends - self.text.count("\r\n", 0, place + 1) + 1
 
 
 @dataclass(frozen=True)

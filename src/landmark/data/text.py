@@ -1,16 +1,25 @@
-"""Texts to train and evaluate on: folders of .txt files, single files, JSONL, and data sets of the hub."""
+"""Texts to read, train and evaluate on: folders of .txt files, single files, JSON rows, and data sets of the hub.
+
+This is where bytes become text: UTF-8, with or without a byte order mark, lines that end in LF, CR LF or CR. Half a
+character in a JSON string (a lone surrogate) becomes U+FFFD.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from landmark.data.characters import from_arguments, without_surrogates
+
 SPLITS = ("train", "validation", "test")
+SHOWN_KEYS, SHOWN_CHARACTERS = 5, 40  # of what a message quotes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +42,8 @@ def read_documents(source: str | Path, *, split: str = "train", field: str = "te
 
     Args:
         source: a folder (all ``.txt`` files below it, by relative path; of its subfolder ``split`` where it has
-            ``train``, ``validation`` or ``test`` subfolders), a ``.txt`` file, a ``.jsonl`` file, or ``name`` or
+            ``train``, ``validation`` or ``test`` subfolders), a text file, a ``.jsonl`` file with an object in each
+            line, a ``.json`` file (the same, or one object, or an array of them), a pipe with text, or ``name`` or
             ``name:config`` of a data set of the hub.
         split: which part to read; single files have no parts and are read whole.
         field: the key of the text in JSONL rows and data sets.
@@ -41,14 +51,17 @@ def read_documents(source: str | Path, *, split: str = "train", field: str = "te
     Raises:
         FileNotFoundError: there is no such file, folder, split or data set.
         ModuleNotFoundError: a hub name without the package ``datasets``.
-        ValueError: a file that is empty or not text, a row without the field, or no text at all.
+        ValueError: a file that is empty or not text, a row without the field, no text at all, or a device.
     """
-    path = Path(source)
+    path, name = Path(source), str(source)
     if path.is_dir():
         return _read_folder(split_folder(path, split))
-    if path.is_file():
-        return _read_jsonl(path, field) if path.suffix in (".jsonl", ".json") else iter([_read_file(path, path.name)])
-    name = str(source)
+    if path.is_file() or path.is_fifo():
+        return _read_rows(path, field) if path.suffix in (".jsonl", ".json") else iter([_read_file(path, path.name)])
+    if path.exists():
+        raise ValueError(
+            f"{name}: expected a file, a folder or a pipe, got a device or socket; write the text to a file"
+        )
     if path.is_absolute() or name.startswith(".") or path.suffix in (".txt", ".jsonl") or len(path.parts) > 2:
         raise FileNotFoundError(f"{name}: no such file or folder; pass a folder of .txt files, a .txt or a .jsonl file")
     return _read_hub(name, split, field)
@@ -72,7 +85,7 @@ def has_split(source: str | Path, split: str) -> bool:
 
 
 def _read_folder(folder: Path) -> Iterator[Document]:
-    files = sorted(folder.rglob("*.txt"), key=lambda file: file.relative_to(folder).as_posix())
+    files = text_files(folder)
     if not files:
         raise ValueError(f"{folder}: expected .txt files, found none; pass a folder that holds them or a .jsonl file")
     titles = _manifest_titles(folder)
@@ -81,13 +94,24 @@ def _read_folder(folder: Path) -> Iterator[Document]:
         yield _read_file(file, titles.get(name, name))
 
 
+def text_files(folder: Path) -> list[Path]:
+    """Returns the ``.txt`` files below a folder, by relative path."""
+    found = (file for file in folder.rglob("*.txt") if not file.is_dir())
+    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+
+
 def _manifest_titles(folder: Path) -> dict[str, str]:
     for base in (folder, folder.parent):
         manifest = base / "MANIFEST.tsv"
         if not manifest.is_file():
             continue
-        with manifest.open(encoding="utf-8", newline="") as lines:
-            rows = [row for row in csv.DictReader(lines, delimiter="\t") if row.get("file") and row.get("title")]
+        try:
+            with manifest.open(encoding="utf-8-sig", newline="") as lines:
+                rows = [row for row in csv.DictReader(lines, delimiter="\t") if row.get("file") and row.get("title")]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{manifest}: expected UTF-8 columns file, title, author, with tabs, got {error}; remove it"
+            ) from None
         start = "" if base == folder else f"{folder.name}/"
         return {row["file"].removeprefix(start): _full_title(row) for row in rows if row["file"].startswith(start)}
     return {}
@@ -99,38 +123,90 @@ def _full_title(row: dict[str, str]) -> str:
 
 def _read_file(path: Path, title: str) -> Document:
     raw = path.read_bytes()
-    return Document(title, _decode(raw, path), hashlib.sha256(raw).hexdigest())
+    text = _decode(raw, str(path))
+    if not text.strip():
+        raise _empty(path)
+    return Document(from_arguments(title), text, hashlib.sha256(raw).hexdigest())
 
 
-def _decode(raw: bytes, path: Path) -> str:
-    if not raw.strip():
-        raise ValueError(f"{path}: expected text, got an empty file; remove it or put text into it")
+def _empty(path: Path) -> ValueError:
+    return ValueError(f"{path}: expected text, got an empty file; remove it or put text into it")
+
+
+def _decode(raw: bytes, where: str) -> str:
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{where}: expected UTF-8 text, got UTF-16 (by its byte order mark); convert it to UTF-8")
     if b"\0" in raw:
-        raise ValueError(f"{path}: expected UTF-8 text, got binary data (a zero byte); remove the file or convert it")
+        raise ValueError(f"{where}: expected UTF-8 text, got binary data (a zero byte); remove the file or convert it")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: expected UTF-8 text, got byte 0x{raw[error.start]:02x} at {error.start}; convert it to UTF-8"
+            f"{where}: expected UTF-8 text, got byte 0x{raw[error.start]:02x} at {error.start}; convert it to UTF-8"
         ) from None
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
-    empty = True
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            empty, where = False, f"{path.name}, line {number}"
-            try:
-                row = json.loads(_decode(line, path))
-            except json.JSONDecodeError:
-                raise ValueError(
-                    f"{path}, line {number}: expected one JSON object per line, got {line[:40]!r}"
-                ) from None
-            yield from _from_row(row, field, where)
-    if empty:
-        raise ValueError(f"{path}: expected text, got an empty file; remove it or put text into it")
+def _read_rows(path: Path, field: str) -> Iterator[Document]:
+    found = False
+    with path.open("rb") as opened:
+        rows = _whole_rows(path, opened.read()) if path.suffix == ".json" else _line_rows(path, opened)
+        for where, row in rows:
+            for document in _from_row(row, field, f"{path.name}, {where}"):
+                found = True
+                yield document
+    if not found:
+        raise _empty(path)
+
+
+def _whole_rows(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
+    """The rows of a file that is one JSON value, an object or an array of them; else those of its lines."""
+    try:
+        value = _parse(_decode(raw, str(path)), str(path)) if raw.strip() else []
+    except json.JSONDecodeError:
+        yield from _line_rows(path, raw.splitlines())
+        return
+    for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
+        yield f"row {number}", row
+
+
+def _line_rows(path: Path, parts: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
+    lines = itertools.chain.from_iterable(part.splitlines() for part in parts)  # a CR alone ends a line as well
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        try:
+            if line.strip():
+                yield f"line {number}", _parse(_decode(line, where), where)
+        except json.JSONDecodeError:
+            raise ValueError(
+                f"{where}: expected one JSON object per line, got {line[:SHOWN_CHARACTERS]!r}; write each object in a "
+                "line of its own, or all of them as a .json file"
+            ) from None
+
+
+def read_json(path: Path) -> Any:
+    """Returns the value of a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or not in UTF-8; the message names the file.
+    """
+    try:
+        return _parse(_decode(path.read_bytes(), str(path)), str(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got something else ({error}); mend it or name another") from None
+
+
+def _parse(text: str, where: str) -> Any:
+    """Returns a JSON value; raises ``JSONDecodeError``, or ``ValueError`` for one that Python's parser refuses."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        reason = "arrays or objects in too many others"
+    except ValueError:  # Python's limit on the digits of an integer
+        reason = "an integer of too many digits"
+    raise ValueError(f"{where}: expected JSON that Python can read, got {reason}; leave that part out")
 
 
 def _read_hub(name: str, split: str, field: str) -> Iterator[Document]:
@@ -154,7 +230,18 @@ def _read_hub(name: str, split: str, field: str) -> Iterator[Document]:
 def _from_row(row: Any, field: str, title: str) -> Iterator[Document]:
     text = row.get(field) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{title}: expected a string under {field!r}, got {keys}; name the key of the text")
+        raise ValueError(f"{title}: expected a string under {field!r}, got {_kind(row, field)}")
+    text = without_surrogates(text)
     if text.strip():
-        yield Document(title, text, hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
+        yield Document(from_arguments(title), text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _kind(row: Any, field: str) -> str:
+    """What a row is instead of an object with a string under ``field``, and the remedy."""
+    if not isinstance(row, dict):
+        return f"{type(row).__name__}; write an object"
+    if field in row:
+        return f"{type(row[field]).__name__} there; name the key of the text"
+    keys = [key if len(key) <= SHOWN_CHARACTERS else f"{key[:SHOWN_CHARACTERS]}..." for key in sorted(row)[:SHOWN_KEYS]]
+    more = f" and {len(row) - SHOWN_KEYS} more keys" if len(row) > SHOWN_KEYS else ""
+    return f"{keys}{more}; name the key of the text"

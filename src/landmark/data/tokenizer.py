@@ -66,7 +66,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers raises many kinds for what is missing or damaged
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(f"{path}: no tokenizer there ({reason}); pass a folder or model with one") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

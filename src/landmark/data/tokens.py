@@ -19,7 +19,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from landmark.data.encoding import PIECE, Progress, TextEncoder
-from landmark.data.text import Document
+from landmark.data.text import Document, read_json
 from landmark.data.tokenizer import backend, fingerprint
 
 FORMAT = "landmark-tokens-1"
@@ -111,7 +111,7 @@ def open_tokens(sidecar: str | Path) -> TokenFile:
                 f"{file}: missing; a token file is a .json and a .bin: delete the other and tokenise anew"
             )
     try:
-        header = json.loads(sidecar.read_text(encoding="utf-8"))
+        header = read_json(sidecar)
         if header["format"] != FORMAT:
             raise KeyError
         documents = [Place(**place) for place in header["documents"]]

@@ -10,6 +10,7 @@ import torch
 from landmark.eval.episodes import Episode
 from landmark.eval.measure import measured
 from landmark.eval.subjects import Subject
+from landmark.hf.compat import CACHE
 from landmark.hf.families import PREFIX, family
 
 
@@ -63,11 +64,11 @@ def run_dense(subject: Subject, episode: Episode) -> DenseRun:
     written: list[int] = []
     with measured(subject.device) as whole:
         with measured(subject.device) as reading:
-            dense(episode.document[None].to(subject.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            dense(episode.document[None].to(subject.device), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         ids = torch.tensor([question.ids[:known]], device=subject.device)
         while len(written) < question.answered:
-            logits = dense(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = dense(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
             written.append(int(logits[0, -1].argmax()))
             ids = ids.new_tensor([written[-1:]])
     return DenseRun(

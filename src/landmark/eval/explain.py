@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from landmark.blocks import slot_of
+from landmark.data.characters import from_arguments, without_surrogates
 from landmark.data.encoding import Progress
 from landmark.data.sources import Reading, Source, read_sources
-from landmark.data.text import read_documents
+from landmark.data.text import read_documents, text_files
 from landmark.data.tokenizer import encode
 from landmark.eval.explanation import Explanation, Span, Step
 from landmark.eval.reading import read_reporting
@@ -45,7 +46,7 @@ def explain(
     if not hasattr(model, "landmark"):
         raise ValueError(f"model: expected a landmark model, got {type(model).__name__}; use landmark.convert")
     named = [("text", text)] if isinstance(text, str) else text
-    sources = [Source(name, characters) for name, characters in named]
+    sources = [Source(without_surrogates(name), without_surrogates(characters)) for name, characters in named]
     return explain_sources(model, tokenizer, sources, question, max_new_tokens=max_new_tokens)
 
 
@@ -115,7 +116,7 @@ def _question_ids(tokenizer: Any, question: str, most: int) -> Tensor:
     """The tokens of a question that goes on from the texts; checks what is asked for, before anything is read."""
     if most < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {most}; pass for example {MAX_NEW_TOKENS}")
-    ids = torch.from_numpy(encode(tokenizer, question, continues=True).ids)
+    ids = torch.from_numpy(encode(tokenizer, without_surrogates(question), continues=True).ids)
     if len(ids) == 0:
         raise ValueError("question: expected at least one token, got an empty text; ask something")
     return ids
@@ -208,5 +209,9 @@ def file_sources(files: Iterable[Path]) -> list[Source]:
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"FILES: expected text files or folders of .txt files, got {file}: no such file")
-        found += (sorted(file.rglob("*.txt")) if file.is_dir() else []) or [file]
-    return [Source(str(file.parent / each.title), each.text) for file in found for each in read_documents(file)]
+        found += (sorted(text_files(file)) if file.is_dir() else []) or [file]
+    return [
+        Source(from_arguments(str(file.parent / each.title)), each.text)
+        for file in found
+        for each in read_documents(file)
+    ]

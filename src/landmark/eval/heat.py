@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
+from landmark.data.characters import printable
 from landmark.data.sources import Source
 from landmark.eval.explanation import Explanation, Passage, Span
 
@@ -54,8 +55,12 @@ def _sections(sources: Sequence[Source], cuts: Sequence[int]) -> Iterable[str]:
 
 
 def _escaped(text: str) -> str:
-    """Text as HTML; a carriage return by its number, as the parser of a page would make a line end of it."""
-    return html.escape(text).replace("\r", "&#13;")
+    """Text as HTML; a carriage return by its number, as the parser of a page would make a line end of it.
+
+    Other control characters become U+FFFD, as many characters as there were.
+    """
+    parts = (printable(part) for part in text.split("\r"))
+    return "&#13;".join(html.escape(part) for part in parts)
 
 
 def _data(explanation: Explanation, cuts: Sequence[int]) -> dict[str, Any]:

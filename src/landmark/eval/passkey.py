@@ -62,6 +62,9 @@ class PasskeyTask:
         for name, values in (("--lengths", self.lengths), ("--facts", self.facts), ("--trials", (self.trials,))):
             if any(value < 1 for value in values) or (name == "--lengths" and not values):
                 raise ValueError(f"{name}: expected integers of at least 1, got {list(values)}; pass for example 8")
+        if not self.fillers or self.granularity == ():
+            option = "--granularity" if self.fillers else "--filler"
+            raise ValueError(f"{option}: expected some, with commas, got none; leave {option} out for the default")
         if self.distractors < 0:
             raise ValueError(f"--distractors: expected at least 0, got {self.distractors}; pass --distractors 0")
         if self.read not in READS:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from landmark.data.characters import printable
+from landmark.eval import outputs
 from landmark.eval.results import PasskeyRow, PerplexityRow
 
 
@@ -38,7 +41,7 @@ def plot_perplexity(rows: Sequence[PerplexityRow], path: str | Path) -> None:
     figure, (axes,) = subplots(1, (7.5, 4.8))
     groups: dict[str, list[PerplexityRow]] = {}
     for row in rows:
-        groups.setdefault(_perplexity_label(row), []).append(row)
+        groups.setdefault(_label(_perplexity_label(row)), []).append(row)
     for label, series in groups.items():
         series.sort(key=lambda row: row.length)
         (line,) = axes.plot([row.length for row in series], [row.perplexity for row in series], label=label)
@@ -78,11 +81,40 @@ def require_matplotlib() -> None:
         ) from None
 
 
+def require_picture(path: str | Path, name: str) -> None:
+    """Checks that a picture can be drawn and written to ``path``, before anything is computed for it.
+
+    Args:
+        path: of the picture.
+        name: of the parameter, for the message.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        ValueError: no file can be written there, or a suffix that matplotlib has no format for.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = sorted(FigureCanvasAgg.filetypes.keys() - {"pgf"})  # pgf runs LaTeX
+    if _format(path) not in known:
+        raise ValueError(f"{name}: expected a picture named with .png, or {', '.join(known)}, got {path}; rename it")
+    outputs.require_writable(path, name)
+
+
 def save(figure: Any, path: str | Path) -> None:
     """Writes ``figure`` to ``path``; makes its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=_format(path))
+    outputs.write(path, picture.getvalue())
+
+
+def _format(path: str | Path) -> str:
+    return Path(path).suffix.removeprefix(".").lower() or "png"
+
+
+def _label(text: str) -> str:
+    """A text as it stands: matplotlib reads formulas between dollars, and hides what begins with an underscore."""
+    return " ".join(printable(text).replace("$", r"\$").split()).removeprefix("_")
 
 
 def _heat_map(axes: Any, rows: Sequence[PasskeyRow]) -> None:
@@ -111,7 +143,7 @@ def _series(rows: Sequence[PasskeyRow]) -> dict[str, list[PasskeyRow]]:
             label = f"{row.model}, {row.attention} attention, {row.filler}"
         if row.task == "facts":
             label += f", {row.facts} facts"
-        groups.setdefault(label, []).append(row)
+        groups.setdefault(_label(label), []).append(row)
     return groups
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landmark.data.characters import from_arguments
 from landmark.data.encoding import Progress
 from landmark.data.text import Document, read_documents
 from landmark.data.tokenizer import row_start
@@ -267,7 +268,8 @@ def _text(subject: Subject, ids: Tensor, block: int) -> str:
 
 
 def _documents(file: Path) -> list[Document]:
-    if not file.is_file():
+    if file.is_dir() or not file.exists():
         what = "a folder" if file.is_dir() else "which does not exist"
         raise FileNotFoundError(f"FILES: expected text files, got {file}, {what}; name the files, {file}/*.txt")
-    return [replace(document, title=str(file.parent / document.title)) for document in read_documents(file)]
+    found = read_documents(file)
+    return [replace(document, title=from_arguments(str(file.parent / document.title))) for document in found]

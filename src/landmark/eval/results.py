@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from landmark.data.text import read_json
+from landmark.eval import outputs
 from landmark.versions import versions
 
 FIGURES = "figures.json"  # recorded results in a bundled model's folder
@@ -218,34 +220,33 @@ def made_with(device: str) -> dict[str, str | None]:
 
 def write(path: str | Path, rows: Sequence[Row], device: str) -> None:
     """Writes ``rows`` with the versions to the JSON file ``path``; makes its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"versions": made_with(device), "rows": [dataclasses.asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    outputs.write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 class Recorder(Generic[Some]):
     """Takes rows one at a time and keeps the file complete, so that an interrupted run loses nothing.
 
     Args:
-        out: the file, ``None`` for none; written at once, so that a path that cannot be written ends the run early.
+        out: the file, ``None`` for none; what is there stays until the first row.
         device: what is measured on.
         tell: called with each row.
+
+    Raises:
+        ValueError: the file cannot be written.
     """
 
     def __init__(self, out: str | Path | None, device: str, tell: Callable[[Some], None]) -> None:
         self.out, self.device = out, device
         self.tell: Callable[[Some], None] = tell
         self.rows: list[Some] = []
-        self._write()
+        if out is not None:
+            outputs.require_writable(out, "out")
 
     def __call__(self, row: Some) -> None:
         """Keeps a row."""
         self.rows.append(row)
         self.tell(row)
-        self._write()
-
-    def _write(self) -> None:
         if self.out is not None:
             write(self.out, self.rows, self.device)
 
@@ -261,9 +262,8 @@ def read(path: str | Path) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"results: expected a file made by `landmark eval`, got {path}, which does not exist")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return [_row(fields) for fields in content["rows"]]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        return [_row(fields) for fields in read_json(path)["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"results: expected JSON with versions and rows in {path}, got {error}; run `landmark eval`"
         ) from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from landmark.config import LandmarkConfig
 from landmark.eval.window import SINK, window_attention
 from landmark.hf.bundled import model_path
 from landmark.hf.families import PREFIX
+from landmark.hf.pretrained import ADAPTER, find, read_weights
 
 BUNDLED = ("landmark", "twin")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -31,6 +33,7 @@ class Subject:
         attention: ``landmark``; ``full``, ``window`` or ``dynamic`` for a plain model.
         window: latest tokens a query of a windowed plain model sees beside the first block.
         rope_factor: of dynamic RoPE scaling.
+        folder: where a model that was loaded from a folder lies, from the root; a bundled one has none.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Subject:
     attention: str
     window: int | None = None
     rope_factor: float | None = None
+    folder: str | None = None
 
     @property
     def device(self) -> str:
@@ -172,34 +176,50 @@ def load(name: str | None, device: str = "auto", dtype: str = "auto") -> Subject
         ValueError: nothing that transformers can load is there.
         FileNotFoundError: a path that does not exist.
     """
-    from transformers import AutoConfig
-
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     folder = model_folder(name)
     require_model(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        source = find(folder)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # transformers raises many kinds for what is missing or damaged
         raise ValueError(f"--model: expected a model of transformers, got {folder} ({_first_line(error)})") from None
-    return build(name or "landmark", folder, config, where, precision)
+    model_type = source.config.model_type
+    if source.adapter is not None and not str(model_type).startswith(PREFIX):
+        raise ValueError(
+            f"--model: expected an adapter of a landmark model, got {folder}, one of the plain {model_type} in "
+            f"{source.path}; merge it into its base and convert that"
+        )
+    found = build(name or "landmark", folder, source.config, where, precision)
+    return replace(found, folder=os.path.abspath(folder)) if folder == name and os.path.isdir(folder) else found
 
 
 def build(name: str, folder: str, config: Any, device: str, dtype: torch.dtype, rope: float | None = None) -> Subject:
     """Loads the weights in ``folder`` under ``config`` (see ``load``); ``rope`` is a factor of dynamic scaling."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     is_landmark = str(config.model_type).startswith(PREFIX)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
-    except Exception as error:  # transformers and safetensors raise many kinds for what is missing or damaged
+        source = find(folder, config=config, dtype=dtype)
+        model, _ = read_weights(source)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder, source.path))
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # transformers raises many kinds for what is missing or damaged
         raise ValueError(
             f"--model: expected weights and a tokenizer of transformers in {folder}, got {_first_line(error)}; "
             "save both with save_pretrained"
         ) from None
     attention = "landmark" if is_landmark else "full" if rope is None else "dynamic"
     return Subject(name, model.to(device).eval(), tokenizer, attention, rope_factor=rope)
+
+
+def tokenizer_folder(folder: str, base: str) -> str:
+    """Returns where the tokenizer of a model is: an adapter has that of its base unless it was saved with its own."""
+    has_own = (Path(folder) / "tokenizer_config.json").is_file()
+    return folder if has_own or not (Path(folder) / ADAPTER).is_file() else base
 
 
 def load_all(
@@ -234,8 +254,8 @@ def plain_variants(subject: Subject, window: int | None, rope: float | None) -> 
     """
     variants = [subject]
     if window is not None:
-        if window < 1:
-            raise ValueError(f"--window: expected at least 1 token, got {window}; pass for example --window 384")
+        if not 1 <= window < 2**31:
+            raise ValueError(f"--window: expected 1 to {2**31 - 1} tokens, got {window}; pass for example --window 384")
         variants.append(Subject(subject.name, subject.model, subject.tokenizer, "window", window=window))
     if rope is not None:
         if rope < 1:
@@ -280,7 +300,7 @@ def require_model(folder: str, option: str = "--model") -> None:
     """Raises ``FileNotFoundError`` when ``folder`` is written as a path and is no folder with a config.json."""
     path = Path(folder)
     looks_local = path.is_absolute() or folder.startswith((".", "~")) or folder.count("/") != 1
-    if path.is_dir() and (path / "config.json").is_file():
+    if path.is_dir() and any((path / file).is_file() for file in ("config.json", ADAPTER)):
         return
     if path.exists() or looks_local:
         raise FileNotFoundError(

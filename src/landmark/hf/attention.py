@@ -71,6 +71,7 @@ class Remembered(Call):
         cache: the cache.
         plan: the geometry, on the CPU.
         retrieve: whether to retrieve.
+        dtype: of keys and values where nothing is remembered yet; under autocast, not what the layers compute in.
         prepared: whether every layer's memory was told of it by ``prepare``.
         plans: the geometry on each device.
     """
@@ -79,6 +80,7 @@ class Remembered(Call):
     cache: LandmarkCache
     plan: Plan
     retrieve: bool
+    dtype: torch.dtype
     prepared: bool = False
     plans: dict[torch.device, Plan] = field(default_factory=dict)
 
@@ -90,10 +92,12 @@ class Remembered(Call):
         memory = self.cache.memory(layer, self.tables[self.layer_types[layer]])
         plan, record = self.plans[query.device], self.cache.record
         rest = {"retrieve": self.retrieve, "record": record, "prepared": self.prepared}
-        output, found = memory.attend(query, key, value, plan, scale=scale, **rest)
+        dtype = memory.store.dtype or self.dtype
+        with torch.autocast(query.device.type, enabled=False):
+            output, found = memory.attend(query.to(dtype), key.to(dtype), value.to(dtype), plan, scale=scale, **rest)
         if found is not None:
             self.cache.retrievals.append(found)
-        return output
+        return output.to(value.dtype)
 
     def depends(self) -> tuple[Any, ...] | None:
         """Prepares all memories and returns what a captured call depends on, ``None`` where it cannot be captured."""

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
-from landmark.hf.saved import Saved, Streams, open_saved, save
+from landmark.hf.columns import TextColumns
+from landmark.hf.saved import Saved, Streams, open_saved, require_reader, save
+from landmark.memory.cropping import check_crop
 from landmark.memory.index import check_index
-from landmark.memory.layer import RECENT_BLOCKS, LayerMemory
-from landmark.memory.plan import oldest_needed
+from landmark.memory.layer import LayerMemory
 from landmark.memory.positions import RotationTables
 from landmark.memory.retrieval import Retrieval
 from landmark.memory.tiers import TIERS, Tiers, Traffic
 
 NEW_CACHE = "make a new LandmarkCache(model.config)"
-FREE_TO_CHANGE = ("chunk_tokens", "trained_length", "landmark_trained", "position_gap")
 
 
 class LandmarkCache(Cache):  # type: ignore[misc]
@@ -36,7 +38,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         tier: ``device``, ``host`` or ``disk``: the lowest that blocks may move down to.
         index: how a query finds its blocks: ``exact`` scores every landmark; ``faiss-flat``, ``faiss-ivf`` and
             ``faiss-hnsw`` ask an index on the CPU. The last two miss some blocks, so that results change.
-        **budgets: ``device_bytes``, ``host_bytes`` and ``folder`` of ``landmark.memory.tiers.Tiers``.
+        **budgets: ``device_bytes``, ``host_bytes`` and ``spill_folder`` of ``landmark.memory.tiers.Tiers``.
 
     Attributes:
         settings: the ``LandmarkConfig`` it was made with.
@@ -67,24 +69,24 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.retrievals: list[Retrieval] = []
         self.saved: Saved | None = None
         self.rewound = False
-        self._masks: list[Tensor] = []  # (B, T) bool of some calls each, on the CPU, never written to; see `append`
-        self._ids: list[Tensor] = []  # (B, T) int32 likewise
-        self._columns = 0  # in all of them
-        self._tokens: list[int] = []
+        self._columns = TextColumns()
+        self._rows = 0  # that the layers hold
         self._decoder: weakref.ref[Any] | None = None
 
     @property
     def tokens(self) -> list[int]:
         """Text tokens of each row, padding not counted."""
-        return list(self._tokens)
+        return list(self._columns.tokens)
 
     @property
     def slots(self) -> list[int]:
         """Slots of each row: its tokens and landmarks."""
-        return [slots_for(tokens, self.settings.block_size) for tokens in self._tokens]
+        return [slots_for(tokens, self.settings.block_size) for tokens in self._columns.tokens]
 
     def memory(self, layer: int, tables: RotationTables) -> LayerMemory:
         """Returns layer ``layer``'s memory, made at its first use."""
+        while len(self.memories) <= layer:  # early exit says fewer layers, and some architectures run all the same
+            self.memories.append(None)
         found = self.memories[layer]
         if found is None:
             found = self.memories[layer] = LayerMemory(
@@ -95,18 +97,52 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def check(self, settings: LandmarkConfig, batch: int, decoder: Any) -> None:
         """Raises ``ValueError`` unless a model with these settings can go on with ``batch`` rows."""
         self.check_settings(settings, "model")
-        if self._masks and len(self._tokens) != batch:
+        if self.is_initialized and self.batch_size != batch:
             raise ValueError(
-                f"expected {len(self._tokens)} rows as in the cache, got {batch}; make a new LandmarkCache"
+                f"expected {self.batch_size} rows as in the cache, got {batch}; repeat or choose its rows with "
+                "batch_repeat_interleave or batch_select_indices, or make a new LandmarkCache"
             )
+        if self.is_initialized:
+            require_reader(self.decoder, decoder)
+        elif self._rows != batch:  # a first call that failed, or a crop to nothing, left layers of other rows
+            self.memories = [None] * len(self.memories)
+        self._rows = batch
         self._decoder = weakref.ref(decoder)
+
+    def begin_with(self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, left_out: int = 0) -> None:
+        """Makes ready to go on with a text that begins with all that was read.
+
+        Rows are repeated to as many as the text has. Where the text is exactly what was read, its last column is
+        removed, to be computed again.
+
+        Args:
+            text: ``(B, T)`` token ids, or ``(B, T, hidden)`` embeddings.
+            attention_mask: ``(B, T)``, 0 for columns of the text that do not count.
+            embedding: gives the embeddings of token ids.
+            left_out: columns read before the text, which goes on from there.
+
+        Raises:
+            ValueError: the text begins otherwise, or its rows are not a multiple of those here; nothing is changed.
+        """
+        if not self.is_initialized:
+            return
+        repeats, rest = divmod(len(text), self.batch_size)
+        if rest:
+            raise ValueError(
+                f"expected {self.batch_size} rows as in the cache, or a multiple, got {len(text)}; choose rows with "
+                "batch_select_indices, or make a new LandmarkCache"
+            )
+        if not left_out:
+            self._columns.check_beginning(text, attention_mask, embedding, repeats)
+        if left_out + text.shape[1] == len(self._columns):
+            self.crop(-1)
+        if repeats > 1:
+            self._select_rows(torch.arange(self._rows).repeat_interleave(repeats))
 
     def check_settings(self, settings: LandmarkConfig, owner: str, remedy: str = NEW_CACHE) -> None:
         """Raises ``ValueError`` where the settings of ``owner`` compute something else."""
-        same = {name: getattr(self.settings, name) for name in FREE_TO_CHANGE}
-        if settings.replace(**same) != self.settings:
-            ours, theirs = self.settings.to_dict(), settings.replace(**same).to_dict()
-            differing = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+        differing = self.settings.differences(settings)
+        if differing:
             raise ValueError(f"cache and {owner} differ in {differing} (cache, {owner}): {remedy}")
 
     def append(self, mask: Tensor, ids: Tensor | None = None) -> None:
@@ -118,33 +154,11 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """
         for memory in self.made():
             memory.settle()
-        counts = mask.sum(1).tolist()
-        self._tokens = [a + b for a, b in zip(self._tokens or [0] * len(mask), counts, strict=True)]
-        self._masks.append(mask.clone())
-        known = torch.full(mask.shape, -1, dtype=torch.int32) if ids is None else ids.to("cpu", torch.int32, copy=True)
-        self._ids.append(known)
-        while len(self._masks) > 1 and self._masks[-2].shape[1] <= 2 * self._masks[-1].shape[1]:
-            for each in (self._masks, self._ids):  # few parts: small tensors that stay scatter the memory of calls
-                each[-2:] = [torch.cat(each[-2:], dim=1)]
-        self._columns += mask.shape[1]
+        self._columns.append(mask, ids)
 
     def ids(self, row: int = 0) -> Tensor:
         """Returns a row's token ids ``(tokens,)`` int32, padding left out; -1 where only embeddings were given."""
-        if not self._masks:
-            return torch.empty(0, dtype=torch.int32)
-        mask, ids = self._text()
-        return ids[row, mask[row]]
-
-    def _text(self) -> tuple[Tensor, Tensor]:
-        """Returns mask and ids of all columns, ``(B, columns)``, and keeps them so."""
-        if len(self._masks) > 1:
-            self._masks, self._ids = [torch.cat(self._masks, dim=1)], [torch.cat(self._ids, dim=1)]
-        return self._masks[0], self._ids[0]
-
-    def _keep_text(self, mask: Tensor, ids: Tensor) -> None:
-        """Replaces mask and ids of all columns."""
-        self._masks, self._ids, self._columns = [mask], [ids], mask.shape[1]
-        self._tokens = mask.sum(1).tolist()
+        return self._columns.ids_of(row)
 
     def undo(self) -> None:
         """Forgets what a call that failed in some layer has filed."""
@@ -153,7 +167,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the text columns seen so far, padding included."""
-        return self._columns
+        return len(self._columns)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last columns of every row.
@@ -166,65 +180,113 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """
         length = self.get_seq_length()
         keep = min(length, tokens_to_remove) if tokens_to_remove > 0 else length + tokens_to_remove
-        if not self._masks or keep == length:
+        if not self.is_initialized or keep == length:
             return
         if keep < 0:
             raise ValueError(f"expected to remove at most {length} tokens, got {-tokens_to_remove}")
-        mask, ids = (each[:, :keep] for each in self._text())
+        mask, ids = self._columns.all()
+        self._go_back(mask[:, :keep], ids[:, :keep])
+
+    def hide(self, attention_mask: Tensor) -> None:
+        """Takes back the last tokens of each row that a mask leaves out; their columns count as padding from then on.
+
+        So a row that ended early in a batch goes on behind its end, not behind the padding that ``generate`` wrote.
+
+        Args:
+            attention_mask: ``(B, columns)`` of all columns read so far, 0 for those that do not count.
+
+        Raises:
+            ValueError: another shape, a token that is followed by one that stays, a 1 over a column that was read as
+                padding, or as ``crop``; nothing is changed.
+        """
+        if not self.is_initialized:
+            return
+        wanted = attention_mask.bool().cpu()
+        if not self._columns.are_read_with(wanted):
+            mask = self._columns.without(wanted)
+            self._go_back(mask, self._columns.all()[1])
+
+    def _go_back(self, mask: Tensor, ids: Tensor) -> None:
+        """Keeps the text that ``mask`` leaves, the first tokens of every row; raises as ``crop``."""
         tokens = mask.sum(1).tolist()
-        self._check_crop([slots_for(n, self.settings.block_size) for n in tokens])
+        check_crop(self.made(), self.settings, self.slots, [slots_for(n, self.settings.block_size) for n in tokens])
         self._note_change(tokens)
-        self._keep_text(mask, ids)
+        self._columns.replace(mask, ids)
         for memory in self.made():
             memory.forget_peak()
-
-    def _check_crop(self, slots: list[int]) -> None:
-        size = self.settings.block_size
-        own = min(s // size for s in slots)
-        for memory in self.made():
-            lowest = oldest_needed(own, self.settings) if memory.retrieves else own - self.settings.local_blocks
-            if max(1, lowest) < memory.store.first:
-                raise ValueError(
-                    f"cannot go back to where block {lowest} is seen: blocks before {memory.store.first} were evicted; "
-                    "keep a cache.fork() from there instead"
-                )
-        if self.settings.granularity == "head":
-            far = [a // size - b // size for a, b in zip(self.slots, slots, strict=True) if b % size]
-            if far and max(far) >= RECENT_BLOCKS:
-                raise ValueError(
-                    f"granularity head can go back less than {RECENT_BLOCKS} blocks, or to a block's border, "
-                    f"got {max(far)} blocks; keep a cache.fork() from there instead"
-                )
 
     def reset(self) -> None:
         """Forgets everything."""
         self.memories = [None] * len(self.memories)
-        self._masks, self._tokens, self._ids, self._columns, self.retrievals = [], [], [], 0, []
+        self._columns = TextColumns()
+        self.retrievals = []
         self.saved, self.rewound = None, False
 
     def fork(self) -> LandmarkCache:
-        """Returns a copy that goes on independently."""
-        never_written = [memory.tables for memory in self.made()] + ([*self._text()] if self._masks else [])
-        return copy.deepcopy(self, {id(each): each for each in never_written})
+        """Returns a copy that goes on independently; so do ``copy.copy`` and ``copy.deepcopy``."""
+        return copy.deepcopy(self)
+
+    @torch.inference_mode(False)
+    def __deepcopy__(self, memo: dict[int, Any]) -> LandmarkCache:
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __copy__(self) -> LandmarkCache:
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a memory may lie in files, and belongs to a model."""
+        raise ValueError(
+            "a LandmarkCache cannot be pickled, nor saved by torch.save: use cache.save(folder) and "
+            "LandmarkCache.open(folder, model), or cache.fork() for a copy"
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replaces row ``i`` by row ``beam_idx[i]``."""
-        if not self._masks:
+        """Replaces row ``i`` by row ``beam_idx[i]``; raises ``ValueError`` for a row that is not there, or for none."""
+        if not self.is_initialized:
             return
         rows = beam_idx.cpu()
+        if len(rows) == 0 or not 0 <= int(rows.min()) <= int(rows.max()) < self.batch_size:
+            raise ValueError(
+                f"expected at least one of the rows 0 to {self.batch_size - 1}, got {rows.tolist()[:20]}; "
+                "choose among the rows of the cache"
+            )
+        self._select_rows(rows)
+
+    @torch.inference_mode(False)
+    def _select_rows(self, rows: Tensor) -> None:
         self._note_change([0])
         for memory in self.made():
             memory.select_rows(rows)
-        mask, ids = self._text()
-        self._keep_text(mask[rows], ids[rows])
+        if self.is_initialized:
+            mask, ids = self._columns.all()
+            self._columns.replace(mask[rows], ids[rows])
+        self._rows = len(rows)
+
+    @contextlib.contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """Around a call: when it is refused, or fails before it has read anything, the memory is as it was."""
+        before = self._columns.copy()
+        rewound = self.rewound
+        try:
+            yield
+        except BaseException:
+            if self._columns.calls == before.calls:
+                repeats = self._rows // max(1, len(before.tokens))
+                if before.tokens and repeats > 1:
+                    self._select_rows(torch.arange(0, self._rows, repeats))
+                self._columns = before
+                self.rewound = rewound
+            raise
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the given rows (a boolean mask or indices)."""
+        """Keeps the given rows (a boolean mask or indices); raises as ``reorder_cache``."""
         self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row ``repeats`` times."""
-        self.reorder_cache(torch.arange(len(self._tokens)).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(len(self._columns.tokens)).repeat_interleave(repeats))
 
     def nbytes(self, *tiers: str) -> int:
         """Bytes of keys and values held, those of an index among them, in the given tiers or in all."""
@@ -252,12 +314,14 @@ class LandmarkCache(Cache):  # type: ignore[misc]
                 of it so far, and returns those that come behind them.
 
         Raises:
-            ValueError: several rows, a memory that was cropped since it was saved, a folder that holds something else,
-                no room on the disk, or another writer.
+            ValueError: several rows, a memory that was cropped since it was saved, a folder that holds something else
+                or cannot be written to, no room on the disk, or another writer.
+            FileNotFoundError: its own folder is not there any more.
         """
         save(self, folder, notes, streams or {})
 
     @classmethod
+    @torch.inference_mode(False)
     def open(cls, folder: str | Path, model: Any, tier: str = "device", **budgets: Any) -> LandmarkCache:
         """Opens a memory that was saved; on the tiers ``host`` and ``disk`` without reading its blocks.
 
@@ -266,7 +330,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         Args:
             folder: where it was saved.
             model: the landmark model that made it.
-            tier: as for ``LandmarkCache``; ``disk`` reads from the folder, and writes what comes on top elsewhere.
+            tier: as for ``LandmarkCache``; ``disk`` reads from the folder, and writes what comes on top to files in
+                ``spill_folder``.
             **budgets: likewise, and ``index``, which is not saved: it is built again at the first call.
 
         Raises:
@@ -278,7 +343,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     def resume(self, ids: Tensor, decoder: Any) -> None:
         """Counts what was read from a folder; ``ids (tokens,)`` int32."""
-        self._keep_text(torch.ones(1, len(ids), dtype=torch.bool), ids[None])
+        self._columns.replace(torch.ones(1, len(ids), dtype=torch.bool), ids[None])
+        self._rows = 1
         self._decoder = weakref.ref(decoder)
 
     def _note_change(self, tokens: list[int]) -> None:
@@ -294,23 +360,24 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         return len(self.memories)
 
     def __repr__(self) -> str:
-        return f"LandmarkCache(tokens={self._tokens}, settings={dataclasses.asdict(self.settings)})"
+        return f"LandmarkCache(tokens={self._columns.tokens}, settings={dataclasses.asdict(self.settings)})"
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Returns -1: there is no maximum."""
         return -1
 
     get_max_cache_shape = get_max_length
+    max_cache_len = property(get_max_length)
 
     @property
     def batch_size(self) -> int:
         """Rows, -1 before the first call."""
-        return len(self._tokens) if self._masks else -1
+        return len(self._columns.tokens) if self.is_initialized else -1
 
     @property
     def is_initialized(self) -> bool:
         """Whether anything was read."""
-        return bool(self._masks)
+        return len(self._columns) > 0
 
     @property
     def is_compileable(self) -> bool:
@@ -321,6 +388,11 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def is_croppable(self) -> bool:
         """True: ``crop`` leaves no trace."""
         return True
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for every layer: transformers asks which keep a state of fixed size instead of keys."""
+        return [False] * len(self.memories)
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: landmark layers file their keys themselves."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
+from contextlib import nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,23 +14,38 @@ from torch import Tensor
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.cache import LandmarkCache
+from landmark.hf.compat import CACHE, cache_by_installed_name, columns_of_step
 from landmark.hf.graphs import repeating
-from landmark.hf.model import Stock, device_of, text_mask
+from landmark.hf.model import require_landmark_cache
+from landmark.hf.stub import PackagedMixin
 
-NOTE = """# A landmark model
-
-This model attends by landmarks. To load it:
-
-    pip install landmark-attention
-
-    import landmark
-    model = landmark.load("{folder}")
-
-or `import landmark.hf` before `AutoModelForCausalLM.from_pretrained(...)`.
-"""
+# What stock code hands from step to step: landmark models find positions by the mask and the memory.
+NOT_FOR_FORWARD = ("position_ids", "cache_position", "next_sequence_length", "labels")
 
 
-class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
+@dataclass(frozen=True)
+class Given:
+    """What the running ``generate`` was given.
+
+    Attributes:
+        columns: of its ids or embeddings, ``None`` where it was given neither.
+        before: columns that the memory has read and that these leave out.
+    """
+
+    columns: int | None = None
+    before: int = 0
+
+    def without_candidates(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns text and mask of the first step without the tokens that an assistant has put behind them."""
+        if self.columns is None or mask is None:
+            return text[:, : self.columns], mask
+        return text[:, : self.columns], mask[:, : self.before + self.columns]
+
+
+_given: ContextVar[Given] = ContextVar("given")
+
+
+class LandmarkCausalLMMixin(PackagedMixin):
     """What a landmark model offers beside its stock family's ``forward`` and ``generate``."""
 
     @property
@@ -65,7 +82,7 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
 
         Args:
             input_ids: ``(B, T)`` text token ids.
-            attention_mask: ``(B, T)``, 0 for padding.
+            attention_mask: as for ``forward``: ``(B, T)``, or ``(B, past + T)`` with a memory; 0 for padding.
             cache: a memory to go on from.
             retrieve: ``False`` reads with the local context and block 0 only: fast, and not what the model would
                 compute with retrieval; later calls retrieve from what was read.
@@ -76,26 +93,65 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
         Raises:
             ValueError: as the model's ``forward``.
         """
-        decoder = self.base_model
-        embedding, settings = decoder.get_input_embeddings(), self.landmark
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"expected input_ids of shape (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
-        cache = LandmarkCache(self.config) if cache is None else cache
-        mask = text_mask(attention_mask, input_ids, cache)
-        cache.check(settings, len(input_ids), decoder)
-        for begin in range(0, input_ids.shape[1], settings.chunk_tokens):
-            part = input_ids[:, begin : begin + settings.chunk_tokens]
-            seen = torch.ones(part.shape, dtype=torch.bool)
-            if mask is not None:
-                seen = mask[:, begin : begin + settings.chunk_tokens].cpu()
-            embeds = embedding(part.to(device_of(embedding)))
-            decoder.extend(embeds, seen, cache, settings, {}, ids=part, retrieve=retrieve)
+        cache = LandmarkCache(self.config) if cache is None else require_landmark_cache(cache)
+        for _ in self.base_model.read_chunks(input_ids, attention_mask, cache, self.landmark, {}, retrieve=retrieve):
+            pass
         return cache
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates as stock code does; on an NVIDIA GPU, steps of one token are captured in a CUDA graph."""
-        with repeating():
-            return super().generate(*args, **kwargs)
+        """Generates as stock code does; on an NVIDIA GPU, steps of one token are captured in a CUDA graph.
+
+        With a memory (``past_key_values`` or ``cache``) the ids given begin with all that it has read. Where they are
+        exactly that, its last token is computed again. Ids of new text alone are taken together with an
+        ``attention_mask`` over all columns, those read before included. A memory of fewer rows is repeated for beams
+        and answers.
+
+        Raises:
+            ValueError: ids that do not begin with what the memory has read, or as ``forward``.
+        """
+        kwargs = cache_by_installed_name(kwargs)
+        cache = kwargs.get(CACHE)
+        token = _given.set(_what_is_given(args, kwargs))
+        try:
+            with repeating(), cache.kept_on_failure() if isinstance(cache, LandmarkCache) else nullcontext():
+                return super().generate(*args, **kwargs)
+        finally:
+            _given.reset(token)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Returns what the next call of ``forward`` inside ``generate`` is given: the text behind the memory.
+
+        Stands in place of every family's own: those cut the text by other rules, or drop the cache where a RoPE of
+        other frequencies begins (longrope), which landmark models never switch to.
+        """
+        kwargs = cache_by_installed_name(kwargs)
+        cache = kwargs.get(CACHE)
+        rest = {name: value for name, value in kwargs.items() if name not in NOT_FOR_FORWARD}
+        if getattr(self.config, "output_router_logits", False):
+            rest["output_router_logits"] = False  # nobody asks for the balancing loss of a generated token
+        name, text = "input_ids", input_ids
+        if is_first_iteration and inputs_embeds is not None:
+            name, text = "inputs_embeds", inputs_embeds
+        new = text
+        if cache is not None:
+            given = _given.get(Given())
+            if is_first_iteration:
+                own, mask = given.without_candidates(text, attention_mask)
+                cache.begin_with(own, mask, self.get_input_embeddings(), given.before)
+            count = given.before + text.shape[1] - cache.get_seq_length()
+            if count < 1:  # behind embeddings, these are the ids alone that were generated
+                count = columns_of_step(kwargs)
+            new = text[:, -count:]
+        return {**rest, name: new.clone(memory_format=torch.contiguous_format), "attention_mask": attention_mask}
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -104,14 +160,13 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} cannot hold landmarks: leave it unset"
             )
-        cache = model_kwargs.get("past_key_values")
+        generation_config.prefill_chunk_size = None  # forward reads in chunks of its own
+        cache = model_kwargs.get(CACHE)
         if cache is None:
             if generation_config.use_cache is not False:
-                model_kwargs["past_key_values"] = LandmarkCache(self.config)
-        elif isinstance(cache, LandmarkCache):
-            cache._is_user_defined = True
+                model_kwargs[CACHE] = LandmarkCache(self.config)
         else:
-            raise ValueError(f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config)")
+            require_landmark_cache(cache)._is_user_defined = True
 
     def _prepare_generated_length(self, generation_config: Any, has_default_max_length: bool, **kwargs: Any) -> Any:
         """Counts the default length as new tokens: stock code cuts it at ``max_position_embeddings``, text included."""
@@ -129,14 +184,6 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
                 each.max_position_embeddings = None
         return criteria
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Saves the model as its stock family does, and a note that says what to install to load it."""
-        result = super().save_pretrained(save_directory, *args, **kwargs)
-        folder = Path(save_directory)
-        if folder.is_dir():
-            (folder / "LANDMARK.md").write_text(NOTE.format(folder=folder.name), encoding="utf-8")
-        return result
-
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Refused but for ``landmark``: another attention would ignore the landmarks."""
         if attn_implementation != IMPLEMENTATION:
@@ -146,9 +193,17 @@ class LandmarkCausalLMMixin(Stock):  # type: ignore[misc]
         """Refused: continuous batching keeps keys in pages that know no landmarks."""
         raise AttributeError("continuous batching does not know landmarks: use generate")
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Does nothing: the classes come from this package, not from code in the saved folder."""
+
+def _what_is_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+    """Returns how much text ``generate`` was given: new text alone, where the mask says so by its width."""
+    cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+    inputs = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+    text = next((each for each in inputs if isinstance(each, Tensor)), None)
+    if text is None:
+        return Given()
+    read = cache.get_seq_length() if isinstance(cache, LandmarkCache) else 0
+    alone = mask is not None and mask.shape[-1] == read + text.shape[1]
+    return Given(text.shape[1], read if alone else 0)
 
 
 def check_layers(settings: LandmarkConfig, layers: int) -> None:

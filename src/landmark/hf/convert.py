@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.bundled import model_path
 from landmark.hf.causal import LandmarkCausalLMMixin, check_layers, warn_beyond_trained
+from landmark.hf.check import check_conversion
+from landmark.hf.columns import device_of
+from landmark.hf.compat import warn_untested
 from landmark.hf.families import PREFIX, check_config, family
-from landmark.hf.model import device_of
-from landmark.hf.pretrained import read_config, read_weights
-
-CHECKED_TOKENS = 24
+from landmark.hf.pretrained import Source, find, read_weights
+from landmark.hf.rope import trained_positions
+from landmark.hf.sharing import config_as, model_around
 
 
 def convert(
@@ -42,7 +44,8 @@ def convert(
         model_or_path: a model instance (its weights are shared, not copied), or a hub name or folder.
         block_size, top_k, granularity, positions, local_blocks, max_blocks, layers, local, mode, chunk_tokens,
             position_gap: see ``LandmarkConfig``.
-        trained_length: positions the model was trained on; by default ``config.max_position_embeddings``.
+        trained_length: positions the model was trained on; by default ``config.max_position_embeddings``; under
+            longrope, those up to which its frequencies for short texts were trained.
         **loading: for ``from_pretrained`` where a path is given (``dtype``, ``device_map``, ...).
 
     Returns:
@@ -53,38 +56,52 @@ def convert(
         ValueError: an architecture that cannot be exact, a model that is a landmark model already, or settings outside
             their ranges.
     """
-    given = model_or_path if isinstance(model_or_path, nn.Module) else None
-    if given is not None and not isinstance(given, PreTrainedModel):
-        raise ValueError(f"expected a transformers model or a path, got {type(given).__name__}")
-    if given is not None and loading:
+    warn_untested()
+    settings = {
+        "block_size": block_size,
+        "top_k": top_k,
+        "granularity": granularity,
+        "positions": positions,
+        "local_blocks": local_blocks,
+        "max_blocks": max_blocks,
+        "layers": layers,
+        "local": local,
+        "mode": mode,
+        "chunk_tokens": chunk_tokens,
+        "trained_length": trained_length,
+        "position_gap": position_gap,
+    }
+    if not isinstance(model_or_path, nn.Module):
+        return _converted_folder(find(model_or_path, **loading), settings)
+    if loading:
         raise ValueError(f"{sorted(loading)} are for loading from a path, got a model: load it with them")
-    stock_config = given.config if given is not None else read_config(model_or_path)
+    return _converted(model_or_path, settings)
+
+
+def _converted_folder(source: Source, settings: dict[str, Any]) -> Any:
+    """Loads the stock model and converts it; with the loading info where the caller is to be told."""
+    _settings(source.config, settings)  # before the weights are read
+    if source.adapter is not None:
+        raise ValueError(
+            f"{source.adapter} is an adapter of the plain model {source.path}: convert that one and train an adapter "
+            "on the landmark model, or merge both first (PeftModel.from_pretrained(...).merge_and_unload())"
+        )
+    given, info = read_weights(source)
+    model = _converted(given, settings)
+    return (model, info) if source.told else model
+
+
+def _settings(stock_config: Any, settings: dict[str, Any]) -> LandmarkConfig:
+    """Returns the landmark settings for a stock model; raises ``ValueError`` as ``convert`` does."""
     if stock_config.model_type.startswith(PREFIX):
         raise ValueError("this is a landmark model already: use landmark.load and configure_landmark")
     check_config(stock_config)
-    settings = LandmarkConfig(
-        block_size=block_size,
-        top_k=top_k,
-        granularity=granularity,
-        positions=positions,
-        local_blocks=local_blocks,
-        max_blocks=max_blocks,
-        layers=layers,
-        local=local,
-        mode=mode,
-        chunk_tokens=chunk_tokens,
-        trained_length=trained_length or stock_config.max_position_embeddings,
-        position_gap=position_gap,
-    )
-    config = landmark_config(stock_config, settings)
-    made = family(stock_config.model_type)
-    if given is None:
-        model = read_weights(made.causal_lm, model_or_path, config=config, **loading)
-    else:
-        model = _share(given, config)
-    _start_in_distribution(model)
-    check_conversion(model)
-    return model.eval()
+    trained = settings["trained_length"]
+    if trained is None:
+        trained = trained_positions(stock_config)
+    found = LandmarkConfig(**{**settings, "trained_length": trained})
+    check_layers(found, stock_config.num_hidden_layers)
+    return found
 
 
 def landmark_config(stock_config: Any, settings: LandmarkConfig) -> Any:
@@ -97,10 +114,8 @@ def landmark_config(stock_config: Any, settings: LandmarkConfig) -> Any:
     check_layers(settings, stock_config.num_hidden_layers)
     warn_beyond_trained(settings)
     made = family(stock_config.model_type)
-    fields = stock_config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version"):
-        fields.pop(name, None)
-    config = made.config.from_dict(fields)
+    config = config_as(stock_config, made.config)
+    config._attn_implementation = IMPLEMENTATION
     config.landmark = settings.to_dict()
     config.architectures = [made.causal_lm.__name__]
     return config
@@ -129,38 +144,63 @@ def load(path: Any = None, **loading: Any) -> Any:
         ValueError: the folder holds no landmark model, or damaged weights.
         FileNotFoundError: there is no model, or the bundled one is not installed.
     """
-    path = model_path() if path is None else path
-    config = read_config(path)
-    if not config.model_type.startswith(PREFIX):
-        raise ValueError(f"expected a landmark model, got model_type {config.model_type!r}: use landmark.convert")
-    model = read_weights(AutoModelForCausalLM, path, **loading)
+    warn_untested()
+    source = find(model_path() if path is None else path, **loading)
+    kind = source.config.model_type
+    if not kind.startswith(PREFIX):
+        where = source.path if source.adapter is None else f"{source.adapter}: its base {source.path}"
+        raise ValueError(f"{where}: expected a landmark model, got model_type {kind!r}: use landmark.convert")
+    if not source.config.landmark:
+        raise ValueError(f"{source.path}: expected landmark settings in config.json, got none; save the model again")
+    model, info = read_weights(source)
     assert isinstance(model, LandmarkCausalLMMixin)
-    return model
+    return (model, info) if source.told else model
 
 
-def _share(given: PreTrainedModel, config: Any) -> Any:
-    """Builds a landmark model around the parameters of ``given``."""
-    if getattr(given, "hf_quantizer", None) is not None:
-        raise ValueError("a quantized model cannot be converted in place: pass its path and quantization_config")
-    made = family(given.config.model_type)
-    if not isinstance(given, made.stock_causal_lm):
-        raise ValueError(f"expected a {made.stock_causal_lm.__name__}, got {type(given).__name__}")
-    with torch.device("meta"):
-        model = made.causal_lm(config)
-    weight = given.get_input_embeddings().weight
+def _converted(given: Any, settings: dict[str, Any]) -> Any:
+    """Returns a checked landmark model around the modules of ``given``, with a landmark embedding of its own."""
+    _check_given(given)
+    config = landmark_config(given.config, _settings(given.config, settings))
+    model = model_around(given, family(given.config.model_type).causal_lm, config)
     decoder = model.base_model
-    decoder.landmark_embedding = nn.Embedding(1, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    stock = dict(given.named_modules())
-    for name, module in model.named_modules():
-        source = stock.get(name)
-        if source is None:
-            continue
-        for key, parameter in source._parameters.items():
-            module._parameters[key] = parameter
-        for key, buffer in source._buffers.items():
-            module._buffers[key] = buffer
-    model.generation_config = given.generation_config
-    return model
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        embedding = decoder.get_input_embeddings()
+        row = embedding(torch.zeros(1, dtype=torch.long, device=device_of(embedding)))
+        decoder.landmark_embedding = nn.Embedding(1, row.shape[1], device=row.device, dtype=row.dtype)
+    _start_in_distribution(model)
+    check_conversion(model, given)
+    return model.eval()
+
+
+def _check_given(given: Any) -> None:
+    """Raises ``ValueError`` for a model in memory that is no plain model of a supported family."""
+    if not isinstance(given, PreTrainedModel):
+        raise ValueError(
+            f"expected a transformers model or a path, got {type(given).__name__}; pass the model inside it (compile, "
+            "wrap or adapt what comes out; merge an adapter of peft first, by merge_and_unload)"
+        )
+    if given.config.model_type.startswith(PREFIX):
+        return  # refused by its config
+    made = family(given.config.model_type)
+    for module, expected in ((given, made.stock_causal_lm), (given.base_model, made.stock_decoder)):
+        if type(module) is not expected:
+            raise ValueError(
+                f"expected a {expected.__name__}, got {type(module).__name__}: what it adds would be lost; "
+                f"load the weights as {expected.__name__}"
+            )
+        if module._forward_pre_hooks:
+            raise ValueError(
+                f"{expected.__name__} has a forward pre-hook, which model.read would not run: remove it, or register "
+                "it on a module inside"
+            )
+    if getattr(given, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "the model has an adapter of peft loaded: convert it without, then load or train adapters on the landmark "
+            "model; or merge it first (PeftModel.from_pretrained(...).merge_and_unload())"
+        )
+    embedding = given.get_input_embeddings()
+    if embedding.weight.is_meta and not hasattr(embedding, "_hf_hook"):
+        raise ValueError("the weights are on the device meta, where nothing can be computed: load them first")
 
 
 @torch.no_grad()
@@ -171,54 +211,13 @@ def _start_in_distribution(model: Any) -> None:
     """
     decoder = model.base_model
     embedding = decoder.get_input_embeddings()
-    if embedding.weight.is_meta and not hasattr(embedding, "_hf_hook"):
+    if decoder.landmark_embedding.weight.is_meta:
         return
-    count = min(embedding.num_embeddings, 65536)
+    count = min(getattr(embedding, "num_embeddings", model.config.vocab_size), 65536)
     rows = embedding(torch.arange(count, device=device_of(embedding)))
-    if decoder.landmark_embedding.weight.is_meta:  # offloaded, and nothing of it lies on the disk yet
-        decoder.landmark_embedding = nn.Embedding(1, rows.shape[1], device=rows.device, dtype=rows.dtype)
     target, rows = decoder.landmark_embedding.weight, rows.float()
     norms = rows.norm(dim=-1)
     mean = rows[norms > 0].mean(0) if bool((norms > 0).any()) else rows.mean(0)
     if float(mean.norm()) == 0:
         return
     target.copy_((mean / mean.norm() * norms[norms > 0].median())[None].to(target.device, target.dtype))
-
-
-@torch.no_grad()
-def check_conversion(model: Any) -> float:
-    """Proves that without landmarks the model is the stock one: runs both on the same weights.
-
-    Returns:
-        the relative error of the last hidden states (Frobenius norms).
-
-    Raises:
-        ValueError: it exceeds 1e-5; in lower precision (quantized weights count as bfloat16), four units of rounding or
-            four times what the stock model's own two attentions (eager and SDPA) lie apart, at most 0.1.
-    """
-    decoder, config = model.base_model, model.config
-    made = family(config.model_type.removeprefix(PREFIX))
-    ids = (torch.arange(CHECKED_TOKENS, device=device_of(decoder.get_input_embeddings())) * 7 % config.vocab_size)[None]
-    settings, training = config.landmark, model.training
-    model.eval()
-    try:
-        config.landmark = decoder.settings.replace(block_size=CHECKED_TOKENS + 2, mode="all", layers=None).to_dict()
-        ours = decoder(input_ids=ids).last_hidden_state
-        stock = []
-        for config._attn_implementation in ("eager", "sdpa") if decoder._supports_sdpa else ("eager",):
-            stock.append(made.stock_decoder.forward(decoder, input_ids=ids, use_cache=False).last_hidden_state)
-    finally:
-        config._attn_implementation = IMPLEMENTATION
-        config.landmark = settings
-        model.train(training)
-    error, bound = _relative_error(ours, stock[0]), 1e-5
-    precision = torch.bfloat16 if getattr(model, "hf_quantizer", None) is not None else ours.dtype
-    if precision in (torch.float16, torch.bfloat16):
-        bound = max(4 * torch.finfo(precision).eps, min(4 * _relative_error(stock[-1], stock[0]), 0.1))
-    if not error <= bound:
-        raise ValueError(f"{config.model_type} is not exact without landmarks: error {error:.1e} above {bound:.0e}")
-    return error
-
-
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).double().norm() / expected.double().norm())

@@ -15,7 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from landmark.hf.attention import claim_attention
 from landmark.hf.causal import LandmarkCausalLMMixin
+from landmark.hf.compat import cache_by_installed_name, installed
 from landmark.hf.model import LandmarkDecoderMixin
+from landmark.hf.stub import LandmarkConfigMixin, auto_map
 
 PREFIX = "landmark_"
 
@@ -81,13 +83,13 @@ def family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         reason = REFUSED.get(model_type, "it has not been checked")
         raise ValueError(f"cannot make a landmark model of {model_type!r}: {reason}; supported: {', '.join(FAMILIES)}")
-    if not _installed(model_type):
+    if not installed(model_type):
         raise ValueError(f"cannot make a landmark model of {model_type!r} with this transformers: install a later one")
     stock_config = CONFIG_MAPPING[model_type]
     stock_decoder, stock_causal_lm = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     config: Any = type(
         f"Landmark{stock_config.__name__}",
-        (stock_config,),
+        (LandmarkConfigMixin, stock_config),
         {
             "model_type": PREFIX + model_type,
             "__doc__": f"{stock_config.__name__} with landmark settings.",
@@ -110,15 +112,21 @@ def family(model_type: str) -> Family:
             finally:
                 setattr(module, stock_decoder.__name__, stock_decoder)
 
+    @functools.wraps(stock_causal_lm.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock_causal_lm.forward(self, *args, **cache_by_installed_name(kwargs))
+
     causal_lm: Any = type(
         f"Landmark{stock_causal_lm.__name__}",
         (LandmarkCausalLMMixin, stock_causal_lm),
         {
             "config_class": config,
             "__init__": initialise,
+            "forward": forward,
             "__doc__": f"{stock_causal_lm.__name__} that attends by landmarks.",
         },
     )
+    config.auto_map = auto_map(config.__name__, decoder.__name__, causal_lm.__name__)
     for made in (config, decoder, causal_lm):
         made.__module__ = __name__
         setattr(sys.modules[__name__], made.__name__, made)
@@ -131,14 +139,6 @@ def family(model_type: str) -> Family:
     return Family(config, decoder, causal_lm, stock_config, stock_decoder, stock_causal_lm)
 
 
-def _installed(model_type: str) -> bool:
-    if model_type not in CONFIG_MAPPING:
-        return False
-    decoder = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
-    # Before it had this class, Gemma scaled embeddings in the decoder: another landmark embedding for the same model.
-    return model_type != "gemma" or hasattr(sys.modules[decoder.__module__], "GemmaTextScaledWordEmbedding")
-
-
 def _copy_conversion(stock: str, ours: str) -> None:
     """Lets checkpoints be read and written as the stock architecture's are: renamed heads, fused experts, ..."""
     mapping = get_checkpoint_conversion_mapping(stock)
@@ -149,7 +149,7 @@ def _copy_conversion(stock: str, ours: str) -> None:
 def register() -> None:
     """Registers every supported family that the installed transformers has."""
     for model_type in FAMILIES:
-        if _installed(model_type):
+        if installed(model_type):
             family(model_type)
 
 

@@ -104,9 +104,19 @@ def captures(embeds: Tensor) -> bool:
 def capture(call: Remembered, decoder: Any, embeds: Tensor) -> Captured:
     """Captures a call; nothing is computed yet."""
     fixed, embeds, graph = call.fixed(embeds.device), embeds.clone(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = decoder.stock(embeds, fixed)
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = decoder.stock(embeds, fixed)
+    except BaseException:
+        release_generator(embeds.device)
+        raise
     return Captured(graph, embeds, fixed.plan, output)
+
+
+def release_generator(device: torch.device) -> None:
+    """Takes the random generator of a GPU out of a capture that failed: torch leaves it there, and sampling fails."""
+    generator = torch.cuda.default_generators[device.index or 0]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def require_states_alone(output: Any) -> None:

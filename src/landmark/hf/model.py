@@ -7,29 +7,28 @@ positions 0 (so that queries and keys arrive un-rotated at the attention functio
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import Call, OnePass, Remembered, check_attention, claim_attention
 from landmark.hf.cache import LandmarkCache
+from landmark.hf.columns import device_of
+from landmark.hf.compat import CACHE, cache_by_installed_name
 from landmark.hf.graphs import current
 from landmark.hf.layout import Layout, documents_of, packed_layout, padded_layout, plain_layout
 from landmark.hf.rope import layer_types, read_rotaries
+from landmark.hf.states import merge
+from landmark.hf.stub import PackagedMixin
 from landmark.memory.plan import make_plan
 from landmark.memory.positions import RotationTables
 
-if TYPE_CHECKING:
-    Stock = Any  # the stock class that stands behind the mixin
-else:
-    Stock = object
 
-
-class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
+class LandmarkDecoderMixin(PackagedMixin):
     """Inserts landmarks in front of a stock decoder and takes them out behind it."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -55,20 +54,23 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the decoder on text.
 
         Args:
             input_ids: ``(B, T)`` text token ids, or else ``inputs_embeds (B, T, hidden)``.
-            attention_mask: ``(B, T)`` or ``(B, past + T)``, 0 for padding, which may stand anywhere.
+            attention_mask: ``(B, T)`` or ``(B, past + T)``, 0 for padding, which may stand anywhere. A 0 over the last
+                tokens that a row has remembered takes them back (``LandmarkCache.hide``).
             position_ids: ``(B, T)``; without a mask or a cache, a new document begins wherever they do not go on
                 (packed rows). Otherwise ignored: slots come from the mask.
-            past_key_values: a ``LandmarkCache`` to read and to extend.
+            past_key_values: a ``LandmarkCache`` to read and to extend; ``cache`` is another name for it.
             inputs_embeds: see ``input_ids``.
             use_cache: whether to return the cache; it never changes what is computed.
             seq_idx: ``(B, T)`` document of each column of packed rows, instead of ``position_ids``; ``cu_seq_lens_q``,
                 the documents' borders in one flattened row, does as well.
+            cache: see ``past_key_values``.
             **kwargs: passed to the stock decoder.
 
         Returns:
@@ -91,23 +93,31 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
         if text.ndim < 2 or text.shape[1] == 0:
             raise ValueError(f"expected text of shape (B, T) with T of at least 1, got {tuple(text.shape)}")
         settings = self.settings
-        mask = text_mask(attention_mask, text, past_key_values)
-        documents = _documents(text, seq_idx, position_ids, kwargs, whole=mask is None and past_key_values is None)
-        if settings.mode == "all" and past_key_values is None:
-            output = self._one_pass(self._embed(input_ids, inputs_embeds), mask, documents, settings, kwargs)
-        else:
+        cache = cache_by_installed_name({"cache": cache, "past_key_values": past_key_values}).get(CACHE)
+        if cache is not None:
+            require_landmark_cache(cache)
+        mask = text_mask(attention_mask, text, cache)
+        if kwargs.get("output_router_logits"):
+            _check_balanced(attention_mask, text.shape[1])
+        documents = _documents(text, seq_idx, position_ids, kwargs, whole=mask is None and cache is None)
+        if settings.mode == "all" and cache is None:
+            output = self._one_pass(self._embed(text), mask, documents, settings, kwargs)
+        elif documents is not None and bool((documents != documents[:, :1]).any()):
             with torch.no_grad():
-                embeds = self._embed(input_ids, inputs_embeds)
-                if documents is not None and bool((documents != documents[:, :1]).any()):
-                    output = self._by_document(embeds, documents, settings, kwargs)
-                else:
-                    output = self._remembered(embeds, mask, past_key_values, settings, use_cache, kwargs, input_ids)
+                output = self._by_document(self._embed(text), documents, settings, kwargs)
+        else:
+            cache = LandmarkCache(self.config) if cache is None else cache
+            output = _join(list(self.read_chunks(text, attention_mask, cache, settings, kwargs)))
+            if self.config.use_cache if use_cache is None else use_cache:
+                output[CACHE] = cache
         return output if return_dict is not False else output.to_tuple()
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if inputs_embeds is not None:
-            return inputs_embeds
-        embeds: Tensor = self.get_input_embeddings()(input_ids)
+    def _embed(self, text: Tensor) -> Tensor:
+        """Returns the embeddings of token ids ``(B, T)``; embeddings ``(B, T, hidden)`` as they are."""
+        if text.ndim == 3:
+            return text
+        embedding = self.get_input_embeddings()
+        embeds: Tensor = embedding(text.to(device_of(embedding)))
         return embeds
 
     def _landmark(self, like: Tensor) -> Tensor:
@@ -139,41 +149,57 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
         tokens = embeds.shape[1]
         inserted = layout.insert(embeds, self._landmark(embeds)).contiguous()  # as later layers get it: one graph
         output = self.stock(inserted, call, **kwargs)
-        output.last_hidden_state = layout.extract(output.last_hidden_state, tokens)
-        if output.hidden_states is not None:
-            output.hidden_states = tuple(layout.extract(states, tokens) for states in output.hidden_states)
-        return output
+        return merge([output], lambda states: layout.extract(states[0], tokens))
 
     def stock(self, embeds: Tensor, call: Call, **kwargs: Any) -> Any:
         """Runs the stock decoder on slots ``(B, width, hidden)``, all at position 0."""
         zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
         return super().forward(inputs_embeds=embeds, position_ids=zeros, use_cache=False, landmark=call, **kwargs)
 
-    def _remembered(
+    @torch.no_grad()
+    def read_chunks(
         self,
-        embeds: Tensor,
-        mask: Tensor | None,
-        cache: Any,
+        text: Tensor,
+        attention_mask: Tensor | None,
+        cache: LandmarkCache,
         settings: LandmarkConfig,
-        use_cache: bool | None,
         kwargs: Any,
-        ids: Tensor | None = None,
-    ) -> Any:
-        cache = LandmarkCache(self.config) if cache is None else cache
-        if not isinstance(cache, LandmarkCache):
-            raise ValueError(f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config)")
-        cache.check(settings, len(embeds), self)
-        parts, step = [], settings.chunk_tokens
-        for begin in range(0, embeds.shape[1], step):
-            part = embeds[:, begin : begin + step]
-            seen = torch.ones(part.shape[:2], dtype=torch.bool) if mask is None else mask[:, begin : begin + step].cpu()
-            known = None if ids is None else ids[:, begin : begin + step]
-            parts.append(self.extend(part, seen, cache, settings, kwargs, ids=known))
-        output = _join(parts)
-        if self.config.use_cache if use_cache is None else use_cache:
-            output.past_key_values = cache
-        return output
+        *,
+        retrieve: bool = True,
+    ) -> Iterator[Any]:
+        """Reads a text into a memory, chunk by chunk.
 
+        Args:
+            text: ``(B, T)`` token ids, or ``(B, T, hidden)`` embeddings.
+            attention_mask: as for ``forward``.
+            cache: the memory.
+            settings: the landmark settings.
+            kwargs: for the stock decoder.
+            retrieve: as for ``extend``.
+
+        Yields:
+            the output of each chunk.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        mask = text_mask(attention_mask, text, cache)
+        cache.check(settings, len(text), self)
+        with cache.kept_on_failure():
+            if attention_mask is not None and attention_mask.shape[1] > text.shape[1]:
+                cache.hide(attention_mask[:, : -text.shape[1]])
+            counts = [text.shape[1]] * len(text) if mask is None else mask.sum(1).tolist()
+            longest = max(map(sum, zip(cache.tokens or [0] * len(text), counts, strict=True)))
+            self._check_length(slots_for(longest, settings.block_size), settings)
+            for begin in range(0, text.shape[1], settings.chunk_tokens):
+                columns = slice(begin, begin + settings.chunk_tokens)
+                part = text[:, columns]
+                seen = torch.ones(part.shape[:2], dtype=torch.bool) if mask is None else mask[:, columns].cpu()
+                ids = part if part.ndim == 2 else None
+                yield self.extend(self._embed(part), seen, cache, settings, kwargs, ids=ids, retrieve=retrieve)
+
+    @torch.inference_mode(False)  # what a memory keeps has to be written to outside of inference mode, too
+    @torch.no_grad()
     def extend(
         self,
         embeds: Tensor,
@@ -205,12 +231,11 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
         seen = cache.tokens or [0] * len(counts)
         starts = [slots_for(n, settings.block_size) for n in seen]
         ends = [slots_for(n + c, settings.block_size) for n, c in zip(seen, counts, strict=True)]
-        self._check_length(max(ends), settings)
         plan = make_plan(starts, [e - s for s, e in zip(starts, ends, strict=True)], settings)
         if plan.candidates and retrieve:
             self._warn_untrained(settings)
         width = plan.cells.shape[1]
-        call = Remembered(settings, self._layer_types, self._all_tables(), cache, plan, retrieve)
+        call = Remembered(settings, self._layer_types, self._all_tables(), cache, plan, retrieve, embeds.dtype)
         steps = current()
         if steps is not None and width == 1 and bool(mask.all()):
             output = steps.run(call, self, embeds, kwargs)
@@ -239,13 +264,14 @@ class LandmarkDecoderMixin(Stock):  # type: ignore[misc]
     def _by_document(self, embeds: Tensor, documents: Tensor, settings: LandmarkConfig, kwargs: Any) -> Any:
         """Reads each document of packed rows as a row of its own."""
         changes = torch.nn.functional.pad((documents[:, 1:] != documents[:, :-1]).long().cumsum(1), (1, 0))
-        states = torch.zeros_like(embeds)
-        for row in range(len(embeds)):
-            for document in range(int(changes[row, -1]) + 1):
-                columns = changes[row] == document
-                part = self._remembered(embeds[row, columns][None], None, None, settings, False, kwargs)
-                states[row, columns] = part.last_hidden_state[0]
-        return BaseModelOutputWithPast(last_hidden_state=states)
+        rows = []
+        for row, document_of in zip(embeds, changes, strict=True):
+            documents_read = []
+            for document in row.split(document_of.bincount().tolist()):
+                chunks = self.read_chunks(document[None], None, LandmarkCache(self.config), settings, kwargs)
+                documents_read.append(_join(list(chunks)))
+            rows.append(_join(documents_read))
+        return merge(rows, lambda states: torch.cat(states, dim=0))
 
     def _check_length(self, slots: int, settings: LandmarkConfig) -> None:
         trained = settings.trained_length
@@ -268,21 +294,17 @@ def _keys(types: tuple[str | None, ...], rotaries: dict[str | None, Any]) -> tup
 
 
 def _join(parts: list[Any]) -> Any:
-    """Joins the outputs of consecutive chunks; what only a whole pass has (router logits) is kept of a single chunk."""
-    if len(parts) == 1:
-        return parts[0]
-    hidden = None
-    if parts[0].hidden_states is not None:
-        hidden = tuple(torch.cat(states, dim=1) for states in zip(*(p.hidden_states for p in parts), strict=True))
-    states = torch.cat([part.last_hidden_state for part in parts], dim=1)
-    blank = dict.fromkeys(parts[0].keys())
-    return type(parts[0])(**{**blank, "last_hidden_state": states, "hidden_states": hidden})
+    """Joins the outputs of consecutive columns."""
+    return merge(parts, lambda states: torch.cat(states, dim=1))
 
 
-def device_of(embedding: nn.Module) -> torch.device:
-    """Returns where ids for an embedding may lie: by its weight, anywhere if that is offloaded."""
-    device: torch.device = embedding.weight.device  # type: ignore[assignment]
-    return torch.device("cpu") if device.type == "meta" else device
+def require_landmark_cache(cache: Any) -> LandmarkCache:
+    """Returns a cache that can hold landmarks; raises ``ValueError`` for any other."""
+    if not isinstance(cache, LandmarkCache):
+        raise ValueError(
+            f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config), or leave it out"
+        )
+    return cache
 
 
 def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor | None:
@@ -298,6 +320,15 @@ def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor
             "landmark models take the two-dimensional padding mask"
         )
     return attention_mask[:, -tokens:].bool()
+
+
+def _check_balanced(attention_mask: Tensor | None, tokens: int) -> None:
+    """Raises ``ValueError`` for a mask over remembered columns, which the stock balancing loss cannot take."""
+    if attention_mask is not None and attention_mask.shape[1] != tokens:
+        raise ValueError(
+            f"output_router_logits: expected an attention_mask of the {tokens} new columns, got "
+            f"{attention_mask.shape[1]}; leave the remembered columns out, or set output_router_logits=False"
+        )
 
 
 def _documents(

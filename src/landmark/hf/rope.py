@@ -23,6 +23,13 @@ def layer_types(config: Any) -> tuple[str | None, ...]:
     return tuple(types[:count]) if types else (None,) * count
 
 
+def trained_positions(config: Any) -> int:
+    """Returns the positions that the frequencies which ``read_rotaries`` reads were trained on."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    short = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return int(short or config.max_position_embeddings)
+
+
 def read_rotaries(decoder: nn.Module) -> dict[str | None, Rotary]:
     """Returns the rotary embedding of each layer type of a decoder.
 

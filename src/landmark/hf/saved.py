@@ -63,6 +63,21 @@ def fingerprint(decoder: Any) -> str:
     return found.hexdigest()
 
 
+def require_reader(reader: Any, decoder: Any) -> None:
+    """Raises ``ValueError`` where what ``reader`` remembered (``None``: it is gone) is not what ``decoder`` would."""
+    if reader is decoder:
+        return
+    if reader is None:
+        raise ValueError(
+            "expected the model that read this cache, got another, and that one is gone: save a cache before its model "
+            "goes, and open it with LandmarkCache.open"
+        )
+    if fingerprint(reader) != fingerprint(decoder):
+        raise ValueError(
+            "expected the model that read this cache, got one with other weights: make a new LandmarkCache"
+        )
+
+
 def save(cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None, streams: Streams) -> None:
     """As ``LandmarkCache.save``."""
     folder, decoder = Path(folder), cache.decoder
@@ -77,6 +92,7 @@ def save(cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None,
     archive = saved.archive
     archive.lock()
     try:
+        archive.check_whole()
         _write(cache, saved, decoder, notes, streams)
     except BaseException:
         archive.roll_back()
@@ -200,8 +216,11 @@ def _check_model(archive: Archive, cache: LandmarkCache, decoder: Any) -> None:
     manifest, theirs = archive.manifest, {"type": decoder.config.model_type, "fingerprint": fingerprint(decoder)}
     folder = str(archive.folder)
     dtype = name_of(decoder.dtype)
-    if manifest["dtype"] != dtype:
-        raise ValueError(f"{folder!r} was made in {manifest['dtype']}, the model is in {dtype}; load it in the former")
+    made_in = manifest["dtype"]
+    if made_in != dtype:
+        raise ValueError(
+            f"{folder!r} was made in {made_in}, the model is in {dtype}; load the model with dtype {made_in!r}"
+        )
     cache.check_settings(LandmarkConfig.from_dict(manifest["settings"]), f"memory {folder!r}", SET_MODEL)
     if manifest["model"] != theirs:
         raise ValueError(

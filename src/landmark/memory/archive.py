@@ -4,13 +4,12 @@
 their checksum. A writer appends to streams, flushes them to the disk and then replaces ``memory.json`` in one step, so
 that after a crash there is either the old state or the new one; what lies in a stream beyond its committed length was
 being written and counts as nothing. A change of any committed byte is found: ``memory.json`` has a checksum of its own,
-streams have one over all their bytes or, where they are read in parts, one for each part (``sums`` of ``blocks.py``).
+streams have one over all their bytes or, where they are read in parts, one for each part (``sums`` of ``saved.py``).
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -18,6 +17,13 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+        "landmark's memory expects a POSIX system such as Linux or macOS, got one without fcntl; on Windows use WSL"
+    ) from None
 
 FORMAT = 1
 STATE = "memory.json"
@@ -39,12 +45,13 @@ class Archive:
         state: what ``memory.json`` says.
 
     Attributes:
+        folder: the absolute path, so that a change of the working directory changes nothing.
         manifest: what the memory is, as committed last.
         commits: how often something was committed.
     """
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self._handles: dict[str, int] = {}
         self._lock: int | None = None
         self._take(state)
@@ -62,16 +69,15 @@ class Archive:
         Raises:
             ValueError: the folder holds something else than what an interrupted first writer left, or as ``lock``.
         """
-        folder = Path(folder)
-        if folder.exists() and not _is_free(folder):
-            raise ValueError(
-                f"expected a new or empty folder for a memory, got {str(folder)!r}; name another, or open it"
-            )
-        made = [each for each in (folder, *folder.parents) if not each.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        for each in made:
-            _sync(each.parent)
-        archive = cls(folder, _nothing())
+        require_free(Path(folder))
+        archive = cls(Path(folder), _nothing())
+        made = [each for each in (archive.folder, *archive.folder.parents) if not each.exists()]
+        try:
+            archive.folder.mkdir(parents=True, exist_ok=True)
+            for each in made:
+                _sync(each.parent)
+        except OSError as error:
+            raise archive._refused(error) from error
         archive.lock()
         return archive
 
@@ -104,11 +110,17 @@ class Archive:
         """Makes this archive its folder's only writer, and cuts off what an interrupted writer left.
 
         Raises:
-            ValueError: there is another writer, or somebody has committed since this archive was opened.
+            FileNotFoundError: the folder was moved, removed or emptied since this archive was opened.
+            ValueError: there is another writer, somebody has committed since this archive was opened, or the folder
+                cannot be written to.
         """
         if self._lock is not None:
             return
-        handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        self._check_nobody_wrote()
+        try:
+            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise self._refused(error) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -126,11 +138,23 @@ class Archive:
 
     def _check_nobody_wrote(self) -> None:
         there = self._there()
-        if there != self._state:
-            raise ValueError(
-                f"{str(self.folder)!r} was written to since it was opened (commit {there['commits']}, not "
-                f"{self.commits}); open it again"
+        if there == self._state:
+            return
+        if there["commits"] == 0:
+            raise FileNotFoundError(
+                f"expected the memory that was opened in {str(self.folder)!r}, found none any more: put the folder "
+                "back, or save to a new one"
             )
+        raise ValueError(
+            f"{str(self.folder)!r} was written to since it was opened (commit {there['commits']}, not "
+            f"{self.commits}); open it again, or save to a new folder"
+        )
+
+    def check_whole(self) -> None:
+        """Raises ``Damaged`` where a stream is shorter than what was committed: what is appended would stand alone."""
+        short = [line for name in self.streams() for line in self._shorter(name)]
+        if short:
+            raise Damaged(f"{short[0]}; what is in memory can be saved to a new folder")
 
     def _there(self) -> dict[str, Any]:
         """What is committed in the folder now."""
@@ -153,7 +177,11 @@ class Archive:
         What the folder says is asked for anew: a commit may have been interrupted after it took place.
         """
         self._close()
-        self._take(self._there())
+        there = self._there()
+        if there["commits"] < self.commits:  # the folder was taken away meanwhile
+            self._take(self._state)
+            return
+        self._take(there)
         left = self.leftover()
         if left:
             _sync(self.folder)  # what is removed below was replaced for good
@@ -193,7 +221,7 @@ class Archive:
                 written = os.pwrite(handle, left, begin)
                 left, begin = left[written:], begin + written
         except OSError as error:
-            raise self._full(error, len(left)) from error
+            raise self._refused(error, len(left)) from error
         self._lengths[name] = begin
         self._sums[name] = zlib.crc32(data, self._sums.get(name) or 0) if summed else None
 
@@ -202,7 +230,7 @@ class Archive:
         try:
             os.ftruncate(self._handle(name), self.length(name) + count)
         except OSError as error:
-            raise self._full(error, count) from error
+            raise self._refused(error, count) from error
         self._lengths[name], self._sums[name] = self.length(name) + count, None
 
     def _handle(self, name: str) -> int:
@@ -227,22 +255,22 @@ class Archive:
                 os.fsync(handle)
             _write_state(self.folder, state)
         except OSError as error:
-            raise self._full(error, len(_file_of(state))) from error
+            raise self._refused(error, len(_file_of(state))) from error
         self._take(json.loads(_encoded(state)))
         for name in dropped:
             if name in self._handles:
                 os.close(self._handles.pop(name))
             (self.folder / name).unlink(missing_ok=True)
 
-    def _full(self, error: OSError, wanted: int) -> ValueError:
-        """The system's error as one that names the folder and the bytes; other errors stay what they are."""
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise error
+    def _refused(self, error: OSError, wanted: int = 0) -> ValueError:
+        """The system's error as one that names the folder and, where there is no room, the bytes."""
         before = "what was committed before can be opened as it was" if self.commits else "nothing was committed before"
-        return ValueError(
-            f"no room for {wanted} more bytes in {str(self.folder)!r} ({error.strerror}): make room there or name "
-            f"another folder; {before}"
-        )
+        folder = f"{str(self.folder)!r} ({error.strerror})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return ValueError(
+                f"no room for {wanted} more bytes in {folder}: make room there or name another folder; {before}"
+            )
+        return ValueError(f"cannot write to {folder}: make it writable or name another folder; {before}")
 
     def read(self, name: str) -> bytearray:
         """Returns a summed stream's committed bytes.
@@ -255,7 +283,7 @@ class Archive:
             with open(path, "rb") as file:
                 found = file.readinto(data)
         except FileNotFoundError:
-            found = -1
+            raise Damaged(f"{path}: it is not there any more; put the folder back, or {REMEDY}") from None
         if found != len(data) or zlib.crc32(data) != self._sums[name]:
             raise Damaged(f"{path}: the checksum is not that of what was written; {REMEDY}")
         return data
@@ -275,6 +303,12 @@ class Archive:
         found = _size(self.folder / name)
         if found < self._lengths[name]:
             yield f"{self.folder / name}: expected {self._lengths[name]} bytes, got {found}; {REMEDY}"
+
+
+def require_free(folder: Path) -> None:
+    """Raises ``ValueError`` for a folder that holds something else than what an interrupted first writer left."""
+    if folder.exists() and not _is_free(folder):
+        raise ValueError(f"expected a new or empty folder for a memory, got {str(folder)!r}; name another, or open it")
 
 
 def _is_free(folder: Path) -> bool:
@@ -311,7 +345,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         body = json.loads(data)["state"]
         whole = data == _file_of(body)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if whole and body["format"] != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}, got {body['format']}; install the landmark that wrote it")

@@ -70,8 +70,7 @@ class HostExtent:
 class BlockFile:
     """A file of extents of one shape, at multiples of a whole number of pages; gone when nothing reads it any more.
 
-    It has no name, so that the system frees it also after kill -9. Where a system cannot do that (Windows), it has one
-    for as long as it is open.
+    It has no name, so that the system frees it also after kill -9.
 
     Args:
         folder: where it lies, ``None`` for the system's folder of temporary files.
@@ -131,8 +130,8 @@ def _refused(folder: str | Path, wanted: int) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(
-            f"no room for {wanted} more bytes of blocks in {str(folder)!r} ({error.strerror}): make room there or give "
-            "another folder; the cache is as before"
+            f"no room for {wanted} more bytes of blocks in {str(folder)!r} ({error.strerror}): make room there or name "
+            "another spill_folder; the cache is as before"
         ) from error
 
 

@@ -120,7 +120,7 @@ class SomeNear:
     def resume(self, saved: SavedLayer, first: int, tail: Tensor) -> None:
         """As ``Near.resume``: reads block 0 alone."""
         self.first = first
-        self.shelf.adopt(saved)
+        self.shelf.resume(saved, first)
         own = torch.tensor([saved.count])
         self._resize(1 + self.local_blocks, own)
         self._recent[0, saved.count % self._recent.shape[1]] = saved.count

@@ -48,7 +48,7 @@ class Near(Protocol):
         Args:
             saved: the finished blocks.
             first: block at place 1.
-            tail: ``(G, 2, L, D)`` keys and values of the block behind them, not finished, on the CPU.
+            tail: ``(G, 2, L, D)`` keys and values of the block behind them, not finished, on the model's device.
         """
 
     def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,8 @@ blocks has its own block at slot ``top_k + 1 + n``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,10 @@ class RotationTables:
         self.rotary, self.block_size = rotary, block_size
         self._offsets: dict[tuple[torch.device, torch.dtype], Rotation] = {}
         self._blocks: dict[tuple[torch.device, torch.dtype], Rotation] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RotationTables:
+        """Itself: the tables of a model are the same for all its memories."""
+        return self
 
     def by_offset(self, offsets: Tensor, dtype: torch.dtype) -> Rotation:
         """Returns the rotation to a place inside the block, ``0..block_size - 1``."""

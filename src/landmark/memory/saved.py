@@ -91,6 +91,12 @@ class SavedLayer:
         heads = torch.arange(groups).repeat(len(blocks))
         return torch.unflatten(self.read(blocks.repeat_interleave(groups), heads), 0, (len(blocks), groups))
 
+    def hold(self) -> None:
+        """Opens the file of the blocks: they can be read whatever becomes of the folder's name."""
+        if self._file is None:
+            self._file = os.open(self.archive.folder / self.name("blocks"), os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+
     @property
     def block_bytes(self) -> int:
         """Bytes of one block of all heads."""
@@ -132,13 +138,12 @@ class SavedLayer:
                 yield str(error)
 
     def _read_part(self, part: memoryview, index: int) -> None:
-        path = self.archive.folder / self.name("blocks")
-        if self._file is None:
-            self._file = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._file)
+        self.hold()
+        assert self._file is not None
         length = os.preadv(self._file, [part], index * self._part)
         if length != len(part) or zlib.crc32(part) != self._sums[index]:
             block, head = divmod(index, self.shape[0])
+            path = self.archive.folder / self.name("blocks")
             begin, end = index * self._part, (index + 1) * self._part
             raise Damaged(
                 f"{path}: block {block}, key/value head {head} (bytes {begin}-{end}) is not what was written; {REMEDY}"

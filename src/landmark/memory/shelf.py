@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,26 @@ from landmark.memory.tiers import Tiers, Traffic
 EXTENT_BYTES = 2**22  # of an extent, at most, unless one block of all rows is larger
 
 
+class Held(NamedTuple):
+    """An extent of a shelf.
+
+    Attributes:
+        extent: some consecutive blocks.
+        rows: ``(B,)`` where in it each row of the batch lies.
+        own: whether nobody else reads it.
+    """
+
+    extent: Extent
+    rows: Tensor
+    own: bool
+
+
 class Shelf:
     """Finished blocks in extents of equal length; block ``b`` lies in extent ``b // length``.
 
     A fork shares extents with its origin, and rows that were repeated share what they have in common: an extent that
-    somebody else may read is copied before it is written.
+    somebody else may read is copied before it is written. No call walks over all extents, so that a text without end
+    costs the same for each block, but for what concerns all of them: another batch, and what is opened from an archive.
 
     Args:
         tiers: budgets of this layer.
@@ -32,9 +47,11 @@ class Shelf:
     def __init__(self, tiers: Tiers, traffic: Traffic) -> None:
         self.tiers, self.traffic = tiers, traffic
         self.length = 0  # blocks of an extent
-        self.extents: list[Extent | None] = []
-        self.rows: list[Tensor] = []  # of each extent (B,): where in it each row of the batch lies
-        self.own: list[bool] = []  # of each extent: nobody else reads it
+        self.held: dict[int, Held] = {}  # by number of the extent; those that were dropped are gone
+        self._kept = 1  # the first extent that was not dropped, but for extent 0
+        self._end = 0  # behind the last extent
+        self._kinds: dict[type[Extent], OrderedDict[int, None]]  # extents of each kind, as they came to be of it
+        self._kinds = {kind: OrderedDict() for kind in (HostExtent, DiskExtent, SavedExtent)}
         self.file: BlockFile | None = None
         self._bytes: Counter[str] = Counter()  # of the extents, by tier
         self._addresses: Tensor | None = None  # as `addresses` gives them
@@ -43,11 +60,12 @@ class Shelf:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shelf:
         """A fork: both share what there is and write no more into it."""
-        self.own = [False] * len(self.own)
+        self._share()
         fork = Shelf(self.tiers, copy.deepcopy(self.traffic, memo))
         memo[id(self)] = fork
         self._arrive()
-        fork.length, fork.extents, fork.rows, fork.own = self.length, self.extents[:], self.rows[:], self.own[:]
+        fork.length, fork._kept, fork._end = self.length, self._kept, self._end
+        fork.held, fork._kinds = dict(self.held), {kind: each.copy() for kind, each in self._kinds.items()}
         fork._bytes, fork._moved = self._bytes.copy(), self._moved.copy()
         fork._addresses = None if self._addresses is None else self._addresses.clone()
         return fork
@@ -88,7 +106,7 @@ class Shelf:
         for index in torch.unique(blocks // self.length).tolist():
             here = (blocks // self.length == index).nonzero()[:, 0]
             extent = self._readable(index)
-            part = extent.read(blocks[here] % self.length, self.rows[index][rows[here]], heads[here])
+            part = extent.read(blocks[here] % self.length, self.held[index].rows[rows[here]], heads[here])
             if found is None:
                 found = part.new_empty(len(blocks), *part.shape[1:], pin_memory=torch.cuda.is_available())
             found[here] = part
@@ -107,56 +125,63 @@ class Shelf:
         """
         if self._moved:
             self._bring_all()
-            room, count, moved = self._addresses, len(self.extents), sorted(self._moved)
-            if not all(each is None or isinstance(each, HostExtent) for each in self.extents):
-                room = None
-            elif room is None or len(room) < count:
-                moved = list(range(count))
-                room = torch.zeros(2 * count, len(self.rows[0]), 2, dtype=torch.int64, device=device)
-            if room is not None:
-                found = torch.stack([self._address(index, device) for index in moved])
-                room[torch.tensor(moved, device=device)] = found.to(device)
-            self._addresses = room
+        if not self.held or self.nbytes("disk"):
+            return None
+        if self._addresses is None or len(self._addresses) < self._end:
+            self._moved = set(self.held)
+            shape = (2 * self._end, len(self.held[0].rows), 2)
+            self._addresses = torch.zeros(shape, dtype=torch.int64, device=device)
+        if self._moved:
+            moved = sorted(self._moved)
+            found = torch.stack([self._address(index, device) for index in moved])
+            self._addresses[torch.tensor(moved, device=device)] = found.to(device)
             self._moved.clear()
         return self._addresses
 
     def _bring_all(self) -> None:
         """For tier ``host``, copies an archive's blocks to the memory of the CPU if the budget has room for all."""
-        lower = sum(each.nbytes for each in self.extents if isinstance(each, SavedExtent))
-        budget = self.tiers.host_bytes
+        lower, budget = self.nbytes("disk"), self.tiers.host_bytes
         if lower and self.tiers.tier == "host" and (budget is None or self.nbytes("host") + lower <= budget):
-            for index in range(len(self.extents)):
-                if self.extents[index] is not None:
-                    self._readable(index)
+            for index in list(self._kinds[SavedExtent]):
+                self._readable(index)
 
     def _address(self, index: int, device: torch.device) -> Tensor:
-        """Of one extent, ``(B, 2)``; zeros where there is none."""
-        extent, rows = self.extents[index], self.rows[index]
-        if not isinstance(extent, HostExtent):
-            return torch.zeros(len(rows), 2, dtype=torch.int64)
+        """Of one extent in the memory of the CPU, ``(B, 2)``."""
+        extent, rows, _ = self.held[index]
+        assert isinstance(extent, HostExtent)
         begin, row_bytes, block_bytes = extent.address(device)
         return torch.stack((begin + rows * row_bytes, torch.full_like(rows, block_bytes)), dim=1)
 
+    def resume(self, saved: SavedLayer, first: int) -> None:
+        """Begins with an archive's blocks of one row: block 0 and those from ``first`` on."""
+        self.length = max(1, EXTENT_BYTES // saved.block_bytes)
+        self.drop(first)
+        count = -(-saved.count // self.length)
+        for index in (*range(min(count, 1)), *range(self._kept, count)):
+            self._put_saved(index, saved)
+
     def adopt(self, saved: SavedLayer) -> None:
-        """Lets an archive hold what it has of one row's blocks, but for those that are in the memory of the CPU."""
-        if self.length == 0:
-            self.length = max(1, EXTENT_BYTES // saved.block_bytes)
-        count = saved.count
-        for index in range(-(-count // self.length)):
-            self._lengthen(index, 1)
-            old, whole = self.extents[index], (index + 1) * self.length <= count
-            if old is None or (whole and isinstance(old, DiskExtent)):
-                self._put(index, SavedExtent(saved, index * self.length, self.length), in_order(1), own=False)
+        """Lets the archive that one row was saved to hold its blocks in place of files of the shelf's own."""
+        if saved.count:
+            saved.hold()
+        for index in list(self._kinds[DiskExtent]):
+            if (index + 1) * self.length <= saved.count:
+                self._put_saved(index, saved)
+
+    def _put_saved(self, index: int, saved: SavedLayer) -> None:
+        self._put(index, SavedExtent(saved, index * self.length, self.length), in_order(1), own=False)
 
     def drop(self, first: int) -> None:
         """Lets go of blocks ``1..first - 1``, as far as they fill extents."""
-        for index in range(1, min(len(self.extents), first // max(self.length, 1))):
-            self._put(index, None, self.rows[index], own=False)
+        end = first // self.length if self.length else 0
+        for index in range(self._kept, end):
+            self._let_go(index)
+        self._kept = max(self._kept, end)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows, repeated or reordered; nothing is moved."""
-        self.rows = [each[rows] for each in self.rows]
-        self.own = [False] * len(self.own)
+        self.held = {index: each._replace(rows=each.rows[rows]) for index, each in self.held.items()}
+        self._share()
         self._move_all()
 
     def nbytes(self, tier: str) -> int:
@@ -165,45 +190,49 @@ class Shelf:
 
     def _readable(self, index: int) -> Extent:
         """An extent to read from; for tier ``host`` one of an archive is copied there, if the budget has room."""
-        extent, budget = self.extents[index], self.tiers.host_bytes
-        assert extent is not None, "a block that was dropped"
+        (extent, rows, _), budget = self.held[index], self.tiers.host_bytes
         if self.tiers.tier != "host" or not isinstance(extent, SavedExtent):
             return extent
         if budget is not None and self.nbytes("host") + extent.nbytes > budget:
             return extent
-        data = extent.whole(self.rows[index])
+        data = extent.whole(rows)
         near = HostExtent(tuple(data.shape), data.dtype)
         self._fill(near, data)
         self._put(index, near, in_order(data.shape[1]), own=True)
         return near
 
-    def _put(self, index: int, extent: Extent | None, rows: Tensor, *, own: bool) -> None:
-        for each, sign in ((self.extents[index], -1), (extent, 1)):
-            if each is not None:
-                self._bytes[each.tier] += sign * each.nbytes
-        self.extents[index], self.rows[index], self.own[index] = extent, rows, own
+    def _put(self, index: int, extent: Extent, rows: Tensor, *, own: bool) -> None:
+        self._let_go(index)
+        self.held[index] = Held(extent, rows, own)
+        self._kinds[type(extent)][index] = None
+        self._bytes[extent.tier] += extent.nbytes
+        self._end = max(self._end, index + 1)
         self._moved.add(index)
+
+    def _let_go(self, index: int) -> None:
+        old = self.held.pop(index, None)
+        if old is not None:
+            del self._kinds[type(old.extent)][index]
+            self._bytes[old.extent.tier] -= old.extent.nbytes
+            self._moved.discard(index)
+
+    def _share(self) -> None:
+        """From now on others may read what there is."""
+        self.held = {index: each._replace(own=False) for index, each in self.held.items()}
 
     def _move_all(self) -> None:
         """Lets all addresses be asked for anew, for a batch of any size."""
-        self._addresses, self._moved = None, set(range(len(self.extents)))
-
-    def _lengthen(self, index: int, batch: int) -> None:
-        while len(self.extents) <= index:
-            self.extents.append(None)
-            self.rows.append(in_order(batch))
-            self.own.append(False)
+        self._addresses, self._moved = None, set(self.held)
 
     def _writable(self, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> Written:
-        self._lengthen(index, shape[1])
-        old = self.extents[index]
-        if old is not None and self.own[index] and not isinstance(old, SavedExtent):
-            return old
+        old = self.held.get(index)
+        if old is not None and old.own and not isinstance(old.extent, SavedExtent):
+            return old.extent
         self._arrive()
         new = self._allot(shape, dtype)
-        old = self.extents[index]  # which may have moved down to make room
+        old = self.held.get(index)  # which may have moved down to make room
         if old is not None:
-            self._fill(new, old.whole(self.rows[index]))
+            self._fill(new, old.extent.whole(old.rows))
         self._put(index, new, in_order(shape[1]), own=True)
         return new
 
@@ -222,9 +251,9 @@ class Shelf:
         return HostExtent(shape, dtype)
 
     def _move_down(self) -> None:
-        """Moves the oldest extent of the host to the disk."""
-        index, old = next((i, each) for i, each in enumerate(self.extents) if isinstance(each, HostExtent))
-        data = old.whole(self.rows[index])
+        """Moves the extent that has been on the host for longest to the disk."""
+        index = next(iter(self._kinds[HostExtent]))
+        data = self.held[index].extent.whole(self.held[index].rows)
         new = DiskExtent(self._file(tuple(data.shape), data.dtype))
         self._fill(new, data)
         self._put(index, new, in_order(data.shape[1]), own=True)
@@ -235,7 +264,7 @@ class Shelf:
 
     def _file(self, shape: tuple[int, ...], dtype: torch.dtype) -> BlockFile:
         if self.file is None or self.file.shape != shape:
-            self.file = BlockFile(self.tiers.folder, shape, dtype)
+            self.file = BlockFile(self.tiers.spill_folder, shape, dtype)
         return self.file
 
 

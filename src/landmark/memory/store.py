@@ -1,7 +1,8 @@
 """One layer's blocks, addressed by (row, block): their landmark keys, and the tier that holds their keys and values.
 
 ``write`` puts slots of any rows, ``landmarks`` gives every landmark key without touching the blocks, ``fetch`` brings
-blocks near by place. Nothing else reads the tensors, so that every tier computes the same.
+blocks near by place, on every tier the same. Kernels that file and bring blocks (``triton/launch.py``) are given the
+tensors themselves.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ class BlockStore:
     def places(self) -> int:
         """Places allocated."""
         return self.landmark_keys.shape[2] if self.landmark_keys.ndim == 4 else 0
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of keys and values, ``None`` before the first call."""
+        return self.landmark_keys.dtype if self.places else None
 
     def place_of(self, blocks: Tensor) -> Tensor:
         """Returns the places of ``blocks``: block 0 and all from ``first`` on have one; ask for no others."""

@@ -20,8 +20,9 @@ class Tiers:
             top, as do, while a call needs them, more blocks than there is room for.
         host_bytes: of blocks in the memory of the CPU, over all layers; when they are full, the oldest move down.
             ``None``: no limit for tier ``host``, none at all for tier ``disk``.
-        folder: where the files of tier ``disk`` lie, ``None`` for the system's folder of temporary files. They have no
-            name there, and are removed with the last cache that reads them, or by the system when the process ends.
+        spill_folder: where the files of tier ``disk`` lie, ``None`` for the system's folder of temporary files. They
+            have no name there, and are removed with the last cache that reads them, or by the system when the process
+            ends. It is kept as an absolute path.
 
     Raises:
         ValueError: an unknown tier, a budget below 1, or a budget or folder that the tier has no use for.
@@ -31,7 +32,7 @@ class Tiers:
     tier: str = "device"
     device_bytes: int | None = None
     host_bytes: int | None = None
-    folder: str | Path | None = None
+    spill_folder: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.tier not in TIERS:
@@ -40,12 +41,16 @@ class Tiers:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected a number of bytes of at least 1, got {value!r}")
-        for name, users in (("device_bytes", TIERS[1:]), ("host_bytes", TIERS[1:]), ("folder", TIERS[2:])):
+        for name, users in (("device_bytes", TIERS[1:]), ("host_bytes", TIERS[1:]), ("spill_folder", TIERS[2:])):
             given = getattr(self, name)
             if given is not None and self.tier not in users:
                 raise ValueError(f"{name}: expected none for tier {self.tier!r}, got {str(given)!r}; leave it out")
-        if self.folder is not None and not Path(self.folder).is_dir():
-            raise FileNotFoundError(f"folder: expected a folder that exists, got {str(self.folder)!r}; make it first")
+        if self.spill_folder is None:
+            return
+        if not Path(self.spill_folder).is_dir():
+            given = str(self.spill_folder)
+            raise FileNotFoundError(f"spill_folder: expected a folder that exists, got {given!r}; make it first")
+        object.__setattr__(self, "spill_folder", Path(self.spill_folder).absolute())
 
     def share(self, layers: int) -> Tiers:
         """Returns the same with the budgets of one of ``layers`` layers."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from landmark.config import LandmarkConfig
 from landmark.data.encoding import Progress
@@ -134,8 +134,12 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, plain: bool
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         config = AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
-    except ValueError:
-        raise ValueError(f"model_type: expected one that transformers knows, such as llama, got {kind!r}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            raise ValueError(f"model_type: expected one that transformers knows, such as llama, got {kind!r}") from None
+        raise ValueError(
+            f"model: expected the settings of a {kind} model, got {_first_line(error)}; mend them"
+        ) from None
     if plain:
         return AutoModelForCausalLM.from_config(config)
     return from_config(config, LandmarkConfig.from_dict(recipe.landmark))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from landmark.config import LandmarkConfig
+from landmark.config import GREATEST, LandmarkConfig
+from landmark.data.text import read_json
 
 SMALL_LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -129,6 +129,7 @@ class Recipe:
         LandmarkConfig.from_dict(self.landmark)
         data, optimiser, run = self.data, self.optimiser, self.run
         for name, value, least in (
+            ("vocab_size", self.tokenizer.vocab_size, 1),
             ("length", data.length, 2),
             ("steps", optimiser.steps, 1),
             ("batch", optimiser.batch, 1),
@@ -140,8 +141,8 @@ class Recipe:
             ("save_every", run.save_every, 0),
             ("seed", run.seed, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= GREATEST:
+                raise ValueError(f"{name}: expected an integer from {least} to {GREATEST}, got {value!r}")
         for name, number, low, high in (
             ("episodes", data.episodes, 0.0, 1.0),
             ("answer_weight", data.answer_weight, 0.0, 1e6),
@@ -149,16 +150,27 @@ class Recipe:
             ("weight_decay", optimiser.weight_decay, 0.0, 1e6),
             ("clip", optimiser.clip, 0.0, 1e6),
             ("lr", optimiser.lr, 0.0, 1e6),
+            ("beta1", optimiser.beta1, 0.0, 0.999999),
+            ("beta2", optimiser.beta2, 0.0, 0.999999),
         ):
             if isinstance(number, bool) or not isinstance(number, int | float) or not low <= number <= high:
                 raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {number!r}")
+        self._check_words()
+
+    def _check_words(self) -> None:
+        run, save = self.run, self.save
         for name, choice, choices in (
             ("precision", run.precision, ("auto", "bf16", "fp32")),
             ("weights", run.weights, ("float32", "bfloat16", "auto")),
-            ("dtype", self.save.dtype, (None, *DTYPES)),
+            ("dtype", save.dtype, (None, *DTYPES)),
+            ("compile", run.compile, (None, True, False)),
+            ("gradient_checkpointing", run.gradient_checkpointing, (True, False)),
         ):
             if choice not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {choice!r}")
+        for name, word in (("field", self.data.field), ("report_to", run.report_to), ("shard", save.shard)):
+            if not isinstance(word, str):
+                raise ValueError(f"{name}: expected a string, got {word!r}")
 
     @property
     def warmup(self) -> int:
@@ -225,10 +237,7 @@ def load_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe; pass a JSON file such as recipes/bundled.json")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a recipe in JSON, got something else ({error})") from None
+    fields = read_json(path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: expected a JSON object with sections, got {type(fields).__name__}")
     return Recipe.from_dict(fields)

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.data import encoding
+from landmark.data.characters import require_utf8
 from landmark.data.text import read_documents
 from landmark.train.checkpoints import (
     FOLDER,
@@ -133,8 +134,13 @@ def _check(out: Path, recipe: Recipe, rest: dict[str, Any], *, resume: bool) -> 
     """Checks what can be checked before any work; returns the checkpoint to resume from."""
     if rest["lora"] is not None and (rest["model"] is None or rest["plain"]):
         raise ValueError("lora: expected a model to adapt, with landmarks, got none or --plain; pass --model")
+    require_utf8(out, "out")
     if importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError("training needs the package accelerate: pip install landmark-attention[train]")
+    if Path(rest["data"]).is_fifo():
+        raise ValueError(
+            f"data: expected texts that can be read again, got the pipe {rest['data']}; write a file of it"
+        )
     next(read_documents(rest["data"], field=recipe.data.field), None)
     if not resume:
         refuse_overwriting(out)

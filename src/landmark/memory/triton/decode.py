@@ -1,4 +1,6 @@
-"""Two kernels for few queries: score the landmarks of a memory once for all heads of a group, then choose and read.
+"""Three kernels for few queries: score the landmarks of a memory once for all heads of a group, choose, and read.
+
+Where blocks are read as they lie, ``read_kernel`` chooses as well; ``best_kernel`` runs where they are fetched first.
 
 No program chooses while it scores: it writes each score and the best of each ``CHUNK``. The ``KEPT`` best of all lie in
 the ``KEPT`` chunks whose own best are highest, so that a head's choice looks at few numbers, whatever the length. Those

@@ -19,7 +19,7 @@ from landmark.memory.triton.filing import file_kernel
 from landmark.memory.triton.kernels import choice_kernel, chosen_kernel, shared_kernel
 from landmark.ops.triton.configs import kept_of, on_device, power_of_two
 
-ALL_BLOCKS = 2**30
+ALL_BLOCKS = 2**30  # more than there are
 MARKS = 64
 MOST_ROWS, LEAST_ROWS = 64, 16
 CHOICE_NUMBERS = 2**12
@@ -65,7 +65,7 @@ def choose_places(
         choice_kernel[(_programs(query, rows),)](
             query, marks, *_turns(tables, query, largest), *map(_numbers, (grid.own, grid.local_first, distance)),
             chosen, *query.stride()[:5], *marks.stride()[:2], *query.shape[1:5], count, store.first,
-            config.max_blocks or ALL_BLOCKS, scale, **_turned(tables, query),
+            _most(config), scale, **_turned(tables, query),
             ROWS=rows, MARKS=MARKS, TOP_K=config.top_k, KEPT=kept_of(config.top_k),
             RECENT=config.top_k if stingy else 0, EQUAL=store.shared_landmark, KEEP_FIRST=config.local == "blocks",
             PRECISION=_precision(query), num_warps=WARPS,
@@ -221,7 +221,7 @@ def _scored(
         score_kernel[(batch * groups * (splits + stingy * queries),)](
             query, marks, *_turns(tables, query, largest), grid.own, grid.local_first, scores, peaks, recent, arrived,
             *_strides(query), *marks.stride()[:2], groups, repeats, width, count, chunks, splits, each, store.first,
-            config.max_blocks or ALL_BLOCKS, scale, **_turned(tables, query),
+            _most(config), scale, **_turned(tables, query),
             ROWS=rows, QUERIES=rows // parts, KEPT=kept, RECENT=config.top_k if stingy else 0,
             EQUAL=store.shared_landmark, KEEP_FIRST=config.local == "blocks", PRECISION=precision, num_warps=WARPS,
             num_stages=stages_of_marks(CHUNK.value * marks.shape[-1] * marks.itemsize),
@@ -277,6 +277,11 @@ def _marks(
         return marks, config.top_k + 1 + grid.local.shape[-1]
     largest, blocks = store.first + store.places, store.block_of(torch.arange(count, device=marks.device))
     return tables.by_blocks(blocks, torch.float32, largest).rotate(marks.float()), largest
+
+
+def _most(config: LandmarkConfig) -> int:
+    """How many of the latest older blocks are candidates; 0 leaves block 0 alone."""
+    return ALL_BLOCKS if config.max_blocks is None else config.max_blocks
 
 
 def _precision(query: Tensor) -> str:

@@ -1,0 +1,56 @@
+"""What commands print; the one place that makes it safe for a terminal, whatever names, texts and models say."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from landmark.data.characters import printable
+
+LONGEST = 390  # characters of an error message
+
+
+def say(line: str, *, err: bool = False) -> None:
+    """Prints one line."""
+    typer.echo(in_line(line), err=err)
+
+
+def say_text(text: str) -> None:
+    """Prints a text of any number of lines, which end in LF whatever they ended in."""
+    typer.echo(printable(text.replace("\r\n", "\n").replace("\r", "\n")))
+
+
+def in_line(text: str) -> str:
+    """Returns a text as it is shown within a line: printable, and without line feeds and tabs."""
+    return printable(text).replace("\n", " ").replace("\t", " ")
+
+
+def say_error(message: str) -> None:
+    """Prints an error message in one line on stderr, its middle left out where it is too long."""
+    line = in_line(" ".join(message.split()))
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST * 2 // 3]} ... {line[-(LONGEST // 3 - 5) :]}"
+    if sys.stderr is not None:
+        print("error:", line, file=sys.stderr)
+
+
+def show_what_the_terminal_can() -> None:
+    """Makes stdout and stderr replace what their encoding lacks, and stdin keep what is no text in it."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+
+
+def flush() -> None:
+    """Brings what was printed out; raises ``OSError`` where nobody takes it."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def print_no_more() -> None:
+    """Drops what could not be brought out, so that Python does not try it again when it ends."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.close(nothing)

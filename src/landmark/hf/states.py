@@ -1,0 +1,44 @@
+"""What a decoder's output holds for each token: last states, the states of all layers, the logits of routers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def merge(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+    """Makes one output of one or several.
+
+    Args:
+        outputs: of the stock decoder, all with the same fields.
+        join: makes one tensor of a list with one ``(B, T, features)`` of each output.
+
+    Returns:
+        an output of the same class with what was joined, and nothing else. Router logits are ``(B * T, experts)`` in
+        an output, as in stock code.
+    """
+    groups = [_per_token(output) for output in outputs]
+    joined = {
+        name: tuple(join(list(parts)) for parts in zip(*(group[name] for group in groups), strict=True))
+        for name in groups[0]
+    }
+    fields: dict[str, Any] = dict.fromkeys(outputs[0].keys())
+    fields["last_hidden_state"] = joined["last_hidden_state"][0]
+    if "hidden_states" in joined:
+        fields["hidden_states"] = joined["hidden_states"]
+    if "router_logits" in joined:
+        fields["router_logits"] = tuple(logits.flatten(0, 1) for logits in joined["router_logits"])
+    return type(outputs[0])(**fields)
+
+
+def _per_token(output: Any) -> dict[str, tuple[Tensor, ...]]:
+    """Returns tensors ``(B, T, features)`` by field."""
+    batch, tokens = output.last_hidden_state.shape[:2]
+    found: dict[str, tuple[Tensor, ...]] = {"last_hidden_state": (output.last_hidden_state,)}
+    for name in ("hidden_states", "router_logits"):
+        layers = getattr(output, name, None)
+        if layers is not None:
+            found[name] = tuple(each.reshape(batch, tokens, each.shape[-1]) for each in layers)
+    return found
