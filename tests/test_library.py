@@ -76,6 +76,64 @@ def test_goes_on_where_it_was_interrupted(subject, files, tmp_path, saves):
     assert library.ask(QUESTION) == expected
 
 
+class Clock:
+    """Time passes only where a model reads: ``seconds`` for each chunk."""
+
+    def __init__(self, monkeypatch, model, seconds):
+        self.now, stock = 0.0, type(model).read
+
+        def read(reader, *arguments, **more):
+            self.now += seconds
+            return stock(reader, *arguments, **more)
+
+        monkeypatch.setattr(type(model), "read", read)
+        monkeypatch.setattr(landmark.library.time, "perf_counter", lambda: self.now)
+
+
+def held(folder):
+    """The streams of an archive, by name: all that only grows."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(("tail", "memory."))}
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_saved_by_time_and_the_same_to_the_bit_wherever_it_was_interrupted(subject, files, tmp_path, monkeypatch, tier):
+    monkeypatch.setattr(landmark.library, "SAVE_TOKENS", 1 << 16)
+    remember(files, tmp_path / "whole", subject, tier=tier)
+    clock = Clock(monkeypatch, subject.model, 4.0)
+    lines = []
+
+    def watch(what, done, total):
+        lines.append((clock.now, what, done, total))
+
+    with pytest.raises(Interrupted):
+        remember(files, tmp_path / "memory", subject, tier=tier, progress=interrupt_after(2), watch=watch)
+    chunk = subject.model.landmark.chunk_tokens
+    half = Library.open(tmp_path / "memory", subject)
+    assert half.tokens == 6 * chunk  # two saves, each after three chunks of four seconds
+    read = [line for line in lines if line[1] == "tokens read"]
+    assert [line[0] for line in read] == [0, 4, 8, 12, 16, 20]  # before every chunk
+    assert [line[2:] for line in read] == [(index * chunk, len(half.reading.ids)) for index in range(6)]
+    library = remember(files, tmp_path / "memory", subject, tier=tier)
+    assert library.tokens == len(library.reading.ids)
+    assert held(tmp_path / "memory") == held(tmp_path / "whole")
+    ids = torch.arange(1, 40)[None]
+    both = [Library.open(tmp_path / name, subject, "device").memory for name in ("memory", "whole")]
+    assert torch.equal(*(subject.model(ids, past_key_values=cache).logits for cache in both))
+
+
+def test_a_memory_of_other_tokens_of_the_same_texts_is_refused(subject, files, tmp_path, monkeypatch):
+    remember(files[:1], tmp_path / "memory", subject)
+    stock = landmark.library.read_sources
+
+    def otherwise(*arguments):
+        reading = stock(*arguments)
+        return dataclasses.replace(reading, ids=reading.ids.flip(0))
+
+    monkeypatch.setattr(landmark.library, "read_sources", otherwise)
+    with pytest.raises(ValueError, match="tokenised otherwise"):
+        remember(files, tmp_path / "memory", subject)
+
+
 def test_further_files_are_added(subject, files, tmp_path):
     expected = remember(files, tmp_path / "whole", subject).ask(QUESTION)
     remember(files[:1], tmp_path / "memory", subject)

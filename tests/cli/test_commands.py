@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
 def run(capsys, folder, tmp_path, monkeypatch):
     """Runs a command line in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("landmark.cli.progress.FIRST", 600)  # however slow the machine is, stderr has errors alone
 
     def call(*words):
         with pytest.raises(SystemExit) as ended:
@@ -290,6 +291,12 @@ def test_info(run):
     assert code == 0
     for part in ("Versions", "torch ", "Devices", "cpu: ", "Attention", ": chosen", ": not chosen, ", "Bundled model"):
         assert part in out
+    table = [line for line in out.split("Bundled model")[1].splitlines() if line.startswith("│")]
+    names = [line.split("│")[1].strip() for line in table]
+    assert names == [
+        *("model", "folder", "weights", "trained length", "pass key", "named facts", "perplexity", "all figures")
+    ]
+    assert "65 of 65 right at 1,048,576 tokens" in out and "25.79 at 4,096 tokens" in out and "README.md" in out
 
 
 def test_memory_info_verify_compact(run, folder, tmp_path):

@@ -11,28 +11,33 @@ from typing import Any
 
 from landmark.cli.output import in_line, say
 
-FIRST = 1.8  # seconds of work before anything is said
+FIRST = 1.8  # seconds of work before anything is said of it
 EVERY = 2.5  # seconds between two lines
-REDRAWN = 0.25  # seconds between two states of a bar
+CHECKED = 0.25  # seconds between two states of a bar
 
 
 class Shown:
     """Shows from its ``with`` block on what it was told last, until it ``rest``s.
 
-    It is a ``Progress`` of ``landmark.data.encoding``. A thread shows it, so that work in one long step is seen too.
+    It is a ``Progress`` of ``landmark.data.encoding``. A thread shows it, so that work in one long step is seen too. On
+    a terminal it begins with loading; elsewhere a line stands only where work has begun, so that an error before is one
+    line.
     """
 
     def __init__(self) -> None:
-        self._latest: tuple[str, int, int] | None = ("loading", 0, 0)
-        self._begun = time.perf_counter()
-        self._bar: Any = None
         self._console = _terminal()
+        self._begun = time.perf_counter()
+        self._due = self._begun + FIRST
+        self._latest: tuple[str, int, int] | None = None if self._console is None else ("loading", 0, 0)
+        self._bar: Any = None
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
         """Takes what is being done, how much of it is done, and how much there is (0: not known)."""
+        if self._latest is None:
+            self._due = time.perf_counter() + FIRST
         self._latest = (what, done, total)
 
     def rest(self) -> None:
@@ -55,12 +60,12 @@ class Shown:
         self.rest()
 
     def _run(self) -> None:
-        wait = FIRST
-        while not self._over.wait(wait):
+        while not self._over.wait(CHECKED):
             with self._lock, contextlib.suppress(OSError, ValueError):  # a closed stderr is no reason to stop working
-                if self._latest is not None:
+                now = time.perf_counter()
+                if self._latest is not None and now >= self._due:
+                    self._due = now if self._console is not None else now + EVERY
                     self._show(*self._latest)
-            wait = EVERY if self._console is None else REDRAWN
 
     def _show(self, what: str, done: int, total: int) -> None:
         count = f": {done:,} of {total:,}" if total else f": {done:,}" if done else ""

@@ -64,7 +64,7 @@ def continue_text(
         arguments["past_key_values"] = read_reporting(
             subject.model, document, retrieve=read == "retrieve", progress=progress
         )
-    if progress is not None:
+    if progress is not None and file is not None:
         progress("answering", 0, 0)
     torch.manual_seed(seed)
     with torch.no_grad():

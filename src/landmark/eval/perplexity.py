@@ -111,7 +111,7 @@ def run(
         documents: texts.
         data: their name, for the rows.
         report: called with each row as soon as it is there.
-        progress: called while texts are tokenised and measured.
+        progress: called while texts are tokenised, and before each row.
 
     Raises:
         ValueError: models with different vocabularies, no document as long as the greatest evaluation length, or
@@ -129,8 +129,10 @@ def run(
         spans = choose_spans(documents, subject.tokenizer, max(task.lengths), task.max_tokens, task.seed, progress)
         for length in task.lengths:
             for way in _ways(subject, task, length):
+                if progress is not None:
+                    progress(f"measuring {spans.numel():,} tokens in segments of {length:,}", 0, 0)
                 with subject.configured(**way.changes):
-                    rows.append(_row(subject, task, spans, length, way, data, progress))
+                    rows.append(_row(subject, task, spans, length, way, data))
                     report(rows[-1])
     return rows
 
@@ -235,18 +237,10 @@ def _without_retrieval(config: LandmarkConfig, local_blocks: int) -> _Way:
     return _Way("blocks", local, None, 0, local + config.text_per_block, changes)
 
 
-def _row(
-    subject: Subject,
-    task: PerplexityTask,
-    spans: Tensor,
-    length: int,
-    way: _Way,
-    data: str,
-    progress: Progress | None,
-) -> PerplexityRow:
+def _row(subject: Subject, task: PerplexityTask, spans: Tensor, length: int, way: _Way, data: str) -> PerplexityRow:
     segments = spans[:, : spans.shape[1] // length * length].reshape(-1, length)
     with measured(subject.device) as measure:
-        loss = mean_loss(subject, segments, progress)
+        loss = mean_loss(subject, segments)
     settings = subject.settings()
     return PerplexityRow(
         model=subject.name,
@@ -272,13 +266,11 @@ def _row(
     )
 
 
-def mean_loss(subject: Subject, segments: Tensor, progress: Progress | None = None) -> float:
+def mean_loss(subject: Subject, segments: Tensor) -> float:
     """Returns the mean loss in nats over all tokens of ``segments (n, length)`` but each segment's first."""
     size = max(1, _BATCH_TOKENS.get(torch.device(subject.device).type, 1 << 12) // segments.shape[1])
     total = 0.0
-    for number, batch in enumerate(torch.split(segments, size)):
-        if progress is not None:
-            progress("tokens measured", number * size * segments.shape[1], segments.numel())
+    for batch in torch.split(segments, size):
         ids = batch.to(subject.device)
         logits = subject.logits(ids)
         for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):
