@@ -10,8 +10,10 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -185,6 +187,16 @@ def landmark_model(
     changes = {**settings.to_dict(), "landmark_trained": True, "trained_length": 4096}
     model.configure_landmark(**changes)
     return model.eval()
+
+
+def require_stock_adapters() -> None:
+    """Skips a test where transformers itself refuses the installed peft (5.24 wants 0.22)."""
+    peft = pytest.importorskip("peft")
+    from transformers.integrations import peft as integration
+
+    least = Version(str(getattr(integration, "MIN_PEFT_VERSION", "0")))
+    if Version(peft.__version__) < least:
+        pytest.skip(f"transformers {transformers.__version__} loads no adapter by peft {peft.__version__}")
 
 
 def text(tokens: int, seed: int = 0) -> torch.Tensor:

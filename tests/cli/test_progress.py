@@ -1,5 +1,6 @@
 """Long work says how far it is: soon, often, on stderr only; short work says nothing."""
 
+import functools
 import io
 import os
 import re
@@ -16,7 +17,7 @@ import landmark
 import landmark.library
 from landmark.cli import app as cli
 from landmark.cli import progress as module
-from landmark.cli.progress import Shown
+from landmark.cli.progress import CHECKED, EVERY, FIRST, Shown
 from landmark.memory.archive import STATE
 from small_text import sentences, write_books
 from tiny import save_models
@@ -31,9 +32,9 @@ def quick(monkeypatch):
 
 
 def test_the_first_line_comes_in_time_and_the_others_often_enough():
-    assert (
-        module.FIRST + module.CHECKED < 3 and module.EVERY + module.CHECKED < 3 and landmark.library.SAVE_SECONDS <= 10
-    )
+    assert FIRST + CHECKED < 3
+    assert EVERY + CHECKED < 3
+    assert landmark.library.SAVE_SECONDS <= 10
 
 
 def test_short_work_says_nothing(capsys):
@@ -162,6 +163,7 @@ def test_every_command_that_reads_a_document_says_how_far_it_is(command, folder,
     for name in ("read", "forward"):
         stock = getattr(kind, name)
 
+        @functools.wraps(stock)
         def slow(self, *arguments, stock=stock, **more):
             time.sleep(0.05)
             return stock(self, *arguments, **more)

@@ -161,6 +161,7 @@ def test_a_memory_is_asked_from_another_folder(models, tmp_path, monkeypatch):
 def at_once(monkeypatch):
     monkeypatch.setattr("landmark.cli.progress.FIRST", 0.01)
     monkeypatch.setattr("landmark.cli.progress.EVERY", 0.01)
+    monkeypatch.setattr("landmark.cli.progress.CHECKED", 0.01)
 
 
 def test_progress_controls_no_terminal(capsys, at_once):

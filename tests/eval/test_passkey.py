@@ -85,7 +85,7 @@ def test_rows_count_and_carry_their_settings(tokenizer, marked, plain):
 def test_accuracy_counts_every_fact(tokenizer, monkeypatch):
     task = passkey.PasskeyTask(lengths=(400,), trials=2, facts=(4,), distractors=1)
     monkeypatch.setattr(
-        passkey, "answers_right", lambda subject, episodes, read, _: [[True, False, True, True]] * len(episodes)
+        passkey, "answers_right", lambda subject, episodes, read, *_: [[True, False, True, True]] * len(episodes)
     )
     subject = Subject("x", Knowing([]), tokenizer, "full")
     (row,) = passkey.run([subject], task, lambda row: None)
@@ -97,7 +97,7 @@ def test_all_models_are_asked_about_the_same_documents(tokenizer, marked, plain,
     monkeypatch.setattr(
         passkey,
         "answers_right",
-        lambda subject, episodes, read, _: (
+        lambda subject, episodes, read, *_: (
             asked.append([e.document.tolist() for e in episodes]) or [[True]] * len(episodes)
         ),
     )

@@ -70,7 +70,7 @@ def rows_of(subjects, task, tokenizer, size=8000):
 
 def test_every_length_measures_the_same_text(marked, plain, tokenizer, monkeypatch):
     seen = []
-    monkeypatch.setattr(perplexity, "mean_loss", lambda subject, segments, _: seen.append(segments) or 1.0)
+    monkeypatch.setattr(perplexity, "mean_loss", lambda subject, segments, *_: seen.append(segments) or 1.0)
     task = perplexity.PerplexityTask(lengths=(60, 240), local=(30,), top_k=(2,), max_tokens=960)
     rows = rows_of([marked, plain], task, tokenizer)
     assert [(row.length, row.segments, row.tokens) for row in rows] == [(60, 16, 944), (240, 4, 956)] * 2

@@ -136,6 +136,7 @@ def saved_adapter(root: Path, family: str = "llama", base: str | None = None) ->
 
 @pytest.mark.parametrize("family", [name for name in models.ALL_FAMILIES if name not in ("mixtral", "qwen3_moe")])
 def test_the_folder_of_an_adapter_loads_as_the_auto_classes_open_it(family: str, tmp_path: Path) -> None:
+    models.require_stock_adapters()
     adapted, ids = saved_adapter(tmp_path, family), models.text(80).view(2, 40)
     if family == "gpt_neox" and transformers.__version__.startswith("5.0."):
         with pytest.raises(ValueError, match=r"tensors that are not in the model .*gpt_neox"):
@@ -168,6 +169,7 @@ def test_an_adapter_beside_its_model(tmp_path: Path) -> None:
 
 
 def test_a_model_with_its_adapter_is_saved_as_one(tmp_path: Path) -> None:
+    models.require_stock_adapters()
     saved_adapter(tmp_path)
     model, ids = landmark.load(tmp_path / "adapter", dtype=torch.float32), models.text(40)[None]
     model.save_pretrained(tmp_path / "again")

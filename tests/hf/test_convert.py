@@ -342,6 +342,7 @@ def subclassed_decoder(model: Any) -> None:
 
 
 def adapter_loaded(model: Any) -> None:
+    models.require_stock_adapters()
     peft = pytest.importorskip("peft")
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
 

@@ -109,6 +109,7 @@ def train(
     """Train a landmark model on texts: from scratch, or from a model."""
     given = dict(locals())
     with Shown() as progress:
+        from landmark.eval.subjects import quiet
         from landmark.train.recipe import Recipe, fine_tuning, load_recipe
         from landmark.train.run import train as run
 
@@ -116,6 +117,7 @@ def train(
             progress.rest()
             say(line)
 
+        quiet()
         base = load_recipe(config) if config else fine_tuning() if model else Recipe()
         recipe = base.override(**{name: value for name, value in given.items() if name not in OF_THE_RUN})
         where = {name: given[name] for name in OF_THE_RUN if name != "config"}

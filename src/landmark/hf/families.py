@@ -133,18 +133,26 @@ def family(model_type: str) -> Family:
             "__doc__": f"{stock_causal_lm.__name__} that attends by landmarks.",
         },
     )
-    config.auto_map = auto_map(config.__name__, decoder.__name__, causal_lm.__name__)
-    for made in (config, decoder, causal_lm):
-        made.__module__ = __name__
-        setattr(sys.modules[__name__], made.__name__, made)
-    AutoConfig.register(config.model_type, config)
-    AutoModel.register(config, decoder)
-    AutoModelForCausalLM.register(config, causal_lm)
-    setattr(sys.modules["transformers"], causal_lm.__name__, causal_lm)  # there `transformers serve` looks for it
-    _copy_conversion(model_type, config.model_type)
-    for stock, ours in ((stock_decoder, decoder), (stock_causal_lm, causal_lm)):
+    made = Family(config, decoder, causal_lm, stock_config, stock_decoder, stock_causal_lm)
+    _register(made)
+    return made
+
+
+def _register(made: Family) -> None:
+    """Makes the classes known under their names, to this module and to transformers."""
+    classes = (made.config, made.decoder, made.causal_lm)
+    made.config.auto_map = auto_map(*(each.__name__ for each in classes))
+    for each in classes:
+        each.__module__ = __name__
+        setattr(sys.modules[__name__], each.__name__, each)
+    AutoConfig.register(made.config.model_type, made.config)
+    AutoModel.register(made.config, made.decoder)
+    AutoModelForCausalLM.register(made.config, made.causal_lm)
+    # there `transformers serve` looks for it
+    setattr(sys.modules["transformers"], made.causal_lm.__name__, made.causal_lm)
+    _copy_conversion(made.stock_config.model_type, made.config.model_type)
+    for stock, ours in ((made.stock_decoder, made.decoder), (made.stock_causal_lm, made.causal_lm)):
         _copy_conversion(stock.__name__, ours.__name__)
-    return Family(config, decoder, causal_lm, stock_config, stock_decoder, stock_causal_lm)
 
 
 def _copy_conversion(stock: str, ours: str) -> None:
