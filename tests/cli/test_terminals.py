@@ -130,10 +130,10 @@ def test_questions_that_are_no_utf8(models, tmp_path):
 
 @pytest.mark.full
 def test_a_table_on_a_narrow_terminal_of_ascii(models, tmp_path):
-    (tmp_path / "é[/red].txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "é[bold].txt").write_text(TEXT, encoding="utf-8")
     environ = {**environment("a terminal of ASCII"), "COLUMNS": "1"}
-    code, out, err = done(["rank", "hi", "é[/red].txt", "--model", "MARKED"], models, tmp_path, env=environ)
-    assert code == 0 and b"?[/red].txt" in out, err
+    code, out, err = done(["rank", "hi", "é[bold].txt", "--model", "MARKED"], models, tmp_path, env=environ)
+    assert code == 0 and b"?[bold].txt" in out, err
 
 
 @pytest.mark.full
