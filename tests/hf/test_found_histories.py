@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,3 +73,18 @@ def test_new_text_alone_with_a_mask_over_everything(use_cache: bool) -> None:
     whole = model.generate(torch.cat([ids(2, 9), text], 1), past_key_values=cache.fork(), **options)
     told = model.generate(text, attention_mask=torch.ones(2, 12), past_key_values=cache, **options)
     assert torch.equal(told, whole[:, 9:]) and cache.tokens == [15, 15]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_rows_of_an_opened_memory_whose_index_is_not_built_yet(tier: str, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    model, cache = read(rows=1, tokens=24, granularity="token_head")
+    cache.save(tmp_path)
+    opened = LandmarkCache.open(tmp_path, model, tier, index="faiss-flat")
+    opened.batch_repeat_interleave(2)
+    cache.batch_repeat_interleave(2)
+    text = ids(2, 5)
+    with torch.no_grad():
+        found = model(text, past_key_values=opened).logits
+        assert torch.allclose(found, model(text, past_key_values=cache).logits, atol=1e-5)
+    assert opened.tokens == [29, 29]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from landmark.hf.attention import IMPLEMENTATION
@@ -120,22 +120,28 @@ def _config(base: str, loading: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return given, rest
     place = base if given is None else os.path.expanduser(os.fsdecode(given))
     if not rest.get("gguf_file") or given is not None:
-        _check_folder(place, rest.get("subfolder") or "")
+        _check_folder(place, rest.get("subfolder") or "", rest.get("trust_remote_code", False))
     fields = {name: value for name, value in rest.items() if name not in NOT_OF_CONFIGS}
     remote = {name: rest[name] for name in ("trust_remote_code", "code_revision") if name in rest}
+    remote.setdefault("trust_remote_code", False)  # None asks on the terminal
     config, unused = AutoConfig.from_pretrained(place, return_unused_kwargs=True, **fields, **remote)
     kept = {name: rest[name] for name in (*HUB, *NOT_OF_CONFIGS, "gguf_file") if name in rest}
     return config, {**unused, **kept}
 
 
-def _check_folder(place: str, subfolder: str) -> None:
-    """Raises ``OSError`` or ``ValueError`` for a folder without a config, or with a damaged one."""
+def _check_folder(place: str, subfolder: str, trusted: bool) -> None:
+    """Raises ``OSError`` or ``ValueError`` for a folder without a config, or with one that cannot be read here."""
     folder = Path(place, subfolder)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise OSError("config.json is missing")
     for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            _json(folder / name)
+        found = _json(folder / name) if (folder / name).is_file() else {}
+        kind = found.get("model_type")
+        if "auto_map" in found and isinstance(kind, str) and kind not in CONFIG_MAPPING and not trusted:
+            raise ValueError(
+                f"{name}: model_type {kind!r} is known neither to this landmark-attention nor to this transformers; "
+                f"update them, or run the folder's own code by trust_remote_code=True"
+            )
 
 
 def _json(file: Path) -> dict[str, Any]:
