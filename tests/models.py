@@ -24,6 +24,9 @@ FAMILIES = ("llama", "qwen3", "mistral", "gpt_neox", "olmo2", "phi3", "gemma3")
 VOCAB = 61
 HEADS = 4
 
+# Before 5.13 stock code raises for early exit, and for prompt lookup where nothing ends a text.
+OLD_ASSISTED = Version(transformers.__version__) < Version("5.13")
+
 _NAMES = {
     "llama": "Llama",
     "qwen3": "Qwen3",

@@ -7,11 +7,9 @@ import functools
 from typing import Any
 
 import torch
-import transformers
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from memory_state import BOUNDS, CACHE_NAMES, MOST_ROWS, Memory
-from packaging.version import Version
 
 import machine
 import models
@@ -19,9 +17,7 @@ from machine import Column, Row, as_tensors
 
 PAD = 0
 TOKENS, SEEDS, NEW = st.integers(0, 4), st.integers(0, 3), st.integers(1, 5)
-# Lookup without an end and early exit raise in the stock code of 5.0.
-OLD = Version(transformers.__version__) < Version("5.1")
-ASSISTED = ("stock", "landmarks") if OLD else ("lookup", "stock", "landmarks", "early exit")
+ASSISTED = ("stock", "landmarks") if models.OLD_ASSISTED else ("lookup", "stock", "landmarks", "early exit")
 
 
 @functools.cache

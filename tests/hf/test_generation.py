@@ -249,6 +249,8 @@ def repetitive(case: Case) -> torch.Tensor:
 
 
 def lookup(case: Case) -> None:
+    if models.OLD_ASSISTED:
+        pytest.skip("prompt lookup without an end of text raises in stock transformers before 5.13")
     prompt = repetitive(case)
     row = case.model.generate(prompt[None], max_new_tokens=case.new, do_sample=False, prompt_lookup_num_tokens=3)[0]
     assert len(row) == len(prompt) + case.new

@@ -297,7 +297,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a tensor is missing": (changed("model.safetensors", lambda w: w.pop(NORM)), rf"1 of its tensors \({NORM}\)"),
     "another shape": (changed("model.safetensors", lambda w: w.update({NORM: torch.ones(7)})), "expected"),
-    "no tensors": (changed("model.safetensors", lambda w: w.clear()), "of its tensors"),
+    "no tensors": (changed("model.safetensors", lambda w: w.clear()), "of its tensors|damaged ones"),
     "a file in place of the folder": (lambda f: (shutil.rmtree(f), f.write_text("x")), "it is a file"),
     "no folder": (shutil.rmtree, "a model's folder or hub name, found none"),
 }

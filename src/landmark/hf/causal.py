@@ -113,6 +113,8 @@ class LandmarkCausalLMMixin(PackagedMixin):
         """
         kwargs = cache_by_installed_name(kwargs)
         cache = kwargs.get(CACHE)
+        if isinstance(cache, LandmarkCache):
+            kwargs["use_cache"] = True  # else stock code of 5.0 loses count of the columns of new text alone
         token = _given.set(_what_is_given(args, kwargs))
         try:
             with repeating(), cache.kept_on_failure() if isinstance(cache, LandmarkCache) else nullcontext():

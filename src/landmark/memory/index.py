@@ -305,7 +305,7 @@ class LandmarkIndex:
         return scores.to(query.device), numbers.view(shape).permute(0, 2, 3, 1, 4, 5).to(query.device)
 
     def select_rows(self, rows: list[int]) -> None:
-        """Replaces the batch by the given rows, repeated or reordered; the next call finds rows that are not held yet."""
+        """Replaces the batch by the given rows, repeated or reordered; later calls add what is not held yet."""
         if not self.rows:
             return
         given: set[int] = set()
