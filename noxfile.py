@@ -1,4 +1,7 @@
-"""The versions that the tests run with, each in a virtual environment of its own: `make matrix` runs every session."""
+"""The versions that the tests run with, each in a virtual environment of its own: `make matrix` runs every session.
+
+`nox --session oldest -- tests/hf/test_turns.py` runs these files alone.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +64,10 @@ def install(session: nox.Session, *packages: str) -> None:
 
 
 def test(session: nox.Session, *paths: str) -> None:
-    """Runs tests on all cores, one thread for each worker."""
+    """Runs these tests, or those that the command names, on all cores, one thread for each worker."""
     session.run("python", "-m", "pip", "list")
     environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    session.run("python", "-m", "pytest", "-n", "auto", *paths, *session.posargs, env=environment)
+    session.run("python", "-m", "pytest", "-n", "auto", *(session.posargs or paths), env=environment)
 
 
 def lowest() -> list[str]:
