@@ -160,6 +160,24 @@ def test_a_base_that_is_named_from_the_adapter(base: str, tmp_path: Path, monkey
     assert torch.equal(landmark.load(tmp_path, subfolder="adapter")(ids).logits, expected)
 
 
+def test_a_folder_without_a_model_is_not_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory has a folder of that name, too."""
+    adapted, ids = saved_adapter(tmp_path, base="../base"), models.text(40)[None]
+    (tmp_path / "elsewhere" / "here").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "base").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere" / "here")
+    assert torch.equal(landmark.load(tmp_path / "adapter")(ids).logits, adapted(input_ids=ids).logits)
+
+
+def test_a_damaged_adapter_beside_its_model_is_named(tmp_path: Path) -> None:
+    saved_adapter(tmp_path)
+    for file in (tmp_path / "adapter").iterdir():
+        file.rename(tmp_path / "base" / file.name)
+    (tmp_path / "base" / "adapter_model.safetensors").write_bytes(b"\xff" * 500)
+    with pytest.raises(ValueError, match=r"base/adapter_model.safetensors: .*damaged file"):
+        landmark.load(tmp_path / "base")
+
+
 def test_an_adapter_beside_its_model(tmp_path: Path) -> None:
     adapted, ids = saved_adapter(tmp_path), models.text(40)[None]
     for file in (tmp_path / "adapter").iterdir():
@@ -196,6 +214,15 @@ def no_weights(root: Path) -> None:
     (root / "adapter" / "adapter_model.safetensors").unlink()
 
 
+def pickled_garbage(root: Path) -> None:
+    no_weights(root)
+    (root / "adapter" / "adapter_model.bin").write_bytes(b"text")
+
+
+def damaged_base(root: Path) -> None:
+    (root / "base" / "model.safetensors").write_bytes(b"\xff" * 500)
+
+
 def damaged(name: str, content: bytes) -> Any:
     return lambda root: (root / "adapter" / name).write_bytes(content)
 
@@ -213,16 +240,24 @@ ADAPTER_DAMAGES = {
     "the base is gone": (lost_base, "adapter .an adapter of .*base"),
     "the base is plain": (plain_base, "adapter: its base .*base: expected a landmark model, got model_type 'llama'"),
     "the base has fewer layers": (other_base, "tensors that are not in the model .*layers.1"),
-    "no weights": (no_weights, "adapter of"),
-    "weights of garbage": (damaged("adapter_model.safetensors", b"\xff" * 500), "damaged ones"),
-    "no bytes of weights": (damaged("adapter_model.safetensors", b""), "damaged ones"),
-    "a config of garbage": (damaged("adapter_config.json", b"{"), "adapter_config.json is no JSON"),
+    "no weights": (
+        no_weights,
+        "adapter: expected an adapter with weights, found none of adapter_model",
+    ),
+    "weights of garbage": (
+        damaged("adapter_model.safetensors", b"\xff" * 500),
+        "adapter_model.safetensors: .*damaged file",
+    ),
+    "no bytes of weights": (damaged("adapter_model.safetensors", b""), "adapter_model.safetensors: .*no bytes"),
+    "pickled weights of garbage": (pickled_garbage, "adapter_model.bin: .*damaged file"),
+    "a config of garbage": (damaged("adapter_config.json", b"{"), "adapter_config.json: .* no JSON"),
     "a config of a list": (damaged("adapter_config.json", b"[]"), "adapter_config.json: expected a JSON object"),
     "a config without a base": (damaged("adapter_config.json", b"{}"), "names no base model"),
     "an unknown kind": (
         damaged("adapter_config.json", b'{"base_model_name_or_path": "base", "peft_type": "NONE"}'),
-        "adapter of",
+        "adapter_config.json: expected a peft_type that this peft knows, such as LORA, got 'NONE'; update peft",
     ),
+    "the base has damaged weights": (damaged_base, "base/model.safetensors: .*damaged file"),
     "a tensor is missing": (
         without("layers.1.self_attn.q_proj.lora_A"),
         "got none for 1 of its tensors .*layers.1",

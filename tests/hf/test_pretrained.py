@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -216,17 +217,28 @@ def in_pickle(content: Any, cut: int | None = None) -> Callable[[Path], None]:
     return damage
 
 
-def sharded(name: str, content: bytes | None) -> Callable[[Path], None]:
-    """Saves in shards, and takes one of the files away or damages it."""
+def sharded(name: str, content: bytes | None, pickled: bool = False) -> Callable[[Path], None]:
+    """Saves in shards, and takes one of the files away or puts other content in its place."""
 
     def damage(folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder)
         (folder / "model.safetensors").unlink()
-        model.save_pretrained(folder, max_shard_size="20KB")
+        if pickled:
+            two_pickles(folder, model.state_dict())
+        else:
+            model.save_pretrained(folder, max_shard_size="20KB")
         file = next(folder.glob(name))
         file.unlink() if content is None else file.write_bytes(content)
 
     return damage
+
+
+def two_pickles(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Saves a pickled checkpoint in two shards, as transformers did before it had safetensors."""
+    files = {name: f"pytorch_model-0000{1 + place % 2}-of-00002.bin" for place, name in enumerate(weights)}
+    for file in set(files.values()):
+        torch.save({name: weights[name] for name in files if files[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
 def changed(name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
@@ -248,6 +260,12 @@ def config_with(**fields: Any) -> Callable[[Path], None]:
     return damage
 
 
+def pickled(content: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
 class Unsafe:
     def __reduce__(self) -> Any:
         return (print, ("it ran",))
@@ -255,49 +273,78 @@ class Unsafe:
 
 NORM = "model.layers.1.input_layernorm.weight"
 LONG_HEADER = (2**62).to_bytes(8, "little") + b"{}"
+POINTER = b"version https://git-lfs.github.com/spec/v1"
+SAFE, PICKLE, INDEX = "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "safetensors: truncated": (overwrite("model.safetensors", None, 900), "damaged ones"),
-    "safetensors: no bytes": (overwrite("model.safetensors", b""), "damaged ones"),
-    "safetensors: garbage": (overwrite("model.safetensors", b"\xff" * 5000), "damaged ones"),
+    "safetensors: truncated": (overwrite(SAFE, None, 900), f"{SAFE}: .*damaged file.*; save or download it again"),
+    "safetensors: no bytes": (overwrite(SAFE, b""), f"{SAFE}: expected its content, got no bytes; save or download"),
+    "safetensors: garbage": (overwrite(SAFE, b"\xff" * 5000), f"{SAFE}: .*damaged file"),
     "safetensors: a header of garbage": (
-        overwrite("model.safetensors", b"\x10" + bytes(7) + b"not JSON at all."),
-        "dama",
+        overwrite(SAFE, b"\x10" + bytes(7) + b"not JSON at all."),
+        f"{SAFE}: .*damage",
     ),
-    "safetensors: a header without end": (overwrite("model.safetensors", LONG_HEADER), "damaged ones"),
-    "safetensors: a pointer of Git LFS": (
-        overwrite("model.safetensors", b"version https://git-lfs.github.com"),
-        "dama",
+    "safetensors: a header without end": (overwrite(SAFE, LONG_HEADER), f"{SAFE}: .*damaged file"),
+    "safetensors: a pointer of Git LFS": (overwrite(SAFE, POINTER), f"{SAFE}: .*Git LFS; fetch it by git lfs pull"),
+    "safetensors: none": (
+        lambda folder: file_of(folder).unlink(),
+        "weights, found none of model.safetensors",
     ),
-    "safetensors: none": (lambda folder: file_of(folder).unlink(), "weights, found none"),
-    "shards: one is missing": (sharded("model-00002*", None), "expected"),
-    "shards: one is garbage": (sharded("model-00002*", b"\xff" * 500), "damaged ones"),
-    "shards: index of garbage": (sharded("*.index.json", b"{"), "expected"),
-    "shards: an empty index": (sharded("*.index.json", b"{}"), "expected"),
-    "shards: index of a list": (sharded("*.index.json", b"[]"), "expected"),
-    "pickle: truncated": (in_pickle(None, 900), "expected"),
-    "pickle: no bytes": (in_pickle(b""), "expected"),
-    "pickle: garbage": (in_pickle(b"\xff" * 900), "expected"),
-    "pickle: of something else": (in_pickle(pickle.dumps([1, 2])), "expected"),
-    "pickle: that runs code": (in_pickle(pickle.dumps(Unsafe())), "expected"),
-    "config: garbage": (overwrite("config.json", b"\xff\xfe\x00"), "config.json is no JSON"),
-    "config: truncated": (overwrite("config.json", None, 40), "config.json is no JSON"),
-    "config: no bytes": (overwrite("config.json", b""), "config.json is no JSON"),
+    "shards: one is missing": (
+        sharded("model-00002*", None),
+        f"model-00002.*: expected .* that {INDEX} names",
+    ),
+    "shards: one is garbage": (sharded("model-00002*", b"\xff" * 500), "model-00002.*: .*damaged file"),
+    "shards: index of garbage": (sharded(INDEX, b"{"), f"{INDEX}: expected a JSON object, got what is no JSON"),
+    "shards: an index of no bytes": (sharded(INDEX, b""), f"{INDEX}: expected its content, got no bytes"),
+    "shards: an empty index": (sharded(INDEX, b"{}"), f"{INDEX}: expected a weight_map .* got None; save the whole"),
+    "shards: index of a list": (sharded(INDEX, b"[]"), f"{INDEX}: expected a JSON object, got list"),
+    "shards: an empty map": (sharded(INDEX, b'{"weight_map": {}}'), f"{INDEX}: expected a weight_map .* got {{}}"),
+    "shards: a map of a list": (sharded(INDEX, b'{"weight_map": []}'), rf"{INDEX}: expected a weight_map .* got \[\]"),
+    "shards: a map to numbers": (sharded(INDEX, b'{"weight_map": {"a": 5}}'), rf"{INDEX}: expected a weight_map .*5"),
+    "pickle: truncated": (in_pickle(None, 900), f"{PICKLE}: .*damaged file"),
+    "pickle: half of it": (in_pickle(None, 20000), f"{PICKLE}: .*damaged file.*; save or download it again"),
+    "pickle: no bytes": (in_pickle(b""), f"{PICKLE}: expected its content, got no bytes"),
+    "pickle: garbage": (in_pickle(b"\xff" * 900), f"{PICKLE}: .*damaged file"),
+    "pickle: text": (in_pickle(b"entry not found"), f"{PICKLE}: .*damaged file"),
+    "pickle: a pointer of Git LFS": (in_pickle(POINTER), f"{PICKLE}: .*Git LFS; fetch it by git lfs pull"),
+    "pickle: of something else": (in_pickle(pickle.dumps([1, 2])), f"{PICKLE}: .*damaged file"),
+    "pickle: that runs code": (in_pickle(pickle.dumps(Unsafe(), protocol=2)), f"{PICKLE}: .*Unsupported global"),
+    "pickle: of a list": (in_pickle(pickled([1, 2])), f"{PICKLE}: expected a dict of tensors, got another list"),
+    "pickle: of numbers": (in_pickle(pickled({NORM: "x"})), f"{PICKLE}: expected a dict of tensors, got another dict"),
+    "pickled shards: one is missing": (sharded("*00002.bin", None, True), "bin: expected .* that pytorch.* names"),
+    "pickled shards: one is text": (sharded("*-00001*.bin", b"text", True), "pytorch_model-00001.*: .*damaged file"),
+    "pickled shards: an empty index": (sharded("*.index.json", b"{}", True), "bin.index.json: expected a weight_map"),
+    "config: garbage": (overwrite("config.json", b"\xff\xfe\x00"), "config.json: .* no JSON .*; save or download it"),
+    "config: truncated": (overwrite("config.json", None, 40), "config.json: .* no JSON"),
+    "config: no bytes": (overwrite("config.json", b""), "config.json: expected its content, got no bytes"),
     "config: a list": (overwrite("config.json", b"[1]"), "config.json: expected a JSON object, got list"),
     "config: null": (overwrite("config.json", b"null"), "config.json: expected a JSON object, got NoneType"),
-    "config: no fields": (overwrite("config.json", b"{}"), "expected"),
-    "config: an unknown model_type": (config_with(model_type="abacus"), "abacus"),
-    "config: a model_type of another kind": (config_with(model_type=7), "expected"),
-    "config: a field of another kind": (config_with(num_hidden_layers="two"), "expected"),
-    "config: another width": (config_with(intermediate_size=44), "expected"),
+    "config: no fields": (overwrite("config.json", b"{}"), "config.json: expected .* as model_type, got None"),
+    "config: an unknown model_type": (
+        config_with(model_type="abacus"),
+        "config.json: model_type 'abacus'.*update",
+    ),
+    "config: a model_type of another kind": (config_with(model_type=7), "config.json: expected .* model_type, got 7"),
+    "config: a field of another kind": (
+        config_with(num_hidden_layers="two"),
+        "layers.*got str|'str' object",
+    ),
+    "config: another width": (
+        config_with(intermediate_size=44),
+        r"6 of other shapes \(model.layers.0.mlp.down_proj.weight: \(32, 48\) in place of \(32, 44\)\); save",
+    ),
     "config: none": (lambda folder: file_of(folder, "config.json").unlink(), "config.json is missing"),
-    "generation config: garbage": (overwrite("generation_config.json", b"{"), "generation_config.json is no JSON"),
+    "generation config: garbage": (overwrite("generation_config.json", b"{"), "generation_config.json: .* no JSON"),
     "generation config: a list": (
         overwrite("generation_config.json", b"[]"),
         "generation_config.json: expected a JSON",
     ),
     "a tensor is missing": (changed("model.safetensors", lambda w: w.pop(NORM)), rf"1 of its tensors \({NORM}\)"),
-    "another shape": (changed("model.safetensors", lambda w: w.update({NORM: torch.ones(7)})), "expected"),
-    "no tensors": (changed("model.safetensors", lambda w: w.clear()), "of its tensors|damaged ones"),
+    "another shape": (
+        changed("model.safetensors", lambda w: w.update({NORM: torch.ones(7)})),
+        r"shapes .*\(7,\)",
+    ),
+    "no tensors": (changed("model.safetensors", lambda w: w.clear()), "of its tensors|damaged file"),
     "a file in place of the folder": (lambda f: (shutil.rmtree(f), f.write_text("x")), "it is a file"),
     "no folder": (shutil.rmtree, "a model's folder or hub name, found none"),
 }
@@ -388,22 +435,75 @@ def test_a_gguf_file(name: str, tmp_path: Path) -> None:
 
 
 GGUF_DAMAGES = {
-    "truncated": overwrite("tiny.gguf", None, 3000),
-    "cut in the header": overwrite("tiny.gguf", None, 40),
-    "no bytes": overwrite("tiny.gguf", b""),
-    "garbage": overwrite("tiny.gguf", b"\xff" * 3000),
-    "garbage behind the name": overwrite("tiny.gguf", b"GGUF" + b"\xff" * 3000),
-    "none": lambda folder: (folder / "tiny.gguf").unlink(),
+    "truncated": (overwrite("tiny.gguf", None, 3000), "; download it again"),
+    "cut in the header": (overwrite("tiny.gguf", None, 40), "; download it again"),
+    "no bytes": (overwrite("tiny.gguf", b""), "expected its content, got no bytes"),
+    "garbage": (
+        overwrite("tiny.gguf", b"\xff" * 3000),
+        "expected a GGUF file, got one that begins with",
+    ),
+    "garbage behind the name": (overwrite("tiny.gguf", b"GGUF" + b"\xff" * 3000), "; download it again"),
+    "a pointer of Git LFS": (overwrite("tiny.gguf", POINTER), "Git LFS; fetch it by git lfs pull"),
+    "none": (lambda folder: (folder / "tiny.gguf").unlink(), "expected a GGUF file, found none"),
 }
 
 
-@pytest.mark.parametrize("damage", GGUF_DAMAGES)
-def test_a_damaged_gguf_file(damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", GGUF_DAMAGES)
+def test_a_damaged_gguf_file(name: str, tmp_path: Path) -> None:
+    damage, message = GGUF_DAMAGES[name]
     gguf_of(tmp_path)
-    GGUF_DAMAGES[damage](tmp_path)
-    with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)) as caught:
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{tmp_path}/tiny.gguf: .*{message}") as caught:
         landmark.convert(tmp_path, gguf_file="tiny.gguf")
     assert "\n" not in str(caught.value)
+
+
+DAMAGED_ON_THE_HUB = ["safetensors: truncated", "shards: index of a list", "pickle: text", "config: truncated"]
+
+
+@pytest.mark.parametrize("name", DAMAGED_ON_THE_HUB)
+def test_damage_to_what_is_cached_of_a_hub_name(name: str, tmp_path: Path) -> None:
+    damage, message = DAMAGES[name]
+
+    def save(folder: Path) -> None:
+        stock_of(folder)
+        damage(folder)
+
+    to_hub(tmp_path, "main", save)
+    with pytest.raises(ValueError, match=message) as caught:
+        landmark.convert("some/model", cache_dir=tmp_path, local_files_only=True)
+    assert "snapshots" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", ["convert", "load"])
+def test_a_subfolder_that_is_missing(read: str, tmp_path: Path) -> None:
+    (stock_of if read == "convert" else ours_of)(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: expected a subfolder 'nope', found none"):
+        getattr(landmark, read)(tmp_path, subfolder="nope")
+
+
+def test_another_config_that_is_missing_is_named(tmp_path: Path) -> None:
+    stock_of(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nope: expected a model's folder"):
+        landmark.convert(tmp_path / "model", config=str(tmp_path / "nope"))
+
+
+def test_weights_that_are_not_the_ones_read_are_not_blamed(tmp_path: Path) -> None:
+    """The folder has a damaged file, which another argument leaves out."""
+    model = stock_of(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    overwrite(SAFE, b"\xff" * 100)(tmp_path)
+    with pytest.raises(ValueError, match=r"got none for .* of its tensors"):
+        landmark.convert(tmp_path, use_safetensors=False)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    same(landmark.convert(tmp_path, use_safetensors=False, **SETTINGS), model)
+
+
+def test_other_shapes_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    stock_of(tmp_path)
+    changed(SAFE, lambda weights: weights.update({NORM: torch.ones(7)}))(tmp_path)
+    _, info = landmark.convert(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True, **SETTINGS)
+    assert {name for name, *_ in info["mismatched_keys"]} == {NORM}
 
 
 def test_a_gguf_file_as_the_path_is_told_how(tmp_path: Path) -> None:

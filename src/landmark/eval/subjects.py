@@ -17,8 +17,9 @@ from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.eval.window import SINK, window_attention
 from landmark.hf.bundled import model_path
+from landmark.hf.damage import ADAPTER
 from landmark.hf.families import PREFIX
-from landmark.hf.pretrained import ADAPTER, find, read_weights
+from landmark.hf.pretrained import find, read_weights
 
 BUNDLED = ("landmark", "twin")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

@@ -83,8 +83,8 @@ def _converted_folder(source: Source, settings: dict[str, Any]) -> Any:
     _settings(source.config, settings)  # before the weights are read
     if source.adapter is not None:
         raise ValueError(
-            f"{source.adapter} is an adapter of the plain model {source.path}: convert that one and train an adapter "
-            "on the landmark model, or merge both first (PeftModel.from_pretrained(...).merge_and_unload())"
+            f"{source.adapter.place} is an adapter of the plain model {source.path}: convert that one and train an "
+            "adapter on the landmark model, or merge both first (PeftModel.from_pretrained(...).merge_and_unload())"
         )
     given, info = read_weights(source)
     model = _converted(given, settings)
@@ -148,7 +148,7 @@ def load(path: Any = None, **loading: Any) -> Any:
     source = find(model_path() if path is None else path, **loading)
     kind = source.config.model_type
     if not kind.startswith(PREFIX):
-        where = source.path if source.adapter is None else f"{source.adapter}: its base {source.path}"
+        where = source.path if source.adapter is None else f"{source.adapter.place}: its base {source.path}"
         raise ValueError(f"{where}: expected a landmark model, got model_type {kind!r}: use landmark.convert")
     if not source.config.landmark:
         raise ValueError(f"{source.path}: expected landmark settings in config.json, got none; save the model again")

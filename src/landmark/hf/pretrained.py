@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.compat import forget_gguf, load_saved_modules, unpacked_gguf
+from landmark.hf.damage import (
+    ADAPTER,
+    CONFIG,
+    check_adapter,
+    check_config,
+    check_gguf,
+    check_weights,
+    in_one_line,
+    read_json,
+)
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 NOT_OF_CONFIGS = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code", "code_revision")
-ADAPTER = "adapter_config.json"
-REASON = 200  # characters of what transformers says: it may name all its architectures
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter of peft.
+
+    Attributes:
+        place: a folder or hub name.
+        hub: where to look for a hub name.
+        base: the model that it names, a folder or hub name; ``None`` where its model lies in the same folder, from
+            which transformers reads both at once.
+    """
+
+    place: str
+    hub: dict[str, Any]
+    base: str | None
 
 
 @dataclass(frozen=True)
@@ -31,21 +55,22 @@ class Source:
 
     Attributes:
         path: a folder or hub name with the weights.
-        adapter: a folder or hub name with an adapter of peft to put on them, if any.
-        apart: whether the adapter lies apart from its model, so that transformers does not load both at once.
-        hub: where the adapter is to be looked for.
+        adapter: what is put on them, if anything.
         config: the config, with the fields that were given as loading arguments.
         loading: the other loading arguments, for ``from_pretrained``.
         told: whether the caller wants the loading info.
     """
 
     path: str
-    adapter: str | None
-    apart: bool
-    hub: dict[str, Any]
+    adapter: Adapter | None
     config: Any
     loading: dict[str, Any]
     told: bool
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.path if self.adapter is None else f"{self.adapter.place} (an adapter of {self.path})"
 
 
 def read_config(path: Any, **loading: Any) -> Any:
@@ -75,14 +100,13 @@ def find(path: Any, **loading: Any) -> Source:
         )
     told = bool(loading.pop("output_loading_info", False))
     place = os.path.expanduser(os.fsdecode(path))
-    folder = Path(place, loading.get("subfolder") or "")
-    hub = {name: loading[name] for name in HUB if name in loading and not (name == "subfolder" and folder.is_dir())}
-    adapter, base = _adapter(place, folder, hub)
-    if base is not None:
+    adapter = _adapter(place, loading)
+    if adapter is not None and adapter.base is not None:
+        place = adapter.base
         loading = {name: value for name, value in loading.items() if name not in ("subfolder", "revision")}
-    with _in_one_line(base or place, adapter):
-        config, rest = _config(base or place, loading)
-    return Source(base or place, adapter, base is not None, hub, config, rest, told)
+    name = place if adapter is None else f"{adapter.place} (an adapter of {place})"
+    config, rest = _config(place, name, loading)
+    return Source(place, adapter, config, rest, told)
 
 
 def read_weights(source: Source) -> tuple[Any, dict[str, Any]]:
@@ -92,129 +116,180 @@ def read_weights(source: Source) -> tuple[Any, dict[str, Any]]:
         ValueError: its weights are damaged, of other shapes, or not all there; the last not where the caller is told.
         FileNotFoundError: it has no weights.
     """
-    with _in_one_line(source.path, source.adapter):
-        arguments = unpacked_gguf(source.loading)
+    other_shapes = bool(source.loading.get("ignore_mismatched_sizes"))
+    with _reading(source.path, source.name, source.loading, partial(_check_files, source)):
+        arguments = {**unpacked_gguf(source.loading), "ignore_mismatched_sizes": True}  # refused below, by name
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path, config=source.config, output_loading_info=True, **arguments
         )
-        if arguments is not source.loading:
+        if source.loading.get("gguf_file") is not None:
             forget_gguf(model)
+    if info["mismatched_keys"] and not other_shapes:
+        raise ValueError(f"{source.name}: {_of_other_shapes(info['mismatched_keys'])}")
     missing = set(info["missing_keys"])
     if source.adapter is not None:
-        missing = _put_on(model, source, missing)
+        missing = _load_adapter(model, source, source.adapter, missing)
     if missing and not source.told:
-        names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
-        where = source.path if source.adapter is None else f"{source.adapter} (an adapter of {source.path})"
         raise ValueError(
-            f"{where}: expected all weights of {type(model).__name__}, got none for {len(missing)} of its "
-            f"tensors ({names}); save the whole model again"
+            f"{source.name}: expected all weights of {type(model).__name__}, got none for {len(missing)} of its "
+            f"tensors ({_first(missing)}); save the whole model again"
         )
     return model, info
 
 
-def _config(base: str, loading: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the config and the loading arguments that are no fields of it."""
+def _first(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _of_other_shapes(tensors: Any) -> str:
+    """Returns what is wrong with tensors that are given as (name, shape in the file, shape in the model)."""
+    name, found, wanted = min(tensors)
+    return (
+        f"expected weights of the shapes that config.json says, got {len(tensors)} of other shapes ({name}: "
+        f"{tuple(found)} in place of {tuple(wanted)}); save weights and config together again"
+    )
+
+
+def _check_files(source: Source, folder: Path) -> None:
+    """Raises ``ValueError`` or ``FileNotFoundError`` for a file of a model that is damaged or missing."""
+    check_weights(folder, source.loading.get("variant"), source.loading.get("use_safetensors"))
+    if source.adapter is not None and source.adapter.base is None:
+        check_adapter(folder)
+
+
+def _reading(
+    place: str, name: str, loading: dict[str, Any], check: Callable[[Path], None], remedy: str = ""
+) -> AbstractContextManager[None]:
+    """Says a failure in one line, by the file that is damaged.
+
+    Args:
+        place: the folder or hub name that is read.
+        name: what messages call it.
+        loading: the loading arguments.
+        check: finds the damaged file in a folder; where a GGUF file is read, that one is looked at instead.
+        remedy: what to do where no file is damaged.
+    """
+    file = loading.get("gguf_file")
+    if file is None:
+        return in_one_line(name, partial(_look, place, loading, check), remedy)
+    look = partial(_look, place, loading, lambda folder: check_gguf(folder / file))
+    remedy = "download it again, or convert the model that it was made of"
+    return in_one_line(str(Path(place, loading.get("subfolder") or "", file)), look, remedy)
+
+
+def _look(place: str, loading: dict[str, Any], check: Callable[[Path], None]) -> None:
+    """Runs a check on a folder, or on what is cached of a hub name: there, nothing is known of what is missing."""
+    folder = Path(place, loading.get("subfolder") or "")
+    if folder.is_dir():
+        check(folder)
+        return
+    for name in (CONFIG, ADAPTER):
+        name = "/".join(filter(None, (loading.get("subfolder"), name)))
+        file = None
+        with suppress(HFValidationError):  # a path where nothing is
+            file = try_to_load_from_cache(place, name, loading.get("cache_dir"), loading.get("revision"))
+        if isinstance(file, str):
+            with suppress(FileNotFoundError):
+                check(Path(file).parent)
+            return
+
+
+def _config(place: str, name: str, loading: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns the config and the loading arguments that are no fields of it; ``name`` is for messages."""
     given = loading.get("config")
-    rest = {name: value for name, value in loading.items() if name != "config"}
+    rest = {key: value for key, value in loading.items() if key != "config"}
     if isinstance(given, PretrainedConfig):
         return given, rest
-    place = base if given is None else os.path.expanduser(os.fsdecode(given))
-    if not rest.get("gguf_file") or given is not None:
-        _check_folder(place, rest.get("subfolder") or "", rest.get("trust_remote_code", False))
-    fields = {name: value for name, value in rest.items() if name not in NOT_OF_CONFIGS}
-    remote = {name: rest[name] for name in ("trust_remote_code", "code_revision") if name in rest}
+    if given is not None:
+        name = place = os.path.expanduser(os.fsdecode(given))
+    check = partial(check_config, trusted=bool(rest.get("trust_remote_code")))
+    of_gguf = rest.get("gguf_file") is not None and given is None
+    if os.path.isdir(place) and not of_gguf:
+        _look(place, rest, check)
+    fields = {key: value for key, value in rest.items() if key not in NOT_OF_CONFIGS}
+    remote = {key: rest[key] for key in ("trust_remote_code", "code_revision") if key in rest}
     remote.setdefault("trust_remote_code", False)  # None asks on the terminal
-    config, unused = AutoConfig.from_pretrained(place, return_unused_kwargs=True, **fields, **remote)
-    kept = {name: rest[name] for name in (*HUB, *NOT_OF_CONFIGS, "gguf_file") if name in rest}
+    read = rest if of_gguf else {**rest, "gguf_file": None}
+    with _reading(place, name, read, check, "correct config.json, or the fields that were given"):
+        config, unused = AutoConfig.from_pretrained(place, return_unused_kwargs=True, **fields, **remote)
+    kept = {key: rest[key] for key in (*HUB, *NOT_OF_CONFIGS, "gguf_file") if key in rest}
     return config, {**unused, **kept}
 
 
-def _check_folder(place: str, subfolder: str, trusted: bool) -> None:
-    """Raises ``OSError`` or ``ValueError`` for a folder without a config, or with one that cannot be read here."""
+def _adapter(place: str, loading: dict[str, Any]) -> Adapter | None:
+    """Returns the adapter of peft that lies at a place, if one does."""
+    subfolder = loading.get("subfolder") or ""
     folder = Path(place, subfolder)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise OSError("config.json is missing")
-    for name in ("config.json", "generation_config.json"):
-        found = _json(folder / name) if (folder / name).is_file() else {}
-        kind = found.get("model_type")
-        if "auto_map" in found and isinstance(kind, str) and kind not in CONFIG_MAPPING and not trusted:
-            raise ValueError(
-                f"{name}: model_type {kind!r} is known neither to this landmark-attention nor to this transformers; "
-                f"update them, or run the folder's own code by trust_remote_code=True"
-            )
+    if os.path.isfile(folder):
+        raise FileNotFoundError(
+            f"{folder}: expected a folder or hub name, it is a file; a GGUF file is named by gguf_file= "
+            "beside its folder"
+        )
+    if os.path.isdir(place) and not os.path.isdir(folder):
+        raise FileNotFoundError(f"{place}: expected a subfolder {subfolder!r}, found none; name one that is there")
+    hub = {name: loading[name] for name in HUB if name in loading}
+    if os.path.isdir(folder):
+        return _adapter_in(folder, {name: value for name, value in hub.items() if name != "subfolder"})
+    if not _has_peft():
+        return None
+    with in_one_line(place):
+        file = find_adapter_config_file(place, **hub)
+    return None if file is None else Adapter(place, hub, _base(Path(file), Path(place)))
 
 
-def _json(file: Path) -> dict[str, Any]:
-    """Returns the object in a file; raises ``ValueError`` where there is none."""
-    try:
-        found = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file.name} is no JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file.name}: expected a JSON object, got {type(found).__name__}")
-    return found
-
-
-def _adapter(place: str, folder: Path, hub: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Returns where an adapter of peft lies, if there is one, and the model that it names where none lies beside it."""
-    with _in_one_line(place, None):
-        if folder.is_file():
-            raise OSError("it is a file; a GGUF file is named by gguf_file= beside its folder")
-        local = folder.is_dir()
-        if local:
-            file: Any = folder / ADAPTER if (folder / ADAPTER).is_file() else None
-        else:
-            file = find_adapter_config_file(place, **hub) if _has_peft() else None
-        if file is None:
-            return None, None
-        if not _has_peft():
-            raise ModuleNotFoundError("it is an adapter: pip install 'landmark-attention[peft]'")
-        adapter = str(folder) if local else place
-        if (folder / "config.json").is_file():
-            return adapter, None
-        base = _json(Path(file)).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ValueError(f"{adapter}: {ADAPTER} names no base model (base_model_name_or_path)")
-    beside = [path for path in (Path(base), folder / base, folder.parent / base) if path.is_dir()]
-    return adapter, str(beside[0]) if beside else base
+def _adapter_in(folder: Path, hub: dict[str, Any]) -> Adapter | None:
+    """Returns the adapter in a folder on this machine, if there is one."""
+    if not (folder / ADAPTER).is_file():
+        return None
+    if not _has_peft():
+        raise ModuleNotFoundError(f"{folder}: it is an adapter: pip install 'landmark-attention[peft]'")
+    with_model = (folder / CONFIG).is_file()
+    return Adapter(str(folder), hub, None if with_model else _base(folder / ADAPTER, folder))
 
 
 def _has_peft() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
-def _put_on(model: Any, source: Source, missing: set[str]) -> set[str]:
-    """Loads the adapter into the model, as stock code does for its folder, and returns what is missing even so."""
-    assert source.adapter is not None
-    with _in_one_line(source.path, source.adapter):
-        foreign: set[str] = set()
-        if source.apart:
-            info = model.load_adapter(source.adapter, adapter_kwargs=dict(source.hub))
+def _base(file: Path, place: Path) -> str:
+    """Returns the model that an adapter's config names: one that is a path may be meant from several folders.
+
+    Args:
+        file: the adapter's config.
+        place: the adapter's folder.
+    """
+    named = read_json(file).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise ValueError(
+            f"{file}: expected the adapter's base model, {ADAPTER} names no base model (base_model_name_or_path); "
+            "save it again"
+        )
+    folders = [path for path in (Path(named), place / named, place.parent / named) if path.is_dir()]
+    models = [path for path in folders if (path / CONFIG).is_file()]
+    return str(next(iter(models or folders), named))
+
+
+def _load_adapter(model: Any, source: Source, adapter: Adapter, missing: set[str]) -> set[str]:
+    """Loads what stock code has not loaded of an adapter together with its model.
+
+    Args:
+        model: the model as it was read.
+        source: where it was read from.
+        adapter: the adapter of it.
+        missing: names of tensors that were not in its weights.
+
+    Returns:
+        the names of tensors that are neither there nor in the adapter.
+    """
+    foreign: set[str] = set()
+    with in_one_line(source.name, partial(_look, adapter.place, adapter.hub, check_adapter)):
+        if adapter.base is not None:
+            info = model.load_adapter(adapter.place, adapter_kwargs=dict(adapter.hub))
             missing, foreign = missing | set(info.missing_keys), set(info.unexpected_keys)
-        left = load_saved_modules(model, source.adapter, missing | foreign, source.hub)
-        if left & foreign:
-            raise ValueError(f"tensors that are not in the model ({', '.join(sorted(left & foreign)[:3])})")
+        left = load_saved_modules(model, adapter.place, missing | foreign, adapter.hub)
+    if left & foreign:
+        raise ValueError(
+            f"{source.name}: expected the tensors of the model, got tensors that are not in the model "
+            f"({_first(left & foreign)}); load the base that the adapter was trained on"
+        )
     return left
-
-
-@contextmanager
-def _in_one_line(path: str, adapter: str | None) -> Iterator[None]:
-    """Turns whatever transformers raises into one line that names the folder."""
-    name = path if adapter is None else f"{adapter} (an adapter of {path})"
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        reason = reason if len(reason) <= REASON else f"{reason[:REASON]}..."
-        if isinstance(error, ImportError):
-            raise ModuleNotFoundError(f"{name}: {reason}") from None
-        if isinstance(error, SafetensorError):
-            raise ValueError(
-                f"{name}: expected weights in safetensors files, got damaged ones ({reason}); save it again"
-            ) from None
-        if isinstance(error, OSError):
-            what = "a folder with config.json and weights" if Path(path).exists() else "a model's folder or hub name"
-            raise FileNotFoundError(f"{name}: expected {what}, found none ({reason})") from None
-        raise ValueError(f"{name}: expected what transformers can load, got {reason}") from None
