@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 MODES = ("retrieval", "all")
@@ -70,6 +71,8 @@ class LandmarkConfig:
         _require_int("position_gap", self.position_gap, 0)
         for layer in self.layers or ():
             _require_int("layers", layer, 0)
+        if not isinstance(self.landmark_trained, bool):
+            raise ValueError(f"landmark_trained: expected True or False, got {self.landmark_trained!r}")
         _require_choice("granularity", self.granularity, GRANULARITIES)
         _require_choice("positions", self.positions, POSITIONS)
         _require_choice("local", self.local, LOCALS)
@@ -121,8 +124,10 @@ class LandmarkConfig:
         return fields
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> LandmarkConfig:
-        """Builds the settings from ``to_dict``'s result; raises ``ValueError`` as ``replace`` does."""
+    def from_dict(cls, fields: Mapping[str, Any]) -> LandmarkConfig:
+        """Builds the settings from ``to_dict``'s result; raises ``ValueError`` as ``replace``, and for no mapping."""
+        if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
+            raise ValueError(f"landmark settings: expected a mapping such as {{'block_size': 64}}, got {fields!r:.100}")
         return cls().replace(**fields)
 
 

@@ -319,6 +319,8 @@ CASES = [
     ("layer beyond the last", lambda: landmark.convert(llama(), layers=(0, 7)), r"layers.*below 2, got \[7\]"),
     ("unknown setting", lambda: ours().configure_landmark(topk=3), "unknown.*topk.*top_k"),
     ("another block size", lambda: ours().configure_landmark(block_size=9), "block_size is fixed at 5, got 9"),
+    ("settings that are no mapping", lambda: LandmarkConfig.from_dict([1]), r"a mapping such as .* got \[1\]"),
+    ("settings at load", lambda: landmark.load(landmark={"top_k": 3}), "no loading argument.*configure_landmark"),
     ("load a stock model", load_stock_folder, "'llama'.*landmark.convert"),
     ("load nothing there", lambda folder: landmark.load(folder / "none"), "none.*(exist|found|no )"),
     ("load damaged weights", damaged_folder, "weights|safetensors"),

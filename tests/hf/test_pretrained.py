@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import landmark
 import models
+from landmark.eval import subjects
 
 IDS = models.text(2 * 20).view(2, 20)
 SETTINGS: dict[str, Any] = {"block_size": 64}
@@ -378,6 +379,47 @@ def test_settings_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
     config_with(landmark=None)(tmp_path)
     with pytest.raises(ValueError, match=r"expected landmark settings in config.json, got none"):
         landmark.load(tmp_path)
+
+
+CONFIGS_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "settings of text": ("llama", {"landmark": "x"}, "config.json: landmark settings: expected a mapping .* got 'x'"),
+    "settings of a list": ("llama", {"landmark": [1]}, r"config.json: landmark settings: expected a mapping .*\[1\]"),
+    "settings of a number": ("llama", {"landmark": 5}, "config.json: landmark settings: expected a mapping .* got 5"),
+    "a block of 1": ("llama", {"landmark": {"block_size": 1}}, "config.json: block_size: expected .* got 1"),
+    "an unknown setting": ("llama", {"landmark": {"foo": 1}}, r"config.json: unknown landmark settings \['foo'\]"),
+    "a flag of text": ("llama", {"landmark": {"landmark_trained": "no"}}, "config.json: landmark_trained: .* 'no'"),
+    "a layer that is not there": ("llama", {"landmark": {"layers": [0, 2]}}, r"layers: expected .* below 2, got \[2\]"),
+    "a window": ("mistral", {"sliding_window": 4}, r"sliding window \(4\) cannot be exact"),
+    "layers with a window": ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, "full_attention everywhere"),
+    "dropout": ("llama", {"attention_dropout": 0.1}, "expected attention_dropout 0, got 0.1"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS_REFUSED)
+def test_a_config_that_convert_would_refuse_is_refused_at_load(name: str, tmp_path: Path) -> None:
+    family, fields, message = CONFIGS_REFUSED[name]
+    ours_of(tmp_path, family)
+    if "landmark" not in fields:
+        with pytest.raises(ValueError, match=message):
+            landmark.load(tmp_path, **fields)
+    config_with(**fields)(tmp_path)
+    for read in (landmark.load, lambda path: subjects.load(str(path), "cpu", "float32")):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(tmp_path)
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_fewer_layers_than_the_settings_name(tmp_path: Path) -> None:
+    landmark.convert(models.family_model("llama", dtype=torch.float32), layers=(1,)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers: expected indices below 1, got \[1\]"):
+        landmark.load(tmp_path, num_hidden_layers=1)
+
+
+def test_landmark_settings_are_no_loading_argument(tmp_path: Path) -> None:
+    """They would stand in place of those that were saved, the block size among them."""
+    ours_of(tmp_path)
+    with pytest.raises(ValueError, match=r"landmark= is no loading argument: .*configure_landmark"):
+        landmark.load(tmp_path, landmark={"top_k": 3})
 
 
 def test_what_is_no_argument_is_named(tmp_path: Path) -> None:

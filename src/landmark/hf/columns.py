@@ -158,6 +158,6 @@ def _is_other_text(text: Tensor, ids: Tensor, embedding: nn.Module) -> Tensor:
 
 
 def device_of(embedding: nn.Module) -> torch.device:
-    """Returns where ids for an embedding may lie: by its weight, anywhere if that is offloaded."""
-    device: torch.device = embedding.weight.device  # type: ignore[assignment]
-    return torch.device("cpu") if device.type == "meta" else device
+    """Returns where ids for an embedding may lie: by its first weight, anywhere if that is offloaded."""
+    weight = next(embedding.parameters(), None)
+    return torch.device("cpu") if weight is None or weight.is_meta else weight.device

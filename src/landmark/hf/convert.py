@@ -141,17 +141,18 @@ def load(path: Any = None, **loading: Any) -> Any:
         **loading: for ``from_pretrained`` (``dtype``, ``device_map``, ...).
 
     Raises:
-        ValueError: the folder holds no landmark model, or damaged weights.
+        ValueError: the folder holds no landmark model, settings or a config that ``convert`` would refuse, or damaged
+            weights.
         FileNotFoundError: there is no model, or the bundled one is not installed.
     """
     warn_untested()
+    if "landmark" in loading:
+        raise ValueError("landmark= is no loading argument: load the model, then model.configure_landmark(top_k=...)")
     source = find(model_path() if path is None else path, **loading)
     kind = source.config.model_type
     if not kind.startswith(PREFIX):
         where = source.path if source.adapter is None else f"{source.adapter.place}: its base {source.path}"
         raise ValueError(f"{where}: expected a landmark model, got model_type {kind!r}: use landmark.convert")
-    if not source.config.landmark:
-        raise ValueError(f"{source.path}: expected landmark settings in config.json, got none; save the model again")
     model, info = read_weights(source)
     assert isinstance(model, LandmarkCausalLMMixin)
     return (model, info) if source.told else model
@@ -199,7 +200,8 @@ def _check_given(given: Any) -> None:
             "model; or merge it first (PeftModel.from_pretrained(...).merge_and_unload())"
         )
     embedding = given.get_input_embeddings()
-    if embedding.weight.is_meta and not hasattr(embedding, "_hf_hook"):
+    offloaded = any(hasattr(module, "_hf_hook") for module in embedding.modules())
+    if any(weight.is_meta for weight in embedding.parameters()) and not offloaded:
         raise ValueError("the weights are on the device meta, where nothing can be computed: load them first")
 
 

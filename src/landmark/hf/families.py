@@ -13,8 +13,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from landmark.config import LandmarkConfig
 from landmark.hf.attention import claim_attention
-from landmark.hf.causal import LandmarkCausalLMMixin
+from landmark.hf.causal import LandmarkCausalLMMixin, check_layers
 from landmark.hf.compat import cache_by_installed_name, installed
 from landmark.hf.model import LandmarkDecoderMixin
 from landmark.hf.stub import LandmarkConfigMixin, auto_map
@@ -169,10 +170,25 @@ def register() -> None:
             family(model_type)
 
 
+def check_landmark_config(config: Any) -> None:
+    """Raises ``ValueError`` for the config of a landmark model that ``landmark.convert`` could not have made."""
+    if not config.landmark:
+        raise ValueError("expected landmark settings in config.json, got none; save the model again")
+    try:
+        settings = LandmarkConfig.from_dict(config.landmark)
+        check_layers(settings, config.num_hidden_layers)
+    except ValueError as error:
+        raise ValueError(f"the landmark settings in config.json: {error}") from None
+    check_config(config)
+
+
 def check_config(config: Any) -> None:
-    """Raises ``ValueError``, naming the reason, for a stock config that landmark attention cannot serve exactly."""
-    family(config.model_type)
-    name = config.model_type
+    """Raises ``ValueError``, naming the reason, for a config that landmark attention cannot serve exactly.
+
+    The config is a stock one, or the one of a landmark model made of it.
+    """
+    name = config.model_type.removeprefix(PREFIX)
+    family(name)
     types = getattr(config, "layer_types", None)
     if types:
         other = sorted(set(types) - {"full_attention"})

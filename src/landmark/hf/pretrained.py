@@ -28,6 +28,7 @@ from landmark.hf.damage import (
     in_one_line,
     read_json,
 )
+from landmark.hf.families import PREFIX, check_landmark_config
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 NOT_OF_CONFIGS = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code", "code_revision")
@@ -87,7 +88,8 @@ def find(path: Any, **loading: Any) -> Source:
             of the config, and what concerns the weights.
 
     Raises:
-        ValueError: ``path`` is neither, its config is damaged, or another attention is asked for.
+        ValueError: ``path`` is neither, its config is damaged or cannot be that of a landmark model, or another
+            attention is asked for.
         FileNotFoundError: there is no model.
         ModuleNotFoundError: it is an adapter and peft is not installed.
     """
@@ -106,6 +108,11 @@ def find(path: Any, **loading: Any) -> Source:
         loading = {name: value for name, value in loading.items() if name not in ("subfolder", "revision")}
     name = place if adapter is None else f"{adapter.place} (an adapter of {place})"
     config, rest = _config(place, name, loading)
+    if config.model_type.startswith(PREFIX):
+        try:
+            check_landmark_config(config)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     return Source(place, adapter, config, rest, told)
 
 
