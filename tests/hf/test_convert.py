@@ -113,6 +113,11 @@ def replace_tokens(model: Any) -> None:
     model.set_input_embeddings(new)
 
 
+def wrap_tokens(model: Any) -> None:
+    """In a module that has no weight of its own."""
+    model.set_input_embeddings(LouderThan(model.get_input_embeddings()))
+
+
 def hook_inside(model: Any) -> None:
     model.base_model.layers[0].mlp.register_forward_hook(lambda module, args, output: louder(output))
 
@@ -173,6 +178,7 @@ PUT_IN = [
     replace_head,
     replace_norm,
     replace_tokens,
+    wrap_tokens,
     hook_inside,
     pre_hook_inside,
     hook_on_the_layer,
@@ -189,6 +195,7 @@ AT_ONCE = [
     replace_norm,
     replace_head,
     replace_tokens,
+    wrap_tokens,
     hook_inside,
     hook_on_the_layer,
 ]

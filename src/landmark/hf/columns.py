@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -159,5 +160,5 @@ def _is_other_text(text: Tensor, ids: Tensor, embedding: nn.Module) -> Tensor:
 
 def device_of(embedding: nn.Module) -> torch.device:
     """Returns where ids for an embedding may lie: by its first weight, anywhere if that is offloaded."""
-    weight = next(embedding.parameters(), None)
+    weight = next(itertools.chain(embedding.parameters(), embedding.buffers()), None)
     return torch.device("cpu") if weight is None or weight.is_meta else weight.device
