@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,71 @@ def test_under_autocast_a_memory_is_as_right_as_the_stock_model(name: str) -> No
     budget = low_precision_budget(plain, exact)
     assert (found.float() - exact[:, READ:]).abs().max() <= budget
     assert written.shape == (1, 46)
+
+
+HALVES = [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize(("own", "other"), HALVES)
+@pytest.mark.parametrize("name", models.ALL_FAMILIES)
+@torch.no_grad()
+def test_a_half_precision_model_under_autocast_of_the_other_half(
+    name: str, own: torch.dtype, other: torch.dtype
+) -> None:
+    """In one block it is as right as the stock model. Where torch refuses that one on the CPU, it refuses this one."""
+    ids, stock = prompt(), models.family_model(name, dtype=own)
+    exact = models.family_model(name, dtype=torch.float32)(ids).logits
+    with torch.autocast("cpu", dtype=other):
+        try:
+            plain = stock(ids).logits
+        except RuntimeError as error:
+            with pytest.raises((RuntimeError, ValueError), match=re.escape(str(error))):
+                landmark.convert(stock, block_size=64)(ids)
+            pytest.skip(f"torch on the CPU: {error}")
+        model = landmark.convert(stock, block_size=64, chunk_tokens=13)
+        rows, mask = models.padded([ids[0], ids[0, :20]], "left")
+        whole = model(ids).logits
+        later = model(ids[:, READ:], past_key_values=model.read(ids[:, :READ])).logits
+        beside = model(rows, attention_mask=mask).logits
+        packed = model(ids.repeat(1, 2), position_ids=torch.arange(43).repeat(2)[None]).logits
+        written = model.generate(ids, past_key_values=model.read(ids[:, :READ]), max_new_tokens=3)
+        states = model(ids, output_hidden_states=True).hidden_states
+        expected = stock(ids, output_hidden_states=True).hidden_states
+    budget = low_precision_budget(plain, exact)
+    assert [each.shape for each in states] == [each.shape for each in expected]
+    for found in (whole, beside[:1], packed[:, :43], packed[:, 43:]):
+        assert (found.float() - exact).abs().max() <= budget
+    assert (later.float() - exact[:, READ:]).abs().max() <= budget
+    assert written.shape == (1, 46)
+
+
+@pytest.mark.parametrize(("own", "other"), HALVES)
+@pytest.mark.parametrize("mode", ["retrieval", "all"])
+@torch.no_grad()
+def test_landmarks_of_a_half_precision_model_under_autocast_of_the_other_half(
+    mode: str, own: torch.dtype, other: torch.dtype
+) -> None:
+    """On every tier the same; the model's own error in float32 under autocast is the measure."""
+    ids = prompt()
+    given = models.family_model("llama", dtype=torch.float32)
+    single, half = (
+        landmark.convert(copy.deepcopy(given).to(dtype), block_size=BLOCK) for dtype in (torch.float32, own)
+    )
+    for model in (single, half):
+        model.base_model.landmark_embedding.weight.fill_(0.1)
+        model.configure_landmark(mode=mode, landmark_trained=True, top_k=99, chunk_tokens=13)
+    exact = single(ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = single(ids).logits
+    with torch.autocast("cpu", dtype=other):
+        found = [half(ids).logits]
+        if mode == "retrieval":
+            for tier in TIERS:
+                cache = half.read(ids[:, :READ], cache=LandmarkCache(half.config, tier))
+                found.append(half(ids[:, READ:], past_key_values=cache).logits)
+    assert all(torch.equal(each, found[1]) for each in found[1:])
+    for each in found:
+        assert (each.float() - exact[:, -each.shape[1] :]).abs().max() <= low_precision_budget(plain, exact)
 
 
 @pytest.mark.parametrize("name", models.ALL_FAMILIES)

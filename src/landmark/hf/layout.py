@@ -32,8 +32,11 @@ class Layout:
 
     def insert(self, embeds: Tensor, landmark: Tensor) -> Tensor:
         """Puts landmarks among text embeddings: ``(B, T, hidden)`` and ``(hidden,)`` to ``(B, width, hidden)``."""
+        with torch.autocast(embeds.device.type, enabled=False):  # it joins no float16 where it computes in bfloat16
+            return self._insert(embeds, landmark.to(embeds.dtype))
+
+    def _insert(self, embeds: Tensor, landmark: Tensor) -> Tensor:
         batch, tokens, hidden = embeds.shape
-        landmark = landmark.to(embeds.dtype)
         if self.sources is None:
             text = self.block_size - 1
             blocks = -(-tokens // text)

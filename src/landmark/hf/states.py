@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -20,10 +21,11 @@ def merge(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
         an output, as in stock code.
     """
     groups = [_per_token(output) for output in outputs]
-    joined = {
-        name: tuple(join(list(parts)) for parts in zip(*(group[name] for group in groups), strict=True))
-        for name in groups[0]
-    }
+    with torch.autocast(outputs[0].last_hidden_state.device.type, enabled=False):  # see Layout.insert
+        joined = {
+            name: tuple(join(list(parts)) for parts in zip(*(group[name] for group in groups), strict=True))
+            for name in groups[0]
+        }
     fields: dict[str, Any] = dict.fromkeys(outputs[0].keys())
     fields["last_hidden_state"] = joined["last_hidden_state"][0]
     if "hidden_states" in joined:
