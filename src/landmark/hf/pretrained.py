@@ -71,7 +71,7 @@ class Source:
     @property
     def name(self) -> str:
         """What messages call it."""
-        return self.path if self.adapter is None else f"{self.adapter.place} (an adapter of {self.path})"
+        return _name(self.path, self.adapter)
 
 
 def read_config(path: Any, **loading: Any) -> Any:
@@ -106,7 +106,7 @@ def find(path: Any, **loading: Any) -> Source:
     if adapter is not None and adapter.base is not None:
         place = adapter.base
         loading = {name: value for name, value in loading.items() if name not in ("subfolder", "revision")}
-    name = place if adapter is None else f"{adapter.place} (an adapter of {place})"
+    name = _name(place, adapter)
     config, rest = _config(place, name, loading)
     if config.model_type.startswith(PREFIX):
         try:
@@ -142,6 +142,10 @@ def read_weights(source: Source) -> tuple[Any, dict[str, Any]]:
             f"tensors ({_first(missing)}); save the whole model again"
         )
     return model, info
+
+
+def _name(path: str, adapter: Adapter | None) -> str:
+    return path if adapter is None else f"{adapter.place} (an adapter of {path})"
 
 
 def _first(names: set[str]) -> str:

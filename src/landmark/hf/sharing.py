@@ -73,23 +73,23 @@ class _Copies:
             elif isinstance(value, PretrainedConfig):
                 made.__dict__[key] = self._config(value)
             elif not _guards(value):
-                made.__dict__[key] = _bound_to(made, value, module)
-                if self._unknown(key, value, made, module):
+                bound = _bound_to(made, value, module)
+                may_know_the_given = bound is value and _replaces_method(module, key, value)
+                if may_know_the_given or self._replaces_forward(made, module, key, bound):
                     raise ValueError(
                         f"{name}: its {key} was replaced on the instance and cannot be carried over; put a module of a "
                         "class of its own in its place, or register a hook"
                     )
+                made.__dict__[key] = bound
         made.__dict__["_modules"] = {
             key: None if child is None or child is self._decoder else self.of(child, f"{name}.{key}")
             for key, child in module._modules.items()
         }
 
-    def _unknown(self, key: str, value: Any, made: nn.Module, module: nn.Module) -> bool:
-        """Whether a method was replaced by what is not of the instance, or the decoder's forward by another one."""
-        bound = made.__dict__[key]
-        if module is self._decoder and key in ("forward", "_old_forward") and isinstance(bound, MethodType):
-            return bound.__func__ is not type(made).forward
-        return bound is value and callable(value) and callable(getattr(type(module), key, None))
+    def _replaces_forward(self, made: nn.Module, module: nn.Module, key: str, bound: Any) -> bool:
+        """Whether an attribute of the given decoder would run in place of the forward that inserts landmarks."""
+        is_forward = module is self._decoder and key in ("forward", "_old_forward") and isinstance(bound, MethodType)
+        return is_forward and bound.__func__ is not type(made).forward
 
     def _config(self, config: Any) -> Any:
         """Returns the other model's config for the given one's, and for another one a copy with the same attention."""
@@ -109,6 +109,11 @@ def _bound_to(made: nn.Module, value: Any, module: nn.Module) -> Any:
         bound.__dict__.update({key: _bound_to(made, each, module) for key, each in vars(value).items()})
         return bound
     return value
+
+
+def _replaces_method(module: nn.Module, key: str, value: Any) -> bool:
+    """Whether what lies on the instance stands in place of a method of its class."""
+    return callable(value) and callable(getattr(type(module), key, None))
 
 
 def _guards(value: Any) -> bool:
