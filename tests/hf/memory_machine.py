@@ -137,7 +137,7 @@ class Machine(Generating):
     @rule(around=st.sampled_from(tuple(AROUND)), chunk=CHUNKS, record=st.booleans())
     def configure(self, around: str, chunk: int, record: bool) -> None:
         """What is free to change; the steps that follow run under inference_mode, autocast or neither."""
-        self.around = "nothing" if around == "autocast" and self.dtype == torch.float64 else around  # knows no autocast
+        self.enter(around)
         self.model.configure_landmark(chunk_tokens=chunk)
         self.cache.record = record
 
