@@ -340,8 +340,9 @@ def _documents(
 
     ``whole`` says that there is neither a mask nor a cache.
     """
-    borders, _ = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None)
-    kwargs.pop("max_length_q", None), kwargs.pop("max_length_k", None)
+    borders = kwargs.pop("cu_seq_lens_q", None)
+    for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+        kwargs.pop(name, None)
     if (seq_idx is not None or borders is not None) and not whole:
         raise ValueError("packed rows (seq_idx, cu_seq_lens_q): expected no attention_mask and no cache; drop them")
     batch, tokens = text.shape[:2]
