@@ -41,11 +41,17 @@ class Generating(Memory):
     """A memory that is given to generate."""
 
     def asked(self, tokens: int, seed: int) -> tuple[list[Row], list[Row]]:
-        """Rows and new columns of a call of generate, which goes on from text: the last column of every row is."""
+        """Rows and new columns of a call of generate, which goes on from text: the last column of every row is.
+
+        Without new columns, the last token of every row is computed again.
+        """
         rows = self.unpadded()
         new = self.columns(tokens, seed)
         if not all((row + more)[-1:] and (row + more)[-1].text for row, more in zip(rows, new, strict=True)):
             new = self.columns(tokens + 1, seed)
+        if not new[0]:
+            again = {"silent": False, "rough": self.around == "autocast", "unknown": False}
+            rows = [[*row[:-1], dataclasses.replace(row[-1], **again)] for row in rows]
         return rows, new
 
     def generate(
@@ -66,10 +72,6 @@ class Generating(Memory):
     def have_read(self, rows: list[Row], new: list[Row], told: list[list[int]], end: int | None = None) -> None:
         """Each row of the memory has read all but the last token of what was said behind its columns."""
         rough = self.around == "autocast"
-        if not new[0]:  # the last token was computed again
-            again = {"silent": False, "rough": rough, "unknown": False}
-            new = [[dataclasses.replace(row[-1], **again)] for row in rows]
-            rows = [row[:-1] for row in rows]
         times = len(told) // len(rows)
         whole = [row + more for row, more in zip(rows, new, strict=True) for _ in range(times)]
         said = [

@@ -61,17 +61,23 @@ class Machine(Generating):
         self.call(self.columns(tokens, seed), "whole", self.forwarded, rows)
 
     @precondition(Memory.has_room)
-    @rule(tokens=TOKENS, layer=st.integers(0, 1))
-    def interrupted(self, tokens: int, layer: int) -> None:
-        """A call that fails inside the model leaves nothing behind."""
-        ids, _ = machine.as_tensors(self.rows, self.columns(tokens, 0), whole=False)
+    @rule(tokens=TOKENS, layer=st.integers(0, 1), row=SMALL, count=st.sampled_from((0, 0, 1, 4)))
+    def interrupted(self, tokens: int, layer: int, row: int, count: int) -> None:
+        """A call that fails inside the model leaves nothing behind, but that what its mask hides stays hidden."""
+        rows, row, new = list(self.rows), row % len(self.rows), self.columns(tokens, 0)
+        rows[row] = machine.hidden(rows[row], min(count, len(machine.visible(rows[row]))))
+        ids, mask = machine.as_tensors(rows, new, whole=rows != self.rows)
 
         def fail(*_: Any) -> None:
             raise InterruptedError
 
-        hook = self.model.base_model.layers[layer].register_forward_hook(fail)
-        with self.step(), contextlib.suppress(InterruptedError), hook:
-            self.model(ids, past_key_values=self.cache)
+        def call() -> bool:
+            with contextlib.suppress(InterruptedError), self.model.base_model.layers[layer].register_forward_hook(fail):
+                self.model(ids[:, -len(new[0]) :], attention_mask=mask, past_key_values=self.cache)
+            return True
+
+        if self.going_back(rows, call):
+            self.rows = rows
 
     @precondition(has_read)
     @rule(columns=st.sampled_from((1, 2, 4, 9, 25)), positive=st.booleans())
@@ -131,7 +137,7 @@ class Machine(Generating):
     @rule(around=st.sampled_from(tuple(AROUND)), chunk=CHUNKS, record=st.booleans())
     def configure(self, around: str, chunk: int, record: bool) -> None:
         """What is free to change; the steps that follow run under inference_mode, autocast or neither."""
-        self.around = "nothing" if around == "autocast" and self.dtype == torch.float64 else around  # knows no autocast
+        self.enter(around)
         self.model.configure_landmark(chunk_tokens=chunk)
         self.cache.record = record
 

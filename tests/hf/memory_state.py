@@ -96,6 +96,7 @@ class Memory(RuleBasedStateMachine):
         narrow=st.booleans(),
         index=st.booleans(),
         tokens=st.sampled_from((0, 14, 9, 20)),
+        around=st.sampled_from(("nothing", "nothing", "inference", "autocast")),
     )
     def begin(
         self,
@@ -106,8 +107,9 @@ class Memory(RuleBasedStateMachine):
         narrow: bool,
         index: bool,
         tokens: int,
+        around: str,
     ) -> None:
-        """Makes a model, in float32 where ``narrow``, and a memory of some text."""
+        """Makes a model, in float32 where ``narrow``, and a memory of some text, read under ``around``."""
         self.dtype = torch.float32 if narrow else torch.float64
         family = models.FAMILIES[self.group % len(models.FAMILIES)]
         kv_heads = 4 if family == "gpt_neox" else (2, 1, 4)[self.group % 3]
@@ -119,7 +121,7 @@ class Memory(RuleBasedStateMachine):
         self.truth = machine.truth(family, kv_heads, settings.replace(chunk_tokens=1))
         plain = (settings.mode, settings.granularity, settings.positions) == ("retrieval", "token_head", "stingy")
         self.index = {"index": "faiss-flat"} if plain and index else {}
-        self.around = "nothing"
+        self.enter(around)
         self.cache = LandmarkCache(self.model, **tier, **self.index)
         self.rows: list[Row] = [[] for _ in range(rows)]
         self.pending: list[Column] | None = None
@@ -128,6 +130,10 @@ class Memory(RuleBasedStateMachine):
         self.whole = True
         if tokens:
             self.call(self.columns(tokens, 0), "none", self.forwarded)
+
+    def enter(self, around: str) -> None:
+        """The steps that follow run under one of ``AROUND``."""
+        self.around = "nothing" if around == "autocast" and self.dtype == torch.float64 else around  # knows no autocast
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import resource
@@ -207,6 +208,18 @@ def test_what_was_evicted_stays_away(tier: str, tmp_path: Path, monkeypatch: pyt
     cache.save(tmp_path)
     assert cache.nbytes("host", "disk") == before
     assert LandmarkCache.open(tmp_path, model, tier).nbytes("host", "disk") == before
+
+
+def test_a_memory_of_a_model_that_was_cast_since_is_refused(tmp_path: Path) -> None:
+    model = models.landmark_model("llama", LandmarkConfig(block_size=4), dtype=torch.float32)
+    model = copy.deepcopy(model)
+    cache = model.read(models.text(20)[None])
+    model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"in float32, .* got it in bfloat16; call model.to\(torch.float32\)"):
+        cache.save(tmp_path / "memory")
+    assert not (tmp_path / "memory").exists()
+    model.float()
+    cache.save(tmp_path / "memory")
 
 
 def test_a_row_of_a_padded_batch_is_saved_alone(tmp_path: Path) -> None:

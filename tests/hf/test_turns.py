@@ -72,6 +72,22 @@ def test_assisted_decoding_goes_on_from_what_was_read(name: str, way: str) -> No
     assert memory.tokens == [found.shape[1] - 1]
 
 
+@pytest.mark.parametrize("way", ["prompt lookup", "assistant model"])
+def test_assisted_decoding_of_new_text_alone_is_right_or_refused(way: str) -> None:
+    model, ids = family(), prompt()
+    options = {**WAYS[way], "eos_token_id": END, "attention_mask": torch.ones_like(ids)}
+    if way == "assistant model":
+        options["assistant_model"] = assistant()
+    memory = read(model, ids[:, :READ])
+    if models.OLD_ASSISTED:
+        with pytest.raises(ValueError, match="pass the whole text"):
+            greedy(model, ids[:, READ:], past_key_values=memory, **options)
+        assert memory.tokens == [READ]
+    else:
+        found = greedy(model, ids[:, READ:], past_key_values=memory, **options)
+        assert torch.equal(found, greedy(model, ids, eos_token_id=END)[:, READ:])
+
+
 # Beams and several answers.
 
 
@@ -201,6 +217,65 @@ def test_other_masks_over_what_was_read_are_refused_and_change_nothing(column: i
     assert torch.equal(model(more, attention_mask=mask, past_key_values=memory).logits, expected)
 
 
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("by", ["forward", "generate", "read"])
+def test_what_was_hidden_stays_hidden_when_a_layer_fails(by: str, layer: int, tier: str) -> None:
+    """The layers before it have new keys in the place of the hidden tokens."""
+    model, ids, more = family(), prompt()[:, :READ], prompt(1, 9)
+    memory, mask = read(model, ids, tier), torch.ones(1, READ + 9, dtype=torch.long)
+    memory.record = True
+    mask[:, READ - 8 : READ] = 0
+
+    def fail(*_: Any) -> None:
+        raise InterruptedError
+
+    calls = {
+        "forward": lambda: model(more, attention_mask=mask, past_key_values=memory),
+        "generate": lambda: greedy(model, more, attention_mask=mask, past_key_values=memory),
+        "read": lambda: model.read(more, attention_mask=mask, cache=memory),
+    }
+    with pytest.raises(InterruptedError), model.base_model.layers[layer].register_forward_hook(fail):
+        calls[by]()
+    assert memory.tokens == [READ - 8] and memory.get_seq_length() == READ and memory.retrievals == []
+    found = model(more, past_key_values=memory).logits
+    alone = torch.cat([ids[:, : READ - 8], more], dim=1)
+    assert (found - model(alone).logits[:, -9:]).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_generate_refuses_a_mask_of_ones_over_what_was_read_as_padding(options: dict[str, Any]) -> None:
+    model, ids = family(), prompt(2)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    memory = model.read(ids[:, :READ], attention_mask=mask[:, :READ])
+    with pytest.raises(ValueError, match="1 over a column that was read as padding"):
+        greedy(model, ids, attention_mask=torch.ones_like(ids), past_key_values=memory, **options)
+    assert memory.tokens == [READ - 4, READ]
+    found = greedy(model, ids, attention_mask=mask, past_key_values=memory, **options)
+    assert torch.equal(found, greedy(model, ids, attention_mask=mask, **options))
+
+
+MASKS = {
+    "of the new columns, whole text": lambda ids: torch.ones_like(ids)[:, READ:],
+    "too long": lambda ids: torch.ones_like(torch.cat([ids, ids], dim=1)),
+    "of other rows": lambda ids: torch.ones_like(ids).repeat(3, 1),
+    "a list": lambda ids: torch.ones_like(ids).tolist(),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("zero", [False, True])
+def test_generate_refuses_masks_of_other_shapes_before_it_reads(name: str, zero: bool) -> None:
+    model, ids = family(), prompt(2)
+    mask = MASKS[name](ids)
+    mask[0][0] = 1 - int(zero)
+    memory = read(model, ids[:, :READ])
+    with pytest.raises(ValueError, match="attention_mask: expected shape"):
+        greedy(model, ids, attention_mask=mask, past_key_values=memory)
+    assert memory.tokens == [READ, READ]
+
+
 # The text that is given with a memory.
 
 
@@ -287,6 +362,45 @@ def test_embeddings_of_new_text_alone_are_refused_or_right(begin: int) -> None:
     mask = torch.ones_like(ids)
     found = greedy(model, None, inputs_embeds=embeds[:, READ:], attention_mask=mask, past_key_values=memory)
     assert torch.equal(found, greedy(model, ids)[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=["greedy", "beams", "uncached"])
+@pytest.mark.parametrize("behind", [0, 1, 9])
+def test_embeddings_continue_a_memory_of_embeddings(behind: int, options: dict[str, Any]) -> None:
+    model, ids = family(), prompt(tokens=READ + behind)
+    embeds = embedded(model, ids)
+    expected = greedy(model, ids, **options)[:, ids.shape[1] :]
+    for again in (embeds, embeds.bfloat16().double()):
+        memory = LandmarkCache(model.config)
+        model(inputs_embeds=embeds[:, :READ], past_key_values=memory)
+        assert memory.ids().tolist() == [-1] * READ
+        found = greedy(model, None, inputs_embeds=again, past_key_values=memory, **options)
+        assert torch.equal(found, expected) or again is not embeds
+    if behind:
+        memory = LandmarkCache(model.config)
+        model(inputs_embeds=embeds[:, :READ], past_key_values=memory)
+        new, mask = embeds[:, READ:], torch.ones_like(ids)
+        found = greedy(model, None, inputs_embeds=new, attention_mask=mask, past_key_values=memory, **options)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", models.ALL_FAMILIES)
+@pytest.mark.parametrize("given", ["ids", "embeddings"])
+def test_other_text_than_a_memory_of_embeddings_is_refused(given: str, name: str) -> None:
+    model, ids = family(name), prompt(tokens=2 * READ)
+    memory = LandmarkCache(model.config)
+    model(inputs_embeds=embedded(model, ids[:, :READ]), past_key_values=memory)
+
+    def goes_on(text: torch.Tensor) -> torch.Tensor:
+        if given == "ids":
+            return greedy(model, text, past_key_values=memory)[:, text.shape[1] :]
+        return greedy(model, None, inputs_embeds=embedded(model, text), past_key_values=memory)
+
+    for wrong, message in ((other(ids), "column 17 on"), (ids[:, READ - 1 :], "column 0 on")):
+        with pytest.raises(ValueError, match=message):
+            goes_on(wrong)
+    assert memory.tokens == [READ]
+    assert torch.equal(goes_on(ids), greedy(model, ids)[:, ids.shape[1] :])
 
 
 @pytest.mark.parametrize("mode", ["retrieval", "all"])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +69,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.rewound = False
         self._columns = TextColumns()
         self._rows = 0  # that the layers hold
+        self._hidden = False  # tokens were hidden, and nothing was read since
         self._decoder: weakref.ref[Any] | None = None
 
     @property
@@ -155,15 +154,19 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         for memory in self.made():
             memory.settle()
         self._columns.append(mask, ids)
+        self._hidden = False
 
     def ids(self, row: int = 0) -> Tensor:
         """Returns a row's token ids ``(tokens,)`` int32, padding left out; -1 where only embeddings were given."""
         return self._columns.ids_of(row)
 
-    def undo(self) -> None:
-        """Forgets what a call that failed in some layer has filed."""
+    def undo(self, retrieved: int) -> None:
+        """Forgets what a call that failed in some layer has filed, and what it retrieved after ``retrieved`` others."""
+        del self.retrievals[retrieved:]
         for memory in self.made():
             memory.undo()
+        if self._hidden:  # some layers hold other keys now where the hidden tokens were: these do not come back
+            self._columns.changes += 1
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the text columns seen so far, padding included."""
@@ -203,8 +206,19 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             return
         wanted = attention_mask.bool().cpu()
         if not self._columns.are_read_with(wanted):
-            mask = self._columns.without(wanted)
-            self._go_back(mask, self._columns.all()[1])
+            self._columns.check_mask(wanted)
+            self._go_back(wanted, self._columns.all()[1])
+            self._hidden = True
+
+    def check_mask(self, attention_mask: Tensor) -> None:
+        """Makes sure that ``hide`` can be given a mask ``(B * repeats, columns)``.
+
+        Raises:
+            ValueError: as ``hide``, but for what ``crop`` refuses.
+        """
+        wanted = attention_mask.bool().cpu()
+        if self.is_initialized and len(wanted) % self.batch_size == 0:
+            self._columns.check_mask(wanted, len(wanted) // self.batch_size)
 
     def _go_back(self, mask: Tensor, ids: Tensor) -> None:
         """Keeps the text that ``mask`` leaves, the first tokens of every row; raises as ``crop``."""
@@ -219,6 +233,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """Forgets everything."""
         self.memories = [None] * len(self.memories)
         self._columns = TextColumns()
+        self._hidden = False
         self.retrievals = []
         self.saved, self.rewound = None, False
 
@@ -263,22 +278,6 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             mask, ids = self._columns.all()
             self._columns.replace(mask[rows], ids[rows])
         self._rows = len(rows)
-
-    @contextlib.contextmanager
-    def kept_on_failure(self) -> Iterator[None]:
-        """Around a call: when it is refused, or fails before it has read anything, the memory is as it was."""
-        before = self._columns.copy()
-        rewound = self.rewound
-        try:
-            yield
-        except BaseException:
-            if self._columns.calls == before.calls:
-                repeats = self._rows // max(1, len(before.tokens))
-                if before.tokens and repeats > 1:
-                    self._select_rows(torch.arange(0, self._rows, repeats))
-                self._columns = before
-                self.rewound = rewound
-            raise
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows (a boolean mask or indices); raises as ``reorder_cache``."""

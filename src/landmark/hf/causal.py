@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
+from landmark.hf.attempts import kept_on_failure
 from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.cache import LandmarkCache
-from landmark.hf.compat import CACHE, cache_by_installed_name, columns_of_step
+from landmark.hf.compat import CACHE, cache_by_installed_name, check_assisted, columns_of_step
 from landmark.hf.graphs import repeating
 from landmark.hf.model import require_landmark_cache
 from landmark.hf.stub import PackagedMixin
@@ -113,11 +114,9 @@ class LandmarkCausalLMMixin(PackagedMixin):
         """
         kwargs = cache_by_installed_name(kwargs)
         cache = kwargs.get(CACHE)
-        if isinstance(cache, LandmarkCache):
-            kwargs["use_cache"] = True  # else stock code of 5.0 loses count of the columns of new text alone
         token = _given.set(_what_is_given(args, kwargs))
         try:
-            with repeating(), cache.kept_on_failure() if isinstance(cache, LandmarkCache) else nullcontext():
+            with repeating(), kept_on_failure(cache) if isinstance(cache, LandmarkCache) else nullcontext():
                 return super().generate(*args, **kwargs)
         finally:
             _given.reset(token)
@@ -169,6 +168,20 @@ class LandmarkCausalLMMixin(PackagedMixin):
                 model_kwargs[CACHE] = LandmarkCache(self.config)
         else:
             require_landmark_cache(cache)._is_user_defined = True
+            model_kwargs["use_cache"] = generation_config.use_cache = True  # a memory that is given is read on
+
+    def _get_initial_cache_position(self, seq_length: int, device: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Adds the places of the columns that the memory has not read; called by transformers before 5.3."""
+        given = _given.get(Given())
+        embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get(CACHE)
+        columns = given.before + (seq_length if embeds is None else embeds.shape[1])
+        read = 0 if cache is None else cache.get_seq_length()
+        model_kwargs["cache_position"] = torch.arange(min(read, columns - 1), columns, device=device)
+        return model_kwargs
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        check_assisted(_given.get(Given()).before)
+        return super()._assisted_decoding(*args, **kwargs)
 
     def _prepare_generated_length(self, generation_config: Any, has_default_max_length: bool, **kwargs: Any) -> Any:
         """Counts the default length as new tokens: stock code cuts it at ``max_position_embeddings``, text included."""
@@ -197,15 +210,29 @@ class LandmarkCausalLMMixin(PackagedMixin):
 
 
 def _what_is_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-    """Returns how much text ``generate`` was given: new text alone, where the mask says so by its width."""
+    """Returns how much text ``generate`` was given: new text alone, where the mask says so by its width.
+
+    Raises:
+        ValueError: a mask of another shape than the text, or over a memory that has read otherwise.
+    """
     cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
-    inputs = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
-    text = next((each for each in inputs if isinstance(each, Tensor)), None)
+    inputs = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+    text = next((each for each in inputs if isinstance(each, Tensor) and each.ndim > 1), None)
     if text is None:
         return Given()
+    batch, columns = text.shape[:2]
+    if mask is None:
+        return Given(columns)
     read = cache.get_seq_length() if isinstance(cache, LandmarkCache) else 0
-    alone = mask is not None and mask.shape[-1] == read + text.shape[1]
-    return Given(text.shape[1], read if alone else 0)
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if shape not in ((batch, columns), (batch, read + columns)):
+        raise ValueError(
+            f"attention_mask: expected shape ({batch}, {columns}) as the text, or ({batch}, {read + columns}) for new "
+            f"text behind the {read} columns that the cache has read, got {shape}"
+        )
+    if isinstance(cache, LandmarkCache) and mask.shape[1] >= read:
+        cache.check_mask(mask[:, :read])  # here, as stock code drops a mask of ones
+    return Given(columns, mask.shape[1] - columns)
 
 
 def check_layers(settings: LandmarkConfig, layers: int) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 COMPARED_COLUMNS = 4096  # embedded at once, to be compared with embeddings that were given
 SAME_EMBEDDING = 0.01  # relative difference of an embedding in another precision, at most
+SKETCH = 1 << 30  # sketches are integers below -1 and above -SKETCH
+SAME_SKETCH = SKETCH // 1000  # difference of those of one embedding in two precisions, at most
 
 
 class TextColumns:
@@ -18,15 +20,15 @@ class TextColumns:
 
     Attributes:
         tokens: text tokens of each row, padding not counted.
-        calls: how often columns were added.
+        changes: how often columns were added, or lost for good.
     """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        self.calls = 0
+        self.changes = 0
         self._count = 0
         self._masks: list[Tensor] = []  # (B, T) bool of some calls each, never written to; see `append`
-        self._ids: list[Tensor] = []  # (B, T) int32 likewise
+        self._ids: list[Tensor] = []  # (B, T) int32 likewise; for an embedding its sketch, -1 for neither
 
     def __len__(self) -> int:
         return self._count
@@ -40,7 +42,7 @@ class TextColumns:
 
         Args:
             mask: ``(B, T)`` bool on the CPU, True for text.
-            ids: ``(B, T)`` token ids, ``None`` where only embeddings are known.
+            ids: ``(B, T)`` token ids, or sketches where only embeddings are known, ``None`` for neither.
         """
         counts = mask.sum(1).tolist()
         self.tokens = [a + b for a, b in zip(self.tokens or [0] * len(mask), counts, strict=True)]
@@ -51,7 +53,7 @@ class TextColumns:
             for each in (self._masks, self._ids):  # few parts: small tensors that stay scatter the memory of calls
                 each[-2:] = [torch.cat(each[-2:], dim=1)]
         self._count += mask.shape[1]
-        self.calls += 1
+        self.changes += 1
 
     def copy(self) -> TextColumns:
         """Returns a copy that shares the tensors, which are never written to."""
@@ -79,7 +81,7 @@ class TextColumns:
     def ids_of(self, row: int) -> Tensor:
         """Returns a row's token ids ``(tokens,)`` int32, padding left out; -1 where only embeddings were given."""
         mask, ids = self.all()
-        return ids[row, mask[row]] if len(mask) else ids[0:0].flatten()
+        return ids[row, mask[row]].clamp(min=-1) if len(mask) else ids[0:0].flatten()
 
     def check_beginning(self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, repeats: int) -> None:
         """Makes sure that a text begins with these columns.
@@ -94,7 +96,7 @@ class TextColumns:
             ValueError: it does not; the message names the first column that differs.
         """
         mask, ids = (each[:, : text.shape[1]].repeat_interleave(repeats, dim=0) for each in self.all())
-        comparable = mask & (ids >= 0)
+        comparable = mask & (ids != -1)
         if attention_mask is not None and attention_mask.shape[1] == text.shape[1]:
             comparable = comparable & attention_mask[:, : ids.shape[1]].bool().cpu()
         differs = comparable & _is_other_text(text[:, : ids.shape[1]], ids, embedding)
@@ -106,7 +108,8 @@ class TextColumns:
             column = int(found[0])
             row = int(differs[:, column].nonzero()[0])
             got = f"token {int(text[row, column])}" if text.ndim == 2 else "another embedding"
-            how = f"row {row} has {got}, the cache token {int(ids[row, column])}"
+            known = int(ids[row, column])
+            how = f"row {row} has {got}, the cache {f'token {known}' if known >= 0 else 'an embedding'}"
         raise ValueError(
             f"expected a text that begins with the {len(self)} columns that the cache has read, got one that differs "
             f"from column {column} on ({how}); pass the whole text, or new text with an attention_mask over all columns"
@@ -117,13 +120,13 @@ class TextColumns:
         parts = torch.split(mask, [each.shape[1] for each in self._masks], dim=1) if mask.shape[1] == len(self) else ()
         return len(parts) > 0 and all(torch.equal(*pair) for pair in zip(parts, self._masks, strict=True))
 
-    def without(self, wanted: Tensor) -> Tensor:
-        """Returns the mask of what is left when a mask ``(B, columns)``, bool, takes back the last tokens of rows.
+    def check_mask(self, wanted: Tensor, repeats: int = 1) -> None:
+        """Makes sure that a mask ``(B * repeats, columns)``, bool, takes back no more than the last tokens of rows.
 
         Raises:
             ValueError: another shape, a 0 over a token that is followed by one that stays, or a 1 over padding.
         """
-        mask, _ = self.all()
+        mask = self.all()[0].repeat_interleave(repeats, dim=0)
         if wanted.shape != mask.shape:
             raise ValueError(
                 f"attention_mask: expected shape {tuple(mask.shape)} over the columns that were read, got "
@@ -141,21 +144,40 @@ class TextColumns:
                     f"attention_mask: expected the mask that row {row} was read with, or 0 from one of its tokens on, "
                     f"got {what} (column {place}); read the text anew"
                 )
-        return wanted
+
+
+def sketch_of(embeds: Tensor) -> Tensor:
+    """Returns an integer from -SKETCH to -2 for each embedding ``(..., hidden)``: others seldom have a near one.
+
+    It is the cosine to one fixed direction, so that rounding moves it little.
+    """
+    random = torch.Generator().manual_seed(0)
+    direction = torch.randn(embeds.shape[-1], generator=random).to(embeds.device)
+    values = embeds.detach().float()
+    cosine = (values * direction / direction.norm()).sum(-1) / values.norm(dim=-1).clamp(min=1e-30)
+    sketches: Tensor = (-SKETCH / 2 * (1 + cosine.cpu().double())).clamp(-SKETCH, -2).to(torch.int32)
+    return sketches
 
 
 def _is_other_text(text: Tensor, ids: Tensor, embedding: nn.Module) -> Tensor:
-    """Where a text ``(B, T)``, or its embeddings ``(B, T, hidden)``, is not that of ``ids``, ``(B, T)`` bool."""
-    if text.ndim == 2:
+    """Where a text ``(B, T)``, or its embeddings ``(B, T, hidden)``, is not that of ids or sketches, ``(B, T)``."""
+    if text.ndim == 2 and bool((ids >= -1).all()):
         return text.cpu() != ids
     parts = []
     device = device_of(embedding)
     for begin in range(0, ids.shape[1], COMPARED_COLUMNS):
         columns = slice(begin, begin + COMPARED_COLUMNS)
-        expected = embedding(ids[:, columns].clamp(min=0).to(device)).float()
-        given = text[:, columns].to(expected.device).float()
-        parts.append(((given - expected).norm(dim=-1) > SAME_EMBEDDING * expected.norm(dim=-1)).cpu())
-    return torch.cat(parts, dim=1)
+        known, given = ids[:, columns], text[:, columns]
+        if given.ndim == 2:
+            sketches = sketch_of(embedding(given.to(device)))
+            other = given.cpu() != known
+        else:
+            sketches = sketch_of(given)
+            expected = embedding(known.clamp(min=0).to(device)).float()
+            apart = (given.to(expected.device).float() - expected).norm(dim=-1)
+            other = (apart > SAME_EMBEDDING * expected.norm(dim=-1)).cpu()
+        parts.append(torch.where(known < -1, (sketches - known).abs() > SAME_SKETCH, other))
+    return torch.cat(parts, dim=1) if parts else ids.bool()
 
 
 def device_of(embedding: nn.Module) -> torch.device:

@@ -47,6 +47,21 @@ def columns_of_step(arguments: dict[str, Any]) -> int:
     return len(arguments["cache_position"]) if count is None else count
 
 
+def check_assisted(left_out: int) -> None:
+    """Raises ``ValueError`` where assisted decoding would cut off what a memory has read.
+
+    Before 5.14 stock code crops the cache to a length that it counts by the ids that it was given.
+
+    Args:
+        left_out: columns of the memory that these ids leave out.
+    """
+    if left_out and _numbers(installed_version()) < (5, 14):
+        raise ValueError(
+            f"assisted decoding of new text alone: expected transformers 5.14 or later, got {installed_version()}; "
+            "pass the whole text"
+        )
+
+
 def warn_untested() -> None:
     """Warns, once, where transformers is newer than any that this package was tested with."""
     if _numbers(installed_version()) > _numbers(NEWEST_TESTED):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
+from landmark.hf.attempts import kept_on_failure
 from landmark.hf.attention import Call, OnePass, Remembered, check_attention, claim_attention
 from landmark.hf.cache import LandmarkCache
-from landmark.hf.columns import device_of
+from landmark.hf.columns import device_of, sketch_of
 from landmark.hf.compat import CACHE, cache_by_installed_name
 from landmark.hf.graphs import current
 from landmark.hf.layout import Layout, documents_of, packed_layout, padded_layout, plain_layout
@@ -185,7 +186,7 @@ class LandmarkDecoderMixin(PackagedMixin):
         """
         mask = text_mask(attention_mask, text, cache)
         cache.check(settings, len(text), self)
-        with cache.kept_on_failure():
+        with kept_on_failure(cache):
             if attention_mask is not None and attention_mask.shape[1] > text.shape[1]:
                 cache.hide(attention_mask[:, : -text.shape[1]])
             counts = [text.shape[1]] * len(text) if mask is None else mask.sum(1).tolist()
@@ -195,7 +196,7 @@ class LandmarkDecoderMixin(PackagedMixin):
                 columns = slice(begin, begin + settings.chunk_tokens)
                 part = text[:, columns]
                 seen = torch.ones(part.shape[:2], dtype=torch.bool) if mask is None else mask[:, columns].cpu()
-                ids = part if part.ndim == 2 else None
+                ids = part if part.ndim == 2 else sketch_of(part)
                 yield self.extend(self._embed(part), seen, cache, settings, kwargs, ids=ids, retrieve=retrieve)
 
     @torch.inference_mode(False)  # what a memory keeps has to be written to outside of inference mode, too
@@ -219,7 +220,7 @@ class LandmarkDecoderMixin(PackagedMixin):
             cache: the memory.
             settings: the landmark settings.
             kwargs: for the stock decoder.
-            ids: ``(B, T)`` token ids, for the cache to remember.
+            ids: ``(B, T)`` token ids, or sketches of embeddings, for the cache to remember.
             retrieve: whether to retrieve; otherwise the local context and block 0 are seen.
         """
         if self.training:
@@ -243,10 +244,11 @@ class LandmarkDecoderMixin(PackagedMixin):
                 cache.append(mask, ids)
                 return output
         layout = padded_layout(mask.to(embeds.device), settings.block_size, torch.tensor(seen).to(embeds.device), width)
+        retrieved = len(cache.retrievals)
         try:
             output = self._run(embeds, layout, call, kwargs)
         except BaseException:
-            cache.undo()
+            cache.undo(retrieved)
             raise
         cache.append(mask, ids)
         return output
@@ -338,8 +340,9 @@ def _documents(
 
     ``whole`` says that there is neither a mask nor a cache.
     """
-    borders, _ = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None)
-    kwargs.pop("max_length_q", None), kwargs.pop("max_length_k", None)
+    borders = kwargs.pop("cu_seq_lens_q", None)
+    for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+        kwargs.pop(name, None)
     if (seq_idx is not None or borders is not None) and not whole:
         raise ValueError("packed rows (seq_idx, cu_seq_lens_q): expected no attention_mask and no cache; drop them")
     batch, tokens = text.shape[:2]

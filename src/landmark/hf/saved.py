@@ -88,6 +88,12 @@ def save(cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None,
         )
     if decoder is None:
         raise ValueError("expected a memory whose model still exists, got one without; read something with the model")
+    held = name_of(cache.made()[0].store.landmark_keys.dtype)
+    if held != name_of(decoder.dtype):
+        raise ValueError(
+            f"expected the model in {held}, in which it read this memory, got it in {name_of(decoder.dtype)}; "
+            f"call model.to(torch.{held}) and save again"
+        )
     saved = _bound(cache, folder)
     archive = saved.archive
     archive.lock()
