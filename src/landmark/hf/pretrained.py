@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from landmark.hf.attention import IMPLEMENTATION
@@ -194,14 +193,11 @@ def _look(place: str, loading: dict[str, Any], check: Callable[[Path], None]) ->
     if folder.is_dir():
         check(folder)
         return
+    cache = {key: loading[key] for key in ("cache_dir", "revision", "subfolder") if loading.get(key)}
     for name in (CONFIG, ADAPTER):
-        name = "/".join(filter(None, (loading.get("subfolder"), name)))
-        file = None
-        with suppress(HFValidationError):  # a path where nothing is
-            file = try_to_load_from_cache(place, name, loading.get("cache_dir"), loading.get("revision"))
-        if isinstance(file, str):
-            with suppress(FileNotFoundError):
-                check(Path(file).parent)
+        with suppress(OSError):  # it is not cached, or this is a path where nothing is
+            file = cached_file(place, name, local_files_only=True, **cache)
+            check(Path(str(file)).parent)
             return
 
 
