@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,7 +94,8 @@ class Remembered(Call):
         plan, record = self.plans[query.device], self.cache.record
         rest = {"retrieve": self.retrieve, "record": record, "prepared": self.prepared}
         dtype = memory.store.dtype or self.dtype
-        with torch.autocast(query.device.type, enabled=False):
+        kind = query.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             output, found = memory.attend(query.to(dtype), key.to(dtype), value.to(dtype), plan, scale=scale, **rest)
         if found is not None:
             self.cache.retrievals.append(found)
