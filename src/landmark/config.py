@@ -109,6 +109,8 @@ class LandmarkConfig:
 
     def differences(self, other: LandmarkConfig) -> dict[str, tuple[Any, Any]]:
         """Returns the fields by which ``other`` computes something else from a memory, with both values."""
+        if self == other:
+            return {}
         ours = self.to_dict()
         theirs = other.to_dict()
         return {

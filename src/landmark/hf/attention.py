@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 
 from landmark.config import LandmarkConfig
 from landmark.hf.cache import LandmarkCache
+from landmark.hf.layout import without_autocast
 from landmark.memory.plan import Plan, move
 from landmark.memory.positions import RotationTables
 from landmark.ops.attention import landmark_attention
@@ -93,7 +94,7 @@ class Remembered(Call):
         plan, record = self.plans[query.device], self.cache.record
         rest = {"retrieve": self.retrieve, "record": record, "prepared": self.prepared}
         dtype = memory.store.dtype or self.dtype
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             output, found = memory.attend(query.to(dtype), key.to(dtype), value.to(dtype), plan, scale=scale, **rest)
         if found is not None:
             self.cache.retrievals.append(found)

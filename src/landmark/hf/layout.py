@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from landmark.blocks import slot_of, slots_for
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Tensors are computed and joined as they are: autocast in bfloat16 refuses to join float16, and the reverse."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Layout:
 
     def insert(self, embeds: Tensor, landmark: Tensor) -> Tensor:
         """Puts landmarks among text embeddings: ``(B, T, hidden)`` and ``(hidden,)`` to ``(B, width, hidden)``."""
-        with torch.autocast(embeds.device.type, enabled=False):  # it joins no float16 where it computes in bfloat16
+        with without_autocast(embeds.device):
             return self._insert(embeds, landmark.to(embeds.dtype))
 
     def _insert(self, embeds: Tensor, landmark: Tensor) -> Tensor:

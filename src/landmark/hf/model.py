@@ -157,7 +157,6 @@ class LandmarkDecoderMixin(PackagedMixin):
         zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
         return super().forward(inputs_embeds=embeds, position_ids=zeros, use_cache=False, landmark=call, **kwargs)
 
-    @torch.no_grad()
     def read_chunks(
         self,
         text: Tensor,
@@ -196,31 +195,28 @@ class LandmarkDecoderMixin(PackagedMixin):
                 columns = slice(begin, begin + settings.chunk_tokens)
                 part = text[:, columns]
                 seen = torch.ones(part.shape[:2], dtype=torch.bool) if mask is None else mask[:, columns].cpu()
-                ids = part if part.ndim == 2 else sketch_of(part)
-                yield self.extend(self._embed(part), seen, cache, settings, kwargs, ids=ids, retrieve=retrieve)
+                yield self.extend(part, seen, cache, settings, kwargs, retrieve=retrieve)
 
     @torch.inference_mode(False)  # what a memory keeps has to be written to outside of inference mode, too
     @torch.no_grad()
     def extend(
         self,
-        embeds: Tensor,
+        text: Tensor,
         mask: Tensor,
         cache: LandmarkCache,
         settings: LandmarkConfig,
         kwargs: Any,
         *,
-        ids: Tensor | None = None,
         retrieve: bool = True,
     ) -> Any:
         """Runs one chunk against the cache and files it.
 
         Args:
-            embeds: ``(B, T, hidden)`` text embeddings.
+            text: ``(B, T)`` token ids, or ``(B, T, hidden)`` embeddings.
             mask: ``(B, T)`` bool on the CPU, True for text.
             cache: the memory.
             settings: the landmark settings.
             kwargs: for the stock decoder.
-            ids: ``(B, T)`` token ids, or sketches of embeddings, for the cache to remember.
             retrieve: whether to retrieve; otherwise the local context and block 0 are seen.
         """
         if self.training:
@@ -228,6 +224,8 @@ class LandmarkDecoderMixin(PackagedMixin):
                 "a memory has no gradient and was used in train mode: use configure_landmark(mode='all') without a "
                 "cache to train, or model.eval()"
             )
+        embeds = self._embed(text)
+        ids = text if text.ndim == 2 else sketch_of(text)
         counts = mask.sum(1).tolist()
         seen = cache.tokens or [0] * len(counts)
         starts = [slots_for(n, settings.block_size) for n in seen]
@@ -297,7 +295,7 @@ def _keys(types: tuple[str | None, ...], rotaries: dict[str | None, Any]) -> tup
 
 def _join(parts: list[Any]) -> Any:
     """Joins the outputs of consecutive columns."""
-    return merge(parts, lambda states: torch.cat(states, dim=1))
+    return parts[0] if len(parts) == 1 else merge(parts, lambda states: torch.cat(states, dim=1))
 
 
 def require_landmark_cache(cache: Any) -> LandmarkCache:

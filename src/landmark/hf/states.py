@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from landmark.hf.layout import without_autocast
 
 
 def merge(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
@@ -21,7 +22,7 @@ def merge(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
         an output, as in stock code.
     """
     groups = [_per_token(output) for output in outputs]
-    with torch.autocast(outputs[0].last_hidden_state.device.type, enabled=False):  # see Layout.insert
+    with without_autocast(outputs[0].last_hidden_state.device):
         joined = {
             name: tuple(join(list(parts)) for parts in zip(*(group[name] for group in groups), strict=True))
             for name in groups[0]
