@@ -153,7 +153,9 @@ MISTAKES: dict[str, Callable[[Memory], Call | None]] = {
     "a stock cache": lambda m: lambda: m.model(ids(m, len(m.rows), 2), past_key_values=stock_cache(m)),
     "a stock cache to generate": lambda m: generated(m, past_key_values=stock_cache(m)),
     "another model": lambda m: generated(m, model=m.other),
-    "another model, no new token": lambda m: when(m.pending is None, generated(m, 0, m.other)),
+    "another model, no new token": lambda m: when(  # of one token, computed again, nothing would be left of the first
+        m.pending is None and m.past() > 1, generated(m, 0, m.other)
+    ),
     "another model, two beams": lambda m: generated(m, model=m.other, num_beams=2),
     "another setting": another_setting,
     "another setting, no new token": lambda m: when(m.pending is None, another_setting(m, 0)),
