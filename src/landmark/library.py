@@ -17,8 +17,10 @@ from landmark.data.sources import Reading, Source, read_sources
 from landmark.eval.explain import MAX_NEW_TOKENS, explain_memory, file_sources
 from landmark.eval.explanation import Explanation
 from landmark.eval.subjects import Subject, load, require_landmark
+from landmark.hf.bundled import NAMES
 from landmark.hf.cache import LandmarkCache
 from landmark.memory.archive import STATE, Archive, require_free
+from landmark.memory.manifest import manifest_of, sources_of
 from landmark.memory.saved import as_bytes
 
 SAVE_TOKENS, SAVE_SECONDS = 1 << 16, 10.0  # read between two saves, at most
@@ -78,13 +80,15 @@ class Library:
         memory = LandmarkCache.open(folder, subject.model, tier, **budgets)
         assert memory.saved is not None
         notes = memory.saved.notes
+        sources = _sources_of(notes, folder)
         if notes["tokenizer"] != _hash(subject.tokenizer):
             raise ValueError(
                 f"{str(folder)!r} was remembered with another tokenizer than that of {subject.name}; use that"
             )
         ids = torch.frombuffer(memory.saved.stream("tokens"), dtype=torch.int32).long()
         spans = torch.frombuffer(memory.saved.stream("spans"), dtype=torch.int64).view(-1, 2)
-        return cls(subject, memory, Reading(_sources(notes, memory.saved.stream("characters")), ids, spans), folder)
+        texts = _sources(sources, memory.saved.stream("characters"))
+        return cls(subject, memory, Reading(texts, ids, spans), folder)
 
     @property
     def tokens(self) -> int:
@@ -176,12 +180,17 @@ class Library:
         )
 
 
-def model_of(folder: str | Path) -> str:
-    """Returns the folder or name of the model that a library was remembered by; raises as ``Library.open``."""
-    notes = Archive.open(folder).manifest["notes"]
-    if "sources" not in notes:
-        raise ValueError(f"expected a memory with its texts in {str(folder)!r}, got one without; use landmark remember")
-    model = str(notes["model"])
+def model_of(folder: str | Path) -> str | None:
+    """Returns the folder or name of the model that a library was remembered by, ``None`` for the bundled one.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``Library.open``.
+    """
+    notes = manifest_of(Archive.open(folder))["notes"]
+    _sources_of(notes, folder)
+    model: str = notes["model"]
+    if model == NAMES[0]:
+        return None
     if os.path.isabs(model) and not os.path.isdir(model):
         raise FileNotFoundError(
             f"model: expected the one that made the memory {str(folder)!r} in {model}, got nothing there; pass its "
@@ -218,7 +227,7 @@ def remember(
         FileNotFoundError: a file that is not there.
         ValueError: no text, a plain model, other texts than those of the library in the folder, or as ``Library.open``.
     """
-    folder, sources = Path(folder), file_sources(Path(each) for each in files)
+    folder, sources = Path(folder), file_sources(map(Path, files), watch)
     if (folder / STATE).exists():
         library = Library.open(folder, model, tier, **budgets)
         library.reading = _continued(library, sources, watch)
@@ -259,9 +268,17 @@ def _hash(tokenizer: Any) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def _sources(notes: dict[str, Any], characters: bytearray) -> tuple[Source, ...]:
+def _sources_of(notes: dict[str, Any], folder: str | Path) -> list[tuple[str, int]]:
+    """The names and characters of a library's texts; raises ``ValueError`` for a memory without its texts."""
+    sources = sources_of(notes)
+    if sources is None or not all(isinstance(notes.get(name), str) for name in ("model", "tokenizer")):
+        raise ValueError(f"expected a memory with its texts in {str(folder)!r}, got one without; use landmark remember")
+    return sources
+
+
+def _sources(sources: Sequence[tuple[str, int]], characters: bytearray) -> tuple[Source, ...]:
     text, begin, found = characters.decode(), 0, []
-    for each in notes["sources"]:
-        found.append(Source(each["name"], text[begin : begin + each["characters"]]))
-        begin += each["characters"]
+    for name, count in sources:
+        found.append(Source(name, text[begin : begin + count]))
+        begin += count
     return tuple(found)

@@ -65,9 +65,10 @@ def ranked_by_no_layer(folder: Path) -> None:
 
 
 def compacted_while_it_is_written(folder: Path) -> None:
-    writer = Archive.create(folder)
-    writer.commit({})
-    run("memory compact FOLDER")(folder)
+    run("remember FILE --out FOLDER/memory --model MARKED", b"text")(folder)
+    writer = Archive.open(folder / "memory")
+    writer.lock()
+    run("memory compact FOLDER/memory")(folder)
 
 
 def without_matplotlib(folder: Path) -> None:
@@ -153,7 +154,7 @@ CASES = [
     (
         "an endless top_k",
         run(f"eval passkey --model MARKED --lengths 200 --trials 1 --top-k {10**20}"),
-        "top_k: expected an integer of at most 2147483647, got 1000.*pass a smaller",
+        "--top-k: expected integers of at most 2147483647, got '1000.*pass smaller",
     ),
     ("an endless window", run(f"eval passkey --model PLAIN --window {10**20}"), "--window: expected 1 to 2147483647"),
     ("no filler", run("eval passkey --model MARKED --filler ,"), "--filler: expected some, with commas, got none"),

@@ -8,7 +8,7 @@ WORDS = {
     "a control sequence": "\x1b[31mred\x07\r\n\x9b2J",
     "a zero character": "zero \0 in it",
     "brackets": "[/red] :smile: {0} %s $x_{",
-    "the other direction": "\u202eabc",
+    "the other direction": "\u202eabc \u200e\u200f\u061c",
     "nothing": "",
     "a space": " ",
     "an emoji": "\U0001f642",
@@ -58,24 +58,52 @@ ASKED = {
     "command": ["WORD"],
 }
 
-NUMBERS = ("-1", "0", "1.5", "nan", "inf", "-inf", "1e3", "9" * 20, "", " ", "0x10", "1,,2", "\u0663", "--", "\x1b[31m")
+NUMBERS = (
+    "-1",
+    "0",
+    "1.5",
+    "nan",
+    "inf",
+    "-inf",
+    "1e3",
+    "9" * 20,
+    "1e-300",
+    "",
+    " ",
+    "0x10",
+    "1,,2",
+    "\u0663",
+    "--",
+    "\x1b[31m",
+)
 _PASSKEY = ["eval", "passkey", "--lengths", "150", "--trials", "1", "--filler", "TEXT"]
 _PERPLEXITY = ["eval", "perplexity", "--data", "TEXT", "--lengths", "20", "--max-tokens", "40"]
 _TRAIN = ["train", "--data", "TEXT", "--out", "tuned", "--model", "MARKED", "--length", "99999"]
 COUNTED = {
-    "--temperature --seed": ["generate", "hi", "--model", "MARKED", "--max-new-tokens", "2"],
+    "--temperature --seed --max-new-tokens": ["generate", "hi", "--model", "MARKED", "--max-new-tokens", "2"],
     "--top": ["rank", "hi", "TEXT", "--model", "MARKED"],
     "--block-size --top-k --local-blocks --max-blocks --layers --chunk-tokens --trained-length": [
         *("convert", "PLAIN", "--out", "converted")
     ],
-    "--top-k --facts --distractors --seed": [*_PASSKEY, "--model", "MARKED"],
+    "--top-k --facts --distractors --seed --lengths": [*_PASSKEY, "--model", "MARKED"],
+    "--rope": [*_PASSKEY, "--model", "PLAIN"],
     "--window --plain-limit": [*_PASSKEY, "--model", "PLAIN"],
     "--local --blocks --top-k --local-blocks --seed": [*_PERPLEXITY, "--model", "MARKED"],
     "--passages --passage-tokens --max-tokens": ["eval", "rank", "--data", "TEXT", "--model", "MARKED"],
-    "--landmarks --layer --max-tokens": ["eval", "index", "--data", "TEXT", "--model", "MARKED", "--queries", "9999"],
+    "--landmarks --layer --max-tokens --queries": [
+        "eval",
+        "index",
+        "--data",
+        "TEXT",
+        "--model",
+        "MARKED",
+        "--queries",
+        "9999",
+    ],
     "--steps --batch --lr --warmup --seed --episodes --answer-weight --vocab-size --block-size --top-k": _TRAIN,
     "--local-blocks --position-gap --micro-batch --workers --log-every --evaluate-every --save-every --lora": _TRAIN,
 }
+ROPES = ("dynamic:nan", "dynamic:inf", "dynamic:0", "dynamic:-1", "dynamic:1e400", "dynamic:x", "linear:2")
 OPTIONS = {
     f"{words[0]} {words[1]} {option}": [*words, option] for names, words in COUNTED.items() for option in names.split()
 }

@@ -129,6 +129,25 @@ def test_remember_and_ask(run, folder, tmp_path, monkeypatch):
     assert code == 0 and out.startswith(answer) and "\nThe grass" in out, err
 
 
+def test_an_error_in_one_question_does_not_end_the_session(run, folder, tmp_path, monkeypatch):
+    from landmark.library import Library
+
+    (tmp_path / "a.txt").write_text("What is the pass key?\n" * 40)
+    assert run("remember", "a.txt", "--out", "memory", "--model", folder / "marked")[0] == 0
+    stock = Library.ask
+
+    def ask(self, question, **more):
+        if question == "odd":
+            raise ValueError("question: expected another")
+        return stock(self, question, **more)
+
+    monkeypatch.setattr(Library, "ask", ask)
+    monkeypatch.setattr("sys.stdin", io.StringIO("odd\nThe grass\n\n"))
+    code, out, err = run("ask", "memory", "--interactive", "--max-new-tokens", 2)
+    assert code == 0 and out.startswith("The grass") and err == "error: question: expected another\n"
+    assert run("ask", "memory", "odd")[0] == 2
+
+
 def test_eval_passkey(run, folder, tmp_path):
     code, out, err = run(
         *("eval", "passkey", "--model", folder / "marked", "--compare", folder / "plain", "--lengths", "200,300"),

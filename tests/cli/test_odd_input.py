@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from odd_arguments import ASKED, NUMBERS, OPTIONS, OUTS, WORDS, WRITING
+from odd_arguments import ASKED, NUMBERS, OPTIONS, OUTS, ROPES, WORDS, WRITING
 from odd_inputs import OPENERS, READERS, REFUSING, TEXT, THINGS
 
 from landmark import remember
@@ -62,7 +62,11 @@ def checked(words, capsys):
 
 
 def assert_shown_safely(text):
-    odd = {c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or "\u202a" <= c <= "\u202e"}
+    odd = {
+        c
+        for c in text
+        if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or "\u202a" <= c <= "\u202e" or c in "\u200e\u200f\u061c"
+    }
     assert odd <= {"\n", "\t"}, ascii(text)
 
 
@@ -116,6 +120,38 @@ def test_words(run, name, command):
 @pytest.mark.parametrize(("option", "number"), pairs(OPTIONS, NUMBERS))
 def test_numbers(run, option, number):
     run([*OPTIONS[option], number])
+
+
+LIMITED = {
+    "--lengths": "eval passkey --model MARKED",
+    "--landmarks": "eval index --model MARKED --data TEXT",
+    "--queries": "eval index --model MARKED --data TEXT",
+    "--passages": "eval rank --model MARKED --data TEXT",
+    "--trials": "eval passkey --model MARKED",
+    "--seed": "generate hi --model MARKED",
+    "--max-new-tokens": "generate hi --model MARKED",
+    "--temperature": "generate hi --model MARKED",
+}
+
+
+@pytest.mark.parametrize("option", LIMITED)
+def test_numbers_without_end(models, capsys, option):
+    places = {name: str(models / place) for name, place in PLACES.items()}
+    words = [places.get(word, word) for word in LIMITED[option].split()]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, option, "9" * 20])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and re.match(f"error: .*{option}.*\\n$", said), said
+
+
+@pytest.mark.parametrize("value", ROPES)
+def test_scalings_that_are_none(run, value):
+    assert run(["eval", "passkey", "--model", "PLAIN", "--lengths", "150", "--trials", "1", "--rope", value])[0] == 2
+
+
+@pytest.mark.parametrize("value", ["1e-300", "nan", "inf", "1e300"])
+def test_temperatures_that_are_none(run, value):
+    assert run(["generate", "hi", "--model", "MARKED", "--temperature", value])[0] == 2
 
 
 @pytest.mark.parametrize(("name", "command"), pairs(OUTS, WRITING))

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from rich.console import Console
+from transformers import LlamaForCausalLM
 
 import landmark
 import landmark.library
@@ -19,6 +20,7 @@ from landmark.cli import app as cli
 from landmark.cli import progress as module
 from landmark.cli.progress import CHECKED, EVERY, FIRST, Shown
 from landmark.memory.archive import STATE
+from landmark.memory.saved import SavedLayer
 from small_text import sentences, write_books
 from tiny import save_models
 
@@ -63,11 +65,26 @@ def test_what_is_not_known_is_left_out(quick, capsys):
     assert lines[0].startswith("answering (") and lines[-1].startswith("tokens, of 3 documents: 1,000 (")
 
 
-def test_a_line_comes_only_after_work_has_begun(quick, capsys):
-    """So that a wrong input that is found while the packages are loaded is one line."""
+def test_it_begins_with_loading(quick, capsys):
+    """Packages, models and slow pipes take seconds before there is anything to count."""
     with Shown():
         time.sleep(0.2)
-    assert capsys.readouterr().err == ""
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("loading (0 s)\n")
+
+
+@pytest.mark.full
+def test_a_slow_pipe_is_not_waited_for_in_silence(folder, tmp_path):
+    words = ["remember", "/dev/stdin", "--out", "m", "--model", str(folder / "marked")]
+    slow = ["sh", "-c", '(sleep 9; echo "The road went on.") | "$@"', "sh", sys.executable, "-m", "landmark.cli.app"]
+    begun = time.monotonic()
+    process = subprocess.Popen([*slow, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    times, lines = [], []
+    for line in process.stderr:
+        times.append(time.monotonic() - begun)
+        lines.append(line)
+    assert process.wait() == 0 and times[0] < 3 and len(times) >= 3
+    assert any(line.startswith("texts read: 0 of 1") or line.startswith("texts read (") for line in lines)
 
 
 def test_nothing_is_shown_while_it_rests(quick, capsys):
@@ -138,6 +155,8 @@ COMMANDS = {
     "eval passkey": (["eval", "passkey", "--lengths", "400", "--trials", "2"], "tokens read"),
     "eval perplexity": (["eval", "perplexity", "--data", "a.txt", "--lengths", "100", "--local", "30"], "measuring"),
     "eval rank": (["eval", "rank", "--data", "a.txt", "--passages", "2", "--passage-tokens", "20"], "tokens read"),
+    "memory verify": (["memory", "verify", "memory"], "layers verified"),
+    "convert": (["convert", "PLAIN", "--out", "converted"], "converting"),
     "eval index": (["eval", "index", "--data", "a.txt", "--landmarks", "5", "--queries", "4", "--index", "exact"],
                    "tokens read"),
 }  # fmt: skip
@@ -156,22 +175,46 @@ def test_every_command_that_reads_a_document_says_how_far_it_is(command, folder,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(sentences(20))
     words, expected = COMMANDS[command]
-    words = [*words, "--model", str(folder / "marked")]
-    if command == "ask":
+    if command in ("memory verify", "convert"):
+        words = [str(folder / "plain") if word == "PLAIN" else word for word in words]
+    else:
+        words = [*words, "--model", str(folder / "marked")]
+    if command in ("ask", "memory verify"):
         run([*COMMANDS["remember"][0], "--model", str(folder / "marked")], capsys)
     kind = type(landmark.load(folder / "marked"))
     for name in ("read", "forward"):
-        stock = getattr(kind, name)
-
-        @functools.wraps(stock)
-        def slow(self, *arguments, stock=stock, **more):
-            time.sleep(0.05)
-            return stock(self, *arguments, **more)
-
-        monkeypatch.setattr(kind, name, slow)
+        slow_down(kind, name, monkeypatch)
+    slow_down(SavedLayer, "verify", monkeypatch)
+    slow_down(LlamaForCausalLM, "forward", monkeypatch)
     said = run(words, capsys)
     assert expected in said.err
     assert expected not in said.out
+
+
+def slow_down(kind, name, monkeypatch):
+    stock = getattr(kind, name)
+
+    @functools.wraps(stock)
+    def slow(*arguments, **more):
+        time.sleep(0.1)
+        return stock(*arguments, **more)
+
+    monkeypatch.setattr(kind, name, slow)
+
+
+def test_training_says_at_which_step_it_is(folder, tmp_path, monkeypatch, capsys, quick):
+    """Between two log lines, and while held-out rows are measured."""
+    from landmark.train.trainer import LandmarkTrainer
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(sentences(400))
+    slow_down(LandmarkTrainer, "training_step", monkeypatch)
+    slow_down(LandmarkTrainer, "prediction_step", monkeypatch)
+    said = run(["train", "--data", "a.txt", "--out", "o", "--model", str(folder / "marked"), "--length", "64",
+                "--steps", "4", "--batch", "2", "--workers", "0", "--log-every", "2"], capsys)  # fmt: skip
+    assert re.search(r"^steps trained: [123] of 4 \(", said.err, re.M)
+    assert re.search(r"^batches of held-out rows: \d+ \(", said.err, re.M)
+    assert "steps trained" not in said.out and "step 4/4" in said.out
 
 
 @pytest.mark.parametrize("command", ["generate", "explain", "rank", "eval perplexity"])

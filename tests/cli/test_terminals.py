@@ -1,5 +1,6 @@
 """Commands as processes of their own: other locales, closed, full and unread streams, words that are no UTF-8."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from landmark import remember
+from landmark.cli import app as cli
 from landmark.cli.progress import Shown
+from landmark.data.text import read_documents
 from tiny import save_models
 
 TEXT = "The road went on. The pass key is 12345. Nobody was there.\n" * 6
@@ -36,6 +39,7 @@ STREAMS = {
     "stderr closed": ("2>&-", 0),
     "stdin closed": ("<&-", 0),
     "all closed": ("<&- >&- 2>&-", 0),
+    "stderr full": ("2>/dev/full", 0),
     "stdout full": (">/dev/full", 2),
 }
 
@@ -90,7 +94,7 @@ def test_streams(models, tmp_path, name, words):
     shell = ["sh", "-c", f'exec "$@" {redirection}', "sh"]
     code, _, err = done(words, models, tmp_path, before=shell, env=environment("UTF-8"))
     assert code == expected
-    assert err == b"" if expected == 0 else err.startswith(b"error: ") and err.count(b"\n") == 1
+    assert err == b"" if expected == 0 else err == b"error: stdout: No space left on device\n"
 
 
 @pytest.mark.parametrize("words", [["memory", "info", "MEMORY"], ["--help"], ["--version"]], ids=" ".join)
@@ -179,3 +183,79 @@ def test_progress_without_stderr(capsys, at_once, monkeypatch):
         progress("tokens read", 1, 2)
         time.sleep(0.2)
     assert capsys.readouterr().out == ""
+
+
+def test_an_error_that_nobody_reads_has_its_code(models, tmp_path):
+    shell = ["sh", "-c", 'exec "$@" 2>/dev/full', "sh"]
+    assert done(["memory", "info", "nothing"], models, tmp_path, before=shell, env=environment("UTF-8"))[0] == 2
+
+
+EXPLAIN = ["explain", "a.txt", "--question", "hi", "--model", "MARKED", "--max-new-tokens", "2", "--out", "p.html"]
+PASSKEY = ["eval", "passkey", "--model", "MARKED", "--lengths", "150,200", "--trials", "1", "--out", "rows.json"]
+PERPLEXITY = ["eval", "perplexity", "--model", "MARKED", "--data", "a.txt", "--lengths", "20", "--max-tokens", "40"]
+TRAIN = ["train", "--data", "a.txt", "--out", "out", "--model", "MARKED", "--length", "64", "--steps", "3"]
+LOST = {
+    "explain": (EXPLAIN, ["p.html"]),
+    "passkey": ([*PASSKEY, "--plot", "p.png"], ["rows.json", "p.png"]),
+    "perplexity": ([*PERPLEXITY, "--plot", "p.png"], ["p.png"]),
+    "train": ([*TRAIN, "--batch", "2", "--workers", "0", "--log-every", "1"], ["out/model.safetensors"]),
+}
+UNREAD = {">/dev/full": 2, "2>/dev/full": 0, "| true": 0}
+QUICK = {("explain", ">/dev/full"), ("passkey", "2>/dev/full"), ("perplexity", ">/dev/full"), ("train", "| true")}
+
+
+@pytest.mark.parametrize(
+    ("name", "redirection"),
+    [
+        pytest.param(name, redirection, marks=() if (name, redirection) in QUICK else pytest.mark.full)
+        for name in LOST
+        for redirection in UNREAD
+    ],
+)
+def test_what_was_computed_is_written_wherever_nobody_reads(models, tmp_path, name, redirection):
+    words, files = LOST[name]
+    (tmp_path / "a.txt").write_text(TEXT * 5)
+    shell = ["sh", "-c", f'"$@" {redirection}', "sh"]
+    code, _, err = done(words, models, tmp_path, before=shell, env=environment("UTF-8"))
+    assert code == UNREAD[redirection], err
+    assert all((tmp_path / file).stat().st_size > 100 for file in files), err
+    if name == "passkey":
+        assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
+
+
+def test_interrupted_while_it_is_loaded(tmp_path):
+    loading = """
+import sys
+from landmark.cli import main
+
+class Interrupted:
+    def find_spec(self, name, *rest):
+        if name == "typer":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", loading, "info"], capture_output=True, env=environment("UTF-8"))
+    assert (ended.returncode, ended.stderr) == (130, b"")
+
+
+@pytest.mark.parametrize("name", ["io.txt", "io.jsonl", "io.json"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    """This process's memory: it has a size, and no first byte."""
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        list(read_documents(tmp_path / name))
+    assert caught.value.filename == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["io.txt", "io.json"])
+def test_reading_errors_are_one_line(models, tmp_path, capsys, name):
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    file, marked = str(tmp_path / name), str(models / "marked")
+    recipe = ["train", "--data", str(models / NAME), "--out", str(tmp_path / "o"), "--config", file]
+    for words in (["rank", "hi", file, "--model", marked], recipe):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said == f"error: {tmp_path / name}: Input/output error\n"

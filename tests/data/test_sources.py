@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from cutters import CUTTERS, ENDS, cutter
@@ -55,3 +56,17 @@ def test_a_first_text_keeps_its_prefix_and_only_it():
     reading = read_sources([Source("a", "river"), Source("b", "river")], made("bpe-always", "bos"))
     names = [cutter("bpe-always").id_to_token(number) for number in reading.ids.tolist()]
     assert "".join(names) == "<s>▁riverriver"
+
+
+def dropping(*characters):
+    """A tokenizer that finds no token in these characters."""
+    core = cutter("words")
+    core.normalizer = normalizers.Sequence([normalizers.Replace(each, "") for each in characters])
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def test_texts_without_a_token_are_refused():
+    tokenizer = dropping("a", "b")
+    with pytest.raises(ValueError, match=r"text: expected at least one token, got none in one\.txt, two\.txt: the tok"):
+        read_sources([Source("one.txt", "ab"), Source("two.txt", "aaa")], tokenizer)
+    assert len(read_sources([Source("one.txt", "ab"), Source("two.txt", "The")], tokenizer).ids)

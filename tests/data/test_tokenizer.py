@@ -1,9 +1,19 @@
 """The tokenizer of models from scratch: digits alone, texts kept, folders that load."""
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from landmark.data.tokenizer import END, PAD, fingerprint, load_tokenizer, row_start, train_tokenizer
+from cutters import CUTTERS, cutter
+from landmark.data.tokenizer import (
+    END,
+    PAD,
+    continuation,
+    encode,
+    fingerprint,
+    load_tokenizer,
+    row_start,
+    train_tokenizer,
+)
 
 NUMBERS = "Room 71432 has 1900 books; 12 of them, 007 and 3.14, are new. 88888"
 
@@ -43,3 +53,12 @@ def test_rows_begin_with_bos_only_where_the_tokenizer_adds_it(tokenizer):
         single=f"{END} $A", special_tokens=[(END, adding.bos_token_id)]
     )
     assert row_start(adding) == [adding.bos_token_id]
+
+
+@pytest.mark.parametrize("name", CUTTERS)
+def test_a_continuation_keeps_the_space_it_begins_with(name):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=cutter(name), clean_up_tokenization_spaces=False)
+    ids = encode(tokenizer, "the old man went down to the river").ids.tolist()
+    whole = tokenizer.decode(ids)
+    for cut in range(1, len(ids)):
+        assert tokenizer.decode(ids[:cut]) + continuation(tokenizer, ids[cut:], ids[:cut]) == whole

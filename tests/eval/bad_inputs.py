@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from tokenizers import normalizers
 
 import landmark
 from landmark.data.sources import Source, read_sources
+from landmark.eval import index
+from landmark.eval.demo import load_text
 from landmark.eval.explain import explain_memory
+from landmark.eval.subjects import Subject
 from tiny import tiny_landmark, tiny_llama, tiny_tokenizer
 
 
@@ -30,7 +36,34 @@ def padded_memory() -> None:
     explain_memory(model, tokenizer, model.read(ids, mask), reading, "What")
 
 
+def subject() -> Subject:
+    """With a tokenizer that has no token for a tilde."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    return Subject("tiny", tiny_landmark(), tokenizer, "landmark")
+
+
+def demo_of_no_token(folder: Path) -> None:
+    (folder / "a.txt").write_text("~" * 99)
+    load_text(folder / "a.txt", subject().tokenizer)
+
+
+def index_of_no_token() -> None:
+    index.run(subject(), index.IndexTask(kinds=("exact",)), ["~", "~~"], "notes.txt", lambda row: None)
+
+
 CASES = [
+    (
+        "a text of no token",
+        lambda: landmark.explain(tiny_landmark(), subject().tokenizer, [("notes.txt", "~~")], "What"),
+        r"text: expected at least one token, got none in notes\.txt: the tokenizer drops .*; pass another",
+    ),
+    ("a demo of no token", demo_of_no_token, r"^--text: expected a text of at least one token, got none in .*a\.txt"),
+    (
+        "an index of no token",
+        index_of_no_token,
+        r"--data: expected .* one token, got none in notes\.txt",
+    ),
     (
         "a plain model",
         lambda: landmark.explain(tiny_llama(), tiny_tokenizer(), "a", "b"),

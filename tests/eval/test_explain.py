@@ -4,11 +4,13 @@ import random
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import landmark
+from cutters import cutter
 from landmark.blocks import slot_of
 from landmark.data.sources import Reading, Source, read_sources
-from landmark.data.tokenizer import train_tokenizer
+from landmark.data.tokenizer import encode, train_tokenizer
 from landmark.eval.episodes import named_codes, pass_key
 from landmark.eval.explain import block_shares, explain, explain_memory, file_sources, spans_of, token_texts
 from landmark.eval.explanation import Explanation, Passage, Span, Step
@@ -119,6 +121,14 @@ def test_token_texts_join_to_the_text(bytes_tokenizer):
         assert "".join(texts) == bytes_tokenizer.decode(ids[:count])
         assert len(texts) == count
     assert list(token_texts(bytes_tokenizer, ids))[1:3] == ["", "é"]
+
+
+@pytest.mark.parametrize("name", ["llama", "bpe-always"])
+def test_an_answer_keeps_the_space_it_begins_with(name):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=cutter(name), clean_up_tokenization_spaces=False)
+    asked, written = (encode(tokenizer, text, continues=True).ids.tolist() for text in ("the old man", " went down"))
+    texts = list(token_texts(tokenizer, written, asked))
+    assert "".join(texts) == " went down" and len(texts) == len(written)
 
 
 @pytest.fixture(scope="module")

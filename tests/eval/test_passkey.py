@@ -10,7 +10,7 @@ from landmark.eval import passkey
 from landmark.eval.episodes import Question, build_episode, named_codes, pass_key
 from landmark.eval.fillers import load_filler
 from landmark.eval.subjects import Subject
-from tiny import BLOCK, Knowing
+from tiny import BLOCK, Knowing, tiny_llama
 
 
 def episodes_of(tokenizer, length, count, facts=1):
@@ -121,3 +121,14 @@ def test_beyond_the_trained_length(marked, plain):
         assert marked.beyond_trained(1000) is False
     with marked.configured(local="chunk", chunk_tokens=61, top_k=3):
         assert marked.beyond_trained(1000) is True
+
+
+def test_a_filler_is_read_once_for_all_models(tokenizer, tmp_path, monkeypatch):
+    """A pipe has no second time."""
+    read = []
+    stock = passkey.filler_text
+    monkeypatch.setattr(passkey, "filler_text", lambda name: read.append(name) or stock(name))
+    subjects = [Subject(name, tiny_llama(), tokenizer, "full") for name in "ab"]
+    task = passkey.PasskeyTask(lengths=(150,), trials=1, fillers=("paper", "paper"))
+    rows = passkey.run(subjects, task, lambda row: None)
+    assert read == ["paper"] * 2 and len(rows) == 4

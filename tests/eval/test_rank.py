@@ -6,15 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 
 import oracle
 from landmark.data.text import Document
 from landmark.eval import passages, rank
 from landmark.eval.bm25 import Bm25
-from landmark.eval.subjects import load
+from landmark.eval.subjects import Subject, load
 from landmark.memory import retrieval
 from small_text import sentences
-from tiny import BLOCK, tiny_llama
+from tiny import BLOCK, tiny_landmark, tiny_llama, tiny_tokenizer
 
 TEXT = BLOCK - 1
 
@@ -251,3 +252,19 @@ def test_every_ranker_answers_the_same_passages(marked, monkeypatch):
     assert [row.tokens for row in rows] == [1600 - 360, 1600 - 360, 1600, 1600]
     assert rows[0].settings["positions"] == "stingy" and "k1" in rows[1].settings
     assert rows[3].recall_at_1 == 1, "a passage that stands in its document has all its words there"
+
+
+def test_a_document_without_a_token_is_left_out(tmp_path):
+    """Among others with a warning; a query or files of none are refused."""
+    subject = Subject("tiny", tiny_landmark(), tiny_tokenizer(), "landmark")
+    subject.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "The grass is green."}\n{"text": "~~"}\n{"text": "The code."}\n')
+    with pytest.warns(UserWarning, match=r"rows\.jsonl, line 2: not ranked, as the tokenizer finds no token"):
+        lines = rank.rank_files(subject, "green", [rows])
+    assert sorted(line.title[-1] for line in lines) == ["1", "3"]
+    with pytest.raises(ValueError, match="QUERY: expected a text of at least one token, got one of none"):
+        rank.rank_files(subject, "~", [rows])
+    rows.write_text('{"text": "~~"}\n')
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"FILES: .*with a token, got .*rows\.jsonl"):
+        rank.rank_files(subject, "green", [rows])

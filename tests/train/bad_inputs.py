@@ -92,7 +92,11 @@ CASES = [
     ("recipe that is no JSON", recipe_file("steps: 3"), r"recipe\.json: expected JSON, got something else"),
     ("recipe that is deep", recipe_file("[" * 100_000), r"recipe\.json: expected JSON that Python can read"),
     ("recipe with a list for a name", recipe_file('{"data": {"field": []}}'), r"field: expected a string, got \[\]"),
-    ("recipe with a word for a rate", recipe_file('{"optimiser": {"beta1": "x"}}'), "beta1: expected a number.*'x'"),
+    (
+        "recipe with a word for a rate",
+        recipe_file('{"optimiser": {"beta1": "x"}}'),
+        r"recipe\.json: beta1: expected a number.*'x'",
+    ),
     (
         "recipe with a word for a size",
         recipe_file('{"tokenizer": {"vocab_size": "x"}}'),
@@ -105,7 +109,11 @@ CASES = [
         "steps: expected an integer from 1 to 2147483647",
     ),
     ("recipe that is a list", recipe_file("[]"), "expected a JSON object with sections, got list"),
-    ("recipe with an unknown section", recipe_file('{"optimizer": {}}'), r"unknown section \['optimizer'\]"),
+    (
+        "recipe with an unknown section",
+        recipe_file('{"optimizer": {}}'),
+        r"recipe\.json: unknown section \['optimizer'\]",
+    ),
     ("recipe with an unknown setting", recipe_file('{"data": {"shares": 1}}'), r"unknown setting of data \['shares'\]"),
     ("recipe with a number for a section", recipe_file('{"data": 3}'), "data: expected an object with settings, got 3"),
     ("no recipe there", lambda folder: load_recipe(folder / "none.json"), r"none\.json: no such recipe; pass"),

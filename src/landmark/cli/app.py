@@ -25,6 +25,7 @@ from landmark.cli.perplexity import perplexity
 from landmark.cli.rank import rank
 from landmark.cli.remember import remember
 from landmark.cli.train import train
+from landmark.data.errors import first_line
 
 app = typer.Typer(
     name="landmark",
@@ -90,12 +91,19 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         _fail(_named(error))
+    except IndexError as error:
+        if "index out of range in self" not in str(error):  # of torch's embedding
+            raise
+        _fail(
+            "expected token ids that the model's embedding has rows for, got a greater one: the text names a special "
+            "token that only the tokenizer knows; take it out of the text, or resize the embedding"
+        )
     except (ValueError, ModuleNotFoundError) as error:
         _fail(str(error))
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        said = str(error).splitlines()[0] if str(error) else "no more of it"
+        said = first_line(error)
         _fail(f"expected the run to fit the memory: {said}; pass less text, a smaller batch or --dtype bfloat16")
     except _USAGE_ERROR as error:
         _fail(f"{error.format_message()} See landmark --help.")

@@ -11,7 +11,9 @@ import typer
 
 from landmark.cli.answers import show_answer
 from landmark.cli.options import Device, Dtype, Model, SpillFolder, Tier, text
+from landmark.cli.output import say_error
 from landmark.cli.progress import Shown
+from landmark.config import GREATEST
 from landmark.data.characters import from_arguments
 
 
@@ -21,7 +23,7 @@ def ask(
         str | None, typer.Argument(callback=text, help="What the model goes on from; it ends where the answer begins.")
     ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask line by line, until an empty one.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="At most so many tokens.")] = 16,
     tier: Tier = "disk",
     spill_folder: SpillFolder = None,
     model: Model = None,
@@ -43,7 +45,14 @@ def ask(
     for each in _lines() if question is None else [question]:
         with Shown() as progress:
             progress("answering")
-            answer = library.ask(each, max_new_tokens=max_new_tokens)
+            try:
+                answer = library.ask(each, max_new_tokens=max_new_tokens)
+            except ValueError as error:
+                if not interactive:
+                    raise
+                progress.rest()
+                say_error(str(error))
+                continue
         show_answer(answer)
 
 

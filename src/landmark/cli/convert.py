@@ -9,6 +9,7 @@ import typer
 
 from landmark.cli.options import integers
 from landmark.cli.output import say
+from landmark.cli.progress import Shown
 from landmark.data.characters import require_utf8
 
 
@@ -30,26 +31,34 @@ def convert(
     ] = None,
 ) -> None:
     """Make a landmark model of a causal language model with RoPE, and save it with its tokenizer."""
-    import landmark
-    from landmark.eval import outputs
-    from landmark.eval.subjects import quiet, require_model, save_tokenizer
+    with Shown() as progress:
+        import landmark
+        from landmark.data import outputs
+        from landmark.eval.subjects import quiet, require_model, tokenizer_of
+        from landmark.hf.bundled import model_folder
 
-    require_model(model, option="MODEL")
-    outputs.require_folder(out, "--out")
-    require_utf8(out, "--out")
-    quiet()
-    converted = landmark.convert(
-        model,
-        block_size=block_size,
-        top_k=top_k,
-        granularity=granularity,
-        positions=positions,
-        local_blocks=local_blocks,
-        max_blocks=max_blocks,
-        layers=None if layers is None else integers("--layers", layers),
-        chunk_tokens=chunk_tokens,
-        trained_length=trained_length,
-    )
-    converted.save_pretrained(out)
-    tokenizer = "with its tokenizer" if save_tokenizer(model, out) else "without a tokenizer: the source has none"
-    say(f"{type(converted).__name__} saved in {out} {tokenizer}. Its landmark is not trained yet: landmark train")
+        source = model_folder(model)
+        require_utf8(source, "MODEL")
+        require_model(source, option="MODEL")
+        outputs.require_folder(out, "--out")
+        require_utf8(out, "--out")
+        quiet()
+        tokenizer = tokenizer_of(source, "MODEL")
+        progress("converting, and comparing with the model as it was")
+        converted = landmark.convert(
+            source,
+            block_size=block_size,
+            top_k=top_k,
+            granularity=granularity,
+            positions=positions,
+            local_blocks=local_blocks,
+            max_blocks=max_blocks,
+            layers=None if layers is None else integers("--layers", layers),
+            chunk_tokens=chunk_tokens,
+            trained_length=trained_length,
+        )
+        progress("saving")
+        parts = [converted] if tokenizer is None else [tokenizer, converted]
+        outputs.write_folder(out, lambda folder: [part.save_pretrained(folder) for part in parts])
+    has = "without a tokenizer: the source has none" if tokenizer is None else "with its tokenizer"
+    say(f"{type(converted).__name__} saved in {out} {has}. Its landmark is not trained yet: landmark train")

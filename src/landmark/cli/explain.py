@@ -11,6 +11,7 @@ from landmark.cli.answers import show_answer
 from landmark.cli.options import Device, Dtype, Model, text
 from landmark.cli.output import say
 from landmark.cli.progress import Shown
+from landmark.config import GREATEST
 
 
 def explain(
@@ -19,25 +20,27 @@ def explain(
         str, typer.Option(callback=text, help="What the model goes on from; it ends where the answer begins.")
     ],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("out/explain.html"),
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="At most so many tokens.")] = 16,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Ask about FILES, and show as an HTML page which passages were read for each token of the answer."""
     with Shown() as progress:
-        from landmark.eval import outputs
+        from landmark.data import outputs
         from landmark.eval.explain import explain_sources, file_sources
         from landmark.eval.subjects import load, quiet, require_landmark
 
         quiet()
         outputs.require_writable(out, "--out")
-        sources = file_sources(files)
+        sources = file_sources(files, progress)
         subject = load(model, device, dtype)
         require_landmark(subject)
         explanation = explain_sources(
             subject.model, subject.tokenizer, sources, question, max_new_tokens=max_new_tokens, progress=progress
         )
-    show_answer(explanation)
-    outputs.write(out, explanation.html().encode())
+    try:
+        show_answer(explanation)
+    finally:  # wherever nobody takes the answer
+        outputs.write(out, explanation.html().encode())
     say(f"Page: {out}")

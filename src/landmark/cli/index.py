@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, integers, words
-from landmark.cli.output import say
+from landmark.cli.output import note
 from landmark.cli.progress import Shown
+from landmark.config import GREATEST
 
 
 def index(
@@ -21,9 +22,11 @@ def index(
         typer.Option(help="Folder of .txt, .txt or .jsonl file, data set of the hub. By default Python's reference."),
     ] = None,
     split: Annotated[str, typer.Option(help="Part of a divided data set.")] = "test",
-    max_tokens: Annotated[int | None, typer.Option(help="Read so many; more landmarks are noisy copies.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(max=GREATEST, help="Read so many; more landmarks are noisy copies.")
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Whose landmarks. By default the middle one.")] = None,
-    queries: Annotated[int, typer.Option(help="Positions of text whose queries look.")] = 256,
+    queries: Annotated[int, typer.Option(max=GREATEST, help="Positions of text whose queries look.")] = 256,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -46,7 +49,7 @@ def index(
 
         def tell(row: results.IndexRow) -> None:
             progress.rest()
-            say(f"{row.index}, {row.landmarks:,} landmarks: {row.step_ms} ms a step", err=True)
+            note(f"{row.index}, {row.landmarks:,} landmarks: {row.step_ms} ms a step")
 
         report = results.Recorder(out, subject.device, tell)
         rows = task_module.run(subject, task, texts, name, report, progress)

@@ -10,6 +10,7 @@ def info() -> None:
     from rich.console import Console
 
     from landmark.cli.tables import facts_table, show
+    from landmark.data.errors import names
     from landmark.eval import info as facts
 
     console = Console(soft_wrap=True, highlight=False)
@@ -18,7 +19,8 @@ def info() -> None:
         ("Devices", facts.device_lines()),
         ("Attention", facts.attention_lines()),
     ):
-        console.print(f"[bold]{title}[/bold]")
+        with names("stdout"):
+            console.print(f"[bold]{title}[/bold]")
         for line in lines:
             say(f"  {line}")
     show(facts_table("Bundled model", facts.bundled_rows()))

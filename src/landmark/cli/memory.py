@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from landmark.cli.output import say
+from landmark.cli.progress import Shown
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a saved memory.")]
 
@@ -15,19 +16,20 @@ Folder = Annotated[Path, typer.Argument(help="Folder of a saved memory.")]
 def info(folder: Folder) -> None:
     """Show what a memory is, and the bytes of its files."""
     from landmark.memory.archive import Archive
+    from landmark.memory.manifest import manifest_of, sources_of
 
     archive = Archive.open(folder)
-    manifest, lengths = archive.manifest, archive.streams()
+    manifest, lengths = manifest_of(archive), archive.streams()
     model = manifest["model"]
     settings = ", ".join(f"{name} {value}" for name, value in manifest["settings"].items())
     notes = manifest["notes"]
-    tokenizer = notes.get("tokenizer", "not known")[:12]
+    tokenizer = str(notes.get("tokenizer", "not known"))[:12]
     for line in (
         f"{manifest['tokens']:,} tokens, saved {archive.commits} times, {sum(lengths.values()):,} bytes",
         f"model {model['type']} {model['fingerprint'][:12]}, {manifest['dtype']}; tokenizer {tokenizer}",
         f"settings {settings}",
         f"versions {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}",
-        *(f"source {each['name']}: {each['characters']:,} characters" for each in notes.get("sources", ())),
+        *(f"source {name}: {count:,} characters" for name, count in sources_of(notes) or ()),
         *(f"{name}: {length:,} bytes" for name, length in lengths.items()),
         *(f"{name}: {extra:,} bytes that do not count" for name, extra in archive.leftover().items()),
     ):
@@ -38,9 +40,11 @@ def info(folder: Folder) -> None:
 
 def verify(folder: Folder) -> int:
     """Read all of a memory and name what is damaged; exit code 1 if anything is."""
-    from landmark.memory.saved import verify as damaged
+    with Shown() as progress:
+        from landmark.memory.manifest import damage_of
+        from landmark.memory.saved import verify as damaged
 
-    lines = damaged(folder)
+        lines = damage_of(folder) or damaged(folder, progress)
     for line in lines:
         say(line)
     say(f"{len(lines)} damaged" if lines else "all is as it was written")
@@ -50,8 +54,10 @@ def verify(folder: Folder) -> int:
 def compact(folder: Folder) -> None:
     """Remove what an interrupted writer left; it counts as nothing."""
     from landmark.memory.archive import Archive
+    from landmark.memory.manifest import manifest_of
 
     archive = Archive.open(folder)
+    manifest_of(archive)  # what it does not name would be removed
     left = archive.leftover()
     archive.lock()
     archive.unlock()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from landmark.config import GREATEST
 from landmark.data.characters import from_arguments
 
 Model = Annotated[
@@ -21,7 +22,7 @@ Tier = Annotated[str, typer.Option(help="Where blocks live: device, host or disk
 SpillFolder = Annotated[
     Path | None, typer.Option(help="Folder for temporary files of tier disk. By default the system's, mostly /tmp.")
 ]
-Seed = Annotated[int, typer.Option(help="Of all random choices.")]
+Seed = Annotated[int, typer.Option(min=0, max=GREATEST, help="Of all random choices.")]
 
 
 def text(word: str | None) -> str | None:
@@ -33,14 +34,17 @@ def integers(option: str, text: str) -> tuple[int, ...]:
     """Reads integers separated by commas.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, or integers beyond the limits of 32 bits.
     """
     try:
-        return tuple(int(part.replace("_", "")) for part in text.split(","))
+        found = tuple(int(part.replace("_", "")) for part in text.split(","))
     except ValueError:
         raise ValueError(
             f"{option}: expected integers separated by commas, got {text!r}; write for example {option} 2,4"
         ) from None
+    if any(abs(number) > GREATEST for number in found):
+        raise ValueError(f"{option}: expected integers of at most {GREATEST}, got {text!r}; pass smaller ones")
+    return found
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -58,8 +62,12 @@ def rope_factor(text: str | None) -> float | None:
         return None
     kind, _, factor = text.partition(":")
     try:
-        if kind == "dynamic":
-            return float(factor or 2)
+        found = float(factor or 2) if kind == "dynamic" else 0.0
     except ValueError:
-        pass
-    raise ValueError(f"--rope: expected dynamic or dynamic:FACTOR, got {text!r}; write for example --rope dynamic:2")
+        found = 0.0
+    if not 1 <= found <= GREATEST:
+        raise ValueError(
+            f"--rope: expected dynamic or dynamic:FACTOR, the factor from 1 to {GREATEST}, got {text!r}; write for "
+            "example --rope dynamic:2"
+        )
+    return found

@@ -8,18 +8,29 @@ import sys
 import typer
 
 from landmark.data.characters import printable
+from landmark.data.errors import names
 
 LONGEST = 390  # characters of an error message
 
 
 def say(line: str, *, err: bool = False) -> None:
     """Prints one line."""
-    typer.echo(in_line(line), err=err)
+    with names("stderr" if err else "stdout"):
+        typer.echo(in_line(line), err=err)
+
+
+def note(line: str) -> None:
+    """Prints one line on stderr beside the work, which goes on where nobody takes it."""
+    try:
+        say(line, err=True)
+    except OSError:
+        print_no_more(2)
 
 
 def say_text(text: str) -> None:
     """Prints a text of any number of lines, which end in LF whatever they ended in."""
-    typer.echo(printable(text.replace("\r\n", "\n").replace("\r", "\n")))
+    with names("stdout"):
+        typer.echo(printable(text.replace("\r\n", "\n").replace("\r", "\n")))
 
 
 def in_line(text: str) -> str:
@@ -32,8 +43,7 @@ def say_error(message: str) -> None:
     line = in_line(" ".join(message.split()))
     if len(line) > LONGEST:
         line = f"{line[: LONGEST * 2 // 3]} ... {line[-(LONGEST // 3 - 5) :]}"
-    if sys.stderr is not None:
-        print("error:", line, file=sys.stderr)
+    note(f"error: {line}")
 
 
 def show_what_the_terminal_can() -> None:
@@ -44,13 +54,19 @@ def show_what_the_terminal_can() -> None:
 
 
 def flush() -> None:
-    """Brings what was printed out; raises ``OSError`` where nobody takes it."""
+    """Brings what was printed out; raises ``OSError`` where nobody takes what is on stdout."""
+    if sys.stderr is not None:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            print_no_more(2)
     if sys.stdout is not None:
-        sys.stdout.flush()
+        with names("stdout"):
+            sys.stdout.flush()
 
 
-def print_no_more() -> None:
+def print_no_more(stream: int = 1) -> None:
     """Drops what could not be brought out, so that Python does not try it again when it ends."""
     nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
+    os.dup2(nothing, stream)
     os.close(nothing)

@@ -8,16 +8,19 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, words
-from landmark.cli.output import say
+from landmark.cli.output import note
 from landmark.cli.progress import Shown
+from landmark.config import GREATEST
 
 
 def passages(
     data: Annotated[str, typer.Option(help="Folder of .txt, .txt or .jsonl file, or a data set of the hub.")],
     model: Model = None,
-    passages: Annotated[int, typer.Option(help="How many, drawn evenly from the documents.")] = 200,
-    passage_tokens: Annotated[int, typer.Option(help="Text tokens of a passage.")] = 126,
-    max_tokens: Annotated[int | None, typer.Option(help="Only each document's first tokens. By default all.")] = None,
+    passages: Annotated[int, typer.Option(max=GREATEST, help="How many, drawn evenly from the documents.")] = 200,
+    passage_tokens: Annotated[int, typer.Option(max=GREATEST, help="Text tokens of a passage.")] = 126,
+    max_tokens: Annotated[
+        int | None, typer.Option(max=GREATEST, help="Only each document's first tokens. By default all.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Part of a divided data set that passages are drawn from.")] = "test",
     among: Annotated[str, typer.Option(help="Further parts whose documents are searched, with commas.")] = "",
     seed: Seed = 0,
@@ -40,7 +43,7 @@ def passages(
 
         def tell(row: results.RankRow) -> None:
             progress.rest()
-            say(f"{row.ranker}, text {row.text}: recall@1 {row.recall_at_1:.1%}", err=True)
+            note(f"{row.ranker}, text {row.text}: recall@1 {row.recall_at_1:.1%}")
 
         report = results.Recorder(out, subject.device, tell)
         name = ", ".join([Path(data).name, split, *(f"among {part}" for part in words(among))])

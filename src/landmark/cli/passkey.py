@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, integers, rope_factor, words
-from landmark.cli.output import say
+from landmark.cli.output import note
 from landmark.cli.progress import Shown
+from landmark.config import GREATEST
 
 
 def passkey(
     model: Model = None,
     lengths: Annotated[str, typer.Option(help="Text tokens of the documents, with commas.")] = "512,8192,32768",
-    trials: Annotated[int, typer.Option(help="Documents of each length.")] = 50,
+    trials: Annotated[int, typer.Option(max=GREATEST, help="Documents of each length.")] = 50,
     top_k: Annotated[
         str | None, typer.Option(help="Retrieved blocks, with commas. By default the model's own.")
     ] = None,
@@ -24,12 +25,14 @@ def passkey(
     ] = None,
     filler: Annotated[str, typer.Option(help="paper, pydoc, a text file or a folder of .txt, with commas.")] = "paper",
     facts: Annotated[str | None, typer.Option(help="Ask for so many named facts instead of a pass key.")] = None,
-    distractors: Annotated[int, typer.Option(help="Named codes that are not asked for.")] = 0,
+    distractors: Annotated[int, typer.Option(max=GREATEST, help="Named codes that are not asked for.")] = 0,
     read: Annotated[str, typer.Option(help="Read documents without retrieval (local) or with (retrieve).")] = "local",
     compare: Annotated[str | None, typer.Option(help="Second model, landmark or plain.")] = None,
     window: Annotated[int | None, typer.Option(help="Plain models also with the first 64 and the latest N.")] = None,
     rope: Annotated[str | None, typer.Option(help="Plain models also with dynamic[:FACTOR] RoPE scaling.")] = None,
-    plain_limit: Annotated[int, typer.Option(help="Longest document that plain models are asked about.")] = 32768,
+    plain_limit: Annotated[
+        int, typer.Option(max=GREATEST, help="Longest document that plain models are asked about.")
+    ] = 32768,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -65,9 +68,11 @@ def passkey(
 
         def tell(row: results.PasskeyRow) -> None:
             progress.rest()
-            say(f"{row.model} {row.attention} {row.filler} {row.length}: {row.accuracy:.1%}", err=True)
+            note(f"{row.model} {row.attention} {row.filler} {row.length}: {row.accuracy:.1%}")
 
         rows = task_module.run(tested, task, results.Recorder(out, tested[0].device, tell), progress)
-    show(passkey_table(rows))
-    if plot is not None:
-        plots.plot_passkey(rows, plot)
+    try:
+        show(passkey_table(rows))
+    finally:  # wherever nobody takes the table
+        if plot is not None:
+            plots.plot_passkey(rows, plot)

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, integers, rope_factor
-from landmark.cli.output import say
+from landmark.cli.output import note
 from landmark.cli.progress import Shown
+from landmark.config import GREATEST
 
 
 def perplexity(
@@ -31,7 +32,7 @@ def perplexity(
     compare: Annotated[str | None, typer.Option(help="Second model, landmark or plain.")] = None,
     window: Annotated[int | None, typer.Option(help="Plain models also with the first 64 and the latest N.")] = None,
     rope: Annotated[str | None, typer.Option(help="Plain models also with dynamic[:FACTOR] RoPE scaling.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="How much text is measured.")] = 1 << 18,
+    max_tokens: Annotated[int, typer.Option(max=GREATEST, help="How much text is measured.")] = 1 << 18,
     split: Annotated[str, typer.Option(help="Part of a divided data set.")] = "test",
     seed: Seed = 0,
     device: Device = "auto",
@@ -69,10 +70,12 @@ def perplexity(
 
         def tell(row: results.PerplexityRow) -> None:
             progress.rest()
-            say(f"{row.model} {row.attention} {row.length} k={row.top_k}: {row.perplexity:.2f}", err=True)
+            note(f"{row.model} {row.attention} {row.length} k={row.top_k}: {row.perplexity:.2f}")
 
         report = results.Recorder(out, tested[0].device, tell)
         rows = task_module.run(tested, task, documents, f"{Path(data).name}, {split}", report, progress)
-    show(perplexity_table(rows))
-    if plot is not None:
-        plots.plot_perplexity(rows, plot)
+    try:
+        show(perplexity_table(rows))
+    finally:  # wherever nobody takes the table
+        if plot is not None:
+            plots.plot_perplexity(rows, plot)

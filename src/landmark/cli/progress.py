@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from landmark.cli.output import in_line, say
+from landmark.cli.output import in_line, note
 
 FIRST = 1.8  # seconds of work before anything is said of it
 EVERY = 2.5  # seconds between two lines
@@ -17,18 +17,16 @@ CHECKED = 0.25  # seconds between two states of a bar
 
 
 class Shown:
-    """Shows from its ``with`` block on what it was told last, until it ``rest``s.
+    """Shows from its ``with`` block on what it was told last, until it ``rest``s; it begins with loading.
 
-    It is a ``Progress`` of ``landmark.data.encoding``. A thread shows it, so that work in one long step is seen too. On
-    a terminal it begins with loading; elsewhere a line stands only where work has begun, so that an error before is one
-    line.
+    It is a ``Progress`` of ``landmark.data.encoding``. A thread shows it, so that work in one long step is seen too.
     """
 
     def __init__(self) -> None:
         self._console = _terminal()
         self._begun = time.perf_counter()
         self._due = self._begun + FIRST
-        self._latest: tuple[str, int, int] | None = None if self._console is None else ("loading", 0, 0)
+        self._latest: tuple[str, int, int] | None = ("loading", 0, 0)
         self._bar: Any = None
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -70,7 +68,7 @@ class Shown:
     def _show(self, what: str, done: int, total: int) -> None:
         count = f": {done:,} of {total:,}" if total else f": {done:,}" if done else ""
         if self._console is None:
-            say(f"{what}{count} ({time.perf_counter() - self._begun:.0f} s)", err=True)
+            note(f"{what}{count} ({time.perf_counter() - self._begun:.0f} s)")
             return
         if self._bar is None:
             self._bar = _bar(self._console)

@@ -24,7 +24,7 @@ def remember(
 ) -> None:
     """Read FILES into a memory on disk; the same command goes on with what was interrupted, and adds further files."""
     with Shown() as watch:
-        from landmark.eval.outputs import require_folder
+        from landmark.data.outputs import require_folder
         from landmark.eval.subjects import load, quiet
         from landmark.library import Progress
         from landmark.library import remember as remembered

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from landmark.cli.output import in_line
+from landmark.data.errors import names
 
 if TYPE_CHECKING:
     from landmark.eval.rank import Line
@@ -24,7 +25,8 @@ def show(table: Table) -> None:
     """Prints a table on stdout, never cutting a cell."""
     console = Console()
     console.width = max(console.width, 150 if not console.is_terminal else console.width)
-    console.print(table)
+    with names("stdout"):
+        console.print(table)
 
 
 def cell(value: object) -> Text:

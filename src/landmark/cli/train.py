@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from landmark.cli.output import say
 from landmark.cli.progress import Shown
+from landmark.config import GREATEST
 
 OF_THE_RUN = (
     "data",
@@ -41,7 +43,9 @@ Config = Annotated[Path | None, typer.Option(help="Recipe (JSON), or the config.
 Plain = Annotated[bool, typer.Option("--plain", help="Without landmarks, on the same rows.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer of a model from scratch; else one is trained.")]
 Tokens = Annotated[Path | None, typer.Option(help="Folder of the token files; OUT/tokens by default.")]
-Lora = Annotated[int | None, typer.Option(help="Rank of LoRA adapters, trained with the landmark embedding.")]
+Lora = Annotated[
+    int | None, typer.Option(max=GREATEST, help="Rank of LoRA adapters, trained with the landmark embedding.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")]
 MaxSeconds = Annotated[float | None, typer.Option(help="Stop after so many seconds of training.")]
 Steps = Annotated[int | None, _setting("Optimiser steps.")]
@@ -110,15 +114,19 @@ def train(
     given = dict(locals())
     with Shown() as progress:
         from landmark.eval.subjects import quiet
+        from landmark.train.prepare import require_model_settings
         from landmark.train.recipe import Recipe, fine_tuning, load_recipe
         from landmark.train.run import train as run
 
         def tell(line: str) -> None:
             progress.rest()
-            say(line)
+            with contextlib.suppress(OSError):  # the run goes on where nobody reads; the last line tells
+                say(line)
 
         quiet()
         base = load_recipe(config) if config else fine_tuning() if model else Recipe()
+        if config and not model:
+            require_model_settings(base, plain=plain, name=f"{config}: model")
         recipe = base.override(**{name: value for name, value in given.items() if name not in OF_THE_RUN})
         where = {name: given[name] for name in OF_THE_RUN if name != "config"}
         summary = run(**where, recipe=recipe, report=tell, progress=progress)

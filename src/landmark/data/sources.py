@@ -69,7 +69,8 @@ def read_sources(sources: Sequence[Source], tokenizer: Any, progress: Progress |
         progress: called while a long source is tokenised.
 
     Raises:
-        ValueError: no text, or a tokenizer that does not know the characters of its tokens.
+        ValueError: no text, none that the tokenizer finds a token in, or a tokenizer that does not know the characters
+            of its tokens.
     """
     if not any(source.text for source in sources):
         raise ValueError(f"text: expected at least one character, got {len(sources)} empty texts; pass a text")
@@ -80,4 +81,9 @@ def read_sources(sources: Sequence[Source], tokenizer: Any, progress: Progress |
         ids.append(torch.from_numpy(found.ids))
         spans.append(torch.from_numpy(found.spans + at))
         at += len(source.text)
+    if not any(map(len, ids[1:])):
+        raise ValueError(
+            f"text: expected at least one token, got none in {', '.join(source.name for source in sources[:3])}: the "
+            "tokenizer drops all of its characters; pass another text"
+        )
     return Reading(tuple(sources), torch.cat(ids), torch.cat(spans))

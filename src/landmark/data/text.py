@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from landmark.data.characters import from_arguments, without_surrogates
+from landmark.data.errors import first_line, names
 
 SPLITS = ("train", "validation", "test")
 SHOWN_KEYS, SHOWN_CHARACTERS = 5, 40  # of what a message quotes
@@ -95,8 +96,8 @@ def _read_folder(folder: Path) -> Iterator[Document]:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Returns the ``.txt`` files below a folder, by relative path."""
-    found = (file for file in folder.rglob("*.txt") if not file.is_dir())
+    """Returns the ``.txt`` files below a folder, by relative path; no pipes or devices, which may never end."""
+    found = (file for file in folder.rglob("*.txt") if file.is_file() or not file.exists())
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
 
@@ -106,7 +107,7 @@ def _manifest_titles(folder: Path) -> dict[str, str]:
         if not manifest.is_file():
             continue
         try:
-            with manifest.open(encoding="utf-8-sig", newline="") as lines:
+            with names(manifest), manifest.open(encoding="utf-8-sig", newline="") as lines:
                 rows = [row for row in csv.DictReader(lines, delimiter="\t") if row.get("file") and row.get("title")]
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(
@@ -122,7 +123,8 @@ def _full_title(row: dict[str, str]) -> str:
 
 
 def _read_file(path: Path, title: str) -> Document:
-    raw = path.read_bytes()
+    with names(path):
+        raw = path.read_bytes()
     text = _decode(raw, str(path))
     if not text.strip():
         raise _empty(path)
@@ -148,7 +150,7 @@ def _decode(raw: bytes, where: str) -> str:
 
 def _read_rows(path: Path, field: str) -> Iterator[Document]:
     found = False
-    with path.open("rb") as opened:
+    with names(path), path.open("rb") as opened:
         rows = _whole_rows(path, opened.read()) if path.suffix == ".json" else _line_rows(path, opened)
         for where, row in rows:
             for document in _from_row(row, field, f"{path.name}, {where}"):
@@ -191,7 +193,9 @@ def read_json(path: Path) -> Any:
         ValueError: it is no JSON, or not in UTF-8; the message names the file.
     """
     try:
-        return _parse(_decode(path.read_bytes(), str(path)), str(path))
+        with names(path):
+            raw = path.read_bytes()
+        return _parse(_decode(raw, str(path)), str(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, got something else ({error}); mend it or name another") from None
 
@@ -221,8 +225,9 @@ def _read_hub(name: str, split: str, field: str) -> Iterator[Document]:
     try:
         rows = load_dataset(repository, config or None, split=split)
     except Exception as error:  # the package raises many kinds: no such data set, split or connection
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"{name}: neither a file or folder here nor a data set of the hub ({reason})") from None
+        raise FileNotFoundError(
+            f"{name}: neither a file or folder here nor a data set of the hub ({first_line(error)})"
+        ) from None
     for number, row in enumerate(rows):
         yield from _from_row(row, field, f"{name}, {split} row {number}")
 

@@ -6,7 +6,8 @@ So codes are read and written digit by digit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from landmark.data.encoding import Encoded, Progress, TextEncoder
+from landmark.data.errors import first_line
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
 SMALLEST_VOCABULARY = 258
 LONGEST_SAMPLE = 200_000_000
+LOOKED_AT = 16  # tokens before those that are decoded
 
 
 def train_tokenizer(
@@ -67,13 +70,55 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except Exception as error:  # transformers raises many kinds for what is missing or damaged
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"{path}: no tokenizer there ({reason}); pass a folder or model with one") from None
+        raise FileNotFoundError(
+            f"{path}: no tokenizer there ({first_line(error)}); pass a folder or model with one"
+        ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
             f"{path}: expected a fast tokenizer, got {type(tokenizer).__name__}; save it with tokenizer.json"
         )
     return tokenizer
+
+
+def require_savable(tokenizer: Any, name: str) -> None:
+    """Saves a tokenizer to a folder for temporary files, so that it does not fail after long work.
+
+    Raises:
+        ValueError: it cannot be saved; the message begins with ``name``.
+    """
+    with tempfile.TemporaryDirectory(prefix="landmark-") as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # of the json module, of tokenizers, of transformers
+            raise ValueError(
+                f"{name}: expected a tokenizer that can be saved, got one that cannot ({first_line(error)}); mend its "
+                "tokenizer_config.json"
+            ) from None
+
+
+def require_rows(tokenizer: Any, model: Any, name: str, used: int = 0) -> None:
+    """Raises ``ValueError`` where texts get token ids that a model's embedding has no row for.
+
+    Further special tokens do no harm unless a text names them: many a tokenizer has one for padding.
+
+    Args:
+        tokenizer: of transformers; nothing is known of a slow one.
+        model: of transformers.
+        name: of the model, for the message.
+        used: the greatest id in a text, special tokens that it names included.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return
+    rows = model.get_input_embeddings().weight.shape[0]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    unused = special - {*row_start(tokenizer), tokenizer.eos_token_id}
+    greatest = max((number for number in tokenizer.get_vocab().values() if number not in unused), default=0)
+    greatest = max(greatest, used)
+    if greatest >= rows:
+        raise ValueError(
+            f"{name}: expected an embedding with a row for each token of the tokenizer, got {rows} rows and token ids "
+            f"up to {greatest}; use the model's own tokenizer, or resize the embedding (resize_token_embeddings)"
+        )
 
 
 def backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
@@ -110,6 +155,22 @@ def row_start(tokenizer: Any) -> list[int]:
     text = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")  # any text
     whole = processor.process(text, None, True)
     return list(whole.ids[: whole.special_tokens_mask.index(0)])
+
+
+def continuation(tokenizer: Any, ids: Sequence[int], before: Sequence[int], **options: Any) -> str:
+    """Returns the text of ids that go on from others: many a tokenizer leaves out the space that a text begins with.
+
+    Args:
+        tokenizer: of transformers.
+        ids: what is decoded.
+        before: the ids that they go on from; the last of them are looked at.
+        **options: of ``decode``.
+    """
+    options = {"clean_up_tokenization_spaces": False, **options}
+    some = list(before[-LOOKED_AT:])
+    begin: str = tokenizer.decode(some, **options)
+    whole: str = tokenizer.decode([*some, *ids], **options)
+    return whole[len(begin) :]
 
 
 def encoder_of(tokenizer: Any) -> TextEncoder:

@@ -18,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
+from landmark.data import outputs
 from landmark.data.encoding import PIECE, Progress, TextEncoder
+from landmark.data.errors import names
 from landmark.data.text import Document, read_json
 from landmark.data.tokenizer import backend, fingerprint
 
@@ -143,28 +145,31 @@ def _write(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     places: list[Place] = []
     position, digest = 0, hashlib.sha256()
-    with unfinished.open("wb") as binary:
-        for document, ids in _encode(iter(documents), tokenizer, progress):
-            places.append(Place(document.title, document.sha256, position, len(ids)))
-            raw = np.asarray(ids + end, dtype="<u2" if dtype == "uint16" else "<u4").tobytes()
-            binary.write(raw)
-            digest.update(raw)
-            position += len(ids) + len(end)
-            if progress is not None:
-                progress(f"tokens, of {len(places):,} documents", position, 0)
-    if not places:
-        unfinished.unlink()
-        raise ValueError(f"{sidecar.stem}: expected at least one document, got none; pass a source with text")
-    header = {
-        "format": FORMAT,
-        "dtype": dtype,
-        "tokens": position,
-        "sha256": digest.hexdigest(),
-        "tokenizer": fingerprint(tokenizer),
-        "documents": [dataclasses.asdict(place) for place in places],
-    }
-    unfinished.replace(sidecar.with_suffix(".bin"))
-    sidecar.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
+    try:
+        with names(unfinished), unfinished.open("wb") as binary:
+            for document, ids in _encode(iter(documents), tokenizer, progress):
+                places.append(Place(document.title, document.sha256, position, len(ids)))
+                raw = np.asarray(ids + end, dtype="<u2" if dtype == "uint16" else "<u4").tobytes()
+                binary.write(raw)
+                digest.update(raw)
+                position += len(ids) + len(end)
+                if progress is not None:
+                    progress(f"tokens, of {len(places):,} documents", position, 0)
+        if not places:
+            raise ValueError(f"{sidecar.stem}: expected at least one document, got none; pass a source with text")
+        header = {
+            "format": FORMAT,
+            "dtype": dtype,
+            "tokens": position,
+            "sha256": digest.hexdigest(),
+            "tokenizer": fingerprint(tokenizer),
+            "documents": [dataclasses.asdict(place) for place in places],
+        }
+        outputs.write(sidecar, json.dumps(header, indent=1, ensure_ascii=False).encode())
+        unfinished.replace(sidecar.with_suffix(".bin"))
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     return open_tokens(sidecar)
 
 

@@ -25,7 +25,8 @@ from landmark.eval.measure import measured
 from landmark.eval.passkey import read_into_memory
 from landmark.eval.plots import save, subplots
 from landmark.eval.results import FIGURES, PasskeyRow, read
-from landmark.eval.subjects import Subject, model_folder
+from landmark.eval.subjects import Subject
+from landmark.hf.bundled import model_path
 from landmark.hf.cache import LandmarkCache
 
 LENGTHS = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768, 65536)
@@ -117,7 +118,7 @@ def load_text(path: Path | None, tokenizer: Any, progress: Progress | None = Non
         ValueError: empty, no UTF-8 text, or too short to hide keys in.
     """
     text = pydoc_text() if path is None else file_text(path, "--text")
-    filler = made_filler("pydoc" if path is None else str(path), text, tokenizer, progress)
+    filler = made_filler("pydoc" if path is None else str(path), text, tokenizer, progress, "--text")
     if len(filler.ids) < LENGTHS[0]:
         raise ValueError(
             f"--text: expected a text of at least {LENGTHS[0]} tokens, got {len(filler.ids)} in {filler.name}; "
@@ -253,7 +254,7 @@ def _blocks_read(
 
 def recorded_twin(length: int) -> PasskeyRow | None:
     """Returns the bundled twin's recorded pass-key row at the length nearest to ``length``, if there is one."""
-    path = Path(model_folder(None)) / FIGURES
+    path = model_path() / FIGURES
     if not path.is_file():
         return None
     rows = [row for row in read(path) if isinstance(row, PasskeyRow) and row.task == "passkey"]

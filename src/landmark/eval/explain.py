@@ -14,9 +14,9 @@ from landmark.data.characters import from_arguments, without_surrogates
 from landmark.data.encoding import Progress
 from landmark.data.sources import Reading, Source, read_sources
 from landmark.data.text import read_documents, text_files
-from landmark.data.tokenizer import encode
+from landmark.data.tokenizer import continuation, encode
 from landmark.eval.explanation import Explanation, Span, Step
-from landmark.eval.reading import read_reporting
+from landmark.eval.reading import counted, read_reporting
 from landmark.hf.cache import LandmarkCache
 from landmark.memory.retrieval import Retrieval
 
@@ -132,7 +132,7 @@ def _explained(
             ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=most, do_sample=False
         )
     written = _without_end(whole[0, ids.shape[1] :].tolist(), model.generation_config.eos_token_id)
-    texts = list(token_texts(tokenizer, written))
+    texts = list(token_texts(tokenizer, written, asked.tolist()))
     size = model.landmark.block_size
     slots = [slot_of(ids.shape[1] - 1 + index, size) for index in range(len(written))]
     shares = block_shares(cache.retrievals, slots)
@@ -178,14 +178,14 @@ def spans_of(shares: dict[int, float], reading: Reading, text_per_block: int) ->
     return tuple(span for span in spans if span.begin < span.end)
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
-    """Yields the text of each token; joined, they are the text of all.
+def token_texts(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """Yields the text of each token; joined, they are what ``continuation`` returns.
 
     A token whose bytes make a character only with those of the next has none, the last of them has the character.
     """
     done = 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        text = continuation(tokenizer, ids[:end], before)
         if text.endswith("\ufffd") and end < len(ids):
             yield ""
         else:
@@ -198,8 +198,12 @@ def _without_end(ids: list[int], end: int | list[int] | None) -> list[int]:
     return ids[:-1] if ids and ids[-1] in ends else ids
 
 
-def file_sources(files: Iterable[Path]) -> list[Source]:
+def file_sources(files: Iterable[Path], progress: Progress | None = None) -> list[Source]:
     """Returns text files by their paths: those named, those below folders (.txt), each row of JSONL files.
+
+    Args:
+        files: files and folders.
+        progress: called before each file is read: a pipe may be slow.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -212,6 +216,6 @@ def file_sources(files: Iterable[Path]) -> list[Source]:
         found += (sorted(text_files(file)) if file.is_dir() else []) or [file]
     return [
         Source(from_arguments(str(file.parent / each.title)), each.text)
-        for file in found
+        for file in counted("texts read", found, progress)
         for each in read_documents(file)
     ]

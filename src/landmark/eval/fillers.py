@@ -50,21 +50,27 @@ def load_filler(name: str, tokenizer: Any, progress: Progress | None = None) -> 
         FileNotFoundError: no such file.
         ValueError: a file that is empty or no UTF-8 text, or a slow tokenizer.
     """
+    return made_filler(name, filler_text(name), tokenizer, progress)
+
+
+def filler_text(name: str) -> str:
+    """Returns the text of a filler; raises as ``load_filler``."""
     if name == "paper":
-        return made_filler(name, PAPER + " ", tokenizer)
-    text = pydoc_text() if name == "pydoc" else file_text(Path(name), "--filler")
-    return made_filler(name, text, tokenizer, progress)
+        return PAPER + " "
+    return pydoc_text() if name == "pydoc" else file_text(Path(name), "--filler")
 
 
-def made_filler(name: str, text: str, tokenizer: Any, progress: Progress | None = None) -> Filler:
-    """Tokenises a text that is repeated as often as needed.
+def made_filler(
+    name: str, text: str, tokenizer: Any, progress: Progress | None = None, option: str = "--filler"
+) -> Filler:
+    """Tokenises a text that is repeated as often as needed; a message begins with ``option``.
 
     Raises:
         ValueError: a slow tokenizer, or one that finds no token in the text.
     """
     first = tokenize(text, tokenizer, progress=progress)
     if len(first) == 0:
-        raise ValueError(f"--filler: expected a text of at least one token, got none in {name}; pass another text")
+        raise ValueError(f"{option}: expected a text of at least one token, got none in {name}; pass another text")
     if not encoder_of(tokenizer).prefixes:
         return Filler(name, first)
     return Filler(name, first, tokenize(text, tokenizer, continues=True, progress=progress))

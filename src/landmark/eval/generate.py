@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from landmark.data.encoding import Progress
-from landmark.data.tokenizer import row_start
+from landmark.data.tokenizer import continuation, row_start
 from landmark.eval.fillers import file_text, tokenize
 from landmark.eval.passkey import READS
 from landmark.eval.reading import read_reporting
 from landmark.eval.subjects import Subject
+
+COLDEST, HOTTEST = 1e-4, 1e4  # of sampling; beyond, probabilities are no numbers
 
 
 def continue_text(
@@ -46,8 +48,11 @@ def continue_text(
         raise ValueError(f"--read: expected one of {', '.join(READS)}, got {read!r}; pass --read local")
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens: expected at least 1, got {max_new_tokens}; pass for example 64")
-    if temperature < 0:
-        raise ValueError(f"--temperature: expected at least 0, got {temperature}; 0 takes the most probable token")
+    if temperature != 0 and not COLDEST <= temperature <= HOTTEST:
+        raise ValueError(
+            f"--temperature: expected at least 0, and for sampling {COLDEST:g} to {HOTTEST:g}, got {temperature}; 0 "
+            "takes the most probable token"
+        )
     tokenizer = subject.tokenizer
     document = torch.tensor(row_start(tokenizer), dtype=torch.long)
     question = tokenize(prompt, tokenizer, continues=file is not None)
@@ -69,5 +74,5 @@ def continue_text(
     torch.manual_seed(seed)
     with torch.no_grad():
         written = subject.model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
-    text: str = tokenizer.decode(written[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
-    return text
+    row = written[0].tolist()
+    return continuation(tokenizer, row[ids.shape[1] :], row[: ids.shape[1]], skip_special_tokens=True)

@@ -178,6 +178,8 @@ def run(
     needed = blocks * config.text_per_block
     most = needed if task.max_tokens is None else min(needed, task.max_tokens)
     ids = _tokens(texts, subject.tokenizer, most, progress)
+    if len(ids) == 0:
+        raise ValueError(f"--data: expected a text of at least one token, got none in {data}; pass another text")
     recorded = record(subject, ids, layer, task.queries, progress)
     rows = []
     for landmarks in sorted(task.landmarks):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from landmark.config import LandmarkConfig
 from landmark.eval.results import FIGURES, PasskeyRow, PerplexityRow, Row, read
-from landmark.eval.subjects import model_folder
+from landmark.hf.bundled import model_path
 from landmark.ops.choice import explain_impl
 from landmark.versions import versions
 
@@ -60,7 +59,7 @@ def attention_lines() -> list[str]:
 def bundled_rows() -> list[tuple[str, str]]:
     """Returns what the bundled model is and its headline figures, as (name, value); its model card has the others."""
     try:
-        folder = Path(model_folder(None))
+        folder = model_path()
     except (FileNotFoundError, ModuleNotFoundError) as error:
         return [("missing", str(error))]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

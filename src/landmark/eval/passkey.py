@@ -16,7 +16,7 @@ from torch import Tensor
 
 from landmark.data.encoding import Progress
 from landmark.eval.episodes import BUCKETS, Episode, bucket_of, build_episode, named_codes, pass_key
-from landmark.eval.fillers import Filler, load_filler
+from landmark.eval.fillers import Filler, filler_text, made_filler
 from landmark.eval.measure import measured
 from landmark.eval.reading import read_reporting
 from landmark.eval.results import PasskeyRow
@@ -93,8 +93,9 @@ def run(
         FileNotFoundError: a filler that does not exist.
     """
     rows = []
+    texts = [(name, filler_text(name)) for name in task.fillers]  # once: a pipe is not read again
     for subject in subjects:
-        fillers = [load_filler(name, subject.tokenizer, progress) for name in task.fillers]
+        fillers = [made_filler(name, text, subject.tokenizer, progress) for name, text in texts]
         for settings in _settings(subject, task):
             with subject.configured(**settings):
                 for filler in fillers:

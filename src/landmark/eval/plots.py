@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from landmark.data import outputs
 from landmark.data.characters import printable
-from landmark.eval import outputs
 from landmark.eval.results import PasskeyRow, PerplexityRow
 
 

@@ -247,16 +247,25 @@ def rank_files(subject: Subject, query: str, files: Sequence[Path], progress: Pr
     if not query.strip():
         raise ValueError("QUERY: expected a text of at least one token, got an empty one; write what to look for")
     wanted = tokenize(query, subject.tokenizer)
-    documents = [document for file in files for document in _documents(file)]
-    if not documents:
-        raise ValueError("FILES: expected at least one text file, got none; name the files to rank")
-    ids = [tokenize(document.text, subject.tokenizer, progress=progress) for document in documents]
+    if len(wanted) == 0:
+        raise ValueError("QUERY: expected a text of at least one token, got one of none; write what to look for")
+    titles, ids = [], []
+    for document in (document for file in files for document in _documents(file)):
+        found = tokenize(document.text, subject.tokenizer, progress=progress)
+        if len(found):
+            titles.append(document.title)
+            ids.append(found)
+        else:
+            warnings.warn(f"{document.title}: not ranked, as the tokenizer finds no token in it", stacklevel=2)
+    if not ids:
+        names = ", ".join(map(str, files[:3])) or "none"
+        raise ValueError(f"FILES: expected at least one text with a token, got {names}; name other files")
     library = build_library(
         [read_document(subject, each, progress) for each in counted("documents read", ids, progress)]
     )
     return [
-        Line(documents[found.document].title, found.score, _text(subject, ids[found.document], found.block))
-        for found in ordered(search(library, read_text(subject, wanted)))
+        Line(titles[best.document], best.score, _text(subject, ids[best.document], best.block))
+        for best in ordered(search(library, read_text(subject, wanted)))
     ]
 
 

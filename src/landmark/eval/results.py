@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from landmark.data import outputs
 from landmark.data.text import read_json
-from landmark.eval import outputs
 from landmark.versions import versions
 
 FIGURES = "figures.json"  # recorded results in a bundled model's folder
@@ -246,9 +246,9 @@ class Recorder(Generic[Some]):
     def __call__(self, row: Some) -> None:
         """Keeps a row."""
         self.rows.append(row)
-        self.tell(row)
         if self.out is not None:
             write(self.out, self.rows, self.device)
+        self.tell(row)
 
 
 def read(path: str | Path) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +16,16 @@ from torch import Tensor
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
+from landmark.data.characters import require_utf8
+from landmark.data.errors import first_line
+from landmark.data.tokenizer import require_rows, require_savable
 from landmark.eval.window import SINK, window_attention
-from landmark.hf.bundled import model_path
+from landmark.hf.bundled import MODEL_FILES, model_folder, model_path
 from landmark.hf.damage import ADAPTER
 from landmark.hf.families import PREFIX
 from landmark.hf.pretrained import find, read_weights
 
-BUNDLED = ("landmark", "twin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -135,9 +139,8 @@ def pick_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--device: expected auto, cpu or an available cuda device, got {device!r} ({reason})"
+            f"--device: expected auto, cpu or an available cuda device, got {device!r} ({first_line(error)})"
         ) from None
     return device
 
@@ -155,16 +158,6 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def model_folder(name: str | None) -> str:
-    """Returns where the weights of ``name`` are: the bundled model for ``None``, ``landmark`` or ``twin``.
-
-    A folder or hub name is returned as it is.
-    """
-    if name is not None and (name not in BUNDLED or Path(name).exists()):
-        return name
-    return str(model_path(name or "landmark"))
-
-
 def load(name: str | None, device: str = "auto", dtype: str = "auto") -> Subject:
     """Loads a landmark or plain causal language model with its tokenizer.
 
@@ -179,14 +172,15 @@ def load(name: str | None, device: str = "auto", dtype: str = "auto") -> Subject
     """
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
-    folder = model_folder(name)
+    folder = str(model_path()) if name is None else model_folder(name)
+    require_utf8(folder, "--model")
     require_model(folder)
     try:
         source = find(folder)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # transformers raises many kinds for what is missing or damaged
-        raise ValueError(f"--model: expected a model of transformers, got {folder} ({_first_line(error)})") from None
+        raise ValueError(f"--model: expected a model of transformers, got {folder} ({first_line(error)})") from None
     model_type = source.config.model_type
     if source.adapter is not None and not str(model_type).startswith(PREFIX):
         raise ValueError(
@@ -210,9 +204,10 @@ def build(name: str, folder: str, config: Any, device: str, dtype: torch.dtype, 
         raise
     except Exception as error:  # transformers raises many kinds for what is missing or damaged
         raise ValueError(
-            f"--model: expected weights and a tokenizer of transformers in {folder}, got {_first_line(error)}; "
+            f"--model: expected weights and a tokenizer of transformers in {folder}, got {first_line(error)}; "
             "save both with save_pretrained"
         ) from None
+    require_rows(tokenizer, model, f"--model {folder}")
     attention = "landmark" if is_landmark else "full" if rope is None else "dynamic"
     return Subject(name, model.to(device).eval(), tokenizer, attention, rope_factor=rope)
 
@@ -259,7 +254,7 @@ def plain_variants(subject: Subject, window: int | None, rope: float | None) -> 
             raise ValueError(f"--window: expected 1 to {2**31 - 1} tokens, got {window}; pass for example --window 384")
         variants.append(Subject(subject.name, subject.model, subject.tokenizer, "window", window=window))
     if rope is not None:
-        if rope < 1:
+        if not 1 <= rope < math.inf:
             raise ValueError(f"--rope: expected a factor of at least 1, got {rope}; pass for example --rope dynamic:2")
         config = type(subject.model.config).from_dict(subject.model.config.to_dict())
         old = getattr(config, "rope_parameters", None) or {}
@@ -286,22 +281,33 @@ def require_landmark(subject: Subject) -> None:
         )
 
 
-def save_tokenizer(source: str, out: Path) -> bool:
-    """Copies the tokenizer of a model to the folder ``out``; returns whether there was one."""
+def tokenizer_of(source: str, option: str) -> Any:
+    """Returns the tokenizer of a model, ``None`` where it has none.
+
+    Raises:
+        ValueError: a damaged one.
+    """
     from transformers import AutoTokenizer
 
+    here = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
     try:
-        AutoTokenizer.from_pretrained(source).save_pretrained(out)
-    except (OSError, ValueError, KeyError):
-        return False
-    return True
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers raises many kinds for what is missing or damaged
+        if not here and isinstance(error, (OSError, ValueError, KeyError)):
+            return None
+        raise ValueError(
+            f"{option}: expected a tokenizer of transformers in {source}, got a damaged one ({', '.join(here)}: "
+            f"{first_line(error)}); save it again, or remove its files to convert without"
+        ) from None
+    require_savable(tokenizer, f"{option} {source}")
+    return tokenizer
 
 
 def require_model(folder: str, option: str = "--model") -> None:
     """Raises ``FileNotFoundError`` when ``folder`` is written as a path and is no folder with a config.json."""
     path = Path(folder)
     looks_local = path.is_absolute() or folder.startswith((".", "~")) or folder.count("/") != 1
-    if path.is_dir() and any((path / file).is_file() for file in ("config.json", ADAPTER)):
+    if path.is_dir() and any((path / file).is_file() for file in MODEL_FILES):
         return
     if path.exists() or looks_local:
         raise FileNotFoundError(
@@ -316,7 +322,3 @@ def quiet() -> None:
 
     hf_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

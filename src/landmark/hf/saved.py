@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
-from landmark.memory.archive import Archive, Damaged
+from landmark.memory.archive import REMEDY, STATE, Archive, Damaged
+from landmark.memory.manifest import IDS, manifest_of
 from landmark.memory.saved import SavedLayer, as_bytes, dtype_of, name_of, saved_layers
 from landmark.versions import versions
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from landmark.hf.cache import LandmarkCache
 
 SET_MODEL = "set the model's with configure_landmark"
-IDS = "text-ids"
 Streams = dict[str, Callable[[int], bytes]]  # what comes behind so many bytes, by name
 SAMPLES = 64  # of each parameter, for the fingerprint
 
@@ -149,13 +149,17 @@ def decoder_of(model: Any) -> Any:
 
 def _read(archive: Archive, cache: LandmarkCache, decoder: Any) -> None:
     """Brings an archive's memory into an empty cache."""
+    manifest_of(archive)
     _check_model(archive, cache, decoder)
     layers, tensors = saved_layers(archive), _read_tail(archive)
     for index, layer in enumerate(layers):
         memory = cache.memory(index, decoder.tables_of(index))
         prefix = f"{index}."
         parts = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
-        memory.resume(layer, archive.manifest["first"][index], parts, decoder.device)
+        try:
+            memory.resume(layer, archive.manifest["first"][index], parts, decoder.device)
+        except KeyError as error:
+            raise Damaged(f"{archive.folder / STATE}: it names no tensor {error} of layer {index}; {REMEDY}") from None
     cache.resume(torch.frombuffer(archive.read(IDS), dtype=torch.int32), decoder)
     cache.saved = Saved(archive, layers)
 

@@ -278,7 +278,10 @@ class Archive:
         Raises:
             Damaged: they are not what was written.
         """
-        path, data = self.folder / name, bytearray(self._lengths[name])
+        path = self.folder / name
+        if name not in self._lengths:
+            raise Damaged(f"{path}: it is not among what was written; {REMEDY}")
+        data = bytearray(self._lengths[name])
         try:
             with open(path, "rb") as file:
                 found = file.readinto(data)
@@ -344,14 +347,24 @@ def _read_state(folder: Path) -> dict[str, Any]:
     data = path.read_bytes()
     try:
         body = json.loads(data)["state"]
-        whole = data == _file_of(body)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = data == _file_of(body) and _is_state(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if whole and body["format"] != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}, got {body['format']}; install the landmark that wrote it")
     if not whole or not all(STREAMS.fullmatch(name) for name in body["streams"]):
         raise Damaged(f"{path}: it is not what was written; {REMEDY}")
     return dict(body)
+
+
+def _is_state(body: dict[str, Any]) -> bool:
+    """Whether it has the parts of a state, or is of another format, whose parts may be others."""
+    if body["format"] != FORMAT:
+        return True
+    sizes = [each["bytes"] for each in body["streams"].values()]
+    sums = [each["crc32"] or 0 for each in body["streams"].values()]
+    numbers = [body["commits"], *sizes, *sums]
+    return isinstance(body["manifest"], dict) and all(type(each) is int and each >= 0 for each in numbers)
 
 
 def _encoded(body: dict[str, Any]) -> bytes:

@@ -7,6 +7,7 @@ blocks that are finished one after another are written one after another.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import tempfile
@@ -129,9 +130,12 @@ def _refused(folder: str | Path, wanted: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = f"no room for {wanted} more bytes of blocks" if full else "no file can be made for blocks"
+        remedy = "make room there" if full else "see that it is there and writable"
         raise ValueError(
-            f"no room for {wanted} more bytes of blocks in {str(folder)!r} ({error.strerror}): make room there or name "
-            "another spill_folder; the cache is as before"
+            f"{what} in {str(folder)!r} ({error.strerror}): {remedy} or name another spill_folder; the cache is as "
+            "before"
         ) from error
 
 

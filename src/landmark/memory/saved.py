@@ -10,14 +10,15 @@ import os
 import weakref
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from landmark.memory.archive import REMEDY, Archive, Damaged
+from landmark.memory.archive import REMEDY, STATE, Archive, Damaged
+from landmark.memory.manifest import are_shapes
 
 SUM_BYTES = 4
 AT_ONCE = 256  # blocks read or written together
@@ -94,7 +95,8 @@ class SavedLayer:
     def hold(self) -> None:
         """Opens the file of the blocks: they can be read whatever becomes of the folder's name."""
         if self._file is None:
-            self._file = os.open(self.archive.folder / self.name("blocks"), os.O_RDONLY)
+            path = self.archive.folder / self.name("blocks")
+            self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in its place is not waited for
             weakref.finalize(self, os.close, self._file)
 
     @property
@@ -152,7 +154,14 @@ class SavedLayer:
 
 def saved_layers(archive: Archive) -> list[SavedLayer]:
     """Returns the layers that an archive's manifest names; raises ``Damaged``."""
-    return [_saved_layer(archive, index) for index in range(len(archive.manifest["layers"]))]
+    return [_saved_layer(archive, index) for index in _layers(archive)]
+
+
+def _layers(archive: Archive) -> range:
+    """The layers that the manifest names; raises ``Damaged`` where it names none."""
+    if not are_shapes(archive.manifest.get("layers")):
+        raise Damaged(f"{archive.folder / STATE}: expected the shapes of layers, got others; {REMEDY}")
+    return range(len(archive.manifest["layers"]))
 
 
 def _saved_layer(archive: Archive, index: int) -> SavedLayer:
@@ -160,8 +169,12 @@ def _saved_layer(archive: Archive, index: int) -> SavedLayer:
     return SavedLayer(archive, index, (groups, size, dim), dtype_of(archive.manifest["dtype"]))
 
 
-def verify(folder: str | Path) -> list[str]:
+def verify(folder: str | Path, progress: Callable[[str, int, int], None] | None = None) -> list[str]:
     """Reads all of a memory, without a model.
+
+    Args:
+        folder: where it lies.
+        progress: called before each layer with what is done, how much of it, and of how much.
 
     Returns:
         a line for each part of it that is not what was written.
@@ -172,15 +185,18 @@ def verify(folder: str | Path) -> list[str]:
     """
     try:
         archive = Archive.open(folder, whole=False)
+        layers = _layers(archive)
     except Damaged as error:
         return [str(error)]
     found = list(archive.verify())
-    for index in range(len(archive.manifest["layers"])):
+    for index in layers:
+        if progress is not None:
+            progress("layers verified", index, len(layers))
         try:
             found += _saved_layer(archive, index).verify()
-        except (Damaged, FileNotFoundError) as error:
+        except (Damaged, OSError) as error:
             found += [] if found else [str(error)]  # else its checksums or its file were named above
-    return verify(folder) if found and archive.is_outdated() else found
+    return verify(folder, progress) if found and archive.is_outdated() else found
 
 
 def name_of(dtype: torch.dtype) -> str:

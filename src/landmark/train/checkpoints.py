@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from landmark.data import outputs
+from landmark.data.errors import first_line
 from landmark.train.recipe import Recipe
 
 RECIPE = "recipe.json"
@@ -62,7 +64,7 @@ def refuse_overwriting(out: Path) -> None:
 def save_recipe(out: Path, recipe: Recipe, rest: dict[str, Any]) -> None:
     """Writes the run's settings to ``recipe.json``."""
     fields = {**recipe.to_dict(), "arguments": rest}
-    (out / RECIPE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    outputs.write(out / RECIPE, (json.dumps(fields, indent=1) + "\n").encode())
 
 
 def require_same_recipe(out: Path, recipe: Recipe, rest: dict[str, Any]) -> None:
@@ -95,4 +97,4 @@ def _checkpoints(out: Path) -> list[Path]:
 def _line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{Path(error.filename).name}: {error.strerror}"
-    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    return first_line(error)

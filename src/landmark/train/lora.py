@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,9 +58,3 @@ def attention_projections(model: nn.Module) -> list[str]:
 def base_of(model: Any) -> Any:
     """Returns the landmark model inside an adapted one; any other model as it is."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
-def save_lora(model: Any, out: Path) -> Any:
-    """Saves the adapter to ``out/adapter`` and returns the model with the adapter merged in."""
-    model.save_pretrained(str(out / ADAPTER))
-    return model.merge_and_unload()

@@ -13,11 +13,18 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from landmark.config import LandmarkConfig
 from landmark.data.encoding import Progress
 from landmark.data.episodes import Episodes
+from landmark.data.errors import first_line, one_line
 from landmark.data.rows import FixedRows, Rows, Windows, plain_row
 from landmark.data.text import has_split, read_documents
-from landmark.data.tokenizer import backend, load_tokenizer, row_start, train_tokenizer
+from landmark.data.tokenizer import (
+    SMALLEST_VOCABULARY,
+    backend,
+    load_tokenizer,
+    require_savable,
+    row_start,
+    train_tokenizer,
+)
 from landmark.data.tokens import Ids, Place, tokenize
-from landmark.hf.bundled import NAMES, model_path
 from landmark.hf.convert import convert, from_config, load
 from landmark.hf.families import PREFIX
 from landmark.hf.pretrained import read_config
@@ -26,6 +33,16 @@ from landmark.train.recipe import Recipe
 HELD_OUT_ROWS = 64
 LEAST_ROWS = 40
 EVALUATION_SEED = 1 << 32
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+SIZES = {
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +53,13 @@ class Prepared:
         train: the rows, in the order of training.
         held_out: ``text`` (windows of unseen text, where there is enough of it) and ``episodes`` (where there are any).
         documents: what the training text was made of.
+        greatest: of its token ids.
     """
 
     train: Rows
     held_out: dict[str, FixedRows]
     documents: list[Place]
+    greatest: int
 
 
 def text_tokens(length: int, block_size: int) -> int:
@@ -60,7 +79,9 @@ def find_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Returns the given model's tokenizer, or the given one, or that of ``out``, or one trained on the texts."""
     if model is not None or tokenizer is not None:
-        return load_tokenizer(str(tokenizer or model))
+        found = load_tokenizer(str(tokenizer or model))
+        require_savable(found, str(tokenizer or model))
+        return found
     if (out / "tokenizer.json").is_file():
         return load_tokenizer(out)
     report(f"training a tokenizer of {recipe.tokenizer.vocab_size} tokens")
@@ -120,26 +141,48 @@ def prepare_rows(
         filler = unseen if len(unseen) > tokens else ids
         asked = Episodes(core, filler, tokens=tokens, seed=seed + EVALUATION_SEED, prefix=prefix)
         held_out["episodes"] = FixedRows(asked(index) for index in range(HELD_OUT_ROWS))
-    return Prepared(rows, held_out, stream.documents)
+    return Prepared(rows, held_out, stream.documents, int(stream.ids.max(initial=0)))
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, plain: bool) -> Any:
     """Returns a randomly initialised model: the recipe's, with landmarks unless ``plain``.
 
     Raises:
-        ValueError: the recipe names no ``model_type``, or one that transformers does not know.
+        ValueError: as ``require_model_settings``.
     """
+    special = {name: getattr(tokenizer, name) for name in SPECIAL}
+    return _built(recipe, {**special, "vocab_size": len(tokenizer)}, plain=plain)
+
+
+def require_model_settings(recipe: Recipe, *, plain: bool, name: str = "model") -> None:
+    """Builds a model without weights of the recipe's settings, before anything is computed.
+
+    Raises:
+        ValueError: transformers cannot build it; the message begins with ``name``.
+    """
+    try:
+        with torch.device("meta"):
+            _built(recipe, {**dict.fromkeys(SPECIAL), "vocab_size": SMALLEST_VOCABULARY}, plain=plain)
+    except (MemoryError, ModuleNotFoundError):
+        raise
+    except ValueError as error:
+        raise ValueError(f"{name}: {first_line(error)}") from None
+    except Exception as error:  # transformers and torch raise many kinds for odd settings
+        raise ValueError(
+            f"{name}: expected the settings of a {recipe.model['model_type']} model, got some that it cannot be built "
+            f"with ({one_line(error)}); mend them"
+        ) from None
+
+
+def _built(recipe: Recipe, more: dict[str, Any], *, plain: bool) -> Any:
     fields = dict(recipe.model)
     kind = fields.pop("model_type", None)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    try:
-        config = AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
-    except (ValueError, TypeError, AttributeError) as error:
-        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-            raise ValueError(f"model_type: expected one that transformers knows, such as llama, got {kind!r}") from None
-        raise ValueError(
-            f"model: expected the settings of a {kind} model, got {_first_line(error)}; mend them"
-        ) from None
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type: expected one that transformers knows, such as llama, got {kind!r}")
+    for name in SIZES & fields.keys():
+        if fields[name] is not None and (type(fields[name]) is not int or fields[name] < 1):
+            raise ValueError(f"{name}: expected an integer of at least 1, got {fields[name]!r}; mend it")
+    config = AutoConfig.for_model(kind, **{**fields, **more})
     if plain:
         return AutoModelForCausalLM.from_config(config)
     return from_config(config, LandmarkConfig.from_dict(recipe.landmark))
@@ -169,13 +212,8 @@ def given_model(path: str, recipe: Recipe, *, plain: bool) -> Any:
         return convert(path, dtype=dtype, **fields)
     except OSError as error:
         raise FileNotFoundError(
-            f"{path}: no model there ({_first_line(error)}); pass a model's folder or name"
+            f"{path}: no model there ({first_line(error)}); pass a model's folder or name"
         ) from None
-
-
-def find_model(name: str) -> str:
-    """Returns the folder of the bundled models ``landmark`` and ``twin``, any other name as it is."""
-    return str(model_path(name)) if name in NAMES and not Path(name).exists() else name
 
 
 def stored_dtype(path: str | None) -> str:
@@ -189,7 +227,3 @@ def _spaced(ids: Ids, tokens: int, prefix: list[int]) -> list[Any]:
     count = min(HELD_OUT_ROWS, len(ids) // width)
     step = (len(ids) - width) // max(1, count - 1) if count > 1 else 0
     return [plain_row(ids[number * step : number * step + width], prefix) for number in range(count)]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

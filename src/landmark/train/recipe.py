@@ -240,7 +240,10 @@ def load_recipe(path: str | Path) -> Recipe:
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: expected a JSON object with sections, got {type(fields).__name__}")
-    return Recipe.from_dict(fields)
+    try:
+        return Recipe.from_dict(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _section(kind: type[Section], name: str, fields: dict[str, Any]) -> Section:

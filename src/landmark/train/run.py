@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_utils import IntervalStrategy
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
-from landmark.data import encoding
+from landmark.data import encoding, outputs
 from landmark.data.characters import require_utf8
 from landmark.data.text import read_documents
+from landmark.data.tokenizer import require_rows
+from landmark.hf.bundled import model_folder
 from landmark.train.checkpoints import (
     FOLDER,
     last_checkpoint,
@@ -26,14 +31,15 @@ from landmark.train.checkpoints import (
     require_same_recipe,
     save_recipe,
 )
-from landmark.train.lora import add_lora, base_of, save_lora
+from landmark.train.lora import ADAPTER, add_lora, base_of
 from landmark.train.prepare import (
+    LEAST_ROWS,
     Prepared,
-    find_model,
     find_tokenizer,
     given_model,
     new_model,
     prepare_rows,
+    require_model_settings,
     stored_dtype,
     text_tokens,
 )
@@ -77,7 +83,7 @@ def train(
         resume: continue from the last checkpoint in ``out``.
         max_seconds: stop after so many seconds of steps, wherever the schedule is.
         report: takes the lines of progress.
-        progress: called while texts are tokenised, before the first of these lines.
+        progress: called while texts are tokenised, and before every step.
 
     Returns:
         what ``training_summary.json`` holds.
@@ -89,19 +95,27 @@ def train(
     """
     recipe, out = recipe or Recipe(), Path(out)
     rest = {"data": str(data), "model": model, "plain": plain, "lora": lora}
+    path, store = None if model is None else model_folder(model), Path(tokens or out / "tokens")
     checkpoint = _check(out, recipe, rest, resume=resume)
-    out.mkdir(parents=True, exist_ok=True)
     args = _arguments(out, recipe)
-    report = report if args.should_save else _silent
+    if args.should_save:
+        _check_folders({"out": out, "tokens": store, "model": path, "tokenizer": tokenizer})
+    report, progress = (report, progress) if args.should_save else (_silent, None)
     set_seed(recipe.run.seed)
-    path = None if model is None else find_model(model)
     with args.main_process_first(local=False):
         cutter = find_tokenizer(data, out, recipe, model=path, tokenizer=tokenizer, report=report, progress=progress)
         made = given_model(path, recipe, plain=plain) if path else new_model(recipe, cutter, plain=plain)
+        dtype = recipe.save.dtype or stored_dtype(path)
+        require_rows(cutter, made, path or "model")
+        if args.should_save:
+            outputs.require_room(out, made.num_parameters() * getattr(torch, dtype).itemsize, "out")
         settings = LandmarkConfig.from_dict(recipe.landmark) if plain else made.landmark
         row_tokens = text_tokens(recipe.data.length, settings.block_size)
-        rows = prepare_rows(data, Path(tokens or out / "tokens"), recipe, cutter, tokens=row_tokens, progress=progress)
-    dtype = recipe.save.dtype or stored_dtype(path)
+        rows = prepare_rows(data, store, recipe, cutter, tokens=row_tokens, progress=progress)
+    require_rows(cutter, made, path or "model", rows.greatest)
+    if recipe.run.evaluate_every and not rows.held_out:
+        args.eval_strategy = IntervalStrategy.NO
+        report(f"nothing is evaluated: the text has fewer than {LEAST_ROWS} rows, and no folder validation")
     if lora is not None:
         made = add_lora(made, lora)
     if not plain:
@@ -109,7 +123,7 @@ def train(
     compiled = torch.cuda.is_available() if recipe.run.compile is None else recipe.run.compile
     if compiled:
         compile_layers(made)
-    trainer = _trainer(made, args, compiled, recipe, rows, row_tokens, Progress(report, max_seconds))
+    trainer = _trainer(made, args, compiled, recipe, rows, row_tokens, Progress(report, max_seconds, progress))
     if args.should_save and not resume:
         save_recipe(out, recipe, rest)
     report(_opening(trainer, recipe, row_tokens))
@@ -124,6 +138,8 @@ def train(
         length = int(slots_for(row_tokens, settings.block_size))
         final.configure_landmark(mode="retrieval", landmark_trained=True, trained_length=length)
     summary = summarise(trainer, recipe, rest, rows.documents, seconds=seconds)
+    if progress is not None:
+        progress("saving", 0, 0)
     _save(trainer, cutter, out, dtype, recipe.save.shard, lora=lora is not None)
     if args.should_save:
         write_summary(out, summary)
@@ -134,19 +150,42 @@ def _check(out: Path, recipe: Recipe, rest: dict[str, Any], *, resume: bool) -> 
     """Checks what can be checked before any work; returns the checkpoint to resume from."""
     if rest["lora"] is not None and (rest["model"] is None or rest["plain"]):
         raise ValueError("lora: expected a model to adapt, with landmarks, got none or --plain; pass --model")
-    require_utf8(out, "out")
     if importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError("training needs the package accelerate: pip install landmark-attention[train]")
     if Path(rest["data"]).is_fifo():
         raise ValueError(
             f"data: expected texts that can be read again, got the pipe {rest['data']}; write a file of it"
         )
+    _check_reports(recipe.run.report_to)
+    if rest["model"] is None:
+        require_model_settings(recipe, plain=rest["plain"])
     next(read_documents(rest["data"], field=recipe.data.field), None)
     if not resume:
         refuse_overwriting(out)
         return None
     require_same_recipe(out, recipe, rest)
     return last_checkpoint(out)
+
+
+def _check_reports(name: str) -> None:
+    """Raises where transformers' Trainer could not report to what is named."""
+    if name in ("none", "all"):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise ValueError(f"report_to: expected none or one of {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}")
+    if name not in get_available_reporting_integrations():
+        raise ModuleNotFoundError(
+            f"report_to: {name} needs a package that is not here: pip install {name}, or pass none"
+        )
+
+
+def _check_folders(folders: dict[str, Any]) -> None:
+    """Raises ``ValueError`` for a folder that cannot be written, or a model's with a name that is no UTF-8."""
+    for name, folder in folders.items():
+        if folder is not None:
+            require_utf8(folder, name)
+        if name in ("out", "tokens"):
+            outputs.require_folder(folder, name)
 
 
 def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
@@ -247,14 +286,35 @@ def _opening(trainer: LandmarkTrainer, recipe: Recipe, row_tokens: int) -> str:
 def _save(
     trainer: LandmarkTrainer, tokenizer: PreTrainedTokenizerFast, out: Path, dtype: str, shard: str, *, lora: bool
 ) -> None:
-    if trainer.args.should_save:
-        tokenizer.save_pretrained(str(out))
     if trainer.is_fsdp_enabled:
+        if trainer.args.should_save:
+            tokenizer.save_pretrained(str(out))
         trainer.save_model(str(out))
         return
     if not trainer.args.should_save:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     if lora:
-        model = save_lora(model, out)
-    model.to(getattr(torch, dtype)).save_pretrained(str(out), max_shard_size=shard)
+        _put(out / ADAPTER, model.save_pretrained)
+        model = model.merge_and_unload()
+    model = model.to(getattr(torch, dtype))
+
+    def save(folder: Path) -> None:
+        tokenizer.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), max_shard_size=shard)
+
+    _put(out, save)
+
+
+def _put(folder: Path, save: Callable[[Path], object]) -> None:
+    """Saves what was trained; where that fails, in a folder for temporary files, so that it is not lost.
+
+    Raises:
+        ValueError: it is in the other folder, which is named, or nowhere.
+    """
+    try:
+        outputs.write_folder(folder, save)
+    except ValueError as error:
+        kept = Path(tempfile.mkdtemp(prefix="landmark-"))
+        outputs.write_folder(kept, save)
+        raise ValueError(f"{error}; what was trained is in {kept}") from None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from landmark.data import outputs
 from landmark.data.characters import without_surrogates
 from landmark.data.tokens import Place
 from landmark.train.recipe import Recipe
@@ -63,7 +64,7 @@ def made_with() -> dict[str, str | None]:
 def write_summary(out: Path, summary: dict[str, Any]) -> None:
     """Writes ``training_summary.json``."""
     text = without_surrogates(json.dumps(summary, indent=1, ensure_ascii=False))  # of names that are no UTF-8
-    (out / SUMMARY).write_text(text + "\n", encoding="utf-8")
+    outputs.write(out / SUMMARY, (text + "\n").encode())
 
 
 def _evaluations(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

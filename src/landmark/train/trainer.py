@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from landmark.data import encoding
 from landmark.data.episodes import IGNORED, Row
+from landmark.data.errors import first_line
+from landmark.data.outputs import is_of_the_disk
 from landmark.data.rows import stack
 from landmark.train.loss import answer_weighted_loss, answers_right, text_loss, token_losses
 
@@ -120,6 +126,17 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             self.evaluated = self.state.global_step
         return metrics
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Saves a checkpoint; where there is no room for it the run goes on without."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:
+            if not is_of_the_disk(error):
+                raise
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder, ignore_errors=True)
+            warnings.warn(f"{folder}: no checkpoint, as it cannot be written ({first_line(error)})", stacklevel=2)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ``tokens_per_second`` (text tokens since the last line, of all devices) to the training lines."""
         if "loss" in logs:
@@ -162,21 +179,25 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     Args:
         report: takes a line.
         max_seconds: ``None`` for no limit; the time begins with the first step.
+        watch: called before every step and every batch of held-out rows.
     """
 
-    def __init__(self, report: Any, max_seconds: float | None) -> None:
-        self.report, self.max_seconds = report, max_seconds
+    def __init__(self, report: Any, max_seconds: float | None, watch: encoding.Progress | None = None) -> None:
+        self.report, self.max_seconds, self.watch = report, max_seconds, watch
+        self._held_out = 0  # batches of held-out rows
         self.start = time.perf_counter()
         self.trainer: LandmarkTrainer | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the clocks."""
         self.start = time.perf_counter()
+        self._tell_steps(state)
         if self.trainer is not None:
             self.trainer.start_clock()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Asks for a stop when the time is over; with several processes, all of them agree every ten steps."""
+        self._tell_steps(state)
         if self.max_seconds is None or (args.world_size > 1 and state.global_step % 10):
             return
         over = time.perf_counter() - self.start > self.max_seconds
@@ -200,6 +221,24 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 parts.append(f"{label} {logs[key]:{form}}")
         if len(parts) > 1:
             self.report("  ".join([*parts, f"{time.perf_counter() - self.start:.0f} s"]))
+            self._tell_steps(state)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Counts the batches of held-out rows."""
+        self._held_out += 1
+        if self.watch is not None:
+            self.watch("batches of held-out rows", self._held_out, 0)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Begins to count them anew."""
+        self._held_out = 0
+        self._tell_steps(state)
+
+    def _tell_steps(self, state: TrainerState) -> None:
+        if self.watch is not None:
+            self.watch("steps trained", state.global_step, state.max_steps)
 
 
 _SHOWN = (
