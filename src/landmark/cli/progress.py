@@ -11,7 +11,7 @@ from typing import Any
 
 from landmark.cli.output import in_line, note
 
-FIRST = 1.8  # seconds of work before anything is said of it
+FIRST = 2.5  # seconds of work before anything is said of it: with the start of Python, within three
 EVERY = 2.5  # seconds between two lines
 CHECKED = 0.25  # seconds between two states of a bar
 
