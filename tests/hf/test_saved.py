@@ -386,7 +386,9 @@ class Killed:
         read = sum(cache.tokens)
         assert read in self.expected and acknowledged <= read <= acknowledged + writer.PART
         writer.go_on(self.model, cache, folder)
-        assert verify(folder) == [] and Archive.open(folder).leftover() == {}
+        assert verify(folder) == []
+        if read < writer.PART * writer.SAVES:  # else killed behind the last commit: a next save removes the old tail
+            assert Archive.open(folder).leftover() == {}
         again = LandmarkCache.open(folder, self.model)
         assert equal(answer(self.model, again), self.expected[writer.PART * writer.SAVES])
         return acknowledged < writer.PART * writer.SAVES, inside
