@@ -113,7 +113,7 @@ def with_tokens(folder, *, special):
 
 
 TAKING_TEXT = [
-    "generate hi",
+    "generate hi --file text.txt",
     "remember text.txt --out out",
     "explain text.txt --question hi --out out.html",
     "rank hi text.txt",
@@ -123,19 +123,27 @@ TAKING_TEXT = [
 
 
 @pytest.mark.parametrize("line", TAKING_TEXT)
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run, line):
+def test_a_token_that_the_model_has_no_embedding_for_is_refused(run, line):
     with_tokens("marked", special=False)
+    Path("text.txt").write_text("<extra59>" + TEXT)
     code, _, error = run(f"{line} --model marked")
-    assert code == 2 and re.search("marked: expected an embedding .* got 320 rows and token ids up to 354", error)
-    assert not Path("out").exists()
+    wanted = "up to 354" if line.startswith("train") else "expected token ids from 0 to 319, got .* to 354"
+    assert code == 2 and re.search(wanted, error)
 
 
-def test_special_tokens_that_the_model_has_not_matter_where_a_text_names_them(run):
-    with_tokens("marked", special=True)
+@pytest.mark.parametrize("special", [False, True])
+def test_further_tokens_of_a_tokenizer_do_not_matter_where_no_text_has_them(run, special):
+    with_tokens("marked", special=special)
     assert run("generate hi --model marked --max-new-tokens 1")[0] == 0
-    Path("named.txt").write_text(TEXT + "<extra59>")
-    assert "only the tokenizer knows" in run("generate hi --file named.txt --model marked")[2]
-    assert "token ids up to 354" in run("train --data named.txt --out o --model marked --steps 1 --length 64")[2]
+    Path("named.txt").write_text("<extra59>" + TEXT)
+    assert "got " in run("generate hi --file named.txt --model marked")[2]
+
+
+def test_a_plain_model_says_so_too(run):
+    with_tokens("plain", special=False)
+    Path("named.txt").write_text("<extra59>" + TEXT)
+    code, _, error = run("eval perplexity --data named.txt --lengths 20 --model plain")
+    assert code == 2 and "expected token ids that the model's embedding has rows for" in error
 
 
 def remembered(**changes):

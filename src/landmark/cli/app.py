@@ -95,8 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
         if "index out of range in self" not in str(error):  # of torch's embedding
             raise
         _fail(
-            "expected token ids that the model's embedding has rows for, got a greater one: the text names a special "
-            "token that only the tokenizer knows; take it out of the text, or resize the embedding"
+            "expected token ids that the model's embedding has rows for, got a greater one; use the model's own "
+            "tokenizer, or resize the embedding (resize_token_embeddings)"
         )
     except (ValueError, ModuleNotFoundError) as error:
         _fail(str(error))

@@ -18,7 +18,7 @@ from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.data.characters import require_utf8
 from landmark.data.errors import first_line
-from landmark.data.tokenizer import require_rows, require_savable
+from landmark.data.tokenizer import require_savable
 from landmark.eval.window import SINK, window_attention
 from landmark.hf.bundled import MODEL_FILES, model_folder, model_path
 from landmark.hf.damage import ADAPTER
@@ -207,7 +207,6 @@ def build(name: str, folder: str, config: Any, device: str, dtype: torch.dtype, 
             f"--model: expected weights and a tokenizer of transformers in {folder}, got {first_line(error)}; "
             "save both with save_pretrained"
         ) from None
-    require_rows(tokenizer, model, f"--model {folder}")
     attention = "landmark" if is_landmark else "full" if rope is None else "dynamic"
     return Subject(name, model.to(device).eval(), tokenizer, attention, rope_factor=rope)
 

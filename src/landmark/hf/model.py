@@ -114,11 +114,21 @@ class LandmarkDecoderMixin(PackagedMixin):
         return output if return_dict is not False else output.to_tuple()
 
     def _embed(self, text: Tensor) -> Tensor:
-        """Returns the embeddings of token ids ``(B, T)``; embeddings ``(B, T, hidden)`` as they are."""
+        """Returns the embeddings of token ids ``(B, T)``; embeddings ``(B, T, hidden)`` as they are.
+
+        Raises:
+            ValueError: on the CPU, ids that have no embedding.
+        """
         if text.ndim == 3:
             return text
         embedding = self.get_input_embeddings()
-        embeds: Tensor = embedding(text.to(device_of(embedding)))
+        try:
+            embeds: Tensor = embedding(text.to(device_of(embedding)))
+        except IndexError:
+            raise ValueError(
+                f"expected token ids from 0 to {self.config.vocab_size - 1}, got {int(text.min())} to "
+                f"{int(text.max())}; use the model's own tokenizer, or resize_token_embeddings"
+            ) from None
         return embeds
 
     def _landmark(self, like: Tensor) -> Tensor:
