@@ -79,7 +79,8 @@ def test_a_slow_pipe_is_not_waited_for_in_silence(folder, tmp_path):
     slow = ["sh", "-c", '(sleep 9; echo "The road went on.") | "$@"', "sh", sys.executable, "-m", "landmark.cli.app"]
     begun = time.monotonic()
     process = subprocess.Popen([*slow, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    times, lines = [], []
+    times = []
+    lines = []
     for line in process.stderr:
         times.append(time.monotonic() - begun)
         lines.append(line)

@@ -375,11 +375,13 @@ def test_embeddings_continue_a_memory_of_embeddings(behind: int, options: dict[s
         model(inputs_embeds=embeds[:, :READ], past_key_values=memory)
         assert memory.ids().tolist() == [-1] * READ
         found = greedy(model, None, inputs_embeds=again, past_key_values=memory, **options)
-        assert torch.equal(found, expected) or again is not embeds
+        if again is embeds:  # rounded ones are taken as the same text, and say what they say
+            assert torch.equal(found, expected)
     if behind:
         memory = LandmarkCache(model.config)
         model(inputs_embeds=embeds[:, :READ], past_key_values=memory)
-        new, mask = embeds[:, READ:], torch.ones_like(ids)
+        new = embeds[:, READ:]
+        mask = torch.ones_like(ids)
         found = greedy(model, None, inputs_embeds=new, attention_mask=mask, past_key_values=memory, **options)
         assert torch.equal(found, expected)
 

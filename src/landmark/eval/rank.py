@@ -249,7 +249,8 @@ def rank_files(subject: Subject, query: str, files: Sequence[Path], progress: Pr
     wanted = tokenize(query, subject.tokenizer)
     if len(wanted) == 0:
         raise ValueError("QUERY: expected a text of at least one token, got one of none; write what to look for")
-    titles, ids = [], []
+    titles = []
+    ids = []
     for document in (document for file in files for document in _documents(file)):
         found = tokenize(document.text, subject.tokenizer, progress=progress)
         if len(found):

@@ -182,13 +182,13 @@ def _built(recipe: Recipe, more: dict[str, Any], *, plain: bool) -> Any:
     for name in SIZES & fields.keys():
         if fields[name] is not None and (type(fields[name]) is not int or fields[name] < 1):
             raise ValueError(f"{name}: expected an integer of at least 1, got {fields[name]!r}; mend it")
+    if (fields.get("head_dim") or 0) % 2:
+        raise ValueError(f"head_dim: expected an even number, as RoPE turns pairs, got {fields['head_dim']}; mend it")
     usual = CONFIG_MAPPING[kind]()
     for name, value in fields.items():  # older transformers take anything here
         kind_of = type(getattr(usual, name, None))
         if kind_of is bool and not isinstance(value, bool):
             raise ValueError(f"{name}: expected true or false, got {value!r}; mend it")
-        if name == "head_dim" and value is not None and value % 2:
-            raise ValueError(f"{name}: expected an even number, as RoPE turns pairs, got {value}; mend it")
         if kind_of is float and value is not None and not (type(value) in (int, float) and value >= 0):
             raise ValueError(f"{name}: expected a number of at least 0, got {value!r}; mend it")
     config = AutoConfig.for_model(kind, **{**fields, **more})
