@@ -1,4 +1,5 @@
-"""The versions that the tests run with, each in a virtual environment of its own: `make matrix` runs every session.
+"""The versions that the tests run with, each in a virtual environment of its own: `make matrix`
+runs every session.
 
 `nox --session oldest -- tests/hf/test_turns.py` runs these files alone.
 """
@@ -14,8 +15,8 @@ import nox
 nox.options.default_venv_backend = "venv"
 nox.options.stop_on_first_error = False
 
-# torch stays where it is and is installed first and alone: pip then takes a CPU build from a local index where there is
-# one. The triton beside it is the one that torch asks for.
+# torch stays where it is and is installed first and alone: pip then takes a CPU build from a local
+# index where there is one. The triton beside it is the one that torch asks for.
 TORCH, TRITON = re.findall(r"^t(?:orch|riton)==.*$", Path("constraints.txt").read_text(), re.M)
 # What meets transformers, and the code blocks of README.md and docs/.
 PART = ("tests/hf", "tests/train", "tests/test_docs.py")
@@ -45,7 +46,9 @@ def between(session: nox.Session) -> None:
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """The lowest versions that pyproject.toml allows (they have wheels for Python 3.10 to 3.12): the same part."""
+    """The lowest versions that pyproject.toml allows (they have wheels for Python 3.10 to 3.12):
+    the same part.
+    """
     install(session, *lowest(), "-e", ".[test]")
     test(session, *PART)
 
@@ -64,15 +67,23 @@ def install(session: nox.Session, *packages: str) -> None:
 
 
 def test(session: nox.Session, *paths: str) -> None:
-    """Runs these tests, or those that the command names, on all cores, one thread for each worker."""
+    """Runs these tests, or those that the command names, on all cores, one thread for each
+    worker.
+    """
     session.run("python", "-m", "pip", "list")
     environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    session.run("python", "-m", "pytest", "-n", "auto", *(session.posargs or paths), env=environment)
+    session.run(
+        "python", "-m", "pytest", "-n", "auto", *(session.posargs or paths), env=environment
+    )
 
 
 def lowest() -> list[str]:
-    """Returns the requirements of pyproject.toml with each lower bound as the version itself; torch stays."""
+    """Returns the requirements of pyproject.toml with each lower bound as the version itself; torch
+    stays.
+    """
     project = nox.project.load_toml("pyproject.toml")["project"]
     wanted = itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
     bounds = [each.split(";")[0].strip() for each in wanted if ">=" in each]
-    return [each.replace(">=", "==") for each in bounds if not each.startswith(("torch>", "triton>"))]
+    return [
+        each.replace(">=", "==") for each in bounds if not each.startswith(("torch>", "triton>"))
+    ]

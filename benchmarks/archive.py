@@ -1,12 +1,14 @@
-"""Remembers a long real text on disk, saves it, opens it in another process, and asks before and after.
+"""Remembers a long real text on disk, saves it, opens it in another process, and asks before and
+after.
 
     python benchmarks/archive.py --tokens 1000000 --data books --out benchmarks/results/archive.json
 
-The bundled model reads the books of the train split without retrieval, on the CPU and into a memory on tier ``disk``; a
-pass key lies in the middle. The memory is saved, the system is asked to forget its files, and a new process opens it,
-asks for the key again, appends a text with a code of its own, saves, opens once more and asks for both. The answers
-before saving and after opening have to be the same, and the logits of their tokens bit for bit, or nothing is written.
-Resident memory is that of a whole process as Linux counts it, code and weights included.
+The bundled model reads the books of the train split without retrieval, on the CPU and into a memory
+on tier ``disk``; a pass key lies in the middle. The memory is saved, the system is asked to forget
+its files, and a new process opens it, asks for the key again, appends a text with a code of its
+own, saves, opens once more and asks for both. The answers before saving and after opening have to
+be the same, and the logits of their tokens bit for bit, or nothing is written. Resident memory is
+that of a whole process as Linux counts it, code and weights included.
 """
 
 from __future__ import annotations
@@ -41,12 +43,23 @@ PART = 1 << 16  # read between two lines of output
 
 def main() -> None:
     """Parses, measures, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file; replaced")
-    parser.add_argument("--data", type=Path, required=True, help="folder of .txt files, read again and again if short")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="remembered before the memory is saved")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of .txt files, read again and again if short",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=1_000_000, help="remembered before the memory is saved"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where the files lie meanwhile: 40 KB for each token are needed")
+    parser.add_argument(
+        "--folder", type=Path, help="where the files lie meanwhile: 40 KB for each token are needed"
+    )
     options = parser.parse_args()
     quiet()
     subject = load(None, "cpu")
@@ -56,7 +69,9 @@ def main() -> None:
         forget(folder)
         appended = more.document[len(row_start(subject.tokenizer)) :].tolist()
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-            opened = other.submit(reopen, folder, document.questions[0], appended, more.questions[0]).result()
+            opened = other.submit(
+                reopen, folder, document.questions[0], appended, more.questions[0]
+            ).result()
     require_same(saved["asked"], opened["asked"])
     row = {
         "tokens": options.tokens,
@@ -68,21 +83,31 @@ def main() -> None:
         "settings": subject.settings(),
         "dtype": subject.dtype,
     }
-    made_with = {**versions("torch", "transformers"), "device": "cpu", "threads": torch.get_num_threads()}
+    made_with = {
+        **versions("torch", "transformers"),
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"versions": made_with, "rows": [row]}, indent=1) + "\n", encoding="utf-8")
+    options.out.write_text(
+        json.dumps({"versions": made_with, "rows": [row]}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def episodes(subject: Subject, data: Path, tokens: int, seed: int) -> tuple[Episode, Episode]:
     """Returns the text with the pass key, and the one with a code that is appended."""
-    rng, filler = random.Random(seed), books(subject.tokenizer, data, tokens)
+    rng = random.Random(seed)
+    filler = books(subject.tokenizer, data, tokens)
     document = build_episode(rng, subject.tokenizer, filler, tokens, [pass_key(rng)], bucket=TENTH)
-    return document, build_episode(rng, subject.tokenizer, filler, APPENDED, named_codes(rng, 1, digits=5))
+    return document, build_episode(
+        rng, subject.tokenizer, filler, APPENDED, named_codes(rng, 1, digits=5)
+    )
 
 
 def books(tokenizer: Any, data: Path, tokens: int) -> Filler:
     """Returns as many whole books of the train split as make so many tokens, or all."""
-    found, held = [], 0
+    found = []
+    held = 0
     for book in read_documents(data, split="train"):
         found.append(tokenize(book.text, tokenizer))
         held += len(found[-1])
@@ -93,12 +118,15 @@ def books(tokenizer: Any, data: Path, tokens: int) -> Filler:
 
 def remember(subject: Subject, episode: Episode, folder: str, files: Path | None) -> dict[str, Any]:
     """Reads the text into a memory, asks it, saves it to ``folder``."""
-    cache, start = LandmarkCache(subject.model, "disk", spill_folder=files), time.perf_counter()
+    cache = LandmarkCache(subject.model, "disk", spill_folder=files)
+    start = time.perf_counter()
     for part in episode.document.split(PART):
         read_into_memory(subject, part[None], retrieve=False, cache=cache)
         seconds = time.perf_counter() - start
         print(
-            f"{cache.tokens[0]:,} tokens  {cache.tokens[0] / seconds:,.0f} tokens/s  {peak_bytes():,} bytes", flush=True
+            f"{cache.tokens[0]:,} tokens  {cache.tokens[0] / seconds:,.0f} tokens/s  "
+            f"{peak_bytes():,} bytes",
+            flush=True,
         )
     found = {"read_seconds": seconds, "tokens_per_second": round(len(episode.document) / seconds)}
     found |= {"read_peak_bytes": peak_bytes(), "asked": ask(subject, cache, episode.questions[0])}
@@ -106,14 +134,21 @@ def remember(subject: Subject, episode: Episode, folder: str, files: Path | None
 
 
 def reopen(folder: str, key: Question, appended: list[int], code: Question) -> dict[str, Any]:
-    """Opens a memory and asks it, appends to it, saves it, opens and asks it again; in a process of its own."""
+    """Opens a memory and asks it, appends to it, saves it, opens and asks it again; in a process of
+    its own.
+    """
     quiet()
     subject = load(None, "cpu")
-    before, start = resident_bytes(), time.perf_counter()
+    before = resident_bytes()
+    start = time.perf_counter()
     cache = LandmarkCache.open(folder, subject.model, "disk")
     found = {"open_seconds": time.perf_counter() - start, "resident_bytes": resident_bytes()}
     found |= {"resident_bytes_before": before, "asked": ask(subject, cache, key)}
-    print(f"opened in {found['open_seconds']:.2f} s, {found['resident_bytes']:,} bytes", found["asked"], flush=True)
+    print(
+        f"opened in {found['open_seconds']:.2f} s, {found['resident_bytes']:,} bytes",
+        found["asked"],
+        flush=True,
+    )
     read_into_memory(subject, torch.tensor([appended]), retrieve=False, cache=cache)
     again = {"tokens": len(appended), **save(cache, folder)}
     cache = LandmarkCache.open(folder, subject.model, "disk")
@@ -124,9 +159,14 @@ def reopen(folder: str, key: Question, appended: list[int], code: Question) -> d
 
 @torch.no_grad()
 def ask(subject: Subject, cache: LandmarkCache, question: Question) -> dict[str, Any]:
-    """Asks on a fork, in one call as ``landmark eval passkey`` does: what it chose, and the logits of that."""
-    begin, start = len(question.ids) - question.answered, time.perf_counter()
-    output = subject.model(torch.tensor([question.ids], device=subject.device), past_key_values=cache.fork())
+    """Asks on a fork, in one call as ``landmark eval passkey`` does: what it chose, and the logits
+    of that.
+    """
+    begin = len(question.ids) - question.answered
+    start = time.perf_counter()
+    output = subject.model(
+        torch.tensor([question.ids], device=subject.device), past_key_values=cache.fork()
+    )
     best = output.logits[0, begin - 1 : -1].max(-1)
     chosen = best.indices.tolist()
     return {
@@ -142,7 +182,10 @@ def save(cache: LandmarkCache, folder: str) -> dict[str, Any]:
     start = time.perf_counter()
     cache.save(folder)
     seconds = time.perf_counter() - start
-    found = {"save_seconds": seconds, "bytes": sum(file.stat().st_size for file in Path(folder).iterdir())}
+    found = {
+        "save_seconds": seconds,
+        "bytes": sum(file.stat().st_size for file in Path(folder).iterdir()),
+    }
     print(f"saved in {seconds:.1f} s, {found['bytes']:,} bytes", flush=True)
     return found
 
@@ -154,7 +197,9 @@ def require_same(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def forget(folder: str) -> None:
-    """Asks the system to drop the files of a folder from its memory, so that the next reader reads the disk."""
+    """Asks the system to drop the files of a folder from its memory, so that the next reader reads
+    the disk.
+    """
     for file in Path(folder).iterdir():
         handle = os.open(file, os.O_RDONLY)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)

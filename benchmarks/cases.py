@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 # Topics of which a structured query is made, and queries after which they are all others.
-TOPICS, CHANGE = 12, 256
+TOPICS = 12
+CHANGE = 256
 
 
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
@@ -47,7 +48,8 @@ class Case(NamedTuple):
         return self.queries * self.keys - self.queries * (self.queries - 1) // 2
 
     def flops(self, backward: bool = False) -> int:
-        """Operations of dense causal attention, by which all are counted: forward, or forward and backward.
+        """Operations of dense causal attention, by which all are counted: forward, or forward and
+        backward.
 
         Two products for each pair forward, five backward; a product is ``2 * dim`` operations.
         """
@@ -62,40 +64,56 @@ DENSE = (
     Case("dense-4096-dim64", 8, 16, 16, 4096, 4096, 64),
 )
 GROUPED = tuple(
-    Case(f"grouped-{keys}", rows, 32, 8, keys, keys, 128) for keys, rows in ((2048, 4), (8192, 1), (32768, 1))
+    Case(f"grouped-{keys}", rows, 32, 8, keys, keys, 128)
+    for keys, rows in ((2048, 4), (8192, 1), (32768, 1))
 )
 OFFSET = (
     Case("offset-65536", 1, 16, 16, 4096, 65536, 128),
     Case("offset-65536-grouped", 1, 32, 8, 4096, 65536, 128),
 )
 TOP_K = (
-    *(Case(f"top8-{n}", 1, 16, 16, n, n, 128, top_k=8, tensors="structured") for n in (32768, 65536)),
-    *(Case(f"top8-{n}-recorded", 1, 6, 6, n, n, 64, top_k=8, tensors="recorded") for n in (32768, 65536)),
+    *(
+        Case(f"top8-{n}", 1, 16, 16, n, n, 128, top_k=8, tensors="structured")
+        for n in (32768, 65536)
+    ),
+    *(
+        Case(f"top8-{n}-recorded", 1, 6, 6, n, n, 64, top_k=8, tensors="recorded")
+        for n in (32768, 65536)
+    ),
 )
 CASES = {case.name: case for case in (*DENSE, *GROUPED, *OFFSET, *TOP_K)}
 
 
 def normal(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random query (B, H, T, D), key and value (B, G, S, D) in bfloat16, laid out as transformers hands them."""
+    """Random query (B, H, T, D), key and value (B, G, S, D) in bfloat16, laid out as transformers
+    hands them.
+    """
     noise = torch.Generator(device).manual_seed(seed)
     shapes = ((case.heads, case.queries), (case.groups, case.keys), (case.groups, case.keys))
     query, key, value = (
-        torch.randn(case.rows, length, heads, case.dim, generator=noise, device=device, dtype=torch.bfloat16)
+        torch.randn(
+            case.rows, length, heads, case.dim, generator=noise, device=device, dtype=torch.bfloat16
+        )
         for heads, length in shapes
     )
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 def structured(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``normal``, but adjacent queries choose about the same blocks, and distant ones choose others.
+    """As ``normal``, but adjacent queries choose about the same blocks, and distant ones choose
+    others.
 
-    Each block has a topic, a random vector: its landmark key is the topic, its other keys are the topic and noise. A
-    query is a mixture of the topics of blocks before it, which changes slowly, and some noise. Neighbours share about
-    7.5 of 8 blocks, and 64 of them choose about 12 in all: what a model chooses may agree less.
+    Each block has a topic, a random vector: its landmark key is the topic, its other keys are the
+    topic and noise. A query is a mixture of the topics of blocks before it, which changes slowly,
+    and some noise. Neighbours share about 7.5 of 8 blocks, and 64 of them choose about 12 in all:
+    what a model chooses may agree less.
     """
     noise = torch.Generator(device).manual_seed(seed)
-    size, (rows, heads) = case.block_size, (case.rows, case.heads)
-    topics = torch.randn(rows, case.groups, -(-case.keys // size), case.dim, generator=noise, device=device)
+    size = case.block_size
+    (rows, heads) = (case.rows, case.heads)
+    topics = torch.randn(
+        rows, case.groups, -(-case.keys // size), case.dim, generator=noise, device=device
+    )
     key = topics.repeat_interleave(size, dim=2)[:, :, : case.keys]
     strength = torch.full((case.keys, 1), 0.5, device=device)
     strength[size - 1 :: size] = 0.0
@@ -110,30 +128,39 @@ def structured(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tens
     mixtures = torch.unflatten(picked, 2, (len(steps), TOPICS)).sum(dim=3) / TOPICS**0.5
 
     step = torch.arange(case.queries, device=device) / CHANGE
-    low, share = step.long(), step.frac()[:, None]
+    low = step.long()
+    share = step.frac()[:, None]
     query = (1 - share) * mixtures[:, :, low] + share * mixtures[:, :, low + 1]
     query = query / ((1 - share) ** 2 + share**2).sqrt()  # components of variance 1 all the way
     query = query + 0.1 * torch.randn(query.shape, generator=noise, device=device)
-    query, key, value = (each.bfloat16().transpose(1, 2).contiguous().transpose(1, 2) for each in (query, key, value))
+    query, key, value = (
+        each.bfloat16().transpose(1, 2).contiguous().transpose(1, 2) for each in (query, key, value)
+    )
     return query, key, value
 
 
 def recorded(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a middle layer of the bundled model, which reads Python's language reference.
+    """Queries, keys and values of a middle layer of the bundled model, which reads Python's
+    language reference.
 
-    As the memory scores them: keys turned by their place in the block, queries by theirs and the distance to the place
-    where old landmarks are scored. ``seed`` says where in the text it begins.
+    As the memory scores them: keys turned by their place in the block, queries by theirs and the
+    distance to the place where old landmarks are scored. ``seed`` says where in the text it begins.
     """
     from landmark.blocks import tokens_for
     from landmark.eval.fillers import load_filler
     from landmark.eval.subjects import load
     from landmark.hf.attention import Remembered
 
-    subject, taken = load(None, device), []
-    tokens = load_filler("pydoc", subject.tokenizer).take(1000 * seed, tokens_for(case.keys, case.block_size))
+    subject = load(None, device)
+    taken = []
+    tokens = load_filler("pydoc", subject.tokenizer).take(
+        1000 * seed, tokens_for(case.keys, case.block_size)
+    )
     attend = Remembered.attend
 
-    def record(self: Remembered, module: torch.nn.Module, *tensors: Tensor, **more: float) -> Tensor:
+    def record(
+        self: Remembered, module: torch.nn.Module, *tensors: Tensor, **more: float
+    ) -> Tensor:
         if module.layer_idx == subject.model.config.num_hidden_layers // 2:
             taken.append(tensors[:3])
         return attend(self, module, *tensors, **more)
@@ -145,12 +172,15 @@ def recorded(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor
     finally:
         Remembered.attend = attend  # type: ignore[method-assign]
     query, key, value = (torch.cat(parts, dim=2) for parts in zip(*taken, strict=True))
-    settings, rotary = subject.model.landmark, next(iter(subject.model.base_model._rotaries.values()))
+    settings = subject.model.landmark
+    rotary = next(iter(subject.model.base_model._rotaries.values()))
     place = torch.arange(case.keys, device=device) % case.block_size
     distance = (settings.top_k + 1 + settings.local_blocks) * case.block_size
     key = rotary.rotation(place, key.dtype).rotate(key)
     query = rotary.rotation(place + distance, query.dtype).rotate(query)[:, :, -case.queries :]
-    query, key, value = (each.bfloat16().transpose(1, 2).contiguous().transpose(1, 2) for each in (query, key, value))
+    query, key, value = (
+        each.bfloat16().transpose(1, 2).contiguous().transpose(1, 2) for each in (query, key, value)
+    )
     return query, key, value
 
 

@@ -1,12 +1,14 @@
-"""Times one token against a long memory: the layer's two kernels, the whole call of a layer, and dense attention.
+"""Times one token against a long memory: the layer's two kernels, the whole call of a layer, and
+dense attention.
 
     python benchmarks/decode.py --out benchmarks/results/decode.json
 
-32 query heads over 8 key/value heads of 128, blocks of 64, top_k 16, bfloat16; keys and values are random. Eight
-layers with tensors of their own take turns, so that no cache holds what is read next. Figures without ``graph`` are
-launched from Python, the others replay a CUDA graph of the eight. Dense attention is cuDNN's, on the very same keys,
-nothing rotated. Before anything is timed, choices are compared with those of plain PyTorch in float32, and the error of
-the output with that of plain PyTorch in bfloat16.
+32 query heads over 8 key/value heads of 128, blocks of 64, top_k 16, bfloat16; keys and values are
+random. Eight layers with tensors of their own take turns, so that no cache holds what is read next.
+Figures without ``graph`` are launched from Python, the others replay a CUDA graph of the eight.
+Dense attention is cuDNN's, on the very same keys, nothing rotated. Before anything is timed,
+choices are compared with those of plain PyTorch in float32, and the error of the output with that
+of plain PyTorch in bfloat16.
 """
 
 from __future__ import annotations
@@ -29,11 +31,18 @@ from landmark.memory.positions import RotationTables
 from landmark.rotary import Rotary
 from landmark.versions import versions
 
-LAYERS, HEADS, GROUPS, DIM, BLOCK, TOP_K, LOCAL = 8, 32, 8, 128, 64, 16, 2
+LAYERS = 8
+HEADS = 32
+GROUPS = 8
+DIM = 128
+BLOCK = 64
+TOP_K = 16
+LOCAL = 2
 SCALE = 0.125  # a power of two, so that scaling rounds nothing
 LEFT = 31  # slots of the own block behind the query's
 CLOSE = 1e-5  # of the highest score, two scores that rounding may swap
-ROUNDS, SAMPLES = 10, 21
+ROUNDS = 10
+SAMPLES = 21
 
 
 class Token(NamedTuple):
@@ -47,18 +56,30 @@ class Token(NamedTuple):
 
 
 def token(
-    slots: int, heads: tuple[int, int], dim: int, block: int, top_k: int, dtype: torch.dtype, device: str
+    slots: int,
+    heads: tuple[int, int],
+    dim: int,
+    block: int,
+    top_k: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> Token:
-    """Returns a layer that remembers ``slots`` random ones, a whole number of blocks, and a query near their end."""
+    """Returns a layer that remembers ``slots`` random ones, a whole number of blocks, and a query
+    near their end.
+    """
     config = LandmarkConfig(block_size=block, top_k=top_k, local_blocks=LOCAL)
     frequencies = 1 / 10000 ** (torch.arange(dim) % (dim // 2) / (dim // 2)).double()
     signs = torch.ones(dim).double()
     signs[: dim // 2] = -1
     memory = LayerMemory(config, RotationTables(Rotary(frequencies, signs, False), block), layer=1)
-    query, key, value = (torch.randn(1, each, 1, dim, dtype=dtype, device=device) for each in (*heads, heads[1]))
+    query, key, value = (
+        torch.randn(1, each, 1, dim, dtype=dtype, device=device) for each in (*heads, heads[1])
+    )
     store = memory.store
     shape = (1, heads[1], slots // block, block, dim)
-    store.near.keys, store.near.values = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
+    store.near.keys, store.near.values = (
+        torch.randn(shape, dtype=dtype, device=device) for _ in range(2)
+    )
     store.landmark_keys = store.near.keys[:, :, :, -1].contiguous()
     plan = move(make_plan([slots - 1 - min(LEFT, block - 2)], [1], config), query.device)
     return Token(memory, query, key, value, plan)
@@ -66,7 +87,9 @@ def token(
 
 def on_grid(case: Token) -> Tensor:
     """The query as the layer hands it on, ``(1, G, R, 1, 1, D)``."""
-    rotated = case.memory.tables.by_offset(case.plan.offsets, case.query.dtype)[:, None].rotate(case.query)
+    rotated = case.memory.tables.by_offset(case.plan.offsets, case.query.dtype)[:, None].rotate(
+        case.query
+    )
     return rotated.unflatten(1, (case.key.shape[1], -1))[:, :, :, None]
 
 
@@ -74,15 +97,19 @@ def attended(case: Token, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Output, chosen places and gates of the kernels."""
     from landmark.memory.triton.launch import decode
 
-    memory, plan = case.memory, case.plan
+    memory = case.memory
+    plan = case.plan
     count = memory._scored(plan.candidates)
-    output, *rest = decode(query, plan.grid, count, memory.store, memory.tables, memory.config, SCALE)
+    output, *rest = decode(
+        query, plan.grid, count, memory.store, memory.tables, memory.config, SCALE
+    )
     return output.view(query.shape), *rest
 
 
 def plain(case: Token, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Output, chosen blocks and landmark scores of plain PyTorch, in the dtype of ``query``."""
-    memory, grid = copy.copy(case.memory), case.plan.grid
+    memory = copy.copy(case.memory)
+    grid = case.plan.grid
     memory.store = copy.copy(case.memory.store)
     memory.store.take = lambda numbers: tuple(  # type: ignore[method-assign]
         each.to(query.dtype) for each in case.memory.store.take(numbers)
@@ -96,7 +123,8 @@ def check(case: Token) -> dict[str, float]:
     """Compares the kernels with plain PyTorch.
 
     Raises:
-        RuntimeError: another choice than rounding explains, or an error above twice that of plain PyTorch.
+        RuntimeError: another choice than rounding explains, or an error above twice that of plain
+            PyTorch.
     """
     query = on_grid(case)
     output, places, _ = attended(case, query)
@@ -105,20 +133,30 @@ def check(case: Token) -> dict[str, float]:
     one, other = (scores.gather(-1, each.long()).sort(-1).values for each in (places, blocks))
     gap = ((one - other).abs().max() / scores[scores > -torch.inf].abs().max()).item()
     if gap > CLOSE:
-        raise RuntimeError(f"choice: expected scores within {CLOSE:g} of the best, got {gap:g} below")
+        raise RuntimeError(
+            f"choice: expected scores within {CLOSE:g} of the best, got {gap:g} below"
+        )
     alike = (places == blocks).all(-1) & (near_blocks == blocks).all(-1)
     error, usual = ((each.float() - exact)[alike].abs().max().item() for each in (output, near))
     if not alike.any() or error > 2 * usual + 1e-6:
-        raise RuntimeError(f"output: expected an error of at most twice {usual:g}, got {error:g} in {int(alike.sum())}")
+        raise RuntimeError(
+            f"output: expected an error of at most twice {usual:g}, got {error:g} in "
+            f"{int(alike.sum())}"
+        )
     return {"heads_alike": int(alike.sum()), "error": error, "plain_error": usual}
 
 
 def bytes_read(case: Token, places: Tensor) -> dict[str, int]:
-    """Bytes that the kernels ask for, and the least: landmarks once, each chosen block once for each key/value head."""
-    grid, config, store = case.plan.grid, case.memory.config, case.memory.store
+    """Bytes that the kernels ask for, and the least: landmarks once, each chosen block once for
+    each key/value head.
+    """
+    grid = case.plan.grid
+    config = case.memory.config
+    store = case.memory.store
     _, groups, _, size, dim = store.near.keys.shape
     block = 2 * size * dim * case.key.element_size()
-    heads, near = case.query.shape[1], 1 + grid.local.shape[-1]
+    heads = case.query.shape[1]
+    near = 1 + grid.local.shape[-1]
     marks = groups * case.memory._scored(case.plan.candidates) * dim * case.key.element_size()
     distinct = sum(len(each.unique()) for each in places.flatten(2)[0])
     return {
@@ -165,7 +203,11 @@ def dense(case: Token) -> Tensor:
     near = case.memory.store.near
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return torch.nn.functional.scaled_dot_product_attention(
-            case.query, near.keys.flatten(2, 3), near.values.flatten(2, 3), scale=SCALE, enable_gqa=True
+            case.query,
+            near.keys.flatten(2, 3),
+            near.values.flatten(2, 3),
+            scale=SCALE,
+            enable_gqa=True,
         )
 
 
@@ -174,7 +216,9 @@ def ways(cases: list[Token]) -> dict[str, Callable[[], Any]]:
     queries = [on_grid(case) for case in cases]
     settings = {"scale": SCALE, "retrieve": True, "record": False}
     return {
-        "kernels": lambda: [attended(case, query) for case, query in zip(cases, queries, strict=True)],
+        "kernels": lambda: [
+            attended(case, query) for case, query in zip(cases, queries, strict=True)
+        ],
         "layer": lambda: [case.memory.attend(*case[1:], **settings) for case in cases],
         "dense": lambda: [dense(case) for case in cases],
     }
@@ -182,10 +226,19 @@ def ways(cases: list[Token]) -> dict[str, Callable[[], Any]]:
 
 @torch.no_grad()
 def measure(slots: int, copied: float) -> dict[str, Any]:
-    """Returns a row: milliseconds of a layer for each way, bytes, and how far the results are from plain PyTorch's."""
+    """Returns a row: milliseconds of a layer for each way, bytes, and how far the results are from
+    plain PyTorch's.
+    """
     torch.manual_seed(0)
-    cases = [token(slots, (HEADS, GROUPS), DIM, BLOCK, TOP_K, torch.bfloat16, "cuda") for _ in range(LAYERS)]
-    row = {"slots": slots, **check(cases[0]), **bytes_read(cases[0], attended(cases[0], on_grid(cases[0]))[1])}
+    cases = [
+        token(slots, (HEADS, GROUPS), DIM, BLOCK, TOP_K, torch.bfloat16, "cuda")
+        for _ in range(LAYERS)
+    ]
+    row = {
+        "slots": slots,
+        **check(cases[0]),
+        **bytes_read(cases[0], attended(cases[0], on_grid(cases[0]))[1]),
+    }
     row["least_ms"] = row["least_bytes"] / copied * 1e3
     for name, run in ways(cases).items():
         row[f"{name}_ms"] = milliseconds(run) / LAYERS
@@ -203,19 +256,34 @@ def copy_speed() -> float:
 
 def main() -> None:
     """Parses, measures, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file; replaced")
-    parser.add_argument("--slots", default="32768,131072,524288,1048576", help="remembered, with commas")
+    parser.add_argument(
+        "--slots", default="32768,131072,524288,1048576", help="remembered, with commas"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected an NVIDIA GPU, found none: run it where torch.cuda.is_available()")
-    copied, rows = copy_speed(), []
-    print(f"{torch.cuda.get_device_name()}, copies {copied / 1e12:.2f} TB/s; milliseconds of a layer", flush=True)
+    copied = copy_speed()
+    rows = []
+    print(
+        f"{torch.cuda.get_device_name()}, copies {copied / 1e12:.2f} TB/s; milliseconds of a layer",
+        flush=True,
+    )
     for slots in map(int, options.slots.split(",")):
         rows.append(measure(slots, copied))
         print(*(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
         torch.cuda.empty_cache()
-    settings = {"layers": LAYERS, "heads": HEADS, "groups": GROUPS, "dim": DIM, "block_size": BLOCK, "top_k": TOP_K}
+    settings = {
+        "layers": LAYERS,
+        "heads": HEADS,
+        "groups": GROUPS,
+        "dim": DIM,
+        "block_size": BLOCK,
+        "top_k": TOP_K,
+    }
     settings |= {"local_blocks": LOCAL, "dtype": "bfloat16", "copied_bytes_per_second": copied}
     made_with = {**versions("torch", "triton"), "device": torch.cuda.get_device_name()}
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,16 @@
-"""Times the tokens that whole models generate behind a long memory, by tier, beside their stock twins.
+"""Times the tokens that whole models generate behind a long memory, by tier, beside their stock
+twins.
 
     python benchmarks/generate.py --data books --out benchmarks/results/generate.json
 
-Four parts, each a process of its own: `small` and `large`, of an 8B shape and of a 1B shape with random weights, which
-read random tokens without retrieval; `real`, the bundled model on a book of the test split, which it reads and then
-generates by being told the book's own tokens; `replayed`, the 8B shape, whose every choice is replaced by what the
-bundled model chose at the same place in the book. The stock model's cache is filled with random keys, not read. A
-token's time is the wall clock between two tokens that reach a streamer, the device waited for; the first ones are left
-out. Bytes on the device are those that PyTorch counts as allocated, less those before the memory was made.
+Four parts, each a process of its own: `small` and `large`, of an 8B shape and of a 1B shape with
+random weights, which read random tokens without retrieval; `real`, the bundled model on a book of
+the test split, which it reads and then generates by being told the book's own tokens; `replayed`,
+the 8B shape, whose every choice is replaced by what the bundled model chose at the same place in
+the book. The stock model's cache is filled with random keys, not read. A token's time is the wall
+clock between two tokens that reach a streamer, the device waited for; the first ones are left out.
+Bytes on the device are those that PyTorch counts as allocated, less those before the memory was
+made.
 """
 
 from __future__ import annotations
@@ -29,7 +32,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 import landmark
 from landmark import LandmarkCache
@@ -41,15 +50,28 @@ from landmark.memory.triton import decode, launch
 from landmark.versions import versions
 
 SHAPES = {
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128},
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "head_dim": 128,
+    },
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
 }
-HEADS, GROUPS, VOCAB, BLOCK, TOP_K = 32, 8, 32000, 64, 16
+HEADS = 32
+GROUPS = 8
+VOCAB = 32000
+BLOCK = 64
+TOP_K = 16
 CHUNK = 2016
 CHUNK_OF_SCORES = decode.CHUNK.value
-WARM_UP, TIMED, LEFT_OUT = 70, 136, 8  # tokens; they close two blocks each time
-STOCK_WARM_UP, STOCK_TIMED = 10, 32
-REAL_TOKENS, PROMPT = 128_000, 8
+WARM_UP = 70
+TIMED = 136
+LEFT_OUT = 8  # tokens; they close two blocks each time
+STOCK_WARM_UP = 10
+STOCK_TIMED = 32
+REAL_TOKENS = 128_000
+PROMPT = 8
 DEVICE = "cuda"
 PARTS = ("small", "large", "real", "replayed")
 
@@ -84,9 +106,16 @@ class Told(LogitsProcessor):
 def generate(
     model: Any, ids: Tensor, cache: Any, tokens: int, told: Tensor | None = None
 ) -> tuple[Tensor, list[float]]:
-    """Returns ``ids`` with what came after them, and the milliseconds of each token but the first ones."""
+    """Returns ``ids`` with what came after them, and the milliseconds of each token but the first
+    ones.
+    """
     stamps = Stamps()
-    how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    how = {
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     if told is not None:
         how["logits_processor"] = LogitsProcessorList([Told(told)])
     found = model.generate(ids, past_key_values=cache, streamer=stamps, **how)
@@ -104,13 +133,21 @@ def speed(times: list[float]) -> dict[str, Any]:
     }
 
 
-def timed(model: Any, ids: Tensor, cache: LandmarkCache, told: Tensor | None = None) -> dict[str, Any]:
+def timed(
+    model: Any, ids: Tensor, cache: LandmarkCache, told: Tensor | None = None
+) -> dict[str, Any]:
     """Returns what a token takes, and what is fetched for it, after some that warm up."""
     ids, _ = generate(model, ids, cache, WARM_UP, told)
     before = dataclasses.astuple(cache.traffic)
     _, times = generate(model, ids, cache, TIMED, told)
-    hits, misses, host, disk, *_ = (b - a for a, b in zip(before, dataclasses.astuple(cache.traffic), strict=True))
-    moved = {"hit_rate": hits / max(1, hits + misses), "host_bytes": host / TIMED, "disk_bytes": disk / TIMED}
+    hits, misses, host, disk, *_ = (
+        b - a for a, b in zip(before, dataclasses.astuple(cache.traffic), strict=True)
+    )
+    moved = {
+        "hit_rate": hits / max(1, hits + misses),
+        "host_bytes": host / TIMED,
+        "disk_bytes": disk / TIMED,
+    }
     return speed(times) | moved
 
 
@@ -146,7 +183,9 @@ def allocated() -> int:
 
 def stock_row(model: Any, tokens: int) -> dict[str, Any]:
     """The stock model, behind as many random keys and values."""
-    config, before, cache = model.config, allocated(), DynamicCache()
+    config = model.config
+    before = allocated()
+    cache = DynamicCache()
     for layer in range(config.num_hidden_layers):
         keys = torch.randn(1, GROUPS, tokens, config.head_dim, dtype=torch.bfloat16, device=DEVICE)
         cache.update(keys, torch.randn_like(keys), layer)
@@ -158,7 +197,9 @@ def stock_row(model: Any, tokens: int) -> dict[str, Any]:
 
 def landmark_row(model: Any, tokens: int, tier: str) -> dict[str, Any]:
     """The landmark model, behind as many tokens that it has read."""
-    before, cache, ids = allocated(), LandmarkCache(model, tier), random_ids(tokens + PROMPT)
+    before = allocated()
+    cache = LandmarkCache(model, tier)
+    ids = random_ids(tokens + PROMPT)
     row: dict[str, Any] = {"attention": "landmark", "tokens": tokens, "tier": tier}
     begun = time.perf_counter()
     for begin, end in ((0, tokens // 10), (tokens // 10, tokens)):
@@ -197,7 +238,8 @@ def large(_: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def book(options: argparse.Namespace, tokenizer: Any) -> Tensor:
     """Returns ``(1, tokens)`` of the test split, enough to be read and to be told."""
-    found, held = [], 0
+    found = []
+    held = 0
     for each in read_documents(options.data, split="test"):
         found.append(tokenize(each.text, tokenizer))
         held += len(found[-1])
@@ -207,9 +249,12 @@ def book(options: argparse.Namespace, tokenizer: Any) -> Tensor:
 
 
 def real(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The bundled model on each tier; a disk whose files the system holds in its cache, and one that was dropped."""
+    """The bundled model on each tier; a disk whose files the system holds in its cache, and one
+    that was dropped.
+    """
     subject = load(None, DEVICE, "bfloat16")
-    model, text = subject.model, book(options, subject.tokenizer)
+    model = subject.model
+    text = book(options, subject.tokenizer)
     model.configure_landmark(chunk_tokens=CHUNK)
     head = text[:, : REAL_TOKENS + PROMPT]
     for tier in ("device", "host", "disk"):
@@ -218,8 +263,18 @@ def real(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if state == "cold":
                 drop(cache)
             row = timed(model, head, cache.fork(), text[0])
-            about = {"model": "bundled", "attention": "landmark", "tokens": REAL_TOKENS, "tier": tier, "files": state}
-            yield about | {"top_k": model.landmark.top_k, "granularity": model.landmark.granularity} | row
+            about = {
+                "model": "bundled",
+                "attention": "landmark",
+                "tokens": REAL_TOKENS,
+                "tier": tier,
+                "files": state,
+            }
+            yield (
+                about
+                | {"top_k": model.landmark.top_k, "granularity": model.landmark.granularity}
+                | row
+            )
         if tier == "host":
             torch.save(recorded(model, head, cache, text[0]), options.recorded)
 
@@ -240,39 +295,65 @@ def recorded(model: Any, ids: Tensor, cache: LandmarkCache, text: Tensor) -> dic
     generate(model, ids, cache, WARM_UP + TIMED, text)
     found: dict[int, list[Tensor]] = {}
     for each in cache.retrievals:
-        found.setdefault(each.layer, []).append(each.blocks[0, :, each.positions[0] >= 0].transpose(0, 1)[:1])
-    return {layer: torch.cat(parts)[1:] for layer, parts in found.items()}  # the first is of the prompt
+        found.setdefault(each.layer, []).append(
+            each.blocks[0, :, each.positions[0] >= 0].transpose(0, 1)[:1]
+        )
+    return {
+        layer: torch.cat(parts)[1:] for layer, parts in found.items()
+    }  # the first is of the prompt
 
 
 def replayed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The 8B shape chooses what the bundled model chose; layer and head ``i`` what ``i`` modulo their number did."""
+    """The 8B shape chooses what the bundled model chose; layer and head ``i`` what ``i`` modulo
+    their number did.
+    """
     choices = {layer: blocks.to(DEVICE) for layer, blocks in torch.load(options.recorded).items()}
     model = landmark.convert(random_model("8B"), block_size=BLOCK, chunk_tokens=CHUNK).eval()
     for tier in ("device", "host"):
-        ids, cache = random_ids(REAL_TOKENS + PROMPT), LandmarkCache(model, tier)
+        ids = random_ids(REAL_TOKENS + PROMPT)
+        cache = LandmarkCache(model, tier)
         model.read(ids[:, :REAL_TOKENS], cache=cache, retrieve=False)
         with choosing(model, cache, choices):
             row = timed(model, ids, cache)
-        about = {"model": "8B replaying", "attention": "landmark", "tokens": REAL_TOKENS, "tier": tier}
-        yield about | {"top_k": model.landmark.top_k, "granularity": model.landmark.granularity} | row
+        about = {
+            "model": "8B replaying",
+            "attention": "landmark",
+            "tokens": REAL_TOKENS,
+            "tier": tier,
+        }
+        yield (
+            about | {"top_k": model.landmark.top_k, "granularity": model.landmark.granularity} | row
+        )
         del cache
         torch.cuda.empty_cache()
 
 
 @contextmanager
 def choosing(model: Any, cache: LandmarkCache, choices: dict[int, Tensor]) -> Iterator[None]:
-    """Puts 1 to the scores of what was recorded and -inf to all others, once the landmarks were scored."""
-    now, calls, layer = torch.zeros(1, dtype=torch.long, device=DEVICE), [0], [0]
-    steps, settings = len(choices[0]), model.landmark
-    slots = torch.tensor([slots_for(REAL_TOKENS + PROMPT + step, BLOCK) for step in range(steps)], device=DEVICE)
+    """Puts 1 to the scores of what was recorded and -inf to all others, once the landmarks were
+    scored.
+    """
+    now = torch.zeros(1, dtype=torch.long, device=DEVICE)
+    calls = [0]
+    layer = [0]
+    steps = len(choices[0])
+    settings = model.landmark
+    slots = torch.tensor(
+        [slots_for(REAL_TOKENS + PROMPT + step, BLOCK) for step in range(steps)], device=DEVICE
+    )
     latest_from = (slots // BLOCK - settings.local_blocks - settings.top_k)[:, None, None, None]
     known: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
-    def of_every_step(layer: int, heads: torch.Size, latest_width: int, width: int) -> tuple[Tensor, ...]:
+    def of_every_step(
+        layer: int, heads: torch.Size, latest_width: int, width: int
+    ) -> tuple[Tensor, ...]:
         """Scores, the best of each chunk, and scores of the latest."""
         blocks = choices[layer % len(choices)]
-        blocks = blocks[:, torch.arange(HEADS, device=DEVICE) % blocks.shape[1]].view(steps, *heads, -1)
-        latest, parts = blocks >= latest_from, []
+        blocks = blocks[:, torch.arange(HEADS, device=DEVICE) % blocks.shape[1]].view(
+            steps, *heads, -1
+        )
+        latest = blocks >= latest_from
+        parts = []
         for places, there, wide in (
             (blocks, ~latest & (blocks >= 0), width),
             (blocks - latest_from, latest, latest_width),
@@ -284,13 +365,18 @@ def choosing(model: Any, cache: LandmarkCache, choices: dict[int, Tensor]) -> It
 
     def replaced(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         found = scored(query, *rest)
-        key, layer[0] = (layer[0], found[0].shape[-1]), (layer[0] + 1) % len(cache.memories)
+        key = (layer[0], found[0].shape[-1])
+        layer[0] = (layer[0] + 1) % len(cache.memories)
         if query.shape[4] > 1:
             return found
-        if key not in known:  # also for the graph that may be captured next, which scores all places
+        if (
+            key not in known
+        ):  # also for the graph that may be captured next, which scores all places
             places = cache.memories[key[0]].store.places
             for width in (key[1], -(-places // CHUNK_OF_SCORES) * CHUNK_OF_SCORES):
-                known[key[0], width] = of_every_step(key[0], found[0].shape[1:3], found[2].shape[-1], width)
+                known[key[0], width] = of_every_step(
+                    key[0], found[0].shape[1:3], found[2].shape[-1], width
+                )
         return *(each.index_select(0, now) for each in known[key]), found[3]
 
     def counted(self: Any, embeds: Tensor, *rest: Any, **named: Any) -> Any:
@@ -299,21 +385,33 @@ def choosing(model: Any, cache: LandmarkCache, choices: dict[int, Tensor]) -> It
         return extend(self, embeds, *rest, **named)
 
     decoder = type(model.base_model)
-    scored, extend = launch._scored, decoder.extend
-    launch._scored, decoder.extend = replaced, counted
+    scored = launch._scored
+    extend = decoder.extend
+    launch._scored = replaced
+    decoder.extend = counted
     try:
         yield
     finally:
-        launch._scored, decoder.extend = scored, extend
+        launch._scored = scored
+        decoder.extend = extend
 
 
 def main() -> None:
     """Parses, measures, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file; replaced")
     parser.add_argument("--data", type=Path, required=True, help="folder with test/*.txt")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which, with commas; rows of others stay")
-    parser.add_argument("--recorded", type=Path, default=Path("out/recorded.pt"), help="what the bundled model chose")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help="which, with commas; rows of others stay"
+    )
+    parser.add_argument(
+        "--recorded",
+        type=Path,
+        default=Path("out/recorded.pt"),
+        help="what the bundled model chose",
+    )
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -325,7 +423,9 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
         return
     options.recorded.parent.mkdir(parents=True, exist_ok=True)
-    old = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.exists() else {}
+    old = (
+        json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.exists() else {}
+    )
     for part in options.parts.split(","):
         command = [sys.executable, __file__, *sys.argv[1:], "--alone", part]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -335,9 +435,14 @@ def main() -> None:
                 print(line, end="", flush=True)
                 if line.startswith("{"):
                     old[part].append(json.loads(line))
-    made_with = {**versions("torch", "triton", "transformers"), "device": torch.cuda.get_device_name()}
+    made_with = {
+        **versions("torch", "triton", "transformers"),
+        "device": torch.cuda.get_device_name(),
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"versions": made_with, "rows": old}, indent=1) + "\n", encoding="utf-8")
+    options.out.write_text(
+        json.dumps({"versions": made_with, "rows": old}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

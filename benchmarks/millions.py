@@ -1,12 +1,14 @@
 """Remembers ten million tokens of real text in one memory, and asks for what was named on the way.
 
-    python benchmarks/millions.py --tokens 10000000 --tier host --data books --out benchmarks/results/millions.json
+    python benchmarks/millions.py --tokens 10000000 --tier host --data books --out
+    benchmarks/results/millions.json
 
-The bundled model reads the books of the train split without retrieval, with named codes dropped in at random places of
-the whole text, into one memory on the tier asked for. Each code is asked for on a fork, by the exact match of
-``landmark eval passkey``; then the first question is answered by ``generate``, token after token against the clock.
-Further readings have a single pass key, each in another tenth of its text. What lies where is recorded after a tenth of
-the text, at its end, and after the questions. The file is written after each reading.
+The bundled model reads the books of the train split without retrieval, with named codes dropped in
+at random places of the whole text, into one memory on the tier asked for. Each code is asked for on
+a fork, by the exact match of ``landmark eval passkey``; then the first question is answered by
+``generate``, token after token against the clock. Further readings have a single pass key, each in
+another tenth of its text. What lies where is recorded after a tenth of the text, at its end, and
+after the questions. The file is written after each reading.
 """
 
 from __future__ import annotations
@@ -39,26 +41,42 @@ SKIPPED = 8  # of them, before the clock counts: compiling, and capturing a CUDA
 
 def main() -> None:
     """Parses, measures, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file; replaced")
-    parser.add_argument("--data", type=Path, required=True, help="folder of .txt files, read again and again if short")
-    parser.add_argument("--tokens", type=int, default=10_000_000, help="of the text with the named codes")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of .txt files, read again and again if short",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=10_000_000, help="of the text with the named codes"
+    )
     parser.add_argument("--named", type=int, default=20, help="codes in it")
-    parser.add_argument("--single", type=int, default=3, help="further readings, of one pass key each")
-    parser.add_argument("--single-tokens", type=int, help="of each of them; as --tokens if left out")
+    parser.add_argument(
+        "--single", type=int, default=3, help="further readings, of one pass key each"
+    )
+    parser.add_argument(
+        "--single-tokens", type=int, help="of each of them; as --tokens if left out"
+    )
     parser.add_argument("--tier", choices=TIERS, default="host")
-    parser.add_argument("--host-bytes", type=int, help="of blocks in the memory of the CPU; see LandmarkCache")
+    parser.add_argument(
+        "--host-bytes", type=int, help="of blocks in the memory of the CPU; see LandmarkCache"
+    )
     parser.add_argument("--folder", type=Path, help="where the files of tier disk lie")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     quiet()
-    subject, budgets = (
-        load(None, options.device, options.dtype),
-        {"host_bytes": options.host_bytes, "spill_folder": options.folder},
-    )
-    budgets = {"tier": options.tier, **{name: value for name, value in budgets.items() if value is not None}}
+    subject = load(None, options.device, options.dtype)
+    budgets = {"host_bytes": options.host_bytes, "spill_folder": options.folder}
+    budgets = {
+        "tier": options.tier,
+        **{name: value for name, value in budgets.items() if value is not None},
+    }
     single = options.single_tokens or options.tokens
     filler = books(subject.tokenizer, options.data, max(options.tokens, single))
     print(f"{len(filler.ids):,} tokens of text", flush=True)
@@ -75,13 +93,17 @@ def main() -> None:
     }
     rng = random.Random(options.seed)
     codes = named_codes(rng, options.named)
-    row |= many(subject, build_episode(rng, subject.tokenizer, filler, options.tokens, codes), budgets)
+    row |= many(
+        subject, build_episode(rng, subject.tokenizer, filler, options.tokens, codes), budgets
+    )
     row["single"] = []
     write(options.out, subject, row)
     for number in range(options.single):
         rng = random.Random(f"{options.seed} {number}")
         bucket = (2 * number + 1) * BUCKETS // (2 * options.single)
-        episode = build_episode(rng, subject.tokenizer, filler, single, [pass_key(rng)], bucket=bucket)
+        episode = build_episode(
+            rng, subject.tokenizer, filler, single, [pass_key(rng)], bucket=bucket
+        )
         row["single"].append(one(subject, episode, budgets))
         write(options.out, subject, row)
 
@@ -90,7 +112,11 @@ def many(subject: Subject, episode: Episode, budgets: dict[str, Any]) -> dict[st
     """Reads a text, asks all its questions, and writes the answer to the first."""
     cache, found = remember(subject, episode.document, budgets)
     asked = questions(subject, cache, episode)
-    found["named"] = {"asked": len(asked), "right": sum(each["right"] for each in asked), "questions": asked}
+    found["named"] = {
+        "asked": len(asked),
+        "right": sum(each["right"] for each in asked),
+        "questions": asked,
+    }
     if asked:
         found["decode"] = decode(subject, cache, episode.questions[0])
     found["after"] = held(subject, cache)
@@ -105,18 +131,28 @@ def one(subject: Subject, episode: Episode, budgets: dict[str, Any]) -> dict[str
     return {"tokens": len(episode.document), **questions(subject, cache, episode)[0], **found}
 
 
-def remember(subject: Subject, document: Tensor, budgets: dict[str, Any]) -> tuple[LandmarkCache, dict[str, Any]]:
-    """Reads a text ``(tokens,)`` on the CPU, piece by piece, and says how fast and what lay where on the way."""
+def remember(
+    subject: Subject, document: Tensor, budgets: dict[str, Any]
+) -> tuple[LandmarkCache, dict[str, Any]]:
+    """Reads a text ``(tokens,)`` on the CPU, piece by piece, and says how fast and what lay where
+    on the way.
+    """
     if subject.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-    cache, tenths, start = LandmarkCache(subject.model, **budgets), [], time.perf_counter()
+    cache = LandmarkCache(subject.model, **budgets)
+    tenths = []
+    start = time.perf_counter()
     for part in document.split(min(PART, -(-len(document) // BUCKETS))):
         read_into_memory(subject, part[None].to(subject.device), retrieve=False, cache=cache)
         if cache.tokens[0] * BUCKETS >= (len(tenths) + 1) * len(document):
             tenths.append(held(subject, cache))
             seconds = time.perf_counter() - start
             rate = round(cache.tokens[0] / seconds)
-            print(f"{cache.tokens[0]:,} tokens  {rate:,} tokens/s  {tenths[-1]['resident_bytes']:,} bytes", flush=True)
+            print(
+                f"{cache.tokens[0]:,} tokens  {rate:,} tokens/s  {tenths[-1]['resident_bytes']:,} "
+                "bytes",
+                flush=True,
+            )
     found = {"read_seconds": seconds, "tokens_per_second": rate}
     return cache, {**found, "after_a_tenth": tenths[0], "after_reading": tenths[-1]}
 
@@ -124,11 +160,15 @@ def remember(subject: Subject, document: Tensor, budgets: dict[str, Any]) -> tup
 def held(subject: Subject, cache: LandmarkCache) -> dict[str, int]:
     """Bytes of what the memory holds by tier, of the process, and on a GPU of what torch has taken.
 
-    ``resident_bytes`` is the process as Linux counts it; whether pinned memory is part of it depends on the driver, so
-    ``pinned_bytes`` says what torch has asked the driver for, rounding included.
+    ``resident_bytes`` is the process as Linux counts it; whether pinned memory is part of it
+    depends on the driver, so ``pinned_bytes`` says what torch has asked the driver for, rounding
+    included.
     """
     marks = sum(memory.store.landmark_keys.nbytes for memory in cache.made())
-    found = {"tokens": cache.tokens[0], **{f"{tier}_tier_bytes": cache.nbytes(tier) for tier in TIERS}}
+    found = {
+        "tokens": cache.tokens[0],
+        **{f"{tier}_tier_bytes": cache.nbytes(tier) for tier in TIERS},
+    }
     found |= {"landmark_bytes": marks, "near_bytes": found["device_tier_bytes"] - marks}
     if subject.device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -151,10 +191,14 @@ def questions(subject: Subject, cache: LandmarkCache, episode: Episode) -> list[
 
 
 class Clock:
-    """A streamer that notes when each token was there, and what had moved when it began to count."""
+    """A streamer that notes when each token was there, and what had moved when it began to
+    count.
+    """
 
     def __init__(self, cache: LandmarkCache) -> None:
-        self.cache, self.times, self.before = cache, [], cache.traffic
+        self.cache = cache
+        self.times = []
+        self.before = cache.traffic
 
     def put(self, value: Tensor) -> None:
         """Told of the prompt first, then of each token."""
@@ -169,13 +213,20 @@ class Clock:
 
 
 def decode(subject: Subject, cache: LandmarkCache, question: Question) -> dict[str, Any]:
-    """Lets the model answer on a fork, and says how long a token took and what was fetched for it."""
+    """Lets the model answer on a fork, and says how long a token took and what was fetched for
+    it.
+    """
     fork = cache.fork()
-    clock, prompt = Clock(fork), question.ids[: -question.answered]
+    clock = Clock(fork)
+    prompt = question.ids[: -question.answered]
     written = subject.model.generate(
         torch.tensor([prompt], device=subject.device),
-        attention_mask=torch.ones(1, cache.get_seq_length() + len(prompt), dtype=torch.bool, device=subject.device),
-        position_ids=torch.arange(len(prompt), device=subject.device)[None],  # or stock code makes one for every token
+        attention_mask=torch.ones(
+            1, cache.get_seq_length() + len(prompt), dtype=torch.bool, device=subject.device
+        ),
+        position_ids=torch.arange(len(prompt), device=subject.device)[
+            None
+        ],  # or stock code makes one for every token
         past_key_values=fork,
         max_new_tokens=WRITTEN,
         min_new_tokens=WRITTEN,
@@ -183,8 +234,12 @@ def decode(subject: Subject, cache: LandmarkCache, question: Question) -> dict[s
         streamer=clock,
     )[0, len(prompt) :].tolist()
     steps = [1000 * (after - before) for before, after in itertools.pairwise(clock.times[SKIPPED:])]
-    after, names = fork.traffic, ("hits", "misses", "fetched_host", "fetched_disk")
-    moved = {f"{name}_per_token": (getattr(after, name) - getattr(clock.before, name)) / len(steps) for name in names}
+    after = fork.traffic
+    names = ("hits", "misses", "fetched_host", "fetched_disk")
+    moved = {
+        f"{name}_per_token": (getattr(after, name) - getattr(clock.before, name)) / len(steps)
+        for name in names
+    }
     found = {
         "tokens": len(steps),
         "ms_per_token": statistics.median(steps),
@@ -203,9 +258,15 @@ def write(out: Path, subject: Subject, row: dict[str, Any]) -> None:
     on_gpu = subject.device.startswith("cuda")
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
     row["single_right"] = sum(each["right"] for each in row["single"])
-    made_with = {**versions("torch", "transformers", "triton"), "device": device, "threads": torch.get_num_threads()}
+    made_with = {
+        **versions("torch", "transformers", "triton"),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"versions": made_with, "rows": [row]}, indent=1) + "\n", encoding="utf-8")
+    out.write_text(
+        json.dumps({"versions": made_with, "rows": [row]}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

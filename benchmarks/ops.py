@@ -1,14 +1,16 @@
-"""Times landmark attention beside cuDNN, flash and FlexAttention of torch, in bfloat16 on one NVIDIA GPU.
+"""Times landmark attention beside cuDNN, flash and FlexAttention of torch, in bfloat16 on one
+NVIDIA GPU.
 
     python benchmarks/ops.py --out benchmarks/results/ops.json --plot benchmarks/results/ops.png
 
-Every peer gets the same tensors, in the same run. A forward pass keeps what its backward pass needs, as in training.
-Landmark attention is compared with the chunked implementation in float32 before a case is timed; where they lie apart,
-the command ends with exit code 1 and the case has no figures. Operations are counted as for dense causal attention,
-whoever does them; ``of_roofline`` counts what each has to do by ``landmark.ops.cost``. ``first_seconds`` is the first
-forward and backward pass of the case in this process, compilation included as far as no earlier case and no cache on
-disk (``TRITON_CACHE_DIR``, ``TORCHINDUCTOR_CACHE_DIR``) spared it. Rows are written after every case;
-``model_cards.py`` makes README's table of them.
+Every peer gets the same tensors, in the same run. A forward pass keeps what its backward pass
+needs, as in training. Landmark attention is compared with the chunked implementation in float32
+before a case is timed; where they lie apart, the command ends with exit code 1 and the case has no
+figures. Operations are counted as for dense causal attention, whoever does them; ``of_roofline``
+counts what each has to do by ``landmark.ops.cost``. ``first_seconds`` is the first forward and
+backward pass of the case in this process, compilation included as far as no earlier case and no
+cache on disk (``TRITON_CACHE_DIR``, ``TORCHINDUCTOR_CACHE_DIR``) spared it. Rows are written after
+every case; ``model_cards.py`` makes README's table of them.
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ SEED = 0
 DEVICE = "cuda"
 ALL_BLOCKS = "landmark, all blocks"
 RESULTS = ("output", "gradient of query", "gradient of key", "gradient of value")
-# A result sums products with a factor (weights, gradients of scores) that was rounded to bfloat16, and is rounded
-# itself: two relative errors of at most 2**-8. Gradients are made from a rounded output on top of that: twice as much.
+# A result sums products with a factor (weights, gradients of scores) that was rounded to bfloat16,
+# and is rounded itself: two relative errors of at most 2**-8. Gradients are made from a rounded
+# output on top of that: twice as much.
 TOLERANCE = 4 * 2**-8
 # A median is of so many runs at least; of a reason so many characters are kept.
-FEWEST, LONGEST_REASON = 5, 300
+FEWEST = 5
+LONGEST_REASON = 300
 
 Attend = Callable[..., Tensor]
 
@@ -66,7 +70,9 @@ class Peer(NamedTuple):
 
 
 def peers(case: Case, query: Tensor) -> list[Peer]:
-    """Returns everyone who is asked for a case, cuDNN first; ``query`` (B, H, T, D) says dtype and device."""
+    """Returns everyone who is asked for a case, cuDNN first; ``query`` (B, H, T, D) says dtype and
+    device.
+    """
     top_k = {"landmark": case.top_k}
     if case.top_k is not None:
         top_k[ALL_BLOCKS] = None
@@ -75,16 +81,24 @@ def peers(case: Case, query: Tensor) -> list[Peer]:
         Peer("flash", partial(sdpa, case, SDPBackend.FLASH_ATTENTION)),
         Peer("flex", partial(flex, case, query.device)),
         *(
-            Peer(name, partial(landmark, case, k), case.block_size, k, refusal(query, case.block_size, k))
+            Peer(
+                name,
+                partial(landmark, case, k),
+                case.block_size,
+                k,
+                refusal(query, case.block_size, k),
+            )
             for name, k in top_k.items()
         ),
     ]
 
 
 def sdpa(case: Case, backend: SDPBackend) -> Attend:
-    """Returns one backend of torch's attention; without the right to choose another it runs or raises.
+    """Returns one backend of torch's attention; without the right to choose another it runs or
+    raises.
 
-    Torch gives cuDNN no causal mask that is aligned to the last key: fewer queries than keys see all keys there.
+    Torch gives cuDNN no causal mask that is aligned to the last key: fewer queries than keys see
+    all keys there.
     """
     mask: dict[str, Any] = {"is_causal": True}
     if unmasked(case, backend):
@@ -94,7 +108,9 @@ def sdpa(case: Case, backend: SDPBackend) -> Attend:
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            return scaled_dot_product_attention(query, key, value, enable_gqa=case.heads != case.groups, **mask)
+            return scaled_dot_product_attention(
+                query, key, value, enable_gqa=case.heads != case.groups, **mask
+            )
 
     return attend
 
@@ -123,7 +139,8 @@ def landmark(case: Case, top_k: int | None) -> Attend:
 
 
 def measure(case: Case, milliseconds: float, ceilings: dict[str, float]) -> list[dict[str, Any]]:
-    """Returns a row for each peer; times them only after all have begun and landmark attention was found right.
+    """Returns a row for each peer; times them only after all have begun and landmark attention was
+    found right.
 
     Raises:
         SystemExit: landmark attention computes something else.
@@ -151,7 +168,11 @@ def settings(case: Case, peer: Peer, milliseconds: float) -> dict[str, Any]:
     """Returns what a row was asked for."""
     own = {"block_size": peer.block_size, "top_k": peer.top_k}
     shape = {name: value for name, value in case._asdict().items() if name not in ("name", *own)}
-    hidden = "nothing" if peer.name == "cudnn" and unmasked(case, SDPBackend.CUDNN_ATTENTION) else "later keys"
+    hidden = (
+        "nothing"
+        if peer.name == "cudnn" and unmasked(case, SDPBackend.CUDNN_ATTENTION)
+        else "later keys"
+    )
     made = {"hidden": hidden, "dtype": "bfloat16", "seed": SEED, "milliseconds": milliseconds}
     return {"case": case.name, "peer": peer.name, **shape, **own, **made}
 
@@ -159,7 +180,8 @@ def settings(case: Case, peer: Peer, milliseconds: float) -> dict[str, Any]:
 def begin(
     case: Case, peer: Peer, leaves: list[Tensor], grad: Tensor, close: Tensor
 ) -> tuple[Attend | None, dict[str, Any]]:
-    """Runs a peer once; returns what is to be timed, ``None`` if it is refused, and what its row has to say by now.
+    """Runs a peer once; returns what is to be timed, ``None`` if it is refused, and what its row
+    has to say by now.
 
     Raises:
         SystemExit: landmark attention computes something else.
@@ -175,20 +197,29 @@ def begin(
         except Exception as error:  # whatever a peer fails with, its row says it
             if ours or "CUDA error" in str(error):
                 raise
-            return None, {"refused": " ".join(" ".join([str(error), *reasons(told)]).split())[:LONGEST_REASON]}
+            return None, {
+                "refused": " ".join(" ".join([str(error), *reasons(told)]).split())[:LONGEST_REASON]
+            }
     found: dict[str, Any] = {"first_seconds": seconds, "warnings": reasons(told)}
     if ours:
         found["errors"] = errors(results, exact(peer, leaves, grad), close)
         found |= {"near_ties": int(close.sum()), "checked": close.numel()}
         if not all(error <= TOLERANCE for error in found["errors"].values()):
-            raise SystemExit(f"{case.name}, {peer.name}: expected errors of at most {TOLERANCE}, got {found['errors']}")
+            raise SystemExit(
+                f"{case.name}, {peer.name}: expected errors of at most {TOLERANCE}, got "
+                f"{found['errors']}"
+            )
     return attend, found
 
 
 def reasons(told: list[warnings.WarningMessage]) -> list[str]:
     """Returns the first line of each warning, but for those of backends that nobody asked for."""
     found = [str(each.message).partition("\n")[0].partition(" (Triggered")[0] for each in told]
-    return list(dict.fromkeys(each for each in found if "disabled" not in each and "not used because" not in each))
+    return list(
+        dict.fromkeys(
+            each for each in found if "disabled" not in each and "not used because" not in each
+        )
+    )
 
 
 def both_passes(attend: Attend, leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
@@ -200,12 +231,21 @@ def both_passes(attend: Attend, leaves: list[Tensor], grad: Tensor) -> tuple[Ten
 def exact(peer: Peer, leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     """Returns what is right for the first row and first key/value head, in float32."""
     repeats = leaves[0].shape[1] // leaves[1].shape[1]
-    parts = [each.detach()[:1, :heads].float() for each, heads in zip(leaves, (repeats, 1, 1), strict=True)]
-    chunked = partial(landmark_attention, block_size=peer.block_size, top_k=peer.top_k, impl="chunked")
-    return both_passes(chunked, [each.requires_grad_() for each in parts], grad[:1, :repeats].float())
+    parts = [
+        each.detach()[:1, :heads].float()
+        for each, heads in zip(leaves, (repeats, 1, 1), strict=True)
+    ]
+    chunked = partial(
+        landmark_attention, block_size=peer.block_size, top_k=peer.top_k, impl="chunked"
+    )
+    return both_passes(
+        chunked, [each.requires_grad_() for each in parts], grad[:1, :repeats].float()
+    )
 
 
-def errors(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], close: Tensor) -> dict[str, float]:
+def errors(
+    results: tuple[Tensor, ...], expected: tuple[Tensor, ...], close: Tensor
+) -> dict[str, float]:
     """Returns the norm of each difference over the norm of what is right, where that is known.
 
     Outputs of queries whose choice is ``close`` are left out; their gradients are 0.
@@ -221,12 +261,14 @@ def errors(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], close: Ten
 
 @torch.no_grad()
 def near_ties(case: Case, query: Tensor, key: Tensor) -> Tensor:
-    """Returns which queries choose by less than rounding (1, H / G, T), of the first row and key/value head.
+    """Returns which queries choose by less than rounding (1, H / G, T), of the first row and
+    key/value head.
 
-    That is where the scores of the last block chosen and of the next one are closer than twice what the order of the
-    additions in a product can change: D roundings of ``|query| |key|``.
+    That is where the scores of the last block chosen and of the next one are closer than twice what
+    the order of the additions in a product can change: D roundings of ``|query| |key|``.
     """
-    query, size = query[:1, : case.heads // case.groups].float(), case.block_size
+    query = query[:1, : case.heads // case.groups].float()
+    size = case.block_size
     close = torch.zeros(query.shape[:3], dtype=torch.bool, device=query.device)
     marks = key[0, 0, size - 1 :: size].float()
     if case.top_k is None or len(marks) <= case.top_k:
@@ -237,7 +279,9 @@ def near_ties(case: Case, query: Tensor, key: Tensor) -> Tensor:
     for begin in range(0, case.queries, step):
         part = slice(begin, begin + step)
         scores = query[:, :, part] @ marks.T
-        scores = scores.masked_fill(torch.arange(len(marks), device=own.device) >= own[part, None], -torch.inf)
+        scores = scores.masked_fill(
+            torch.arange(len(marks), device=own.device) >= own[part, None], -torch.inf
+        )
         best = scores.topk(case.top_k + 1, dim=-1).values
         close[:, :, part] = best[..., -2] - best[..., -1] < rounding[:, :, part]
     return close
@@ -275,10 +319,13 @@ def median(run: Callable[[], Any], milliseconds: float) -> float:
 def judge(
     case: Case, peer: Peer, row: dict[str, Any], cudnn: dict[str, Any], ceilings: dict[str, float]
 ) -> dict[str, Any]:
-    """Returns rates, the ratio to cuDNN (``None`` where it was refused) and the share of the roofline."""
+    """Returns rates, the ratio to cuDNN (``None`` where it was refused) and the share of the
+    roofline.
+    """
     found: dict[str, Any] = {}
     for name, backward in zip(PASSES, (False, True), strict=True):
-        spent, theirs = row[f"{name}_ms"], cudnn.get(f"{name}_ms")
+        spent = row[f"{name}_ms"]
+        theirs = cudnn.get(f"{name}_ms")
         found[f"{name}_tflops"] = case.flops(backward) / spent / 1e9
         found[f"{name}_to_cudnn"] = None if theirs is None else theirs / spent
         found[f"{name}_of_roofline"] = 1e3 * least_seconds(case, peer, backward, ceilings) / spent
@@ -293,11 +340,15 @@ def least_seconds(case: Case, peer: Peer, backward: bool, ceilings: dict[str, fl
     costs = [forward_cost(*shape, block_size=block_size, top_k=peer.top_k)]
     if backward:
         costs.append(backward_cost(*shape, block_size=block_size, top_k=peer.top_k))
-    return sum(max(cost.flops / ceilings["flops"], cost.bytes / ceilings["bytes"]) for cost in costs)
+    return sum(
+        max(cost.flops / ceilings["flops"], cost.bytes / ceilings["bytes"]) for cost in costs
+    )
 
 
 def measure_ceilings(milliseconds: float) -> dict[str, float]:
-    """Returns what the machine does in a second: operations of a product 8192^3, bytes of a copy, read and written."""
+    """Returns what the machine does in a second: operations of a product 8192^3, bytes of a copy,
+    read and written.
+    """
     square = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
     source = torch.zeros(2**30, device=DEVICE, dtype=torch.uint8)
     target = torch.empty_like(source)
@@ -337,11 +388,26 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure, all_axes = subplots(2, (11.0, 4.5))
     for axes, (name, title) in zip(all_axes, PASSES.items(), strict=True):
         for peer, label in PEERS.items():
-            rows = [row for row in results["rows"] if (row["peer"], row["case"] in shown) == (peer, True)]
-            rows = sorted((row for row in rows if "refused" not in row), key=lambda row: row["keys"])
-            axes.plot([row["keys"] for row in rows], [row[f"{name}_tflops"] for row in rows], marker="o", label=label)
+            rows = [
+                row
+                for row in results["rows"]
+                if (row["peer"], row["case"] in shown) == (peer, True)
+            ]
+            rows = sorted(
+                (row for row in rows if "refused" not in row), key=lambda row: row["keys"]
+            )
+            axes.plot(
+                [row["keys"] for row in rows],
+                [row[f"{name}_tflops"] for row in rows],
+                marker="o",
+                label=label,
+            )
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="keys", ylabel="TFLOP/s, counted as dense", title=f"{title}, {results['versions']['device']}")
+        axes.set(
+            xlabel="keys",
+            ylabel="TFLOP/s, counted as dense",
+            title=f"{title}, {results['versions']['device']}",
+        )
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -352,24 +418,33 @@ def write(results: dict[str, Any], path: Path) -> None:
     """Writes the results, a row on each line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in results["rows"])
-    head = "".join(f"{json.dumps(name)}: {json.dumps(results[name])},\n" for name in ("versions", "ceilings"))
+    head = "".join(
+        f"{json.dumps(name)}: {json.dumps(results[name])},\n" for name in ("versions", "ceilings")
+    )
     path.write_text(f'{{{head}"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def main() -> None:
     """Parses, measures, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the rows; replaced")
     parser.add_argument("--cases", default=",".join(CASES), help="names of cases, with commas")
     parser.add_argument("--plot", type=Path, help="PNG file for TFLOP/s over length")
     parser.add_argument(
-        "--milliseconds", type=float, default=60.0, help="of warming up and of measuring, for each figure"
+        "--milliseconds",
+        type=float,
+        default=60.0,
+        help="of warming up and of measuring, for each figure",
     )
     options = parser.parse_args()
     names = options.cases.split(",")
     unknown = [name for name in names if name not in CASES]
     if unknown:
-        parser.error(f"--cases: expected some of {', '.join(CASES)}, got {', '.join(unknown)}; name others")
+        parser.error(
+            f"--cases: expected some of {', '.join(CASES)}, got {', '.join(unknown)}; name others"
+        )
     if not torch.cuda.is_available() or torch.version.cuda is None:
         parser.error("expected an NVIDIA GPU, got none; run it on a machine that has one")
     made_with = {
@@ -377,8 +452,17 @@ def main() -> None:
         "cudnn": torch.backends.cudnn.version(),
         "device": torch.cuda.get_device_name(),
     }
-    results: dict[str, Any] = {"versions": made_with, "ceilings": measure_ceilings(options.milliseconds), "rows": []}
-    print(json.dumps({name: results[name] for name in ("versions", "ceilings")}), heading(), sep="\n", flush=True)
+    results: dict[str, Any] = {
+        "versions": made_with,
+        "ceilings": measure_ceilings(options.milliseconds),
+        "rows": [],
+    }
+    print(
+        json.dumps({name: results[name] for name in ("versions", "ceilings")}),
+        heading(),
+        sep="\n",
+        flush=True,
+    )
     for name in names:
         rows = measure(CASES[name], options.milliseconds, results["ceilings"])
         results["rows"] += rows

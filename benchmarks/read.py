@@ -1,10 +1,11 @@
-"""Times how the bundled model reads a text into its memory, by the fused kernels and in plain PyTorch.
+"""Times how the bundled model reads a text into its memory, by the fused kernels and in plain
+PyTorch.
 
     python benchmarks/read.py --out benchmarks/results/read.json --remembered 0,32768,524288
 
-What is remembered beforehand was read without retrieval; then ``--tokens`` more are read, with retrieval and without,
-each several times in turns: medians. The text is Python's language reference, again and again. On a CPU there are no
-kernels to compare with.
+What is remembered beforehand was read without retrieval; then ``--tokens`` more are read, with
+retrieval and without, each several times in turns: medians. The text is Python's language
+reference, again and again. On a CPU there are no kernels to compare with.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def plain(yes: bool) -> Iterator[None]:
 @torch.no_grad()
 def measure(subject: Subject, remembered: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
     """Returns a row for each way to read ``tokens`` more after ``remembered``."""
-    model, device = subject.model, subject.device
+    model = subject.model
+    device = subject.device
     ids = load_filler("pydoc", subject.tokenizer).take(0, remembered + tokens)[None].to(device)
     cache = model.read(ids[:, :remembered], retrieve=False) if remembered else None
     ways = {(by, read): [] for by in ("kernels", "plain") for read in ("retrieve", "local")}
@@ -75,24 +77,38 @@ def measure(subject: Subject, remembered: int, tokens: int, repeats: int) -> lis
 
 def main() -> None:
     """Parses, measures, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file; replaced")
     parser.add_argument("--remembered", default="0,32768,524288", help="text tokens, with commas")
     parser.add_argument("--tokens", type=int, default=CHUNK, help="read each time")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    subject, rows = load(None, options.device), []
+    subject = load(None, options.device)
+    rows = []
     with subject.configured(chunk_tokens=CHUNK):
         for remembered in map(int, options.remembered.split(",")):
             found = measure(subject, remembered, options.tokens, options.repeats)
             rows += found
             for row in found:
-                print(*(f"{key} {row[key]}" for key in ("remembered", "read", "by", "tokens_per_second")), flush=True)
+                print(
+                    *(
+                        f"{key} {row[key]}"
+                        for key in ("remembered", "read", "by", "tokens_per_second")
+                    ),
+                    flush=True,
+                )
     on_gpu = torch.cuda.is_available() and str(subject.device).startswith("cuda")
-    made_with = {**versions("torch", "triton"), "device": torch.cuda.get_device_name() if on_gpu else "cpu"}
+    made_with = {
+        **versions("torch", "triton"),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"versions": made_with, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    options.out.write_text(
+        json.dumps({"versions": made_with, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python benchmarks/step.py --out benchmarks/results/step.json
 
-A Llama of 1.2B random weights in bfloat16, one row of 8,192 positions (for the landmark model these are 8,064 text
-tokens and 128 landmarks), layers compiled, AdamW. Both take their steps in turns, one after the other, in one run; the
-medians, their ratio and the peak memory of each are written. ``first_seconds`` is the first step, compilation included.
+A Llama of 1.2B random weights in bfloat16, one row of 8,192 positions (for the landmark model these
+are 8,064 text tokens and 128 landmarks), layers compiled, AdamW. Both take their steps in turns,
+one after the other, in one run; the medians, their ratio and the peak memory of each are written.
+``first_seconds`` is the first step, compilation included.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def landmark_model(shape: dict[str, Any], device: str, dtype: torch.dtype) -> An
     return model.to(device, dtype)
 
 
-def stepper(model: Any, tokens: int, *, compiled: bool, backend: SDPBackend | None) -> Callable[[], None]:
+def stepper(
+    model: Any, tokens: int, *, compiled: bool, backend: SDPBackend | None
+) -> Callable[[], None]:
     """Returns a function that takes one training step on a row of ``tokens`` text tokens."""
     device = next(model.parameters()).device
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=device)
@@ -73,7 +76,9 @@ def stepper(model: Any, tokens: int, *, compiled: bool, backend: SDPBackend | No
 
 
 def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:
-    """Returns milliseconds of a step (median), of the first one in seconds, and bytes, of each; taken in turns."""
+    """Returns milliseconds of a step (median), of the first one in seconds, and bytes, of each;
+    taken in turns.
+    """
     found: dict[str, dict[str, float]] = {}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
@@ -81,7 +86,10 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dic
         torch.cuda.reset_peak_memory_stats()
         first = _seconds(step)
         _seconds(step)
-        found[name] = {"first_seconds": first, "peak_bytes": torch.cuda.max_memory_allocated() - held}
+        found[name] = {
+            "first_seconds": first,
+            "peak_bytes": torch.cuda.max_memory_allocated() - held,
+        }
     for _ in range(repeats):
         for name, step in steps.items():
             times[name].append(1e3 * _seconds(step))
@@ -100,9 +108,13 @@ def _seconds(step: Callable[[], None]) -> float:
 
 def main() -> None:
     """Parses, measures, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file; replaced")
-    parser.add_argument("--positions", type=int, default=8192, help="of the row, landmarks included")
+    parser.add_argument(
+        "--positions", type=int, default=8192, help="of the row, landmarks included"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -120,10 +132,26 @@ def main() -> None:
         backend=None,
     )
     found = measure({"stock, cuDNN": dense, "landmark": ours}, options.repeats)
-    ratios = {name: found["landmark"][name] / found["stock, cuDNN"][name] for name in ("milliseconds", "peak_bytes")}
-    made_with = {**versions("torch", "triton", "transformers"), "device": torch.cuda.get_device_name()}
-    settings = {"shape": LARGE, "positions": options.positions, "block_size": BLOCK_SIZE, "repeats": options.repeats}
-    results = {"versions": made_with, "settings": settings, "steps": found, "landmark to stock": ratios}
+    ratios = {
+        name: found["landmark"][name] / found["stock, cuDNN"][name]
+        for name in ("milliseconds", "peak_bytes")
+    }
+    made_with = {
+        **versions("torch", "triton", "transformers"),
+        "device": torch.cuda.get_device_name(),
+    }
+    settings = {
+        "shape": LARGE,
+        "positions": options.positions,
+        "block_size": BLOCK_SIZE,
+        "repeats": options.repeats,
+    }
+    results = {
+        "versions": made_with,
+        "settings": settings,
+        "steps": found,
+        "landmark to stock": ratios,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(results, indent=1))

@@ -1,4 +1,5 @@
-"""Read a text once, ask several questions, and see which text was read for each answer. Uses the bundled model.
+"""Read a text once, ask several questions, and see which text was read for each answer. Uses the
+bundled model.
 
 python examples/ask.py                      a text of the script's own, about 20k tokens
 python examples/ask.py --text FILE "..."    your own text and questions
@@ -28,7 +29,9 @@ def story(sentences: int = 900) -> str:
 
 def main() -> None:
     """Reads, asks, prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("questions", nargs="*", help="each ends where the answer begins")
     parser.add_argument("--text", type=Path)
     arguments = parser.parse_args()
@@ -37,9 +40,12 @@ def main() -> None:
         f"What is the code of the {name}? The code of the {name} is" for name in reversed(CODES)
     ]
 
-    model, tokenizer = landmark.load(), AutoTokenizer.from_pretrained(model_path())
+    model = landmark.load()
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
     document = tokenizer(text, return_tensors="pt").input_ids
-    memory = model.read(document, retrieve=False)  # local context only, fast; the questions retrieve
+    memory = model.read(
+        document, retrieve=False
+    )  # local context only, fast; the questions retrieve
     print(f"{document.shape[1]} tokens read")
     for question in questions:
         ids = tokenizer(" " + question, return_tensors="pt", add_special_tokens=False).input_ids
@@ -49,15 +55,23 @@ def main() -> None:
         out = model.generate(both, past_key_values=cache, max_new_tokens=6, do_sample=False)
         print(f"\n{question}{tokenizer.decode(out[0, both.shape[1] :])}")
         for block in most_read(cache):
-            print(f"  read block {block}:", tokenizer.decode(text_of(block, document, model.landmark.text_per_block)))
+            print(
+                f"  read block {block}:",
+                tokenizer.decode(text_of(block, document, model.landmark.text_per_block)),
+            )
 
 
 def most_read(cache: landmark.LandmarkCache, count: int = 3) -> list[int]:
-    """The retrieved blocks with the greatest shares of the gate while the answer was written; block 0 is the sink."""
+    """The retrieved blocks with the greatest shares of the gate while the answer was written; block
+    0 is the sink.
+    """
     shares: Counter[int] = Counter()
     for found in cache.retrievals:
-        blocks, weights = found.blocks[..., -1, :], found.weights[..., -1, :]  # of each call's last token
-        for block, weight in zip(blocks.flatten().tolist(), weights.flatten().tolist(), strict=True):
+        blocks = found.blocks[..., -1, :]
+        weights = found.weights[..., -1, :]  # of each call's last token
+        for block, weight in zip(
+            blocks.flatten().tolist(), weights.flatten().tolist(), strict=True
+        ):
             if block > 0:
                 shares[block] += weight
     return [block for block, _ in shares.most_common(count)]

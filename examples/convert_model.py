@@ -1,4 +1,5 @@
-"""A landmark model of any RoPE model: convert, save, load, and read a text far longer than the model was trained on.
+"""A landmark model of any RoPE model: convert, save, load, and read a text far longer than the
+model was trained on.
 
 Without an argument it uses a tiny random model; pass a folder or a name of the hub for a real one.
 """

@@ -1,4 +1,5 @@
-"""Attention over keys that lie in several places, merged by the gate's log-sum-exp as if they had been in one.
+"""Attention over keys that lie in several places, merged by the gate's log-sum-exp as if they had
+been in one.
 
 Every past block has to lie wholly in one part; the own block's text comes with the last part.
 """
@@ -9,7 +10,11 @@ import torch
 
 from landmark import landmark_attention
 
-BLOCK_SIZE, BLOCKS, HEADS, QUERIES, DIM = 64, 30, 4, 20, 32
+BLOCK_SIZE = 64
+BLOCKS = 30
+HEADS = 4
+QUERIES = 20
+DIM = 32
 
 
 def main() -> None:
@@ -21,21 +26,26 @@ def main() -> None:
     whole = landmark_attention(query, key, value, block_size=BLOCK_SIZE)
 
     borders = [0, 10 * BLOCK_SIZE, 24 * BLOCK_SIZE, keys]
-    outputs, weights = [], []
+    outputs = []
+    weights = []
     for begin, end in itertools.pairwise(borders):
         output, lse = landmark_attention(
             query,
             key[:, :, begin:end],
             value[:, :, begin:end],
             block_size=BLOCK_SIZE,
-            query_start=keys - QUERIES - begin,  # behind the keys of the first parts: these are all past blocks
+            query_start=keys
+            - QUERIES
+            - begin,  # behind the keys of the first parts: these are all past blocks
             return_lse=True,
         )
         outputs.append(output)
         weights.append(lse)
     share = torch.stack(weights).softmax(dim=0)[..., None]
     merged = (torch.stack(outputs) * share).sum(dim=0)
-    print(f"largest difference between parts merged and the whole: {(merged - whole).abs().max():.1e}")
+    print(
+        f"largest difference between parts merged and the whole: {(merged - whole).abs().max():.1e}"
+    )
 
 
 if __name__ == "__main__":

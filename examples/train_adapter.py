@@ -1,4 +1,5 @@
-"""LoRA adapters and the landmark's embedding, trained together by transformers' Trainer, then used to generate.
+"""LoRA adapters and the landmark's embedding, trained together by transformers' Trainer, then used
+to generate.
 
 A tiny random model and random rows stand in for yours: replace `tiny_model` and `rows`.
 """
@@ -23,12 +24,20 @@ def main() -> None:
     """Trains, saves and generates."""
     base = landmark.convert(tiny_model(), block_size=64, top_k=4, mode="all")
     adapters = LoraConfig(
-        r=8, target_modules=["q_proj", "v_proj"], modules_to_save=["landmark_embedding"], task_type="CAUSAL_LM"
+        r=8,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["landmark_embedding"],
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, adapters)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-3, report_to="none", logging_steps=1
+            folder,
+            max_steps=4,
+            per_device_train_batch_size=2,
+            learning_rate=1e-3,
+            report_to="none",
+            logging_steps=1,
         )
         Trainer(model=model, args=arguments, train_dataset=rows()).train()
         model.save_pretrained(folder)  # the adapters and the landmark's embedding, nothing else

@@ -33,7 +33,11 @@ def without_texts(folder: Path) -> None:
 
 def plain(folder: Path) -> None:
     (folder / "a.txt").write_text("text", encoding="utf-8")
-    remember([folder / "a.txt"], folder / "memory", Subject("plain", tiny_llama(), tiny_tokenizer(), "full"))
+    remember(
+        [folder / "a.txt"],
+        folder / "memory",
+        Subject("plain", tiny_llama(), tiny_tokenizer(), "full"),
+    )
 
 
 CASES = [
@@ -42,8 +46,20 @@ CASES = [
         other_text,
         "FILES: expected those of the library in .* first .*a.txt.*name them",
     ),
-    ("a memory without texts", without_texts, "expected a memory with its texts .* use landmark remember"),
-    ("no memory there", lambda folder: Library.open(folder), "expected a memory with a file memory.json"),
-    ("a file that is not there", lambda folder: remember([folder / "no.txt"], folder / "m", subject()), "no such file"),
+    (
+        "a memory without texts",
+        without_texts,
+        "expected a memory with its texts .* use landmark remember",
+    ),
+    (
+        "no memory there",
+        lambda folder: Library.open(folder),
+        "expected a memory with a file memory.json",
+    ),
+    (
+        "a file that is not there",
+        lambda folder: remember([folder / "no.txt"], folder / "m", subject()),
+        "no such file",
+    ),
     ("a plain model", plain, "expected a landmark model"),
 ]

@@ -1,6 +1,7 @@
 """Tests reach no network: a name that is not here is missing at once, for everyone in the same way.
 
-Without a GPU the Triton kernels run in Triton's interpreter, which is chosen before triton is imported.
+Without a GPU the Triton kernels run in Triton's interpreter, which is chosen before triton is
+imported.
 """
 
 import os

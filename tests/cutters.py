@@ -1,8 +1,19 @@
-"""Real tokenizers of many kinds, trained on a few words: what models put before, behind and between texts."""
+"""Real tokenizers of many kinds, trained on a few words: what models put before, behind and between
+texts.
+"""
 
 import functools
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 TEXT = (
     "The old man went down to the river, and it's 1234 steps.\n\n"
@@ -18,7 +29,11 @@ def _bpe():
 
 def _core(model, trainer, normalizer=None, pre_tokenizer=None, decoder=None, **more):
     core = Tokenizer(model)
-    for name, part in (("normalizer", normalizer), ("pre_tokenizer", pre_tokenizer), ("decoder", decoder)):
+    for name, part in (
+        ("normalizer", normalizer),
+        ("pre_tokenizer", pre_tokenizer),
+        ("decoder", decoder),
+    ):
         if part is not None:
             setattr(core, name, part)
     core.train_from_iterator(
@@ -33,23 +48,39 @@ def _byte_level(prefix):
 
 def _bytes(prefix):
     return functools.partial(
-        _core, models.BPE(), trainers.BpeTrainer, None, _byte_level(prefix), decoders.ByteLevel(), vocab_size=420,
+        _core,
+        models.BPE(),
+        trainers.BpeTrainer,
+        None,
+        _byte_level(prefix),
+        decoders.ByteLevel(),
+        vocab_size=420,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
 
 
 def _llama(prepend):
-    """As Llama-2's: no words at all, spaces are written by a normalizer, the alphabet is as large as its bytes."""
+    """As Llama-2's: no words at all, spaces are written by a normalizer, the alphabet is as large
+    as its bytes.
+    """
     core = _bytes(False)()
     alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
     replace = normalizers.Replace(" ", "▁")
     made = Tokenizer(_bpe())
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prepend else replace
-    trainer = trainers.BpeTrainer(
-        special_tokens=[*SPECIAL, *alphabet], show_progress=False, vocab_size=560, max_token_length=12
+    made.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prepend else replace
     )
-    lines = [word for line in TEXT.splitlines() for word in pre_tokenizers.Split(" ", "merged_with_next")
-             .pre_tokenize_str(line)]  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        special_tokens=[*SPECIAL, *alphabet],
+        show_progress=False,
+        vocab_size=560,
+        max_token_length=12,
+    )
+    lines = [
+        word
+        for line in TEXT.splitlines()
+        for word in pre_tokenizers.Split(" ", "merged_with_next").pre_tokenize_str(line)
+    ]
     made.train_from_iterator([word for word, _ in lines], trainer)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prepend else steps)
@@ -60,29 +91,51 @@ def _llama(prepend):
 def _metaspace(kind, scheme, split=True, first=()):
     model, trainer = {
         "bpe": (_bpe(), trainers.BpeTrainer),
-        "unigram": (models.Unigram(), functools.partial(trainers.UnigramTrainer, unk_token="<unk>")),
+        "unigram": (
+            models.Unigram(),
+            functools.partial(trainers.UnigramTrainer, unk_token="<unk>"),
+        ),
     }[kind]
     space = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
     return functools.partial(
-        _core, model, trainer, None, pre_tokenizers.Sequence([*first, space]) if first else space,
-        decoders.Metaspace(prepend_scheme=scheme), vocab_size=300,
-    )  # fmt: skip
+        _core,
+        model,
+        trainer,
+        None,
+        pre_tokenizers.Sequence([*first, space]) if first else space,
+        decoders.Metaspace(prepend_scheme=scheme),
+        vocab_size=300,
+    )
 
 
-DIGITS = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\s*[\r\n]+|\s+(?!\S)|\s+| ?[^\s\p{N}]+"), "isolated")
+DIGITS = pre_tokenizers.Split(
+    Regex(r"\p{N}{1,3}|\s*[\r\n]+|\s+(?!\S)|\s+| ?[^\s\p{N}]+"), "isolated"
+)
 
 CUTTERS = {
     "bytes": _bytes(False),
     "bytes-prefix": _bytes(True),
     "bytes-digits": functools.partial(
-        _core, models.BPE(), trainers.BpeTrainer, normalizers.NFC(),
-        pre_tokenizers.Sequence([DIGITS, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
-        decoders.ByteLevel(), vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        _core,
+        models.BPE(),
+        trainers.BpeTrainer,
+        normalizers.NFC(),
+        pre_tokenizers.Sequence(
+            [DIGITS, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        ),
+        decoders.ByteLevel(),
+        vocab_size=420,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     ),
     "bytes-each-digit-prefix": functools.partial(
-        _core, models.BPE(), trainers.BpeTrainer, None,
+        _core,
+        models.BPE(),
+        trainers.BpeTrainer,
+        None,
         pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level(True)]),
-        decoders.ByteLevel(), vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        decoders.ByteLevel(),
+        vocab_size=420,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     ),
     "llama": functools.partial(_llama, True),
     "gemma": functools.partial(_llama, False),
@@ -94,22 +147,40 @@ CUTTERS = {
     },
     "t5": _metaspace("unigram", "always", True, (pre_tokenizers.WhitespaceSplit(),)),
     "unigram-nfkc": functools.partial(
-        _core, models.Unigram(), functools.partial(trainers.UnigramTrainer, unk_token="<unk>"),
-        normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " "), normalizers.Lowercase()]),
-        pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace(), vocab_size=300,
+        _core,
+        models.Unigram(),
+        functools.partial(trainers.UnigramTrainer, unk_token="<unk>"),
+        normalizers.Sequence(
+            [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " "), normalizers.Lowercase()]
+        ),
+        pre_tokenizers.Metaspace(prepend_scheme="always"),
+        decoders.Metaspace(),
+        vocab_size=300,
     ),
     "words": functools.partial(
-        _core, models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer, None, pre_tokenizers.Whitespace(),
+        _core,
+        models.WordLevel(unk_token="<unk>"),
+        trainers.WordLevelTrainer,
+        None,
+        pre_tokenizers.Whitespace(),
     ),
     "words-strip": functools.partial(
-        _core, models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer,
-        normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase()]), pre_tokenizers.Whitespace(),
+        _core,
+        models.WordLevel(unk_token="<unk>"),
+        trainers.WordLevelTrainer,
+        normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase()]),
+        pre_tokenizers.Whitespace(),
     ),
     "bert": functools.partial(
-        _core, models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer, normalizers.BertNormalizer(),
-        pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(), vocab_size=300,
+        _core,
+        models.WordPiece(unk_token="<unk>"),
+        trainers.WordPieceTrainer,
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+        decoders.WordPiece(),
+        vocab_size=300,
     ),
-}  # fmt: skip
+}
 
 
 def _template(single):

@@ -13,13 +13,16 @@ NAMES = ("open", "pwrite", "ftruncate", "truncate", "fsync", "replace", "unlink"
 
 
 class Interrupted:
-    """While open, counts these calls; the n-th (from 0) fails for want of room, or kills the process.
+    """While open, counts these calls; the n-th (from 0) fails for want of room, or kills the
+    process.
 
     A write is done by half before.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int, *, kill: bool) -> None:
-        self.at, self.kill, self.calls = at, kill, 0
+        self.at = at
+        self.kill = kill
+        self.calls = 0
         for name in NAMES:
             patch.setattr(os, name, self._counted(name, getattr(os, name)))
 

@@ -1,5 +1,5 @@
-"""What a memory ought to hold, in plain lists, and what it ought to answer by ``oracle.py``: the other half of the
-machine in ``tests/hf/test_machine.py``.
+"""What a memory ought to hold, in plain lists, and what it ought to answer by ``oracle.py``: the
+other half of the machine in ``tests/hf/test_machine.py``.
 """
 
 from __future__ import annotations
@@ -58,14 +58,19 @@ def mask_of(row: Row) -> list[int]:
 
 
 def rough(row: Row) -> bool:
-    """Whether something visible was computed in bfloat16, so that the oracle's logits are not to be expected."""
+    """Whether something visible was computed in bfloat16, so that the oracle's logits are not to be
+    expected.
+    """
     return any(column.rough for column in visible(row))
 
 
 def hidden(row: Row, count: int) -> Row:
     """The row with its last ``count`` visible tokens made padding."""
     last = [index for index, column in enumerate(row) if column.text][len(visible(row)) - count :]
-    return [dataclasses.replace(each, text=False) if index in last else each for index, each in enumerate(row)]
+    return [
+        dataclasses.replace(each, text=False) if index in last else each
+        for index, each in enumerate(row)
+    ]
 
 
 def written_pads(row: Row) -> int:
@@ -84,7 +89,9 @@ PADDINGS = ("none", "left", "right", "between", "one row")
 
 
 def padding(kind: str, rows: int, tokens: int) -> list[list[int]]:
-    """The mask of new columns, 0 for padding; every row has another amount of it, the first has the most."""
+    """The mask of new columns, 0 for padding; every row has another amount of it, the first has the
+    most.
+    """
     mask = [[1] * tokens for _ in range(rows)]
     for index, row in enumerate(mask):
         amount = max(0, min(tokens - 1, rows - index))
@@ -100,14 +107,21 @@ def padding(kind: str, rows: int, tokens: int) -> list[list[int]]:
 
 
 def some_text(rows: int, tokens: int, seed: int) -> list[list[int]]:
-    """Ids of ``tokens`` new columns; an odd seed repeats a few words, so that they can be looked up."""
+    """Ids of ``tokens`` new columns; an odd seed repeats a few words, so that they can be looked
+    up.
+    """
     return [
-        [1 + each % 3 if seed % 2 else each for each in models.text(tokens, seed=3 * seed + row).tolist()]
+        [
+            1 + each % 3 if seed % 2 else each
+            for each in models.text(tokens, seed=3 * seed + row).tolist()
+        ]
         for row in range(rows)
     ]
 
 
-def as_tensors(rows: list[Row], new: list[Row], *, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def as_tensors(
+    rows: list[Row], new: list[Row], *, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask (B, T) of new columns, or of all columns."""
     columns = [row + more for row, more in zip(rows, new, strict=True)] if whole else new
     return torch.tensor([*map(ids_of, columns)]), torch.tensor([*map(mask_of, columns)])
@@ -124,19 +138,26 @@ class Truth:
     def __init__(self, family: str, kv_heads: int, settings: LandmarkConfig) -> None:
         self.model = models.oracle_model(family, kv_heads)
         self.settings = settings
-        self.computed: dict[tuple[tuple[int, bool], ...], tuple[torch.Tensor, oracle.Known, float]] = {}
+        self.computed: dict[
+            tuple[tuple[int, bool], ...], tuple[torch.Tensor, oracle.Known, float]
+        ] = {}
 
     def logits(self, row: Row, last: int) -> torch.Tensor:
-        """Logits (last, vocabulary) of the last so many visible tokens of a row, which stands alone."""
+        """Logits (last, vocabulary) of the last so many visible tokens of a row, which stands
+        alone.
+        """
         text = tuple((column.id, column.silent) for column in visible(row))
         seen = next(n for n in range(len(text), -1, -1) if n == 0 or text[:n] in self.computed)
         if seen < len(text):
             self._compute(text, seen)
-        return torch.stack([self.computed[text[: n + 1]][0] for n in range(len(text) - last, len(text))])
+        return torch.stack(
+            [self.computed[text[: n + 1]][0] for n in range(len(text) - last, len(text))]
+        )
 
     def _compute(self, text: tuple[tuple[int, bool], ...], seen: int) -> None:
         _, known, closest = self.computed[text[:seen]] if seen else (None, {}, math.inf)
-        known, found = dict(known), [closest]
+        known = dict(known)
+        found = [closest]
         logits = oracle.logits(
             self.model,
             models.landmark_vector(),
@@ -147,26 +168,37 @@ class Truth:
             seen=seen,
             closest=found,
         )
-        self.computed.update({text[: seen + n + 1]: (each, known, min(found)) for n, each in enumerate(logits)})
+        self.computed.update(
+            {text[: seen + n + 1]: (each, known, min(found)) for n, each in enumerate(logits)}
+        )
 
     def is_close(self, row: Row) -> bool:
         """Whether rounding to float32 might choose other blocks somewhere in a row."""
         if not visible(row):
             return False
         self.logits(row, 1)
-        return self.computed[tuple((column.id, column.silent) for column in visible(row))][2] < CLOSE
+        return (
+            self.computed[tuple((column.id, column.silent) for column in visible(row))][2] < CLOSE
+        )
 
     def steps(self, row: Row, said: list[int]) -> torch.Tensor:
-        """Logits (len(said), vocabulary) from which each of the tokens said after a row was chosen."""
+        """Logits (len(said), vocabulary) from which each of the tokens said after a row was
+        chosen.
+        """
         return self.logits([*row, *map(Column, said[:-1])], len(said))
 
     def beams(self, row: Row, new: int, beams: int) -> list[list[list[int]]]:
-        """The best continuations after 0, 1, ... ``new`` steps of a beam search without ends, best first."""
+        """The best continuations after 0, 1, ... ``new`` steps of a beam search without ends, best
+        first.
+        """
         best: list[tuple[list[int], torch.Tensor]] = [([], torch.zeros(()))]
         found = [[[]]]
         for _ in range(new):
             scores = torch.stack(
-                [score + self.logits([*row, *map(Column, said)], 1)[0].float().log_softmax(0) for said, score in best]
+                [
+                    score + self.logits([*row, *map(Column, said)], 1)[0].float().log_softmax(0)
+                    for said, score in best
+                ]
             )
             order = scores.flatten().topk(beams).indices.tolist()
             size = scores.shape[1]
@@ -177,15 +209,20 @@ class Truth:
 
 @functools.lru_cache(maxsize=64)
 def truth(family: str, kv_heads: int, settings: LandmarkConfig) -> Truth:
-    """The one ``Truth`` of these settings, so that histories that begin alike share what is computed."""
+    """The one ``Truth`` of these settings, so that histories that begin alike share what is
+    computed.
+    """
     return Truth(family, kv_heads, settings)
 
 
-TEMPERATURE, OF_BEST = 0.7, 5
+TEMPERATURE = 0.7
+OF_BEST = 5
 
 
 def sampled(logits: torch.Tensor, seed: int) -> torch.Tensor:
-    """Draws from logits (B, new, vocabulary) step by step as generate does with this seed; (B, new)."""
+    """Draws from logits (B, new, vocabulary) step by step as generate does with this seed; (B,
+    new).
+    """
     torch.manual_seed(seed)
     draws = []
     for step in logits.float().unbind(1):

@@ -1,6 +1,7 @@
 """Tiny random models with weights large enough that every part of them shows in the logits.
 
-``stock_model`` has the seven families that the oracle computes, ``family_model`` all that can be landmark models.
+``stock_model`` has the seven families that the oracle computes, ``family_model`` all that can be
+landmark models.
 """
 
 from __future__ import annotations
@@ -44,14 +45,27 @@ _OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "starcoder2": {"sliding_window": None},
 }
-_WITHOUT = {"gpt_neox": ("num_key_value_heads", "head_dim"), "phi": ("head_dim",), "starcoder2": ("head_dim",)}
+_WITHOUT = {
+    "gpt_neox": ("num_key_value_heads", "head_dim"),
+    "phi": ("head_dim",),
+    "starcoder2": ("head_dim",),
+}
 
 
 def stock_model(
-    family: str, *, kv_heads: int = 2, layers: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
+    family: str,
+    *,
+    kv_heads: int = 2,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> PreTrainedModel:
-    """Returns a stock model in eval mode; norm weights and biases are random too. GPT-NeoX always has 4 key heads."""
-    config_class = getattr(transformers, _NAMES[family] + ("TextConfig" if family == "gemma3" else "Config"))
+    """Returns a stock model in eval mode; norm weights and biases are random too. GPT-NeoX always
+    has 4 key heads.
+    """
+    config_class = getattr(
+        transformers, _NAMES[family] + ("TextConfig" if family == "gemma3" else "Config")
+    )
     model_class = getattr(transformers, _NAMES[family] + "ForCausalLM")
     return _randomised(model_class(config_class(**_fields(family, kv_heads, layers))), dtype, seed)
 
@@ -68,9 +82,15 @@ def _randomised(model: Any, dtype: torch.dtype, seed: int) -> PreTrainedModel:
 
 
 def family_model(
-    model_type: str, *, layers: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0, **fields: Any
+    model_type: str,
+    *,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **fields: Any,
 ) -> PreTrainedModel:
-    """Returns a stock model of any of ``ALL_FAMILIES`` in eval mode, randomised as ``stock_model`` is.
+    """Returns a stock model of any of ``ALL_FAMILIES`` in eval mode, randomised as ``stock_model``
+    is.
 
     Args:
         model_type: as in the config: ``gemma3_text``, where ``stock_model`` says ``gemma3``.
@@ -84,7 +104,9 @@ def family_model(
 
 
 def family_config(model_type: str, layers: int = 2, **fields: Any) -> Any:
-    """Returns the config of ``family_model``; its experts compute one by one: their grouped product has no float64."""
+    """Returns the config of ``family_model``; its experts compute one by one: their grouped product
+    has no float64.
+    """
     given: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -143,7 +165,9 @@ def _fields(family: str, kv_heads: int, layers: int) -> dict[str, Any]:
 
 @functools.cache
 def oracle_model(family: str, kv_heads: int = 2, layers: int = 2) -> PreTrainedModel:
-    """Returns the stock float64 model that ``oracle.logits`` runs; its weights are those of ``landmark_model``."""
+    """Returns the stock float64 model that ``oracle.logits`` runs; its weights are those of
+    ``landmark_model``.
+    """
     return stock_model(family, kv_heads=kv_heads, layers=layers)
 
 
@@ -161,8 +185,12 @@ def _converted(family: str, kv_heads: int, layers: int, dtype: torch.dtype, bloc
 
 
 @functools.cache
-def converted_family(model_type: str, block_size: int, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
-    """Returns a landmark model of ``family_model``, trained as far as its settings say; it is shared."""
+def converted_family(
+    model_type: str, block_size: int, dtype: torch.dtype = torch.float64, **fields: Any
+) -> Any:
+    """Returns a landmark model of ``family_model``, trained as far as its settings say; it is
+    shared.
+    """
     import landmark
 
     model = landmark.convert(
@@ -185,7 +213,9 @@ def landmark_model(
     layers: int = 2,
     dtype: torch.dtype = torch.float64,
 ) -> Any:
-    """Returns a converted model under ``settings``; it is shared, so that the next call may change its settings."""
+    """Returns a converted model under ``settings``; it is shared, so that the next call may change
+    its settings.
+    """
     model = _converted(family, kv_heads, layers, dtype, settings.block_size)
     changes = {**settings.to_dict(), "landmark_trained": True, "trained_length": 4096}
     model.configure_landmark(**changes)
@@ -199,7 +229,9 @@ def require_stock_adapters() -> None:
 
     least = Version(str(getattr(integration, "MIN_PEFT_VERSION", "0")))
     if Version(peft.__version__) < least:
-        pytest.skip(f"transformers {transformers.__version__} loads no adapter by peft {peft.__version__}")
+        pytest.skip(
+            f"transformers {transformers.__version__} loads no adapter by peft {peft.__version__}"
+        )
 
 
 def text(tokens: int, seed: int = 0) -> torch.Tensor:
@@ -208,7 +240,9 @@ def text(tokens: int, seed: int = 0) -> torch.Tensor:
 
 
 def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ids (B, T) and mask (B, T) of rows of any length, padded on the ``left`` or the ``right``."""
+    """Returns ids (B, T) and mask (B, T) of rows of any length, padded on the ``left`` or the
+    ``right``.
+    """
     width = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -223,7 +257,8 @@ def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Ten
 def wide_norms() -> Iterator[None]:
     """While open, root-mean-square norms of float64 models compute in float64.
 
-    The stock ones pass through float32, where two results that differ in the last bit of float64 can part by 6e-8.
+    The stock ones pass through float32, where two results that differ in the last bit of float64
+    can part by 6e-8.
     """
     before = {norm: norm.forward for norm in _norms()}
     for norm in before:
@@ -237,8 +272,12 @@ def wide_norms() -> Iterator[None]:
 
 @functools.cache
 def _norms() -> frozenset[type]:
-    made = [stock_model(family) for family in FAMILIES] + [family_model(name) for name in ALL_FAMILIES]
-    return frozenset(type(each) for model in made for each in model.modules() if "RMSNorm" in str(type(each)))
+    made = [stock_model(family) for family in FAMILIES] + [
+        family_model(name) for name in ALL_FAMILIES
+    ]
+    return frozenset(
+        type(each) for model in made for each in model.modules() if "RMSNorm" in str(type(each))
+    )
 
 
 def _widened(norm: type, narrow: Any) -> Any:

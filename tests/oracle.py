@@ -1,8 +1,10 @@
-"""The definition of landmark attention as a plain loop over rows, layers, heads and queries, in float64.
+"""The definition of landmark attention as a plain loop over rows, layers, heads and queries, in
+float64.
 
-Nothing here knows of chunks, caches or batches. A stock model of transformers runs over one row's text with the
-landmark's embedding inserted; its positions are all 0, so that queries and keys arrive unrotated, and the rotation,
-the choice of blocks and the two softmaxes are done here, one query at a time.
+Nothing here knows of chunks, caches or batches. A stock model of transformers runs over one row's
+text with the landmark's embedding inserted; its positions are all 0, so that queries and keys
+arrive unrotated, and the rotation, the choice of blocks and the two softmaxes are done here, one
+query at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ Known = dict[int, list[Array]]
 
 @dataclasses.dataclass
 class Layer:
-    """One layer's unrotated queries (H, S, D), keys and values (G, S, D) of a row's S slots, and what it needs."""
+    """One layer's unrotated queries (H, S, D), keys and values (G, S, D) of a row's S slots, and
+    what it needs.
+    """
 
     query: Array
     key: Array
@@ -83,7 +87,8 @@ class Layer:
     def age(self, query: int, block: int) -> int:
         return self.first_local(query) - 1 - block
 
-    # Positions. Under stingy a block stands at a place of the prefix; the local context begins at place top_k + 1.
+    # Positions. Under stingy a block stands at a place of the prefix; the local context begins at
+    # place top_k + 1.
 
     def stingy(self) -> bool:
         return self.settings.positions == "stingy" and self.settings.mode == "retrieval"
@@ -99,18 +104,26 @@ class Layer:
         return place * self.settings.block_size + slot % self.settings.block_size
 
     def final_position(self, query: int, slot: int, chosen: list[int]) -> int:
-        block, top_k = self.block(slot), self.settings.top_k
+        block = self.block(slot)
+        top_k = self.settings.top_k
         if not self.stingy() or block >= self.first_local(query):
             return self.scoring_position(query, slot)
-        place = chosen.index(block) + (top_k - len(chosen)) + (1 if self.age(query, block) < top_k else 0)
+        place = (
+            chosen.index(block)
+            + (top_k - len(chosen))
+            + (1 if self.age(query, block) < top_k else 0)
+        )
         return place * self.settings.block_size + slot % self.settings.block_size
 
     # Scores.
 
     def rotated(self, vector: Array, position: int) -> Array:
         half = len(self.frequencies)
-        first, second, rest = vector[:half], vector[half : 2 * half], vector[2 * half :]
-        cos, sin = np.cos(position * self.frequencies), np.sin(position * self.frequencies)
+        first = vector[:half]
+        second = vector[half : 2 * half]
+        rest = vector[2 * half :]
+        cos = np.cos(position * self.frequencies)
+        sin = np.sin(position * self.frequencies)
         return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest])
 
     def head_key(self, head: int) -> int:
@@ -119,7 +132,9 @@ class Layer:
     def once(self, name: str, head: int, slot: int, position: int) -> Array:
         """A query or key at a position, rotated once."""
         if (name, head, slot, position) not in self.turned:
-            self.turned[name, head, slot, position] = self.rotated(getattr(self, name)[head, slot], position)
+            self.turned[name, head, slot, position] = self.rotated(
+                getattr(self, name)[head, slot], position
+            )
         return self.turned[name, head, slot, position]
 
     def score(self, head: int, query: int, query_position: int, slot: int, position: int) -> float:
@@ -149,7 +164,9 @@ class Layer:
         if granularity == "token":
             return [(other, query) for other in heads]
         if granularity == "group":
-            return [(other, query) for other in heads if self.head_key(other) == self.head_key(head)]
+            return [
+                (other, query) for other in heads if self.head_key(other) == self.head_key(head)
+            ]
         if self.settings.local == "chunk":
             return [(head, other) for other in range(*self.chunk(query))]
         start = self.block(query) * self.settings.block_size
@@ -167,17 +184,27 @@ class Layer:
         if self.settings.granularity == "token_head":
             merit = self.landmark_scores(head, query)
         else:
-            shares = [softmax(self.landmark_scores(*sharer)) for sharer in self.sharers(head, query)]
-            merit = {block: max(share[block] for share in shares) for block in self.candidates(query)}
+            shares = [
+                softmax(self.landmark_scores(*sharer)) for sharer in self.sharers(head, query)
+            ]
+            merit = {
+                block: max(share[block] for share in shares) for block in self.candidates(query)
+            }
         ranked = sorted(merit, key=lambda block: (-merit[block], block))
-        self.note_closest([merit[block] for block in ranked[self.settings.top_k - 1 : self.settings.top_k + 1]])
+        self.note_closest(
+            [merit[block] for block in ranked[self.settings.top_k - 1 : self.settings.top_k + 1]]
+        )
         return sorted(ranked[: self.settings.top_k])
 
     def note_closest(self, merits: list[float]) -> None:
-        """Notes how far the last chosen block lies before the best one left out, but for exact ties."""
+        """Notes how far the last chosen block lies before the best one left out, but for exact
+        ties.
+        """
         if len(merits) == 2 and merits[0] != merits[1]:
             shares = self.settings.granularity != "token_head"
-            self.closest.append(math.log(merits[0] / merits[1]) if shares else merits[0] - merits[1])
+            self.closest.append(
+                math.log(merits[0] / merits[1]) if shares else merits[0] - merits[1]
+            )
 
     # Attention.
 
@@ -186,13 +213,19 @@ class Layer:
         own_position = self.final_position(query, query, chosen)
 
         def score(slot: int) -> float:
-            return self.score(head, query, own_position, slot, self.final_position(query, slot, chosen))
+            return self.score(
+                head, query, own_position, slot, self.final_position(query, slot, chosen)
+            )
 
         block = self.block(query)
         past = chosen + list(range(self.first_local(query), block))
         own = [slot for slot in self.texts(block) if slot <= query]
-        gate = softmax({slot: score(slot) for slot in [*(self.landmark(other) for other in past), *own]})
-        self.trace[self.index, head, query] = {block: gate[self.landmark(block)] for block in chosen}
+        gate = softmax(
+            {slot: score(slot) for slot in [*(self.landmark(other) for other in past), *own]}
+        )
+        self.trace[self.index, head, query] = {
+            block: gate[self.landmark(block)] for block in chosen
+        }
         value = self.value[self.head_key(head)]
         result = np.zeros(value.shape[-1])
         for slot in own:
@@ -207,7 +240,9 @@ class Layer:
         """Returns the outputs (S - first, H, D) of the slots from ``first`` on."""
         heads, slots, _ = self.query.shape
         rows = range(self.first, slots)
-        return np.stack([np.stack([self.output(head, slot) for head in range(heads)]) for slot in rows])
+        return np.stack(
+            [np.stack([self.output(head, slot) for head in range(heads)]) for slot in rows]
+        )
 
 
 def softmax(scores: dict[int, float]) -> dict[int, float]:
@@ -220,13 +255,19 @@ def softmax(scores: dict[int, float]) -> dict[int, float]:
 _run: dict[str, Any] = {}
 
 
-def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **_: Any) -> Any:
+def _attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **_: Any
+) -> Any:
     assert attention_mask is None and query.shape[0] == 1
-    known, first = _run["known"], _run["first"]
+    known = _run["known"]
+    first = _run["first"]
     parts = [each[0].numpy() for each in (query, key, value)]
     if first:
         earlier = known[module.layer_idx]
-        parts = [np.concatenate((old[:, :first], new), axis=1) for old, new in zip(earlier, parts, strict=True)]
+        parts = [
+            np.concatenate((old[:, :first], new), axis=1)
+            for old, new in zip(earlier, parts, strict=True)
+        ]
     known[module.layer_idx] = parts
     layer = Layer(
         query=parts[0],
@@ -254,7 +295,9 @@ AttentionInterface.register("oracle", _attention)
 
 
 def slots_of(tokens: int, block_size: int) -> list[int]:
-    """The slots of the text tokens of a row: one is left out after every ``block_size - 1`` of them."""
+    """The slots of the text tokens of a row: one is left out after every ``block_size - 1`` of
+    them.
+    """
     return [slot for slot in range(2 * tokens) if slot % block_size != block_size - 1][:tokens]
 
 
@@ -280,11 +323,16 @@ def logits(
         ids: text token ids (T,), without padding.
         settings: the policy. Only ``local="chunk"`` depends on ``chunks``.
         chunks: text tokens of each chunk, in order; they sum to T.
-        trace: filled with the retrieved blocks, and their gate weights, of each (layer, head, slot).
-        silent: indices of text tokens that see their local context and block 0 only, as do the landmarks behind them.
-        known: filled with what the layers computed of the text; at first what an earlier call filled in.
-        seen: the first so many text tokens are the beginning of that earlier call's text: they are not computed again.
-        closest: filled with how much decided each choice: a difference of scores, or of the logarithms of shares.
+        trace: filled with the retrieved blocks, and their gate weights, of each (layer, head,
+            slot).
+        silent: indices of text tokens that see their local context and block 0 only, as do the
+            landmarks behind them.
+        known: filled with what the layers computed of the text; at first what an earlier call
+            filled in.
+        seen: the first so many text tokens are the beginning of that earlier call's text: they are
+            not computed again.
+        closest: filled with how much decided each choice: a difference of scores, or of the
+            logarithms of shares.
 
     Returns:
         logits (T - seen, vocabulary) of the text tokens from ``seen`` on.
@@ -303,9 +351,16 @@ def logits(
     _run.update(
         rotary=model.base_model.rotary_emb,
         settings=settings,
-        chunks=[(ends[first], ends[end]) for first, end in itertools.pairwise(bounds) if end > first],
+        chunks=[
+            (ends[first], ends[end]) for first, end in itertools.pairwise(bounds) if end > first
+        ],
         trace={} if trace is None else trace,
-        silent={slot for token in range(len(ids)) if token in silent for slot in range(ends[token], ends[token + 1])},
+        silent={
+            slot
+            for token in range(len(ids))
+            if token in silent
+            for slot in range(ends[token], ends[token + 1])
+        },
         known={} if known is None else known,
         first=ends[seen],
         closest=[] if closest is None else closest,

@@ -1,7 +1,8 @@
 """Every bad input ends in one line that says what was expected, what was got and the remedy.
 
-The cases stand in the ``bad_inputs.py`` beside the tests of what refuses them, as (name, call, regular expression); a
-call may take an empty folder. On the command line: the arguments instead of a call.
+The cases stand in the ``bad_inputs.py`` beside the tests of what refuses them, as (name, call,
+regular expression); a call may take an empty folder. On the command line: the arguments instead of
+a call.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def cases() -> list[Any]:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        found += [pytest.param(*case[1:], id=f"{file.parent.name}: {case[0]}") for case in module.CASES]
+        found += [
+            pytest.param(*case[1:], id=f"{file.parent.name}: {case[0]}") for case in module.CASES
+        ]
     return found
 
 
@@ -42,14 +45,19 @@ def refused(call: Callable[..., object], folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("call", "message"), CASES)
-def test_is_refused_in_one_line(call: Callable[..., object] | list[str], message: str, tmp_path: Path) -> None:
+def test_is_refused_in_one_line(
+    call: Callable[..., object] | list[str], message: str, tmp_path: Path
+) -> None:
     said = refused(call, tmp_path) if callable(call) else refused_by_command(call)
     assert re.search(message, said), said
     assert "\n" not in said.strip() and len(said) < 400, said
 
 
 def refused_by_command(arguments: list[str]) -> str:
-    code = "import sys; from landmark.cli import app, progress; progress.FIRST = 3600.0; app.main(sys.argv[1:])"
+    code = (
+        "import sys; from landmark.cli import app, progress; progress.FIRST = 3600.0; "
+        "app.main(sys.argv[1:])"
+    )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""

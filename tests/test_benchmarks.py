@@ -22,7 +22,9 @@ import model_cards  # noqa: E402
 spec = importlib.util.spec_from_file_location("benchmarks_ops", BENCHMARKS / "ops.py")
 ops = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ops)
-sys.path.remove(str(BENCHMARKS))  # or other tests would find this file where they look for tests/ops
+sys.path.remove(
+    str(BENCHMARKS)
+)  # or other tests would find this file where they look for tests/ops
 
 SMALL = cases.Case("small", 1, 4, 2, 40, 100, 32, block_size=16)
 SHAPES = [SMALL, cases.Case("square", 3, 2, 1, 17, 17, 8), cases.Case("single", 2, 2, 2, 1, 9, 8)]
@@ -45,7 +47,9 @@ def test_operations_are_those_of_the_visible_pairs(case):
 
 @pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
 def test_roofline_of_dense_attention(case):
-    """Bound by arithmetic it does the operations that all are counted by, bound by memory it reads and writes once."""
+    """Bound by arithmetic it does the operations that all are counted by, bound by memory it reads
+    and writes once.
+    """
     dense = ops.Peer("cudnn", lambda: None)
     for backward in (False, True):
         by_flops = ops.least_seconds(case, dense, backward, {"flops": 1.0, "bytes": float("inf")})
@@ -58,7 +62,9 @@ def test_roofline_of_dense_attention(case):
 def test_roofline_of_landmark_attention_knows_its_blocks():
     ceilings = {"flops": 1.0, "bytes": float("inf")}
     every, few = (ops.Peer("landmark", lambda: None, 16, top_k) for top_k in (None, 2))
-    assert ops.least_seconds(SMALL, few, False, ceilings) < ops.least_seconds(SMALL, every, False, ceilings)
+    assert ops.least_seconds(SMALL, few, False, ceilings) < ops.least_seconds(
+        SMALL, every, False, ceilings
+    )
     assert ops.least_seconds(SMALL, every, False, ceilings) < SMALL.flops()
 
 
@@ -74,7 +80,9 @@ def test_tensors_are_laid_out_as_transformers_hands_them(make, case):
 
 
 def chosen_blocks(make):
-    """Which of the 8 best past blocks each query chooses, from where it has a choice: (T, N) of zeros and ones."""
+    """Which of the 8 best past blocks each query chooses, from where it has a choice: (T, N) of
+    zeros and ones.
+    """
     case = cases.Case("", 1, 1, 1, 2048, 2048, 64, block_size=16, top_k=8)
     query, key, _ = (each[0, 0].float() for each in make(case, "cpu", 0))
     scores = query @ key[15::16].T
@@ -87,22 +95,33 @@ def test_structured_neighbours_choose_the_same_blocks():
     shared = {}
     for make in (cases.structured, cases.normal):
         chosen = chosen_blocks(make)
-        shared[make] = [(chosen[distance:] * chosen[:-distance]).sum(dim=1) for distance in (1, 1024)]
+        shared[make] = [
+            (chosen[distance:] * chosen[:-distance]).sum(dim=1) for distance in (1, 1024)
+        ]
     near, far = shared[cases.structured]
     assert (near >= 6).float().mean() > 0.9
     assert far.mean() < 2
-    assert shared[cases.normal][0].mean() < 3, "the measure itself sees no agreement among random queries"
+    assert shared[cases.normal][0].mean() < 3, (
+        "the measure itself sees no agreement among random queries"
+    )
 
 
 @pytest.mark.parametrize("case", cases.CASES.values(), ids=cases.CASES)
 def test_who_is_asked(case):
-    found = {peer.name: peer for peer in ops.peers(case, torch.empty(1, 1, 1, case.dim, dtype=torch.bfloat16))}
+    found = {
+        peer.name: peer
+        for peer in ops.peers(case, torch.empty(1, 1, 1, case.dim, dtype=torch.bfloat16))
+    }
     assert list(found)[:4] == list(ops.PEERS)
     assert (ops.ALL_BLOCKS in found) == (case.top_k is not None)
     assert not any(found[name].refused for name in ("cudnn", "flash", "flex"))
     hidden = ops.settings(case, found["cudnn"], 1.0)["hidden"]
-    assert hidden == ("later keys" if case.queries == case.keys else "nothing"), "no lower-right mask for cuDNN"
-    assert found["landmark"].top_k == case.top_k and found["landmark"].refused, "these tensors are not on a GPU"
+    assert hidden == ("later keys" if case.queries == case.keys else "nothing"), (
+        "no lower-right mask for cuDNN"
+    )
+    assert found["landmark"].top_k == case.top_k and found["landmark"].refused, (
+        "these tensors are not on a GPU"
+    )
 
 
 def test_recorded_tensors_are_those_of_the_bundled_model():
@@ -110,7 +129,9 @@ def test_recorded_tensors_are_those_of_the_bundled_model():
     query, key, value = cases.recorded(case, "cpu", 0)
     assert query.shape == (1, 6, 600, 64) and key.shape == value.shape == (1, 6, 640, 64)
     landmarks = key[:, :, 63::64].float()
-    assert query.isfinite().all() and landmarks.std(dim=2).mean() > 0.1, "each block has a landmark of its own"
+    assert query.isfinite().all() and landmarks.std(dim=2).mean() > 0.1, (
+        "each block has a landmark of its own"
+    )
 
 
 def test_near_ties_are_left_out():
@@ -120,7 +141,12 @@ def test_near_ties_are_left_out():
     assert not ops.near_ties(case, query, key).any()
     key[:, :, 47] = key[:, :, 31]
     scores = query[0, :2].float() @ key[0, 0, 15::16].float().T
-    tied = scores.masked_fill(torch.arange(6) >= torch.arange(100)[:, None] // 16, -torch.inf).argmax(-1) == 1
+    tied = (
+        scores.masked_fill(torch.arange(6) >= torch.arange(100)[:, None] // 16, -torch.inf).argmax(
+            -1
+        )
+        == 1
+    )
     late = torch.arange(100) >= 48  # both are past
     close = ops.near_ties(case, query, key)[0]
     assert torch.equal(close, tied & late) and close.any()
@@ -140,7 +166,9 @@ def chunked(query, key, value):
 def test_right_results_are_let_through(monkeypatch):
     attend, found = begin(ops.Peer("landmark", lambda: chunked, 16), monkeypatch)
     assert attend is chunked
-    assert set(found["errors"]) == set(ops.RESULTS) and all(0 < each < 0.01 for each in found["errors"].values())
+    assert set(found["errors"]) == set(ops.RESULTS) and all(
+        0 < each < 0.01 for each in found["errors"].values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,8 +195,13 @@ def test_a_peer_that_cannot_says_why(monkeypatch):
         raise RuntimeError("No available kernel.\nAborting.")
 
     attend, found = begin(ops.Peer("flash", lambda: fails), monkeypatch)
-    assert attend is None and found == {"refused": "No available kernel. Aborting. head_dim should be even"}
-    assert begin(ops.Peer("cudnn", lambda: fails, refused="known"), monkeypatch) == (None, {"refused": "known"})
+    assert attend is None and found == {
+        "refused": "No available kernel. Aborting. head_dim should be even"
+    }
+    assert begin(ops.Peer("cudnn", lambda: fails, refused="known"), monkeypatch) == (
+        None,
+        {"refused": "known"},
+    )
     with pytest.raises(RuntimeError, match="No available"):
         begin(ops.Peer("landmark", lambda: fails, 16), monkeypatch)
 
@@ -182,13 +215,43 @@ RESULTS = {
     "versions": {"device": "a machine"},
     "ceilings": {"flops": 8e14, "bytes": 4e12},
     "rows": [
-        row("dense-2048", "cudnn", 500.4, 450.0, forward_to_cudnn=1.0, forward_backward_to_cudnn=1.0),
-        row("dense-2048", "flash", 300.6, 250.0, forward_to_cudnn=0.6, forward_backward_to_cudnn=0.55),
+        row(
+            "dense-2048", "cudnn", 500.4, 450.0, forward_to_cudnn=1.0, forward_backward_to_cudnn=1.0
+        ),
+        row(
+            "dense-2048",
+            "flash",
+            300.6,
+            250.0,
+            forward_to_cudnn=0.6,
+            forward_backward_to_cudnn=0.55,
+        ),
         {"case": "dense-2048", "peer": "flex", "refused": "no"},
-        row("dense-2048", "landmark", 400.0, 349.7, forward_to_cudnn=0.799, forward_backward_to_cudnn=0.777),
+        row(
+            "dense-2048",
+            "landmark",
+            400.0,
+            349.7,
+            forward_to_cudnn=0.799,
+            forward_backward_to_cudnn=0.777,
+        ),
         {"case": "offset-65536", "peer": "cudnn", "refused": "no"},
-        row("offset-65536", "landmark", 20.0, 10.0, forward_to_cudnn=None, forward_backward_to_cudnn=None),
-        row("offset-65536", ops.ALL_BLOCKS, 7.0, 7.0, forward_to_cudnn=None, forward_backward_to_cudnn=None),
+        row(
+            "offset-65536",
+            "landmark",
+            20.0,
+            10.0,
+            forward_to_cudnn=None,
+            forward_backward_to_cudnn=None,
+        ),
+        row(
+            "offset-65536",
+            ops.ALL_BLOCKS,
+            7.0,
+            7.0,
+            forward_to_cudnn=None,
+            forward_backward_to_cudnn=None,
+        ),
     ],
 }
 
@@ -212,9 +275,12 @@ def test_results_are_written_and_drawn(tmp_path):
 
 
 def test_rates_and_ratios():
-    case, peer = SMALL, ops.Peer("flash", lambda: None)
+    case = SMALL
+    peer = ops.Peer("flash", lambda: None)
     row = {"forward_ms": 2.0, "forward_backward_ms": 10.0}
-    found = ops.judge(case, peer, row, {"forward_ms": 1.0}, {"flops": case.flops() * 1e3, "bytes": float("inf")})
+    found = ops.judge(
+        case, peer, row, {"forward_ms": 1.0}, {"flops": case.flops() * 1e3, "bytes": float("inf")}
+    )
     assert found["forward_tflops"] == pytest.approx(case.flops() / 2e-3 / 1e12)
     assert found["forward_backward_tflops"] == pytest.approx(3.5 * case.flops() / 10e-3 / 1e12)
     assert found["forward_to_cudnn"] == 0.5 and found["forward_backward_to_cudnn"] is None
@@ -234,7 +300,13 @@ def test_both_models_of_the_training_step_take_one():
     spec = importlib.util.spec_from_file_location("benchmarks_step", BENCHMARKS / "step.py")
     step = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(step)
-    shape = {**step.LARGE, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    shape = {
+        **step.LARGE,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
     shape |= {"num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 64}
     for make, tokens in ((step.stock_model, 128), (step.landmark_model, 126)):
         model = make(shape, "cpu", torch.float32)
@@ -248,7 +320,9 @@ def test_reading_is_timed(remembered, tmp_path):
     """The same memory is read into again and again; a CPU has no kernels."""
     out = tmp_path / "read.json"
     command = [sys.executable, str(BENCHMARKS / "read.py"), "--out", str(out), "--device", "cpu"]
-    subprocess.run([*command, "--remembered", remembered, "--tokens", "200", "--repeats", "2"], check=True)
+    subprocess.run(
+        [*command, "--remembered", remembered, "--tokens", "200", "--repeats", "2"], check=True
+    )
     rows = json.loads(out.read_text())["rows"]
     assert [(row["by"], row["read"]) for row in rows] == [("plain", "retrieve"), ("plain", "local")]
     assert all(row["seconds"] > 0 and row["remembered"] == int(remembered) for row in rows)
@@ -258,7 +332,9 @@ def test_reading_is_timed(remembered, tmp_path):
 def test_eviction_is_timed(tier, tmp_path):
     out = tmp_path / "eviction.json"
     command = [sys.executable, str(BENCHMARKS / "eviction.py"), "--out", str(out), "--tier", tier]
-    subprocess.run([*command, "--blocks", "1000", "--max-blocks", "20", "--window", "100"], check=True)
+    subprocess.run(
+        [*command, "--blocks", "1000", "--max-blocks", "20", "--window", "100"], check=True
+    )
     rows = json.loads(out.read_text())["rows"]
     assert [row["blocks"] for row in rows] == [100, 500, 1000]
     assert all(row["microseconds"] > 0 and row["tier"] == tier for row in rows)
@@ -275,19 +351,30 @@ def small_books(folder):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_archive_is_asked_before_and_after(tmp_path):
     """The text is shorter than what is to be read, and only that of the train split counts."""
-    data, out = small_books(tmp_path), tmp_path / "archive.json"
-    command = [sys.executable, str(BENCHMARKS / "archive.py"), "--out", str(out), "--data", str(data)]
+    data = small_books(tmp_path)
+    out = tmp_path / "archive.json"
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "archive.py"),
+        "--out",
+        str(out),
+        "--data",
+        str(data),
+    ]
     (tmp_path / "files").mkdir()
     subprocess.run([*command, "--tokens", "3000", "--folder", str(tmp_path / "files")], check=True)
     assert list((tmp_path / "files").iterdir()) == []
     (row,) = json.loads(out.read_text())["rows"]
-    saved, opened = row["saved"], row["opened"]
+    saved = row["saved"]
+    opened = row["opened"]
     assert row["data"] == "books" and 0.49 < row["key_at"] < 0.6
     assert saved["asked"]["right"] and saved["asked"]["logits"] == opened["asked"]["logits"]
     answers = [each["answer"] for each in opened["appended"]["asked"]]
     assert all(each["right"] for each in opened["appended"]["asked"])
     assert answers[0] == saved["asked"]["answer"] == opened["asked"]["answer"] != answers[1]
-    assert saved["bytes"] > 3000 // 64 * 64 * 2 * 384 * 6 * 4, "keys and values of the blocks of all layers"
+    assert saved["bytes"] > 3000 // 64 * 64 * 2 * 384 * 6 * 4, (
+        "keys and values of the blocks of all layers"
+    )
     assert opened["appended"]["bytes"] > 3 * saved["bytes"]
     assert opened["resident_bytes_before"] < opened["resident_bytes"] <= opened["peak_bytes"]
 
@@ -295,28 +382,59 @@ def test_an_archive_is_asked_before_and_after(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_long_text_is_remembered_and_asked(tmp_path):
     """Blocks lie on the host and below, what is near does not grow, and both ways to ask agree."""
-    data, out = small_books(tmp_path), tmp_path / "millions.json"
-    command = [sys.executable, str(BENCHMARKS / "millions.py"), "--out", str(out), "--data", str(data)]
-    command += ["--device", "cpu", "--tokens", "7000", "--named", "2", "--single", "1", "--single-tokens", "3000"]
-    subprocess.run([*command, "--tier", "disk", "--host-bytes", "30000000", "--folder", str(tmp_path)], check=True)
+    data = small_books(tmp_path)
+    out = tmp_path / "millions.json"
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "millions.py"),
+        "--out",
+        str(out),
+        "--data",
+        str(data),
+    ]
+    command += [
+        "--device",
+        "cpu",
+        "--tokens",
+        "7000",
+        "--named",
+        "2",
+        "--single",
+        "1",
+        "--single-tokens",
+        "3000",
+    ]
+    subprocess.run(
+        [*command, "--tier", "disk", "--host-bytes", "30000000", "--folder", str(tmp_path)],
+        check=True,
+    )
     assert sorted(each.name for each in tmp_path.iterdir()) == ["books", "millions.json"]
     (row,) = json.loads(out.read_text())["rows"]
     assert row["data"] == "books" and row["rounds_of_data"] > 1
-    first, last = row["after_a_tenth"], row["after_reading"]
+    first = row["after_a_tenth"]
+    last = row["after_reading"]
     assert (first["tokens"], last["tokens"]) == (700, 7000)
     block = 2 * 384 * 64 * 4  # of one layer: keys and values in float32
     assert last["host_tier_bytes"] <= 30000000 < last["disk_tier_bytes"]
     assert last["host_tier_bytes"] + last["disk_tier_bytes"] >= 7000 // 63 * block * 6
     assert last["landmark_bytes"] > 7 * first["landmark_bytes"]
-    assert last["near_bytes"] - first["near_bytes"] <= 6 * block, "at most one more block in each ring"
+    assert last["near_bytes"] - first["near_bytes"] <= 6 * block, (
+        "at most one more block in each ring"
+    )
     named = row["named"]
-    assert named["asked"] == 2 and named["right"] == sum(each["right"] for each in named["questions"]) > 0
+    assert (
+        named["asked"] == 2
+        and named["right"] == sum(each["right"] for each in named["questions"]) > 0
+    )
     assert all(0 < each["at"] < 1 and "logits" not in each for each in named["questions"])
     assert row["after"]["tokens"] == 7000, "asking changes nothing"
     decode = row["decode"]
     assert decode["right"] == named["questions"][0]["right"] and decode["text"].strip()
     assert decode["tokens"] == 56 and 0 < decode["ms_per_token"] <= decode["ms_most"]
-    assert decode["fetched_host_per_token"] + decode["fetched_disk_per_token"] == decode["misses_per_token"] * block / 6
+    assert (
+        decode["fetched_host_per_token"] + decode["fetched_disk_per_token"]
+        == decode["misses_per_token"] * block / 6
+    )
     (single,) = row["single"]
     assert single["right"] and row["single_right"] == 1
     assert single["tokens"] == 3000 and 0.49 < single["at"] < 0.6
@@ -359,10 +477,13 @@ def test_decoding_is_compared_before_it_is_timed(decode, monkeypatch):
 
 
 def test_bytes_of_decoding(decode):
-    """40 blocks, of which the own one, two local ones and two more chosen are read: one by both heads of a group."""
+    """40 blocks, of which the own one, two local ones and two more chosen are read: one by both
+    heads of a group.
+    """
     case = decode.token(40 * 16, (2, 1), 32, 16, 2, torch.float32, "cpu")
     places = torch.tensor([[3, 5], [5, 9]]).view(1, 1, 2, 1, 1, 2)
-    block, marks = 2 * 16 * 32 * 4, 37 * 32 * 4
+    block = 2 * 16 * 32 * 4
+    marks = 37 * 32 * 4
     assert decode.bytes_read(case, places) == {
         "landmark_bytes": marks,
         "bytes": marks + 2 * 5 * block,
@@ -375,7 +496,8 @@ def test_bytes_of_decoding(decode):
 @torch.no_grad()
 def test_a_layer_that_decodes_is_captured_in_a_graph(decode):
     """Replayed for another token, it computes what a call from Python does, bit for bit."""
-    case, outputs = decode.token(64 * 40, (4, 2), 64, 64, 3, torch.bfloat16, "cuda"), []
+    case = decode.token(64 * 40, (4, 2), 64, 64, 3, torch.bfloat16, "cuda")
+    outputs = []
 
     def run():
         settings = {"scale": decode.SCALE, "retrieve": True, "record": False}

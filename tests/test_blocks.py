@@ -37,7 +37,9 @@ def test_counts_and_places(block_size):
         assert tokens_for(len(slots), block_size) == tokens
         assert slot_of(tokens - 1, block_size) == len(slots) - 1 - slots[::-1].index(tokens - 1)
     many = torch.arange(70)
-    assert slots_for(many, block_size).tolist() == [slots_for(each, block_size) for each in range(70)]
+    assert slots_for(many, block_size).tolist() == [
+        slots_for(each, block_size) for each in range(70)
+    ]
     assert slot_of(many, block_size).tolist() == [slot_of(each, block_size) for each in range(70)]
 
 
@@ -49,7 +51,9 @@ def test_insert_and_strip(block_size, dtype):
     assert slots.dtype == dtype
     assert slots.tolist() == [by_hand(row, block_size) for row in ids.tolist()]
     assert torch.equal(strip_landmarks(slots, block_size=block_size), ids)
-    assert torch.equal(insert_landmarks(ids[0], block_size=block_size, landmark_id=LANDMARK), slots[0])
+    assert torch.equal(
+        insert_landmarks(ids[0], block_size=block_size, landmark_id=LANDMARK), slots[0]
+    )
 
 
 @pytest.mark.parametrize("block_size", [2, 3, 4, 11, 30])
@@ -86,7 +90,10 @@ def test_the_token_before_a_landmark_predicts_the_text_after_it():
 def test_grid_of_a_padded_row():
     grid = key_grid(9, block_size=3, starts=torch.tensor([0, 4]))
     assert grid.block.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2], [-1, -1, -1, -1, 0, 0, 0, 1, 1]]
-    assert grid.landmark.long().tolist() == [[0, 0, 1, 0, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0, 1, 0, 0]]
+    assert grid.landmark.long().tolist() == [
+        [0, 0, 1, 0, 0, 1, 0, 0, 1],
+        [0, 0, 0, 0, 0, 0, 1, 0, 0],
+    ]
 
 
 def test_grid_of_a_packed_row():
@@ -114,11 +121,19 @@ def test_blocks_of_queries_behind_all_keys():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda ids: insert_landmarks(ids, block_size=1, landmark_id=0), "block_size: expected .* at least 2, got 1"),
-        (lambda ids: strip_landmarks(ids, block_size=True), "block_size: expected .* got True"),
-        (lambda ids: insert_landmarks(ids.float(), block_size=3, landmark_id=0), "ids: expected integers"),
         (
-            lambda ids: insert_landmarks(ids, block_size=3, landmark_id=0, starts=torch.tensor([0])),
+            lambda ids: insert_landmarks(ids, block_size=1, landmark_id=0),
+            "block_size: expected .* at least 2, got 1",
+        ),
+        (lambda ids: strip_landmarks(ids, block_size=True), "block_size: expected .* got True"),
+        (
+            lambda ids: insert_landmarks(ids.float(), block_size=3, landmark_id=0),
+            "ids: expected integers",
+        ),
+        (
+            lambda ids: insert_landmarks(
+                ids, block_size=3, landmark_id=0, starts=torch.tensor([0])
+            ),
             r"starts: expected integers of shape \(B,\)",
         ),
         (

@@ -1,4 +1,6 @@
-"""What README and the pages of docs/ say runs: Python blocks, command lines, make targets, links."""
+"""What README and the pages of docs/ say runs: Python blocks, command lines, make targets,
+links.
+"""
 
 import os
 import re
@@ -9,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"(?P<before>[^\n]*)\n(?:[ \t]*\n)?```(?P<language>\w+)\n(?P<body>.*?)\n```", re.S)
+FENCE = re.compile(
+    r"(?P<before>[^\n]*)\n(?:[ \t]*\n)?```(?P<language>\w+)\n(?P<body>.*?)\n```", re.S
+)
 NO_RUN = re.compile(r"<!-- no-run: \S.* -->")
 
 
@@ -18,7 +22,9 @@ def name_of(page):
 
 
 def blocks(page, *languages):
-    """Fenced blocks of a page as (line, body, whether it runs: no `<!-- no-run: reason -->` above it)."""
+    """Fenced blocks of a page as (line, body, whether it runs: no `<!-- no-run: reason -->` above
+    it).
+    """
     text = page.read_text()
     for match in FENCE.finditer("\n" + text):
         if match["language"] in languages:
@@ -43,7 +49,9 @@ def with_python(pages):
 
 @pytest.mark.parametrize("page", with_python(PAGES), ids=name_of)
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
-    """The blocks of one page run in order, in one namespace, and print what `print(...)  # says`."""
+    """The blocks of one page run in order, in one namespace, and print what `print(...)  #
+    says`.
+    """
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for line, body, runs in blocks(page, "python"):
@@ -70,7 +78,11 @@ def test_command_lines_exist(page):
             values, extra, _ = command.make_parser(command.context_class(command)).parse_args(words)
         except Exception as error:
             pytest.fail(f"{where}: {error}")
-        needed = {each.name for each in command.params if each.param_type_name == "argument" and each.required}
+        needed = {
+            each.name
+            for each in command.params
+            if each.param_type_name == "argument" and each.required
+        }
         missing = sorted(name for name in needed if values.get(name) is None)
         assert not extra and not missing, f"{where}: too many arguments {extra}, missing {missing}"
 
@@ -80,14 +92,18 @@ def test_make_targets_exist(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = {word for _, words in shell_lines(page, "make") for word in words if "=" not in word}
     named |= set(re.findall(r"`make ([\w-]+)`", page.read_text()))
-    assert named <= targets, f"{page.name} names {sorted(named - targets)}, the Makefile has {sorted(targets)}"
+    assert named <= targets, (
+        f"{page.name} names {sorted(named - targets)}, the Makefile has {sorted(targets)}"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     for text, target in re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", page.read_text()):
         if not re.match(r"https?:|mailto:|#", target):
-            assert (page.parent / target.split("#")[0]).exists(), f"{page.name}: [{text}] leads to {target}"
+            assert (page.parent / target.split("#")[0]).exists(), (
+                f"{page.name}: [{text}] leads to {target}"
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

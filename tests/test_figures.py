@@ -1,4 +1,6 @@
-"""The tables of README, of the model cards and of memories say what was recorded, and nothing else."""
+"""The tables of README, of the model cards and of memories say what was recorded, and nothing
+else.
+"""
 
 import json
 import sys
@@ -29,20 +31,32 @@ def test_readme_has_every_table() -> None:
 
 
 def test_the_table_of_archives() -> None:
-    (row,) = json.loads((ROOT / "benchmarks" / "results" / "archive.json").read_text(encoding="utf-8"))["rows"]
-    saved, opened, both = row["saved"], row["opened"], row["opened"]["appended"]["asked"]
+    (row,) = json.loads(
+        (ROOT / "benchmarks" / "results" / "archive.json").read_text(encoding="utf-8")
+    )["rows"]
+    saved = row["saved"]
+    opened = row["opened"]
+    both = row["opened"]["appended"]["asked"]
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     head = f"| {row['tokens']:,} tokens | | |\n"
-    found = [line.strip("|").split("|") for line in page.split(head)[1].split("\n\n")[0].splitlines()[1:]]
+    found = [
+        line.strip("|").split("|") for line in page.split(head)[1].split("\n\n")[0].splitlines()[1:]
+    ]
     more = (opened["resident_bytes"] - opened["resident_bytes_before"]) / 2**20
     assert saved["asked"]["right"] and saved["asked"]["logits"] == opened["asked"]["logits"]
     assert all(each["right"] for each in both)
     for line, said in zip(
         found,
         (
-            (f"{saved['tokens_per_second']:,} tokens a second", f"{saved['read_peak_bytes'] / 2**30:.2f} GiB"),
+            (
+                f"{saved['tokens_per_second']:,} tokens a second",
+                f"{saved['read_peak_bytes'] / 2**30:.2f} GiB",
+            ),
             (f"{saved['asked']['seconds']:.2f} s, right",),
-            (f"{saved['save_seconds']:.0f} s, {saved['bytes'] / 1e9:.1f} GB", f"{saved['peak_bytes'] / 2**30:.2f} GiB"),
+            (
+                f"{saved['save_seconds']:.0f} s, {saved['bytes'] / 1e9:.1f} GB",
+                f"{saved['peak_bytes'] / 2**30:.2f} GiB",
+            ),
             (f"{opened['open_seconds']:.2f} s", f"{more:.0f} MiB more"),
             (f"{opened['asked']['seconds']:.2f} s, the same answer, the same logits bit for bit",),
             (f"{opened['appended']['save_seconds']:.2f} s",),
@@ -50,7 +64,9 @@ def test_the_table_of_archives() -> None:
         ),
         strict=True,
     ):
-        assert all(cell.strip().startswith(each) for cell, each in zip(line[1:], said, strict=False)), line
+        assert all(
+            cell.strip().startswith(each) for cell, each in zip(line[1:], said, strict=False)
+        ), line
 
 
 def memory_page() -> str:
@@ -58,19 +74,30 @@ def memory_page() -> str:
 
 
 def recorded(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(
+        (ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8")
+    )
 
 
 def test_the_table_of_decoding() -> None:
     for row in recorded("decode")["rows"]:
-        kernels, layer, dense = (1e3 * row[f"{name}_graph_ms"] for name in ("kernels", "layer", "dense"))
-        cells = (f"{row['slots']:,}", f"{kernels:.1f}", f"{layer:.1f}", f"{dense:.0f}", f"{dense / kernels:.1f}")
+        kernels, layer, dense = (
+            1e3 * row[f"{name}_graph_ms"] for name in ("kernels", "layer", "dense")
+        )
+        cells = (
+            f"{row['slots']:,}",
+            f"{kernels:.1f}",
+            f"{layer:.1f}",
+            f"{dense:.0f}",
+            f"{dense / kernels:.1f}",
+        )
         bytes_read = (f"{row[name] / 1e6:.1f}" for name in ("bytes", "least_bytes"))
         assert f"| {' | '.join((*cells, *bytes_read))} |" in memory_page()
 
 
 def test_readme_quotes_decoding() -> None:
-    rows, page = recorded("decode")["rows"], (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = recorded("decode")["rows"]
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
     for line, name, form in (
         ("slots remembered", "slots", "{:,}"),
         ("landmarks, `top_k` 16", "kernels_graph_ms", "{:.1f}"),
@@ -82,14 +109,27 @@ def test_readme_quotes_decoding() -> None:
 
 def test_the_table_of_whole_models() -> None:
     rows = [row for part in recorded("generate")["rows"].values() for row in part]
-    lines = [line for line in memory_page().splitlines() if line.startswith(("| 1B", "| 8B", "| bundled"))]
+    lines = [
+        line
+        for line in memory_page().splitlines()
+        if line.startswith(("| 1B", "| 8B", "| bundled"))
+    ]
     assert len(lines) == len(rows) > 10
     for line, row in zip(lines, rows, strict=True):
         who = "stock" if row["attention"] == "stock" else f"landmark, {row['tier']}"
         who += f", {row['files']} files" if row.get("files") else ""
-        cells = [row["model"], f"{row['tokens']:,}", who, f"{row['ms']:.1f}", f"{row['tokens_per_second']:.0f}"]
+        cells = [
+            row["model"],
+            f"{row['tokens']:,}",
+            who,
+            f"{row['ms']:.1f}",
+            f"{row['tokens_per_second']:.0f}",
+        ]
         if row.get("tier") in ("host", "disk"):
-            cells += [f"{100 * row['hit_rate']:.0f} %", f"{(row['host_bytes'] + row['disk_bytes']) / 1e6:.1f}"]
+            cells += [
+                f"{100 * row['hit_rate']:.0f} %",
+                f"{(row['host_bytes'] + row['disk_bytes']) / 1e6:.1f}",
+            ]
         assert line.startswith(f"| {' | '.join(cells)} |")
         if "device_bytes" in row:
             assert line.endswith(f"| {row['device_bytes'] / 2**20:,.0f} |")
@@ -97,12 +137,17 @@ def test_the_table_of_whole_models() -> None:
 
 def test_the_table_of_ten_million_tokens() -> None:
     (row,) = recorded("millions")["rows"]
-    read, tenth, decode = row["after_reading"], row["after_a_tenth"], row["decode"]
+    read = row["after_reading"]
+    tenth = row["after_a_tenth"]
+    decode = row["decode"]
     first, *rest = (f"{each['tokens_per_second']:,}" for each in row["single"])
     for said in (
-        f"{row['tokens']:,} tokens of {row['data_tokens']:,}, {row['tokens_per_second']:,} a second; {first}, ",
-        f"{read['host_tier_bytes'] / 1e9:.1f} GB of blocks, {read['resident_bytes'] / 1e9:.1f} GB resident",
-        f"{read['device_bytes'] / 1e6:,.0f} MB, {read['landmark_bytes'] / 1e6:,.0f} of them landmark keys",
+        f"{row['tokens']:,} tokens of {row['data_tokens']:,}, {row['tokens_per_second']:,} a "
+        f"second; {first}, ",
+        f"{read['host_tier_bytes'] / 1e9:.1f} GB of blocks, {read['resident_bytes'] / 1e9:.1f} GB "
+        "resident",
+        f"{read['device_bytes'] / 1e6:,.0f} MB, {read['landmark_bytes'] / 1e6:,.0f} of them "
+        "landmark keys",
         f"without these {read['device_bytes_but_landmarks'] / 1e6:.0f} MB",
         f"after a tenth of the text {tenth['device_bytes_but_landmarks'] / 1e6:.0f} |",
         f"{decode['ms_per_token']:.1f} ms, {decode['fetched_host_per_token'] / 1e6:.2f} MB fetched",
@@ -115,12 +160,14 @@ def test_the_table_of_ten_million_tokens() -> None:
 
 def test_the_table_of_what_lies_on_disk() -> None:
     (row,) = recorded("millions_disk")["rows"]
-    read, decode = row["after_reading"], row["decode"]
+    read = row["after_reading"]
+    decode = row["decode"]
     tenth, asked = (row[name]["resident_bytes"] / 1e9 for name in ("after_a_tenth", "after"))
     for said in (
         f"{row['tokens']:,} tokens, {row['tokens_per_second']:,} a second |",
         f"{read['disk_tier_bytes'] / 1e9:.1f} GB of blocks |",
-        f"{read['resident_bytes'] / 1e9:.2f} GB after reading, {read['landmark_bytes'] / 1e9:.2f} of them landmark",
+        f"{read['resident_bytes'] / 1e9:.2f} GB after reading, {read['landmark_bytes'] / 1e9:.2f} "
+        "of them landmark",
         f"{tenth:.2f} after a tenth of the text, {asked:.2f} after the questions",
         f"{decode['ms_per_token']:.0f} ms, {decode['fetched_disk_per_token'] / 1e6:.2f} MB fetched",
         f"| {row['named']['right']} right |",
@@ -139,12 +186,17 @@ def test_readme_quotes_whole_models_and_ten_million_tokens() -> None:
         for attention in ("stock", "landmark")
     )
     (row,) = recorded("millions")["rows"]
-    held, decode = row["after_reading"], row["decode"]
+    held = row["after_reading"]
+    decode = row["decode"]
     for said in (
-        f"writes {ours['tokens_per_second']:.0f} tokens a second and takes {ours['device_bytes'] / 1e9:.1f} GB",
-        f"a dense cache of {stock['device_bytes'] / 1e9:.0f} GB, writes {stock['tokens_per_second']:.0f}.",
-        f"{held['host_tier_bytes'] / 1e9:.0f} GB of the CPU's and {held['device_bytes'] / 1e9:.1f} GB of the GPU's",
-        f"{row['tokens_per_second'] // 1000},000 tokens a second, {decode['ms_per_token']:.1f} ms a token",
+        f"writes {ours['tokens_per_second']:.0f} tokens a second and takes "
+        f"{ours['device_bytes'] / 1e9:.1f} GB",
+        f"a dense cache of {stock['device_bytes'] / 1e9:.0f} GB, writes "
+        f"{stock['tokens_per_second']:.0f}.",
+        f"{held['host_tier_bytes'] / 1e9:.0f} GB of the CPU's and "
+        f"{held['device_bytes'] / 1e9:.1f} GB of the GPU's",
+        f"{row['tokens_per_second'] // 1000},000 tokens a second, {decode['ms_per_token']:.1f} ms "
+        "a token",
         f"{row['single_right']} of {len(row['single'])} pass keys",
         f"{row['named']['right']} of {row['named']['asked']} named codes",
     ):

@@ -1,4 +1,6 @@
-"""What a GPU computes is what the CPU computes: the operation and whole models. Run by ``make test-gpu``."""
+"""What a GPU computes is what the CPU computes: the operation and whole models. Run by ``make
+test-gpu``.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,18 @@ def test_low_precision_stays_within_its_budget(dtype):
     rounded = low_precision_case(dtype)
     exact, _ = plain(*(each.double() for each in rounded), block_size=16)
     ordinary, _ = plain(*rounded, block_size=16)
-    found = landmark_attention(*(each.cuda() for each in rounded), block_size=16, impl="chunked").cpu()
+    found = landmark_attention(
+        *(each.cuda() for each in rounded), block_size=16, impl="chunked"
+    ).cpu()
     assert_close(found, exact, low_precision_budget(ordinary.to(dtype), exact))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_models_compute_what_they_compute_on_the_cpu(family, granularity):
-    settings = LandmarkConfig(block_size=5, top_k=2, local_blocks=1, granularity=granularity, chunk_tokens=9)
+    settings = LandmarkConfig(
+        block_size=5, top_k=2, local_blocks=1, granularity=granularity, chunk_tokens=9
+    )
     model = models.landmark_model(family, settings)
     ids, mask = models.padded([models.text(40, seed=1), models.text(23, seed=2)], "left")
     with torch.no_grad():
@@ -63,7 +69,9 @@ def test_models_compute_what_they_compute_on_the_cpu(family, granularity):
         model.to("cuda")
         with torch.no_grad():
             found = model(ids.cuda(), attention_mask=mask.cuda()).logits.cpu()
-            heard = model.generate(ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=9, do_sample=False)
+            heard = model.generate(
+                ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=9, do_sample=False
+            )
     finally:
         model.to("cpu")
     shown = mask.bool()

@@ -23,7 +23,9 @@ def subject():
 def files(tmp_path, monkeypatch):
     monkeypatch.setattr(landmark.library, "SAVE_TOKENS", 50)
     for name, numbers in (("a.txt", range(12)), ("b.txt", range(12, 17))):
-        (tmp_path / name).write_text("\n".join(f"{number} {WORDS}" for number in numbers), encoding="utf-8")
+        (tmp_path / name).write_text(
+            "\n".join(f"{number} {WORDS}" for number in numbers), encoding="utf-8"
+        )
     return [tmp_path / "a.txt", tmp_path / "b.txt"]
 
 
@@ -72,7 +74,10 @@ def test_goes_on_where_it_was_interrupted(subject, files, tmp_path, saves):
     assert half.ask(QUESTION).answer  # what was read so far can be asked
     seen = []
     library = remember(files, tmp_path / "memory", subject, progress=seen.append)
-    assert seen[0].tokens == min(50 * (saves + 1), seen[0].total) and seen[-1].read == seen[-1].total - 50 * saves
+    assert (
+        seen[0].tokens == min(50 * (saves + 1), seen[0].total)
+        and seen[-1].read == seen[-1].total - 50 * saves
+    )
     assert library.ask(QUESTION) == expected
 
 
@@ -80,7 +85,8 @@ class Clock:
     """Time passes only where a model reads: ``seconds`` for each chunk."""
 
     def __init__(self, monkeypatch, model, seconds):
-        self.now, stock = 0.0, type(model).read
+        self.now = 0.0
+        stock = type(model).read
 
         def read(reader, *arguments, **more):
             self.now += seconds
@@ -92,11 +98,17 @@ class Clock:
 
 def held(folder):
     """The streams of an archive, by name: all that only grows."""
-    return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(("tail", "memory."))}
+    return {
+        file.name: file.read_bytes()
+        for file in folder.iterdir()
+        if not file.name.startswith(("tail", "memory."))
+    }
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_saved_by_time_and_the_same_to_the_bit_wherever_it_was_interrupted(subject, files, tmp_path, monkeypatch, tier):
+def test_saved_by_time_and_the_same_to_the_bit_wherever_it_was_interrupted(
+    subject, files, tmp_path, monkeypatch, tier
+):
     monkeypatch.setattr(landmark.library, "SAVE_TOKENS", 1 << 16)
     remember(files, tmp_path / "whole", subject, tier=tier)
     clock = Clock(monkeypatch, subject.model, 4.0)
@@ -106,13 +118,17 @@ def test_saved_by_time_and_the_same_to_the_bit_wherever_it_was_interrupted(subje
         lines.append((clock.now, what, done, total))
 
     with pytest.raises(Interrupted):
-        remember(files, tmp_path / "memory", subject, tier=tier, progress=interrupt_after(2), watch=watch)
+        remember(
+            files, tmp_path / "memory", subject, tier=tier, progress=interrupt_after(2), watch=watch
+        )
     chunk = subject.model.landmark.chunk_tokens
     half = Library.open(tmp_path / "memory", subject)
     assert half.tokens == 6 * chunk  # two saves, each after three chunks of four seconds
     read = [line for line in lines if line[1] == "tokens read"]
     assert [line[0] for line in read] == [0, 4, 8, 12, 16, 20]  # before every chunk
-    assert [line[2:] for line in read] == [(index * chunk, len(half.reading.ids)) for index in range(6)]
+    assert [line[2:] for line in read] == [
+        (index * chunk, len(half.reading.ids)) for index in range(6)
+    ]
     library = remember(files, tmp_path / "memory", subject, tier=tier)
     assert library.tokens == len(library.reading.ids)
     assert held(tmp_path / "memory") == held(tmp_path / "whole")
@@ -121,7 +137,9 @@ def test_saved_by_time_and_the_same_to_the_bit_wherever_it_was_interrupted(subje
     assert torch.equal(*(subject.model(ids, past_key_values=cache).logits for cache in both))
 
 
-def test_a_memory_of_other_tokens_of_the_same_texts_is_refused(subject, files, tmp_path, monkeypatch):
+def test_a_memory_of_other_tokens_of_the_same_texts_is_refused(
+    subject, files, tmp_path, monkeypatch
+):
     remember(files[:1], tmp_path / "memory", subject)
     stock = landmark.library.read_sources
 
@@ -142,12 +160,16 @@ def test_further_files_are_added(subject, files, tmp_path):
     assert 0 < seen[-1].read < seen[-1].total
     opened = Library.open(tmp_path / "memory", subject).reading
     assert opened.sources == library.reading.sources
-    assert torch.equal(opened.ids, library.reading.ids) and torch.equal(opened.spans, library.reading.spans)
+    assert torch.equal(opened.ids, library.reading.ids) and torch.equal(
+        opened.spans, library.reading.spans
+    )
     found = library.ask(QUESTION)  # cut elsewhere while it was read: rounded otherwise
     assert found.answer == expected.answer
     for ours, theirs in zip(found.steps, expected.steps, strict=True):
         assert [span.block for span in ours.spans] == [span.block for span in theirs.spans]
-        assert [span.weight for span in ours.spans] == pytest.approx([span.weight for span in theirs.spans])
+        assert [span.weight for span in ours.spans] == pytest.approx(
+            [span.weight for span in theirs.spans]
+        )
 
 
 def test_bytes_of_all_tiers_are_reported(subject, files, tmp_path):
@@ -179,5 +201,9 @@ def test_another_working_directory_changes_nothing(subject, files, tmp_path, mon
     monkeypatch.chdir(tmp_path / "elsewhere")
     library.read()
     expected = Library.open(tmp_path / "whole", subject).ask(QUESTION)
-    assert library.ask(QUESTION) == expected == Library.open(tmp_path / "memory", subject).ask(QUESTION)
+    assert (
+        library.ask(QUESTION)
+        == expected
+        == Library.open(tmp_path / "memory", subject).ask(QUESTION)
+    )
     assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -1,4 +1,6 @@
-"""The oracle against what is known without it: stock attention, the laws, and slots worked out by hand."""
+"""The oracle against what is known without it: stock attention, the laws, and slots worked out by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -22,33 +24,54 @@ def norms() -> Iterator[None]:
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_one_block_is_the_stock_model(family: str) -> None:
-    model, ids = models.stock_model(family), models.text(20)
+    model = models.stock_model(family)
+    ids = models.text(20)
     # Stock rotation has float32 angles, whatever the model's dtype.
     with torch.no_grad():
         stock = model(ids[None]).logits[0]
     torch.testing.assert_close(
-        oracle.logits(model, models.landmark_vector(), ids, LandmarkConfig()), stock, rtol=0, atol=1e-4
+        oracle.logits(model, models.landmark_vector(), ids, LandmarkConfig()),
+        stock,
+        rtol=0,
+        atol=1e-4,
     )
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_enough_blocks_is_every_block_under_any_positions(family: str) -> None:
-    model, ids = models.stock_model(family), models.text(26)
-    everything = oracle.logits(model, models.landmark_vector(), ids, LandmarkConfig(block_size=5, mode="all"))
-    for positions, granularity, local_blocks in (("stingy", "head", 2), ("exact", "group", 0), ("stingy", "token", 0)):
+    model = models.stock_model(family)
+    ids = models.text(26)
+    everything = oracle.logits(
+        model, models.landmark_vector(), ids, LandmarkConfig(block_size=5, mode="all")
+    )
+    for positions, granularity, local_blocks in (
+        ("stingy", "head", 2),
+        ("exact", "group", 0),
+        ("stingy", "token", 0),
+    ):
         settings = LandmarkConfig(
-            block_size=5, top_k=7, positions=positions, granularity=granularity, local_blocks=local_blocks
+            block_size=5,
+            top_k=7,
+            positions=positions,
+            granularity=granularity,
+            local_blocks=local_blocks,
         )
         torch.testing.assert_close(
-            oracle.logits(model, models.landmark_vector(), ids, settings), everything, rtol=0, atol=1e-11
+            oracle.logits(model, models.landmark_vector(), ids, settings),
+            everything,
+            rtol=0,
+            atol=1e-11,
         )
-    few = oracle.logits(model, models.landmark_vector(), ids, LandmarkConfig(block_size=5, top_k=2, local_blocks=0))
+    few = oracle.logits(
+        model, models.landmark_vector(), ids, LandmarkConfig(block_size=5, top_k=2, local_blocks=0)
+    )
     assert (few - everything).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("granularity", ["token_head", "head", "token", "group"])
 def test_later_text_changes_nothing(granularity: str) -> None:
-    model, ids = models.stock_model("llama"), models.text(26)
+    model = models.stock_model("llama")
+    ids = models.text(26)
     settings = LandmarkConfig(block_size=5, top_k=2, granularity=granularity, local_blocks=1)
     whole = oracle.logits(model, models.landmark_vector(), ids, settings)
     part = oracle.logits(model, models.landmark_vector(), ids[:22], settings)
@@ -57,13 +80,20 @@ def test_later_text_changes_nothing(granularity: str) -> None:
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_text_in_parts_is_the_whole_text(granularity: str) -> None:
-    model, ids = models.stock_model("llama"), models.text(26)
+    model = models.stock_model("llama")
+    ids = models.text(26)
     settings = LandmarkConfig(block_size=5, top_k=2, granularity=granularity, local_blocks=1)
     whole = oracle.logits(model, models.landmark_vector(), ids, settings, silent={3, 7, 8})
     known: oracle.Known = {}
     for seen, end in ((0, 9), (9, 10), (10, 24), (6, 26)):
         part = oracle.logits(
-            model, models.landmark_vector(), ids[:end], settings, silent={3, 7, 8}, known=known, seen=seen
+            model,
+            models.landmark_vector(),
+            ids[:end],
+            settings,
+            silent={3, 7, 8},
+            known=known,
+            seen=seen,
         )
         torch.testing.assert_close(whole[seen:end], part, rtol=0, atol=1e-11)
 
@@ -114,7 +144,11 @@ def test_candidates_worked_out_by_hand() -> None:
     assert layer(40, local_blocks=0, max_blocks=9).candidates(query) == list(range(9))
     chunked = layer(40, local_blocks=2, max_blocks=3, local="chunk")
     chunked.chunks = [(0, 30), (30, 40)]
-    assert chunked.candidates(29) == [] and chunked.candidates(30) == [4, 5, 6] and chunked.candidates(39) == [4, 5, 6]
+    assert (
+        chunked.candidates(29) == []
+        and chunked.candidates(30) == [4, 5, 6]
+        and chunked.candidates(39) == [4, 5, 6]
+    )
 
 
 def test_ties_go_to_the_lower_block() -> None:
@@ -124,7 +158,8 @@ def test_ties_go_to_the_lower_block() -> None:
 
 
 def test_shared_choices() -> None:
-    query, shares = 38, {}
+    query = 38
+    shares = {}
     for granularity in ("head", "token"):
         one = layer(40, top_k=2, local_blocks=1, granularity=granularity)
         shares[granularity] = one.sharers(0, query)
@@ -134,8 +169,11 @@ def test_shared_choices() -> None:
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("top_k", [None, 1, 3])
-def test_exact_positions_without_local_blocks_are_the_operation(heads: int, top_k: int | None) -> None:
-    slots, random = 33, np.random.default_rng(0)
+def test_exact_positions_without_local_blocks_are_the_operation(
+    heads: int, top_k: int | None
+) -> None:
+    slots = 33
+    random = np.random.default_rng(0)
     one = oracle.Layer(
         query=random.normal(size=(4, slots, 6)),
         key=random.normal(size=(heads, slots, 6)),
@@ -143,13 +181,17 @@ def test_exact_positions_without_local_blocks_are_the_operation(heads: int, top_
         frequencies=np.array([1.0, 0.1]),
         scale=0.4,
         index=1,
-        settings=LandmarkConfig(block_size=5, mode="retrieval", positions="exact", local_blocks=0, top_k=top_k or 9),
+        settings=LandmarkConfig(
+            block_size=5, mode="retrieval", positions="exact", local_blocks=0, top_k=top_k or 9
+        ),
         chunks=[(0, slots)],
         trace={},
     )
 
     def rotated(rows: np.ndarray) -> torch.Tensor:
-        turned = [[one.rotated(row[position], position) for position in range(slots)] for row in rows]
+        turned = [
+            [one.rotated(row[position], position) for position in range(slots)] for row in rows
+        ]
         return torch.from_numpy(np.array(turned))[None]
 
     output = landmark_attention(
@@ -161,4 +203,6 @@ def test_exact_positions_without_local_blocks_are_the_operation(heads: int, top_
         top_k=top_k,
         impl="reference",
     )
-    torch.testing.assert_close(torch.from_numpy(one.attend()).transpose(0, 1)[None], output, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.from_numpy(one.attend()).transpose(0, 1)[None], output, rtol=0, atol=1e-12
+    )

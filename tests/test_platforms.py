@@ -1,4 +1,6 @@
-"""Without ``fcntl``, as on Windows: the package and the operation are there, the memory says what it needs."""
+"""Without ``fcntl``, as on Windows: the package and the operation are there, the memory says what
+it needs.
+"""
 
 import subprocess
 import sys
@@ -25,4 +27,6 @@ def test_without_posix_there_is_the_operation_and_one_line_about_the_memory():
     shape, *said = done.stdout.splitlines()
     assert shape == "torch.Size([1, 1, 8, 4])" and len(said) == 3
     for line in (*said, done.stderr.strip().removeprefix("error: ")):
-        assert line.startswith("landmark's memory expects a POSIX system") and line.endswith("use WSL")
+        assert line.startswith("landmark's memory expects a POSIX system") and line.endswith(
+            "use WSL"
+        )

@@ -1,4 +1,6 @@
-"""What the tests of evaluation and of the command line share: tiny models, and one that knows every answer."""
+"""What the tests of evaluation and of the command line share: tiny models, and one that knows every
+answer.
+"""
 
 import types
 
@@ -10,7 +12,9 @@ from landmark.data.tokenizer import train_tokenizer
 from landmark.eval.episodes import Question
 
 BLOCK = 16
-WORDS = "The grass is green. What is the pass key? The pass key is 12345. The code of the north gate"
+WORDS = (
+    "The grass is green. What is the pass key? The pass key is 12345. The code of the north gate"
+)
 
 
 def tiny_tokenizer():
@@ -35,21 +39,30 @@ def tiny_llama(dtype=torch.float64, layers=2, seed=0):
 
 
 def tiny_landmark(dtype=torch.float64):
-    model = landmark.convert(tiny_llama(dtype), block_size=BLOCK, top_k=2, local_blocks=2, chunk_tokens=60)
+    model = landmark.convert(
+        tiny_llama(dtype), block_size=BLOCK, top_k=2, local_blocks=2, chunk_tokens=60
+    )
     model.config.landmark["landmark_trained"] = True
     return model
 
 
 def save_models(root):
-    """Saves a plain model and the landmark model made of it with their tokenizer, as root/plain and root/marked."""
+    """Saves a plain model and the landmark model made of it with their tokenizer, as root/plain and
+    root/marked.
+    """
     tokenizer = tiny_tokenizer()
-    for name, model in (("plain", tiny_llama(torch.float32)), ("marked", tiny_landmark(torch.float32))):
+    for name, model in (
+        ("plain", tiny_llama(torch.float32)),
+        ("marked", tiny_landmark(torch.float32)),
+    ):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
 
 
 class Knowing(torch.nn.Module):
-    """Stands for a model that gives every answer's tokens the greatest logit, but for rows it is told to miss."""
+    """Stands for a model that gives every answer's tokens the greatest logit, but for rows it is
+    told to miss.
+    """
 
     def __init__(self, episodes, misses=()):
         super().__init__()

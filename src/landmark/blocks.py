@@ -1,8 +1,9 @@
 """The geometry of blocks: where landmarks sit, and what a query may see.
 
-A block is ``block_size - 1`` text tokens followed by one landmark, counted from the first text token of a row (or of a
-document in a packed row), never from padding. A *token index* counts text tokens only; a *slot* counts text tokens and
-landmarks. Source: Mohtashami and Jaggi, arXiv 2305.16300, section 3.1.
+A block is ``block_size - 1`` text tokens followed by one landmark, counted from the first text
+token of a row (or of a document in a packed row), never from padding. A *token index* counts text
+tokens only; a *slot* counts text tokens and landmarks. Source: Mohtashami and Jaggi, arXiv
+2305.16300, section 3.1.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ IGNORE = -100
 
 
 def slots_for(tokens: IntOrTensor, block_size: int) -> IntOrTensor:
-    """Slots that ``tokens`` text tokens occupy; a landmark comes at once with the last token of its block."""
+    """Slots that ``tokens`` text tokens occupy; a landmark comes at once with the last token of its
+    block.
+    """
     return tokens + tokens // (block_size - 1)
 
 
@@ -32,7 +35,9 @@ def slot_of(token_index: IntOrTensor, block_size: int) -> IntOrTensor:
     return token_index + token_index // (block_size - 1)
 
 
-def insert_landmarks(input_ids: Tensor, *, block_size: int, landmark_id: int, starts: Tensor | None = None) -> Tensor:
+def insert_landmarks(
+    input_ids: Tensor, *, block_size: int, landmark_id: int, starts: Tensor | None = None
+) -> Tensor:
     """Puts a landmark after every ``block_size - 1`` text tokens.
 
     Args:
@@ -42,17 +47,20 @@ def insert_landmarks(input_ids: Tensor, *, block_size: int, landmark_id: int, st
         starts: (B,) index of the first text token of each row; what lies before it is padding.
 
     Returns:
-        (..., slots_for(T, block_size)). Rows stay aligned at their right end: the text of row ``b`` begins at slot
-        ``slot_starts(starts, T, block_size)[b]``, and the padding before it repeats the row's first id.
+        (..., slots_for(T, block_size)). Rows stay aligned at their right end: the text of row ``b``
+        begins at slot ``slot_starts(starts, T, block_size)[b]``, and the padding before it repeats
+        the row's first id.
 
     Raises:
-        ValueError: ``block_size`` below 2, ids that are not integers, or ``starts`` that do not fit.
+        ValueError: ``block_size`` below 2, ids that are not integers, or ``starts`` that do not
+            fit.
     """
     _check_ids(input_ids, block_size, starts)
     tokens = input_ids.shape[-1]
     slot = torch.arange(slots_for(tokens, block_size), device=input_ids.device)
     if starts is None:
-        landmark, source = slot % block_size == block_size - 1, tokens_for(slot, block_size)
+        landmark = slot % block_size == block_size - 1
+        source = tokens_for(slot, block_size)
         text = input_ids[..., source.clamp(max=max(tokens - 1, 0))]
         return torch.where(landmark, landmark_id, text)
     starts = starts.to(input_ids.device)[:, None]
@@ -89,14 +97,17 @@ def strip_landmarks(input_ids: Tensor, *, block_size: int, starts: Tensor | None
 
 
 def slot_starts(starts: IntOrTensor, tokens: int, block_size: int) -> IntOrTensor:
-    """Slot where a row's text begins after ``insert_landmarks``; before, it began at index ``starts`` of ``tokens``."""
+    """Slot where a row's text begins after ``insert_landmarks``; before, it began at index
+    ``starts`` of ``tokens``.
+    """
     return slots_for(tokens, block_size) - slots_for(tokens - starts, block_size)
 
 
 def slot_labels(labels: Tensor, *, block_size: int, starts: Tensor | None = None) -> Tensor:
     """Next-token targets at every slot, already shifted.
 
-    A text token predicts the next *text* token, also across a landmark; a landmark predicts nothing.
+    A text token predicts the next *text* token, also across a landmark; a landmark predicts
+    nothing.
 
     Args:
         labels: (..., T) targets aligned with the text ids, ``IGNORE`` where there is no loss.
@@ -121,8 +132,8 @@ class Grid(NamedTuple):
     """Which block each key belongs to; ``R`` is B, or 1 where all rows are alike.
 
     Attributes:
-        block: (R, S) number of the key's block within its row, -1 for padding. Numbers grow along the row and no two
-            documents share one.
+        block: (R, S) number of the key's block within its row, -1 for padding. Numbers grow along
+            the row and no two documents share one.
         landmark: (R, S) whether the key is a landmark.
         first: (R, S) number of the first block of the key's document.
     """
@@ -152,7 +163,9 @@ def key_grid(
         device: where to build the grid.
     """
     slot = torch.arange(length, device=device)[None]
-    origin = torch.zeros_like(slot) if starts is None else starts.to(slot.device, slot.dtype)[:, None]
+    origin = (
+        torch.zeros_like(slot) if starts is None else starts.to(slot.device, slot.dtype)[:, None]
+    )
     begins = slot == origin
     if segments is not None:
         run = torch.ones_like(segments, dtype=torch.bool)
@@ -171,13 +184,16 @@ def key_grid(
     return Grid(block, landmark, first)
 
 
-def query_blocks(grid: Grid, queries: Tensor, *, block_size: int, regular: bool) -> tuple[Tensor, Tensor]:
+def query_blocks(
+    grid: Grid, queries: Tensor, *, block_size: int, regular: bool
+) -> tuple[Tensor, Tensor]:
     """Own block of each query and the first block of its document.
 
     Args:
         grid: the keys' grid.
-        queries: (T,) slots of the queries. From S on a query lies behind all keys: on a regular grid in the block that
-            its slot falls into, otherwise in the last block, or behind it where that is closed by a landmark.
+        queries: (T,) slots of the queries. From S on a query lies behind all keys: on a regular
+            grid in the block that its slot falls into, otherwise in the last block, or behind it
+            where that is closed by a landmark.
         block_size: slots of a block.
         regular: whether landmarks sit every ``block_size`` slots.
 
@@ -187,9 +203,12 @@ def query_blocks(grid: Grid, queries: Tensor, *, block_size: int, regular: bool)
     length = grid.block.shape[1]
     if length == 0:
         block = queries // block_size if regular else torch.zeros_like(queries)
-        return block.expand(grid.block.shape[0], -1), torch.zeros_like(block).expand(grid.block.shape[0], -1)
+        return block.expand(grid.block.shape[0], -1), torch.zeros_like(block).expand(
+            grid.block.shape[0], -1
+        )
     inside = queries.clamp(max=length - 1)
-    block, first = grid.block[:, inside], grid.first[:, inside]
+    block = grid.block[:, inside]
+    first = grid.first[:, inside]
     beyond = queries - (length - 1)
     if regular:
         last = grid.block[:, -1:]
@@ -203,17 +222,24 @@ def query_blocks(grid: Grid, queries: Tensor, *, block_size: int, regular: bool)
 def _check_ids(ids: Tensor, block_size: int, starts: Tensor | None) -> None:
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 2:
         raise ValueError(
-            f"block_size: expected an integer of at least 2, got {block_size!r}; one text token and one "
-            "landmark are the least"
+            f"block_size: expected an integer of at least 2, got {block_size!r}; one text token "
+            "and one landmark are the least"
         )
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() == 0:
         raise ValueError(
-            f"ids: expected integers of shape (..., T), got {ids.dtype} of shape {tuple(ids.shape)}; pass token ids"
+            f"ids: expected integers of shape (..., T), got {ids.dtype} of shape "
+            f"{tuple(ids.shape)}; pass token ids"
         )
     if starts is None:
         return
-    if ids.dim() != 2 or starts.shape != ids.shape[:1] or starts.is_floating_point() or starts.dtype == torch.bool:
+    if (
+        ids.dim() != 2
+        or starts.shape != ids.shape[:1]
+        or starts.is_floating_point()
+        or starts.dtype == torch.bool
+    ):
         raise ValueError(
-            f"starts: expected integers of shape (B,) for ids of shape (B, T), got {starts.dtype} of shape "
-            f"{tuple(starts.shape)} for {tuple(ids.shape)}; pass the index of each row's first text token"
+            f"starts: expected integers of shape (B,) for ids of shape (B, T), got {starts.dtype} "
+            f"of shape {tuple(starts.shape)} for {tuple(ids.shape)}; pass the index of each row's "
+            "first text token"
         )

@@ -1,4 +1,6 @@
-"""The settings of landmark attention: one frozen dataclass, stored in a model's ``config.landmark``."""
+"""The settings of landmark attention: one frozen dataclass, stored in a model's
+``config.landmark``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ MODES = ("retrieval", "all")
 GRANULARITIES = ("token_head", "head", "token", "group")
 POSITIONS = ("stingy", "exact")
 LOCALS = ("blocks", "chunk")
-FREE_TO_CHANGE = ("chunk_tokens", "trained_length", "landmark_trained", "position_gap")  # while a memory is used
+FREE_TO_CHANGE = (
+    "chunk_tokens",
+    "trained_length",
+    "landmark_trained",
+    "position_gap",
+)  # while a memory is used
 GREATEST = 2**31 - 1  # of any integer: places and positions are counted in int64
 
 
@@ -21,23 +28,30 @@ class LandmarkConfig:
     Lengths are in *positions* (landmarks included) unless a name says tokens.
 
     Attributes:
-        block_size: positions of a block, its landmark included (``block_size - 1`` text tokens and one landmark).
+        block_size: positions of a block, its landmark included (``block_size - 1`` text tokens and
+            one landmark).
         top_k: retrieved blocks of a query.
-        granularity: who shares a choice of blocks: ``token_head`` (nobody), ``head`` (all tokens of a block up to the
-            query), ``token`` (all heads), ``group`` (the query heads of one key/value head). Paper, section 3.2.
-        positions: ``stingy`` maps any distance into the trained length (paper, section 3.3.2); ``exact`` keeps it.
+        granularity: who shares a choice of blocks: ``token_head`` (nobody), ``head`` (all tokens of
+            a block up to the query), ``token`` (all heads), ``group`` (the query heads of one
+            key/value head). Paper, section 3.2.
+        positions: ``stingy`` maps any distance into the trained length (paper, section 3.3.2);
+            ``exact`` keeps it.
         local_blocks: finished blocks before a query's own block that it always sees.
-        max_blocks: candidates for retrieval are the latest so many older blocks and block 0; ``None`` for all.
-        layers: indices of the layers that retrieve, ``None`` for all. The others see their local context and block 0.
-        local: ``blocks`` defines what is local by block index; ``chunk`` makes the whole chunk local and all before it
-            memory, as the paper's evaluation does (results then depend on the chunk size).
+        max_blocks: candidates for retrieval are the latest so many older blocks and block 0;
+            ``None`` for all.
+        layers: indices of the layers that retrieve, ``None`` for all. The others see their local
+            context and block 0.
+        local: ``blocks`` defines what is local by block index; ``chunk`` makes the whole chunk
+            local and all before it memory, as the paper's evaluation does (results then depend on
+            the chunk size).
         mode: ``retrieval``, or ``all``: every query attends to every past block (training).
-        chunk_tokens: text tokens computed at once while a long text is read; a matter of computation only
-            (except with ``local="chunk"``).
+        chunk_tokens: text tokens computed at once while a long text is read; a matter of
+            computation only (except with ``local="chunk"``).
         trained_length: positions the model was trained on; ``None`` when unknown.
         landmark_trained: whether the landmark embedding has been trained.
-        position_gap: during training, half of the rows draw ``J`` uniformly from ``0..position_gap`` and let positions
-            jump by a uniform ``0..J`` after each landmark (after the paper's appendix E). 0 switches it off.
+        position_gap: during training, half of the rows draw ``J`` uniformly from
+            ``0..position_gap`` and let positions jump by a uniform ``0..J`` after each landmark
+            (after the paper's appendix E). 0 switches it off.
 
     Raises:
         ValueError: a field is outside what is described here.
@@ -60,9 +74,16 @@ class LandmarkConfig:
     def __post_init__(self) -> None:
         if self.layers is not None:
             if not isinstance(self.layers, list | tuple):
-                raise ValueError(f"layers: expected a list of integers, got {self.layers!r}; pass layers=[1]")
+                raise ValueError(
+                    f"layers: expected a list of integers, got {self.layers!r}; pass layers=[1]"
+                )
             object.__setattr__(self, "layers", tuple(self.layers))
-        for name, least in (("block_size", 2), ("top_k", 1), ("local_blocks", 0), ("chunk_tokens", 1)):
+        for name, least in (
+            ("block_size", 2),
+            ("top_k", 1),
+            ("local_blocks", 0),
+            ("chunk_tokens", 1),
+        ):
             _require_int(name, getattr(self, name), least)
         if self.max_blocks is not None:
             _require_int("max_blocks", self.max_blocks, 0)
@@ -72,7 +93,9 @@ class LandmarkConfig:
         for layer in self.layers or ():
             _require_int("layers", layer, 0)
         if not isinstance(self.landmark_trained, bool):
-            raise ValueError(f"landmark_trained: expected True or False, got {self.landmark_trained!r}")
+            raise ValueError(
+                f"landmark_trained: expected True or False, got {self.landmark_trained!r}"
+            )
         _require_choice("granularity", self.granularity, GRANULARITIES)
         _require_choice("positions", self.positions, POSITIONS)
         _require_choice("local", self.local, LOCALS)
@@ -85,12 +108,16 @@ class LandmarkConfig:
 
     @property
     def stingy_positions(self) -> int:
-        """Positions that ``stingy`` uses: a prefix of ``top_k + 1`` slots, the local blocks and the own block."""
+        """Positions that ``stingy`` uses: a prefix of ``top_k + 1`` slots, the local blocks and the
+        own block.
+        """
         return (self.top_k + 1 + self.local_blocks + 1) * self.block_size
 
     @property
     def largest_top_k(self) -> int | None:
-        """The largest ``top_k`` whose stingy positions fit ``trained_length``; ``None`` when that is unknown."""
+        """The largest ``top_k`` whose stingy positions fit ``trained_length``; ``None`` when that
+        is unknown.
+        """
         if self.trained_length is None:
             return None
         return self.trained_length // self.block_size - self.local_blocks - 2
@@ -104,11 +131,15 @@ class LandmarkConfig:
         known = {field.name for field in dataclasses.fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:
-            raise ValueError(f"unknown landmark settings {unknown}: expected some of {sorted(known)}")
+            raise ValueError(
+                f"unknown landmark settings {unknown}: expected some of {sorted(known)}"
+            )
         return dataclasses.replace(self, **changes)
 
     def differences(self, other: LandmarkConfig) -> dict[str, tuple[Any, Any]]:
-        """Returns the fields by which ``other`` computes something else from a memory, with both values."""
+        """Returns the fields by which ``other`` computes something else from a memory, with both
+        values.
+        """
         if self == other:
             return {}
         ours = self.to_dict()
@@ -127,17 +158,27 @@ class LandmarkConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> LandmarkConfig:
-        """Builds the settings from ``to_dict``'s result; raises ``ValueError`` as ``replace``, and for no mapping."""
+        """Builds the settings from ``to_dict``'s result; raises ``ValueError`` as ``replace``, and
+        for no mapping.
+        """
         if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
-            raise ValueError(f"landmark settings: expected a mapping such as {{'block_size': 64}}, got {fields!r:.100}")
+            raise ValueError(
+                f"landmark settings: expected a mapping such as {{'block_size': 64}}, got "
+                f"{fields!r:.100}"
+            )
         return cls().replace(**fields)
 
 
 def _require_int(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}; pass {name}={max(least, 1)}")
+        raise ValueError(
+            f"{name}: expected an integer of at least {least}, got {value!r}; pass "
+            f"{name}={max(least, 1)}"
+        )
     if value > GREATEST:
-        raise ValueError(f"{name}: expected an integer of at most {GREATEST}, got {value}; pass a smaller one")
+        raise ValueError(
+            f"{name}: expected an integer of at most {GREATEST}, got {value}; pass a smaller one"
+        )
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -1,4 +1,6 @@
-"""Texts that a model remembers once and is asked about ever after: a memory, its texts, and the folder of both."""
+"""Texts that a model remembers once and is asked about ever after: a memory, its texts, and the
+folder of both.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ from landmark.memory.archive import STATE, Archive, require_free
 from landmark.memory.manifest import manifest_of, sources_of
 from landmark.memory.saved import as_bytes
 
-SAVE_TOKENS, SAVE_SECONDS = 1 << 16, 10.0  # read between two saves, at most
-TOKEN_BYTES, SPAN_BYTES = 4, 16  # of one in its stream
+SAVE_TOKENS = 1 << 16
+SAVE_SECONDS = 10.0  # read between two saves, at most
+TOKEN_BYTES = 4
+SPAN_BYTES = 16  # of one in its stream
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,28 @@ class Library:
         folder: where it is saved, as an absolute path.
     """
 
-    def __init__(self, subject: Subject, memory: LandmarkCache, reading: Reading, folder: Path) -> None:
-        self.subject, self.memory, self.reading, self.folder = subject, memory, reading, folder.absolute()
+    def __init__(
+        self, subject: Subject, memory: LandmarkCache, reading: Reading, folder: Path
+    ) -> None:
+        self.subject = subject
+        self.memory = memory
+        self.reading = reading
+        self.folder = folder.absolute()
 
     @classmethod
     def open(
-        cls, folder: str | Path, model: Subject | str | None = None, tier: str = "disk", **budgets: Any
+        cls,
+        folder: str | Path,
+        model: Subject | str | None = None,
+        tier: str = "disk",
+        **budgets: Any,
     ) -> Library:
         """Opens a library without reading its blocks.
 
         Args:
             folder: where it was saved.
-            model: the model that remembers it, or its name; ``None`` for the name that it was saved with.
+            model: the model that remembers it, or its name; ``None`` for the name that it was saved
+                with.
             tier: where blocks live, as for ``LandmarkCache``.
             **budgets: likewise: ``device_bytes``, ``host_bytes``, ``spill_folder``, ``index``.
 
@@ -83,7 +97,8 @@ class Library:
         sources = _sources_of(notes, folder)
         if notes["tokenizer"] != _hash(subject.tokenizer):
             raise ValueError(
-                f"{str(folder)!r} was remembered with another tokenizer than that of {subject.name}; use that"
+                f"{str(folder)!r} was remembered with another tokenizer than that of "
+                f"{subject.name}; use that"
             )
         ids = torch.frombuffer(memory.saved.stream("tokens"), dtype=torch.int32).long()
         spans = torch.frombuffer(memory.saved.stream("spans"), dtype=torch.int64).view(-1, 2)
@@ -102,30 +117,38 @@ class Library:
         progress: Callable[[Progress], None] | None = None,
         watch: encoding.Progress | None = None,
     ) -> None:
-        """Reads what is not remembered yet, and saves it as it goes; interrupted, it goes on from the last save.
+        """Reads what is not remembered yet, and saves it as it goes; interrupted, it goes on from
+        the last save.
 
-        It saves after 65,536 tokens or 10 seconds. Chunks end at multiples of ``chunk_tokens``, so that the memory is
-        the same, to the bit, wherever reading was interrupted.
+        It saves after 65,536 tokens or 10 seconds. Chunks end at multiples of ``chunk_tokens``, so
+        that the memory is the same, to the bit, wherever reading was interrupted.
 
         Args:
-            retrieve: whether to read with retrieval; much slower, and not what later questions need.
+            retrieve: whether to read with retrieval; much slower, and not what later questions
+                need.
             progress: called after every save.
             watch: called before every chunk with what is done, how much of it, and of how much.
 
         Raises:
             ValueError: no room on the disk, or another writer.
         """
-        start, before = time.perf_counter(), self.tokens
-        saved, saved_at, total = before, start, len(self.reading.ids)
+        start = time.perf_counter()
+        before = self.tokens
+        saved = before
+        saved_at = start
+        total = len(self.reading.ids)
         while self.tokens < total:
             if watch is not None:
                 watch("tokens read", self.tokens, total)
             self._read_chunk(retrieve=retrieve)
-            due = self.tokens - saved >= SAVE_TOKENS or time.perf_counter() - saved_at >= SAVE_SECONDS
+            due = (
+                self.tokens - saved >= SAVE_TOKENS or time.perf_counter() - saved_at >= SAVE_SECONDS
+            )
             if not due and self.tokens < total:
                 continue
             self.save()
-            saved, saved_at = self.tokens, time.perf_counter()
+            saved = self.tokens
+            saved_at = time.perf_counter()
             if progress is not None:
                 nbytes = {tier: self.memory.nbytes(tier) for tier in ("device", "host", "disk")}
                 progress(Progress(saved, total, saved_at - start, saved - before, nbytes))
@@ -139,11 +162,15 @@ class Library:
 
     def save(self) -> None:
         """Saves what is remembered; raises as ``LandmarkCache.save``."""
-        sources = [{"name": each.name, "characters": len(each.text)} for each in self.reading.sources]
+        sources = [
+            {"name": each.name, "characters": len(each.text)} for each in self.reading.sources
+        ]
         streams = {
             "characters": self._characters,
             "tokens": lambda kept: bytes(as_bytes(self.reading.ids[kept // TOKEN_BYTES :].int())),
-            "spans": lambda kept: bytes(as_bytes(self.reading.spans[kept // SPAN_BYTES :].contiguous())),
+            "spans": lambda kept: bytes(
+                as_bytes(self.reading.spans[kept // SPAN_BYTES :].contiguous())
+            ),
         }
         model = self.subject.folder or self.subject.name
         notes = {"sources": sources, "model": model, "tokenizer": _hash(self.subject.tokenizer)}
@@ -166,22 +193,31 @@ class Library:
             the answer, with the passages that were read for it.
 
         Raises:
-            ValueError: nothing is remembered yet, an empty question, no new tokens, or a block that is not what was
-                written.
+            ValueError: nothing is remembered yet, an empty question, no new tokens, or a block that
+                is not what was written.
         """
         if self.tokens == 0:
             raise ValueError(
-                f"expected a library that has read something in {str(self.folder)!r}, got none; read it first"
+                f"expected a library that has read something in {str(self.folder)!r}, got none; "
+                "read it first"
             )
-        read = Reading(self.reading.sources, self.reading.ids[: self.tokens], self.reading.spans[: self.tokens])
+        read = Reading(
+            self.reading.sources, self.reading.ids[: self.tokens], self.reading.spans[: self.tokens]
+        )
         subject = self.subject
         return explain_memory(
-            subject.model, subject.tokenizer, self.memory, read, question, max_new_tokens=max_new_tokens
+            subject.model,
+            subject.tokenizer,
+            self.memory,
+            read,
+            question,
+            max_new_tokens=max_new_tokens,
         )
 
 
 def model_of(folder: str | Path) -> str | None:
-    """Returns the folder or name of the model that a library was remembered by, ``None`` for the bundled one.
+    """Returns the folder or name of the model that a library was remembered by, ``None`` for the
+    bundled one.
 
     Raises:
         FileNotFoundError, ValueError: as ``Library.open``.
@@ -193,8 +229,8 @@ def model_of(folder: str | Path) -> str | None:
         return None
     if os.path.isabs(model) and not os.path.isdir(model):
         raise FileNotFoundError(
-            f"model: expected the one that made the memory {str(folder)!r} in {model}, got nothing there; pass its "
-            "new folder as model (--model)"
+            f"model: expected the one that made the memory {str(folder)!r} in {model}, got "
+            "nothing there; pass its new folder as model (--model)"
         )
     return model
 
@@ -213,8 +249,8 @@ def remember(
     """Remembers texts in a folder, or goes on with what is there.
 
     Args:
-        files: text files, or folders of .txt files, read one after the other. Where the folder holds a library, they
-            begin with its texts.
+        files: text files, or folders of .txt files, read one after the other. Where the folder
+            holds a library, they begin with its texts.
         folder: where it is saved.
         model: a landmark model with its tokenizer, or its name; ``None`` for the bundled one.
         tier: where blocks live meanwhile, as for ``LandmarkCache``.
@@ -225,9 +261,11 @@ def remember(
 
     Raises:
         FileNotFoundError: a file that is not there.
-        ValueError: no text, a plain model, other texts than those of the library in the folder, or as ``Library.open``.
+        ValueError: no text, a plain model, other texts than those of the library in the folder, or
+            as ``Library.open``.
     """
-    folder, sources = Path(folder), file_sources(map(Path, files), watch)
+    folder = Path(folder)
+    sources = file_sources(map(Path, files), watch)
     if (folder / STATE).exists():
         library = Library.open(folder, model, tier, **budgets)
         library.reading = _continued(library, sources, watch)
@@ -240,20 +278,26 @@ def remember(
     return library
 
 
-def _continued(library: Library, sources: Sequence[Source], watch: encoding.Progress | None) -> Reading:
-    """Raises ``ValueError`` unless the texts, and the tokens that were read, begin as those of the library."""
+def _continued(
+    library: Library, sources: Sequence[Source], watch: encoding.Progress | None
+) -> Reading:
+    """Raises ``ValueError`` unless the texts, and the tokens that were read, begin as those of the
+    library.
+    """
     known = library.reading.sources
     if tuple(each.text for each in sources[: len(known)]) != tuple(each.text for each in known):
         names = ", ".join(each.name for each in known[:3]) + (", ..." if len(known) > 3 else "")
         raise ValueError(
-            f"FILES: expected those of the library in {str(library.folder)!r} first ({names}), unchanged, then further "
-            f"ones, got {', '.join(each.name for each in sources[:3])}; name them, or another folder"
+            f"FILES: expected those of the library in {str(library.folder)!r} first ({names}), "
+            f"unchanged, then further ones, got {', '.join(each.name for each in sources[:3])}; "
+            "name them, or another folder"
         )
     reading = read_sources(sources, library.subject.tokenizer, watch)
     if not torch.equal(reading.ids[: library.tokens], library.reading.ids[: library.tokens]):
         raise ValueError(
-            f"--out: expected a memory of the tokens of these texts in {str(library.folder)!r}, got one that was "
-            "tokenised otherwise, by an earlier version; remember them in another folder"
+            f"--out: expected a memory of the tokens of these texts in {str(library.folder)!r}, "
+            "got one that was tokenised otherwise, by an earlier version; remember them in "
+            "another folder"
         )
     return reading
 
@@ -269,15 +313,24 @@ def _hash(tokenizer: Any) -> str:
 
 
 def _sources_of(notes: dict[str, Any], folder: str | Path) -> list[tuple[str, int]]:
-    """The names and characters of a library's texts; raises ``ValueError`` for a memory without its texts."""
+    """The names and characters of a library's texts; raises ``ValueError`` for a memory without its
+    texts.
+    """
     sources = sources_of(notes)
-    if sources is None or not all(isinstance(notes.get(name), str) for name in ("model", "tokenizer")):
-        raise ValueError(f"expected a memory with its texts in {str(folder)!r}, got one without; use landmark remember")
+    if sources is None or not all(
+        isinstance(notes.get(name), str) for name in ("model", "tokenizer")
+    ):
+        raise ValueError(
+            f"expected a memory with its texts in {str(folder)!r}, got one without; use landmark "
+            "remember"
+        )
     return sources
 
 
 def _sources(sources: Sequence[tuple[str, int]], characters: bytearray) -> tuple[Source, ...]:
-    text, begin, found = characters.decode(), 0, []
+    text = characters.decode()
+    begin = 0
+    found = []
     for name, count in sources:
         found.append(Source(name, text[begin : begin + count]))
         begin += count

@@ -1,7 +1,8 @@
 """Rotary position embedding as a function of any position, with angles computed in float64.
 
-A rotation by ``a`` followed by one by ``b`` is the rotation by ``a + b``. Keys are therefore kept rotated by their
-place inside the block only, and a query is rotated by its distance to wherever a block is thought to stand.
+A rotation by ``a`` followed by one by ``b`` is the rotation by ``a + b``. Keys are therefore kept
+rotated by their place inside the block only, and a query is rotated by its distance to wherever a
+block is thought to stand.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ class Rotary:
     """One layer type's rotary embedding: ``y = x * cos(p * f) + partner(x) * sign * sin(p * f)``.
 
     Attributes:
-        frequencies: ``(R,)`` float64, radians per position of each rotated column, ``R <= D``; columns from ``R`` on
-            pass unchanged.
+        frequencies: ``(R,)`` float64, radians per position of each rotated column, ``R <= D``;
+            columns from ``R`` on pass unchanged.
         signs: ``(R,)`` float64, +1 or -1.
         interleaved: whether column ``2i`` pairs with ``2i + 1`` (else ``i`` with ``i + R / 2``).
     """
@@ -49,7 +50,9 @@ class Rotation:
         return Rotation(self.cos[index], self.sin[index], self.interleaved)
 
     def at(self, index: Tensor) -> Rotation:
-        """As ``self[index]`` for positions of one dimension and integers of any shape, by a faster kernel."""
+        """As ``self[index]`` for positions of one dimension and integers of any shape, by a faster
+        kernel.
+        """
         look_up = torch.nn.functional.embedding
         return Rotation(look_up(index, self.cos), look_up(index, self.sin), self.interleaved)
 
@@ -58,7 +61,9 @@ class Rotation:
         return Rotation(self.cos.to(device), self.sin.to(device), self.interleaved)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Rotates ``x (..., D)``, whose leading shape broadcasts with the positions; computes in at least float32."""
+        """Rotates ``x (..., D)``, whose leading shape broadcasts with the positions; computes in at
+        least float32.
+        """
         rotated = self.cos.shape[-1]
         head = x[..., :rotated].to(self.cos.dtype)
         if self.interleaved:

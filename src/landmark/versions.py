@@ -1,4 +1,6 @@
-"""What a figure was made with: versions of packages, and the commit where the code lies in its repository."""
+"""What a figure was made with: versions of packages, and the commit where the code lies in its
+repository.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ from landmark import __version__
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Returns the versions of landmark, Python and ``packages`` (``None`` where one is missing), and the commit.
+    """Returns the versions of landmark, Python and ``packages`` (``None`` where one is missing),
+    and the commit.
 
-    The commit is that of the checkout which holds this file, followed by ``with changes`` where tracked files differ
-    from it; ``None`` for an installed package.
+    The commit is that of the checkout which holds this file, followed by ``with changes`` where
+    tracked files differ from it; ``None`` for an installed package.
     """
     found: dict[str, str | None] = {"landmark": __version__, "python": platform.python_version()}
     for package in packages:
@@ -33,7 +36,8 @@ def versions(*packages: str) -> dict[str, str | None]:
 def _commit() -> str | None:
     if _git("ls-files", "--error-unmatch", __file__) is None:
         return None
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return f"{commit} with changes" if commit and changes else commit
 
 

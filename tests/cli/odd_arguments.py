@@ -37,11 +37,56 @@ ASKED = {
     "dtype": ["generate", "hi", "--model", "MARKED", "--dtype", "WORD"],
     "read": ["generate", "hi", "--model", "MARKED", "--read", "WORD"],
     "tier": ["remember", "TEXT", "--model", "MARKED", "--out", "memory", "--tier", "WORD"],
-    "filler": ["eval", "passkey", "--model", "MARKED", "--lengths", "150", "--trials", "1", "--filler", "WORD"],
+    "filler": [
+        "eval",
+        "passkey",
+        "--model",
+        "MARKED",
+        "--lengths",
+        "150",
+        "--trials",
+        "1",
+        "--filler",
+        "WORD",
+    ],
     "rope": ["eval", "passkey", "--model", "PLAIN", "--rope", "WORD"],
-    "split": ["eval", "perplexity", "--model", "MARKED", "--data", "TEXT", "--lengths", "9999", "--split", "WORD"],
-    "index": ["eval", "index", "--model", "MARKED", "--data", "TEXT", "--queries", "9999", "--index", "WORD"],
-    "field": ["train", "--data", "TEXT", "--out", "o", "--model", "MARKED", "--length", "99999", "--field", "WORD"],
+    "split": [
+        "eval",
+        "perplexity",
+        "--model",
+        "MARKED",
+        "--data",
+        "TEXT",
+        "--lengths",
+        "9999",
+        "--split",
+        "WORD",
+    ],
+    "index": [
+        "eval",
+        "index",
+        "--model",
+        "MARKED",
+        "--data",
+        "TEXT",
+        "--queries",
+        "9999",
+        "--index",
+        "WORD",
+    ],
+    "field": [
+        "train",
+        "--data",
+        "TEXT",
+        "--out",
+        "o",
+        "--model",
+        "MARKED",
+        "--length",
+        "99999",
+        "--field",
+        "WORD",
+    ],
     "report": [
         "train",
         "--data",
@@ -80,7 +125,14 @@ _PASSKEY = ["eval", "passkey", "--lengths", "150", "--trials", "1", "--filler", 
 _PERPLEXITY = ["eval", "perplexity", "--data", "TEXT", "--lengths", "20", "--max-tokens", "40"]
 _TRAIN = ["train", "--data", "TEXT", "--out", "tuned", "--model", "MARKED", "--length", "99999"]
 COUNTED = {
-    "--temperature --seed --max-new-tokens": ["generate", "hi", "--model", "MARKED", "--max-new-tokens", "2"],
+    "--temperature --seed --max-new-tokens": [
+        "generate",
+        "hi",
+        "--model",
+        "MARKED",
+        "--max-new-tokens",
+        "2",
+    ],
     "--top": ["rank", "hi", "TEXT", "--model", "MARKED"],
     "--block-size --top-k --local-blocks --max-blocks --layers --chunk-tokens --trained-length": [
         *("convert", "PLAIN", "--out", "converted")
@@ -89,7 +141,14 @@ COUNTED = {
     "--rope": [*_PASSKEY, "--model", "PLAIN"],
     "--window --plain-limit": [*_PASSKEY, "--model", "PLAIN"],
     "--local --blocks --top-k --local-blocks --seed": [*_PERPLEXITY, "--model", "MARKED"],
-    "--passages --passage-tokens --max-tokens": ["eval", "rank", "--data", "TEXT", "--model", "MARKED"],
+    "--passages --passage-tokens --max-tokens": [
+        "eval",
+        "rank",
+        "--data",
+        "TEXT",
+        "--model",
+        "MARKED",
+    ],
     "--landmarks --layer --max-tokens --queries": [
         "eval",
         "index",
@@ -100,15 +159,27 @@ COUNTED = {
         "--queries",
         "9999",
     ],
-    "--steps --batch --lr --warmup --seed --episodes --answer-weight --vocab-size --block-size --top-k": _TRAIN,
-    "--local-blocks --position-gap --micro-batch --workers --log-every --evaluate-every --save-every --lora": _TRAIN,
+    "--steps --batch --lr --warmup --seed --episodes --answer-weight --vocab-size": _TRAIN,
+    "--block-size --top-k --local-blocks --position-gap --micro-batch --workers": _TRAIN,
+    "--log-every --evaluate-every --save-every --lora": _TRAIN,
 }
-ROPES = ("dynamic:nan", "dynamic:inf", "dynamic:0", "dynamic:-1", "dynamic:1e400", "dynamic:x", "linear:2")
+ROPES = (
+    "dynamic:nan",
+    "dynamic:inf",
+    "dynamic:0",
+    "dynamic:-1",
+    "dynamic:1e400",
+    "dynamic:x",
+    "linear:2",
+)
 OPTIONS = {
-    f"{words[0]} {words[1]} {option}": [*words, option] for names, words in COUNTED.items() for option in names.split()
+    f"{words[0]} {words[1]} {option}": [*words, option]
+    for names, words in COUNTED.items()
+    for option in names.split()
 }
 
-OUTS = {  # paths below an empty folder with a file, a folder with something in it, and a link to itself
+# Paths below an empty folder with a file, a folder with something in it, and a link to itself.
+OUTS = {
     "a folder": ("folder", False),
     "inside a file": ("file.txt/out.html", False),
     "inside a device": ("/dev/null/out.html", False),
@@ -124,7 +195,17 @@ OUTS = {  # paths below an empty folder with a file, a folder with something in 
     "a new folder": ("new/er/out.html", None),
 }
 WRITING = {
-    "explain": ["explain", "TEXT", "--question", "hi", "--model", "MARKED", "--max-new-tokens", "2", "--out"],
+    "explain": [
+        "explain",
+        "TEXT",
+        "--question",
+        "hi",
+        "--model",
+        "MARKED",
+        "--max-new-tokens",
+        "2",
+        "--out",
+    ],
     "remember": ["remember", "TEXT", "--model", "MARKED", "--out"],
     "convert": ["convert", "PLAIN", "--out"],
     "passkey": [*_PASSKEY, "--model", "MARKED", "--out"],

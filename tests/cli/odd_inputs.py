@@ -1,7 +1,8 @@
 """Odd files, folders and words that people give to commands, and the commands that take them.
 
-Each thing is made in an empty folder and returns the argument that names it; ``True`` says that it is a text, so that
-the commands that read texts succeed; ``False`` that they refuse it; ``None`` that it depends on the command.
+Each thing is made in an empty folder and returns the argument that names it; ``True`` says that it
+is a text, so that the commands that read texts succeed; ``False`` that they refuse it; ``None``
+that it depends on the command.
 """
 
 from __future__ import annotations
@@ -94,7 +95,10 @@ THINGS: dict[str, tuple[Callable[[Path], str], bool | None]] = {
     "old Mac line ends": (file("mac.txt", TEXT.replace("\n", "\r")), True),
     "Windows line ends": (file("windows.txt", TEXT.replace("\n", "\r\n")), True),
     "a byte order mark": (file("mark.txt", "\ufeff" + TEXT), True),
-    "control sequences": (file("controls.txt", TEXT + "\x1b[31mred\x07\b\x9b2J\u202eback\u2028" + TEXT), True),
+    "control sequences": (
+        file("controls.txt", TEXT + "\x1b[31mred\x07\b\x9b2J\u202eback\u2028" + TEXT),
+        True,
+    ),
     "one long line": (file("line.txt", TEXT.replace("\n", " ")), True),
     "an empty file": (file("empty.txt", ""), False),
     "only whitespace": (file("blank.txt", " \r\n\t\r"), False),
@@ -107,15 +111,24 @@ THINGS: dict[str, tuple[Callable[[Path], str], bool | None]] = {
     "rows with old Mac line ends": (file("mac.jsonl", f"{ROW}\r\r{ROW}\r"), True),
     "rows with Windows line ends": (file("windows.jsonl", f"{ROW}\r\n{ROW}\r\n"), True),
     "a row with half an emoji": (file("half.jsonl", HALF + "\n"), True),
-    "a row with zero characters": (file("zero.jsonl", json.dumps({"text": TEXT + "\0\x1b[2J"})), True),
+    "a row with zero characters": (
+        file("zero.jsonl", json.dumps({"text": TEXT + "\0\x1b[2J"})),
+        True,
+    ),
     "a row with NaN": (file("nan.jsonl", '{"x": NaN, "y": -Infinity, ' + ROW[1:]), True),
     "a row with a key twice": (file("twice.jsonl", '{"text": 1, ' + ROW[1:]), True),
     "rows with a byte order mark": (file("mark.jsonl", "\ufeff" + ROW), True),
     "a deep row": (file("deep.jsonl", '{"x": ' + DEEP + ", " + ROW[1:]), False),
     "a row with a long number": (file("long.jsonl", '{"x": ' + "9" * 5000 + ", " + ROW[1:]), False),
-    "a row of many keys": (file("keys.jsonl", json.dumps({f"key{n}": n for n in range(20_000)})), False),
+    "a row of many keys": (
+        file("keys.jsonl", json.dumps({f"key{n}": n for n in range(20_000)})),
+        False,
+    ),
     "a row with a long key": (file("key.jsonl", json.dumps({"x" * 20_000: TEXT})), False),
-    "a row with a key of controls": (file("key.jsonl", json.dumps({"\x1b[31m\n\ud83d": TEXT})), False),
+    "a row with a key of controls": (
+        file("key.jsonl", json.dumps({"\x1b[31m\n\ud83d": TEXT})),
+        False,
+    ),
     "a row that is a list": (file("list.jsonl", "[1]\n"), False),
     "a row that is a number": (file("number.jsonl", "7\n"), False),
     "a row that is null": (file("null.jsonl", "null\n"), False),
@@ -124,10 +137,16 @@ THINGS: dict[str, tuple[Callable[[Path], str], bool | None]] = {
     "a row of control characters": (file("controls.jsonl", "\x1b[31m\x07\n"), False),
     "rows without text": (file("blank.jsonl", '{"text": " "}\n{"text": ""}\n'), False),
     "rows in UTF-16": (file("wide.jsonl", ROW.encode("utf-16")), False),
-    "a JSON object over several lines": (file("object.json", json.dumps({"text": TEXT}, indent=2)), True),
+    "a JSON object over several lines": (
+        file("object.json", json.dumps({"text": TEXT}, indent=2)),
+        True,
+    ),
     "a JSON object in one line": (file("object.json", ROW), True),
     "a JSON array of rows": (file("array.json", f"[{ROW}, {HALF}]"), True),
-    "a JSON array over several lines": (file("array.json", json.dumps([{"text": TEXT}] * 2, indent=1)), True),
+    "a JSON array over several lines": (
+        file("array.json", json.dumps([{"text": TEXT}] * 2, indent=1)),
+        True,
+    ),
     "rows in a .json": (file("rows.json", f"{ROW}\n{ROW}\n"), True),
     "an empty JSON array": (file("array.json", "[]"), False),
     "a JSON array of numbers": (file("numbers.json", "[1, 2]"), False),
@@ -147,8 +166,14 @@ THINGS: dict[str, tuple[Callable[[Path], str], bool | None]] = {
     "a folder of texts": (folder_of(a_txt=TEXT, b_txt=TEXT.replace("\n", "\r")), None),
     "a folder with an image": (folder_of(a_txt=TEXT, b_txt=b"\x89PNG\0"), False),
     # remember and explain name texts by their paths and read no manifest
-    "a folder with a bad manifest": (folder_of(a_txt=TEXT, MANIFEST_tsv=b"file\ttitle\na.txt\tcaf\xe9\n"), None),
-    "a folder with a long manifest": (folder_of(a_txt=TEXT, MANIFEST_tsv="file\ttitle\n" + "x" * 200_000), None),
+    "a folder with a bad manifest": (
+        folder_of(a_txt=TEXT, MANIFEST_tsv=b"file\ttitle\na.txt\tcaf\xe9\n"),
+        None,
+    ),
+    "a folder with a long manifest": (
+        folder_of(a_txt=TEXT, MANIFEST_tsv="file\ttitle\n" + "x" * 200_000),
+        None,
+    ),
     "a folder named as a text": (folder_named_as_a_text, None),
     "a folder with a broken link": (folder_with_a_broken_link, False),
     "a broken link": (broken_link, False),
@@ -164,14 +189,21 @@ READERS = {
     "remember": "remember THING --out out/memory --model MARKED",
     "explain": "explain THING --question hi --model MARKED --max-new-tokens 2 --out out/page.html",
     "rank": "rank hi THING --model MARKED",
-    "passkey": "eval passkey --model MARKED --lengths 150 --trials 1 --filler THING --out out/rows.json",
-    "perplexity": "eval perplexity --model MARKED --data THING --lengths 20 --max-tokens 40 --out out/rows.json",
+    "passkey": (
+        "eval passkey --model MARKED --lengths 150 --trials 1 --filler THING --out out/rows.json"
+    ),
+    "perplexity": (
+        "eval perplexity --model MARKED --data THING --lengths 20 --max-tokens 40 --out "
+        "out/rows.json"
+    ),
 }
 REFUSING = {  # every text here is too short for them
     "demo": "demo --model MARKED --text THING --out out/demo.png",
     "train": "train --data THING --out out/tuned --model MARKED --steps 1 --length 100000",
     "eval rank": "eval rank --model MARKED --data THING --passages 999",
-    "eval index": "eval index --model MARKED --data THING --index exact --landmarks 9000 --max-tokens 50",
+    "eval index": (
+        "eval index --model MARKED --data THING --index exact --landmarks 9000 --max-tokens 50"
+    ),
 }
 OPENERS = {  # nothing here is a memory or a model
     "ask": "ask THING hi",

@@ -24,7 +24,9 @@ def folder(tmp_path_factory):
 def run(capsys, folder, tmp_path, monkeypatch):
     """Runs a command line in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("landmark.cli.progress.FIRST", 600)  # however slow the machine is, stderr has errors alone
+    monkeypatch.setattr(
+        "landmark.cli.progress.FIRST", 600
+    )  # however slow the machine is, stderr has errors alone
 
     def call(*words):
         with pytest.raises(SystemExit) as ended:
@@ -38,7 +40,10 @@ def run(capsys, folder, tmp_path, monkeypatch):
 def test_help_comes_at_once():
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "landmark.cli.app", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "landmark.cli.app", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert time.perf_counter() - started < 3
     for command in ("demo", "generate", "convert", "train", "rank", "info", "eval", "memory"):
@@ -60,14 +65,25 @@ def test_errors_are_one_line_with_code_2(run, folder):
 
 def test_convert_then_generate(run, folder, tmp_path):
     code, out, _ = run(
-        "convert", folder / "plain", "--out", "mine", "--block-size", 16, "--top-k", 2, "--layers", "0,1"
+        "convert",
+        folder / "plain",
+        "--out",
+        "mine",
+        "--block-size",
+        16,
+        "--top-k",
+        2,
+        "--layers",
+        "0,1",
     )
     assert code == 0
     assert "LandmarkLlamaForCausalLM saved in mine with its tokenizer" in out
     settings = json.loads((tmp_path / "mine" / "config.json").read_text())["landmark"]
     assert (settings["block_size"], settings["top_k"], settings["layers"]) == (16, 2, [0, 1])
     with pytest.warns(UserWarning, match="landmark that was never trained"):
-        code, out, err = run("generate", "The pass key is", "--model", "mine", "--max-new-tokens", 60)
+        code, out, err = run(
+            "generate", "The pass key is", "--model", "mine", "--max-new-tokens", 60
+        )
     assert (code, err) == (0, "")
     assert len(out) > 10
 
@@ -82,7 +98,9 @@ def test_generate_reads_a_file_first(run, folder, tmp_path):
         "sampled": ("--temperature", "1.5", "--seed", "1"),
         "again": ("--temperature", "1.5", "--seed", "1"),
     }.items():
-        code, shown[name], _ = run("generate", "The code", "--model", folder / "marked", "--max-new-tokens", 20, *extra)
+        code, shown[name], _ = run(
+            "generate", "The code", "--model", folder / "marked", "--max-new-tokens", 20, *extra
+        )
         assert code == 0
     assert shown["sampled"] == shown["again"]
     assert len({shown["alone"], shown["local"], shown["retrieve"], shown["sampled"]}) > 2
@@ -117,9 +135,13 @@ def test_remember_and_ask(run, folder, tmp_path, monkeypatch):
     first, last = out.splitlines()
     assert re.match(r"([\d,]+) of \1 tokens  [\d,]+ tokens/s  device \d+ MiB", first)
     assert last.endswith("tokens of 1 texts are remembered in memory")
-    code, out, err = run("remember", "a.txt", "b.txt", "--out", "memory", "--model", folder / "marked")
+    code, out, err = run(
+        "remember", "a.txt", "b.txt", "--out", "memory", "--model", folder / "marked"
+    )
     assert code == 0 and out.endswith("tokens of 2 texts are remembered in memory\n"), err
-    code, out, err = run("ask", "memory", " What is", "--max-new-tokens", 4, "--tier", "host")  # by the model it names
+    code, out, err = run(
+        "ask", "memory", " What is", "--max-new-tokens", 4, "--tier", "host"
+    )  # by the model it names
     assert code == 0, err
     answer, *passages = out.splitlines()
     assert answer.startswith("What is") and passages
@@ -144,14 +166,36 @@ def test_an_error_in_one_question_does_not_end_the_session(run, folder, tmp_path
     monkeypatch.setattr(Library, "ask", ask)
     monkeypatch.setattr("sys.stdin", io.StringIO("odd\nThe grass\n\n"))
     code, out, err = run("ask", "memory", "--interactive", "--max-new-tokens", 2)
-    assert code == 0 and out.startswith("The grass") and err == "error: question: expected another\n"
+    assert (
+        code == 0 and out.startswith("The grass") and err == "error: question: expected another\n"
+    )
     assert run("ask", "memory", "odd")[0] == 2
 
 
 def test_eval_passkey(run, folder, tmp_path):
     code, out, err = run(
-        *("eval", "passkey", "--model", folder / "marked", "--compare", folder / "plain", "--lengths", "200,300"),
-        *("--trials", 2, "--top-k", "1,2", "--filler", "paper,pydoc", "--window", 40, "--rope", "dynamic"),
+        *(
+            "eval",
+            "passkey",
+            "--model",
+            folder / "marked",
+            "--compare",
+            folder / "plain",
+            "--lengths",
+            "200,300",
+        ),
+        *(
+            "--trials",
+            2,
+            "--top-k",
+            "1,2",
+            "--filler",
+            "paper,pydoc",
+            "--window",
+            40,
+            "--rope",
+            "dynamic",
+        ),
         *("--out", "r/rows.json", "--plot", "r/picture.png"),
     )
     assert code == 0, err
@@ -183,7 +227,10 @@ def test_eval_facts(run, folder, tmp_path):
     )
     assert code == 0
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
-    assert [(row["task"], row["facts"], row["asked"]) for row in rows] == [("facts", 1, 2), ("facts", 4, 8)]
+    assert [(row["task"], row["facts"], row["asked"]) for row in rows] == [
+        ("facts", 1, 2),
+        ("facts", 4, 8),
+    ]
     assert "Named facts" in out
 
 
@@ -191,8 +238,28 @@ def test_eval_perplexity(run, folder, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("The north gate is green and the sky is blue. " * 200)
     code, out, err = run(
-        *("eval", "perplexity", "--model", folder / "marked", "--compare", folder / "plain", "--data", "data"),
-        *("--lengths", "60,240", "--local", 30, "--blocks", 4, "--top-k", "2,0", "--max-tokens", 960),
+        *(
+            "eval",
+            "perplexity",
+            "--model",
+            folder / "marked",
+            "--compare",
+            folder / "plain",
+            "--data",
+            "data",
+        ),
+        *(
+            "--lengths",
+            "60,240",
+            "--local",
+            30,
+            "--blocks",
+            4,
+            "--top-k",
+            "2,0",
+            "--max-tokens",
+            960,
+        ),
         *("--out", "p.json", "--plot", "p.png"),
     )
     assert code == 0, err
@@ -212,15 +279,23 @@ def test_eval_perplexity(run, folder, tmp_path):
 
 
 def test_rank(run, folder, tmp_path):
-    for name, text in {"a": "The grass is green. ", "b": "The [red] code. ", "c": "A north gate. "}.items():
+    for name, text in {
+        "a": "The grass is green. ",
+        "b": "The [red] code. ",
+        "c": "A north gate. ",
+    }.items():
         (tmp_path / f"{name}.txt").write_text(text * 9)
-    code, out, err = run("rank", "The code", "a.txt", "b.txt", "c.txt", "--model", folder / "marked", "--top", 2)
+    code, out, err = run(
+        "rank", "The code", "a.txt", "b.txt", "c.txt", "--model", folder / "marked", "--top", 2
+    )
     assert code == 0, err
     lines = re.findall(r"│ +(\d) │ ([abc])\.txt │ +(-?\d+\.\d+) │ (\S.*\S) +│\n", out)
     assert [place for place, *_ in lines] == ["1", "2"]
     assert float(lines[0][2]) >= float(lines[1][2])
     assert all(len(passage) <= 80 for *_, passage in lines)
-    code, all_of_them, _ = run("rank", "The code", "a.txt", "b.txt", "c.txt", "--model", folder / "marked")
+    code, all_of_them, _ = run(
+        "rank", "The code", "a.txt", "b.txt", "c.txt", "--model", folder / "marked"
+    )
     assert "[red]" in all_of_them
 
 
@@ -228,9 +303,22 @@ def test_eval_rank(run, folder, tmp_path):
     for split, files in {"test": "ab", "train": "c"}.items():
         (tmp_path / "data" / split).mkdir(parents=True)
         for name in files:
-            (tmp_path / "data" / split / f"{name}.txt").write_text(f"The gate {name * 5} is green. " * 60)
+            (tmp_path / "data" / split / f"{name}.txt").write_text(
+                f"The gate {name * 5} is green. " * 60
+            )
     code, out, err = run(
-        *("eval", "rank", "--model", folder / "marked", "--data", "data", "--among", "train", "--passages", 4),
+        *(
+            "eval",
+            "rank",
+            "--model",
+            folder / "marked",
+            "--data",
+            "data",
+            "--among",
+            "train",
+            "--passages",
+            4,
+        ),
         *("--passage-tokens", 20, "--max-tokens", 300, "--seed", 3, "--out", "r.json"),
     )
     assert code == 0, err
@@ -256,8 +344,18 @@ def test_demo_says_no_for_a_model_that_finds_nothing(run, folder, tmp_path, monk
     assert "read without retrieval" in out
     assert len(re.findall(r"^  . block +\d+ +\d+%  \S", out, re.M)) >= 3
     assert "dense (every token" in out
-    assert re.search(r"Saved and opened again: \d MiB on the disk in .* s, opened in [\d,]+ ms without reading", out)
-    assert len(re.findall(r"Asked on a fork: .* \(the same answer\) in .* s, \d MiB of blocks read", out)) == 1
+    assert re.search(
+        r"Saved and opened again: \d MiB on the disk in .* s, opened in [\d,]+ ms without reading",
+        out,
+    )
+    assert (
+        len(
+            re.findall(
+                r"Asked on a fork: .* \(the same answer\) in .* s, \d MiB of blocks read", out
+            )
+        )
+        == 1
+    )
     assert (tmp_path / "o" / "demo.png").stat().st_size > 1000
 
 
@@ -266,7 +364,9 @@ def test_demo_says_yes_for_one_that_finds_all(run, folder, monkeypatch):
 
     monkeypatch.setattr(demo, "LENGTHS", (400, 500))
     monkeypatch.setattr(
-        demo, "_write", lambda model, ids, cache, count: model(ids, past_key_values=cache) and [1] * count
+        demo,
+        "_write",
+        lambda model, ids, cache, count: model(ids, past_key_values=cache) and [1] * count,
     )
     monkeypatch.setattr(demo, "build_document", answered_by_ones(demo.build_document))
     code, out, _ = run("demo", "--model", folder / "marked", "--no-dense")
@@ -308,14 +408,36 @@ def answered_by_ones(build):
 def test_info(run):
     code, out, _ = run("info")
     assert code == 0
-    for part in ("Versions", "torch ", "Devices", "cpu: ", "Attention", ": chosen", ": not chosen, ", "Bundled model"):
+    for part in (
+        "Versions",
+        "torch ",
+        "Devices",
+        "cpu: ",
+        "Attention",
+        ": chosen",
+        ": not chosen, ",
+        "Bundled model",
+    ):
         assert part in out
     table = [line for line in out.split("Bundled model")[1].splitlines() if line.startswith("│")]
     names = [line.split("│")[1].strip() for line in table]
     assert names == [
-        *("model", "folder", "weights", "trained length", "pass key", "named facts", "perplexity", "all figures")
+        *(
+            "model",
+            "folder",
+            "weights",
+            "trained length",
+            "pass key",
+            "named facts",
+            "perplexity",
+            "all figures",
+        )
     ]
-    assert "65 of 65 right at 1,048,576 tokens" in out and "25.79 at 4,096 tokens" in out and "README.md" in out
+    assert (
+        "65 of 65 right at 1,048,576 tokens" in out
+        and "25.79 at 4,096 tokens" in out
+        and "README.md" in out
+    )
 
 
 def test_memory_info_verify_compact(run, folder, tmp_path):
@@ -336,9 +458,13 @@ def test_memory_info_verify_compact(run, folder, tmp_path):
     assert code == 0
     model_line = "model landmark_llama [0-9a-f]{12}, float32; tokenizer fedcba987654\n"
     assert re.search(model_line, out) and "block_size 16" in out
-    assert out.startswith("100 tokens, saved 1 times, ") and "source book.txt: 300 characters\n" in out
+    assert (
+        out.startswith("100 tokens, saved 1 times, ") and "source book.txt: 300 characters\n" in out
+    )
     assert f"layer-00.blocks: {6 * 2 * 2 * 16 * 8 * 4:,} bytes\n" in out
-    assert "layer-00.blocks: 12 bytes that do not count\ntail-2: 11 bytes that do not count\n" in out
+    assert (
+        "layer-00.blocks: 12 bytes that do not count\ntail-2: 11 bytes that do not count\n" in out
+    )
     assert out.endswith("see landmark memory compact\n")
     assert run("memory", "verify", path)[0] == 0
     code, out, _ = run("memory", "compact", path)
@@ -349,4 +475,7 @@ def test_memory_info_verify_compact(run, folder, tmp_path):
     (path / "layer-01.blocks").write_bytes(data)
     code, out, _ = run("memory", "verify", path)
     assert code == 1 and out.count("\n") == 2 and out.endswith("1 damaged\n")
-    assert "layer-01.blocks: block 0, key/value head 1 (bytes 1024-2048)" in out or "layer-01.blocks: block 1" in out
+    assert (
+        "layer-01.blocks: block 0, key/value head 1 (bytes 1024-2048)" in out
+        or "layer-01.blocks: block 1" in out
+    )

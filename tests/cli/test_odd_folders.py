@@ -1,4 +1,6 @@
-"""Folders of models and memories that are damaged, incomplete or named oddly: one line, and nothing half-written."""
+"""Folders of models and memories that are damaged, incomplete or named oddly: one line, and nothing
+half-written.
+"""
 
 import json
 import os
@@ -47,7 +49,9 @@ def run(here, capsys):
             cli.main(line.split())
         said = capsys.readouterr()
         error = said.err.splitlines()[-1] if ended.value.code == 2 else ""
-        assert ended.value.code != 2 or (error.startswith("error: ") and len(error) <= 400), said.err
+        assert ended.value.code != 2 or (error.startswith("error: ") and len(error) <= 400), (
+            said.err
+        )
         return ended.value.code, said.out, error
 
     return call
@@ -58,7 +62,10 @@ def test_a_memory_of_the_bundled_model_is_asked_beside_something_of_its_name(run
     Path("short.txt").write_text(TEXT[:200])
     assert run("remember short.txt --out memory")[0] == 0
     Path("landmark").mkdir() if kind == "folder" else Path("landmark").write_text("mine")
-    for line in ("ask memory hi --max-new-tokens 1", "generate hi --model landmark --max-new-tokens 1"):
+    for line in (
+        "ask memory hi --max-new-tokens 1",
+        "generate hi --model landmark --max-new-tokens 1",
+    ):
         code, out, error = run(line)
         assert code == 0 and out, error
 
@@ -66,7 +73,9 @@ def test_a_memory_of_the_bundled_model_is_asked_beside_something_of_its_name(run
 def test_a_model_that_is_called_as_the_bundled_one_comes_first(run):
     Path("marked").rename("landmark")
     assert run("remember text.txt --out memory --model landmark")[0] == 0
-    assert run("memory info memory")[1] and landmark.library.model_of("memory") == os.path.abspath("landmark")
+    assert run("memory info memory")[1] and landmark.library.model_of("memory") == os.path.abspath(
+        "landmark"
+    )
 
 
 def test_the_bundled_models_are_converted_by_name(run):
@@ -92,7 +101,10 @@ TOKENIZERS = {
 def test_a_damaged_tokenizer_is_refused_before_anything_is_written(run, name):
     file, content = TOKENIZERS[name]
     Path("plain", file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    for line in ("convert plain --out c", "train --data text.txt --out c --model plain --steps 1 --length 64"):
+    for line in (
+        "convert plain --out c",
+        "train --data text.txt --out c --model plain --steps 1 --length 64",
+    ):
         code, _, error = run(line)
         assert code == 2 and "tokenizer" in error and "plain" in error
         assert not Path("c").exists()
@@ -108,7 +120,9 @@ def test_a_model_without_a_tokenizer_is_converted_without(run):
 def with_tokens(folder, *, special):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     names = [f"<extra{number}>" for number in range(60)]
-    tokenizer.add_special_tokens({"additional_special_tokens": names}) if special else tokenizer.add_tokens(names)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": names}
+    ) if special else tokenizer.add_tokens(names)
     tokenizer.save_pretrained(folder)
 
 
@@ -127,7 +141,11 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused(run, line):
     with_tokens("marked", special=False)
     Path("text.txt").write_text("<extra59>" + TEXT)
     code, _, error = run(f"{line} --model marked")
-    wanted = "up to 354" if line.startswith("train") else "expected token ids from 0 to 319, got .* to 354"
+    wanted = (
+        "up to 354"
+        if line.startswith("train")
+        else "expected token ids from 0 to 319, got .* to 354"
+    )
     assert code == 2 and re.search(wanted, error)
 
 
@@ -151,12 +169,23 @@ def remembered(**changes):
     model.read(torch.arange(1, 101)[None]).save("memory", **changes)
 
 
-@pytest.mark.parametrize("notes", [None, {"tokenizer": 5, "sources": 3}, {"sources": [{"name": 1}], "model": "x"}])
+@pytest.mark.parametrize(
+    "notes", [None, {"tokenizer": 5, "sources": 3}, {"sources": [{"name": 1}], "model": "x"}]
+)
 def test_a_memory_with_other_notes_is_shown_and_not_asked(run, notes):
     remembered(notes=notes)
-    for line in ("ask memory hi", "ask memory hi --model marked", "remember text.txt --out memory --model marked"):
+    for line in (
+        "ask memory hi",
+        "ask memory hi --model marked",
+        "remember text.txt --out memory --model marked",
+    ):
         assert "expected a memory with its texts in 'memory', got one without" in run(line)[2]
-    assert run("memory info memory")[0] == run("memory verify memory")[0] == run("memory compact memory")[0] == 0
+    assert (
+        run("memory info memory")[0]
+        == run("memory verify memory")[0]
+        == run("memory compact memory")[0]
+        == 0
+    )
 
 
 def changed(path, value):
@@ -231,13 +260,25 @@ def test_a_pipe_in_a_folder_of_texts_is_not_waited_for(run):
 
 
 @pytest.mark.parametrize(
-    "line", ["convert plain --out new/c", "train --data text.txt --out new/c --model plain --length 64"]
+    "line",
+    ["convert plain --out new/c", "train --data text.txt --out new/c --model plain --length 64"],
 )
 def test_a_full_disk(here, line):
-    shell = ["sh", "-c", 'ulimit -f 20; exec "$@"', "sh", sys.executable, "-m", "landmark.cli.app", *line.split()]
+    shell = [
+        "sh",
+        "-c",
+        'ulimit -f 20; exec "$@"',
+        "sh",
+        sys.executable,
+        "-m",
+        "landmark.cli.app",
+        *line.split(),
+    ]
     done = subprocess.run(shell, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.search("error: .*new/c.* got none .*make room there or name another", done.stderr.splitlines()[-1])
+    assert re.search(
+        "error: .*new/c.* got none .*make room there or name another", done.stderr.splitlines()[-1]
+    )
     assert not Path("new").exists()
 
 

@@ -1,7 +1,8 @@
-"""Every command against odd files, folders, words and numbers: a right answer, or one line on stderr and exit code 2.
+"""Every command against odd files, folders, words and numbers: a right answer, or one line on
+stderr and exit code 2.
 
-All pairs run under the mark ``full``; without it one of ``EVERY``, each thing with some commands, each command with
-some things.
+All pairs run under the mark ``full``; without it one of ``EVERY``, each thing with some commands,
+each command with some things.
 """
 
 import json
@@ -36,13 +37,19 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def run(models, tmp_path, capsys, monkeypatch):
-    """Runs a command in an empty folder: (exit code, stdout); all that must hold of any run is checked."""
+    """Runs a command in an empty folder: (exit code, stdout); all that must hold of any run is
+    checked.
+    """
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
 
     def call(words, thing=None):
-        given = {"THING": thing, "WORD": thing, **{name: str(models / place) for name, place in PLACES.items()}}
+        given = {
+            "THING": thing,
+            "WORD": thing,
+            **{name: str(models / place) for name, place in PLACES.items()},
+        }
         return checked([given.get(word, word) for word in words], capsys)
 
     return call
@@ -51,7 +58,8 @@ def run(models, tmp_path, capsys, monkeypatch):
 def checked(words, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
-    said, code = capsys.readouterr(), ended.value.code
+    said = capsys.readouterr()
+    code = ended.value.code
     assert code in (0, 1, 2), (code, said.err)
     assert "Traceback" not in said.out + said.err
     if code == 2:
@@ -65,7 +73,9 @@ def assert_shown_safely(text):
     odd = {
         c
         for c in text
-        if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or "\u202a" <= c <= "\u202e" or c in "\u200e\u200f\u061c"
+        if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
+        or "\u202a" <= c <= "\u202e"
+        or c in "\u200e\u200f\u061c"
     }
     assert odd <= {"\n", "\t"}, ascii(text)
 
@@ -111,7 +121,11 @@ def test_what_refuses_them(run, tmp_path, name, command):
 @pytest.mark.parametrize(("name", "command"), pairs(WORDS, ASKED))
 def test_words(run, name, command):
     code, out = run(ASKED[command], WORDS[name])
-    if command in ("generate", "rank", "explain", "ask") and WORDS[name].strip() and not WORDS[name].startswith("-"):
+    if (
+        command in ("generate", "rank", "explain", "ask")
+        and WORDS[name].strip()
+        and not WORDS[name].startswith("-")
+    ):
         assert code == 0 and out
     if command == "explain" and code == 0:
         assert Path("a.html").read_text(encoding="utf-8").endswith("</html>\n")
@@ -146,7 +160,23 @@ def test_numbers_without_end(models, capsys, option):
 
 @pytest.mark.parametrize("value", ROPES)
 def test_scalings_that_are_none(run, value):
-    assert run(["eval", "passkey", "--model", "PLAIN", "--lengths", "150", "--trials", "1", "--rope", value])[0] == 2
+    assert (
+        run(
+            [
+                "eval",
+                "passkey",
+                "--model",
+                "PLAIN",
+                "--lengths",
+                "150",
+                "--trials",
+                "1",
+                "--rope",
+                value,
+            ]
+        )[0]
+        == 2
+    )
 
 
 @pytest.mark.parametrize("value", ["1e-300", "nan", "inf", "1e300"])
@@ -163,20 +193,30 @@ def test_outputs(run, name, command):
     Path("loop").symlink_to("loop")
     folder = command in ("remember", "convert", "train")  # which take a folder
     code, _ = run([*WRITING[command], path])
-    assert code == 2 or possible is not False or (folder and name in ("a folder", "nothing", "a point"))
+    assert (
+        code == 2
+        or possible is not False
+        or (folder and name in ("a folder", "nothing", "a point"))
+    )
     assert Path("folder/book").read_text() == Path("file.txt").read_text() == "mine"
     assert not list(Path().rglob("*.new"))
 
 
 CONTENTS = st.one_of(
     st.binary(max_size=200),
-    st.text(st.characters(exclude_categories=()), max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")),
+    st.text(st.characters(exclude_categories=()), max_size=200).map(
+        lambda text: text.encode("utf-8", "surrogatepass")
+    ),
     st.lists(
-        st.fixed_dictionaries({"text": st.text(st.characters(exclude_categories=()), max_size=90)}), max_size=3
+        st.fixed_dictionaries({"text": st.text(st.characters(exclude_categories=()), max_size=90)}),
+        max_size=3,
     ).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "x"]), inner, max_size=2),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["text", "x"]), inner, max_size=2)
+        ),
         max_leaves=8,
     ).map(lambda value: json.dumps(value).encode()),
 )
@@ -192,7 +232,9 @@ def some_runs(test):
         st.sampled_from(sorted(COMMANDS)),
         st.sampled_from(["a.txt", "a.jsonl", "a.json", "é [b] $x_{.txt", "-a"]),
         CONTENTS,
-        st.text(st.characters(exclude_categories=()), max_size=12) | st.integers().map(str) | st.floats().map(str),
+        st.text(st.characters(exclude_categories=()), max_size=12)
+        | st.integers().map(str)
+        | st.floats().map(str),
     )
     return drawn(test)
 
@@ -214,5 +256,9 @@ def runs_well(models, capsys, monkeypatch, command, name, content, word):
     with tempfile.TemporaryDirectory() as folder, monkeypatch.context() as here:
         here.chdir(folder)
         Path(name).write_bytes(content)
-        words = {"THING": name, "WORD": word, **{key: str(models / place) for key, place in PLACES.items()}}
+        words = {
+            "THING": name,
+            "WORD": word,
+            **{key: str(models / place) for key, place in PLACES.items()},
+        }
         checked([words.get(each, each) for each in COMMANDS[command]], capsys)

@@ -62,7 +62,9 @@ def test_what_is_not_known_is_left_out(quick, capsys):
         shown("tokens, of 3 documents", 1000)
         time.sleep(0.2)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("answering (") and lines[-1].startswith("tokens, of 3 documents: 1,000 (")
+    assert lines[0].startswith("answering (") and lines[-1].startswith(
+        "tokens, of 3 documents: 1,000 ("
+    )
 
 
 def test_it_begins_with_loading(quick, capsys):
@@ -76,7 +78,15 @@ def test_it_begins_with_loading(quick, capsys):
 @pytest.mark.full
 def test_a_slow_pipe_is_not_waited_for_in_silence(folder, tmp_path):
     words = ["remember", "/dev/stdin", "--out", "m", "--model", str(folder / "marked")]
-    slow = ["sh", "-c", '(sleep 9; echo "The road went on.") | "$@"', "sh", sys.executable, "-m", "landmark.cli.app"]
+    slow = [
+        "sh",
+        "-c",
+        '(sleep 9; echo "The road went on.") | "$@"',
+        "sh",
+        sys.executable,
+        "-m",
+        "landmark.cli.app",
+    ]
     begun = time.monotonic()
     process = subprocess.Popen([*slow, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     times = []
@@ -85,7 +95,9 @@ def test_a_slow_pipe_is_not_waited_for_in_silence(folder, tmp_path):
         times.append(time.monotonic() - begun)
         lines.append(line)
     assert process.wait() == 0 and times[0] < 3 and len(times) >= 3
-    assert any(line.startswith("texts read: 0 of 1") or line.startswith("texts read (") for line in lines)
+    assert any(
+        line.startswith("texts read: 0 of 1") or line.startswith("texts read (") for line in lines
+    )
 
 
 def test_nothing_is_shown_while_it_rests(quick, capsys):
@@ -149,18 +161,40 @@ def folder(tmp_path_factory):
 
 COMMANDS = {
     "generate": (["generate", "The", "--file", "a.txt", "--max-new-tokens", "1"], "tokens read"),
-    "explain": (["explain", "a.txt", "--question", " What is", "--max-new-tokens", "1"], "tokens read"),
+    "explain": (
+        ["explain", "a.txt", "--question", " What is", "--max-new-tokens", "1"],
+        "tokens read",
+    ),
     "remember": (["remember", "a.txt", "--out", "memory"], "tokens read"),
     "ask": (["ask", "memory", " What is", "--max-new-tokens", "1"], "answering"),
     "rank": (["rank", "river", "a.txt"], "tokens read"),
     "eval passkey": (["eval", "passkey", "--lengths", "400", "--trials", "2"], "tokens read"),
-    "eval perplexity": (["eval", "perplexity", "--data", "a.txt", "--lengths", "100", "--local", "30"], "measuring"),
-    "eval rank": (["eval", "rank", "--data", "a.txt", "--passages", "2", "--passage-tokens", "20"], "tokens read"),
+    "eval perplexity": (
+        ["eval", "perplexity", "--data", "a.txt", "--lengths", "100", "--local", "30"],
+        "measuring",
+    ),
+    "eval rank": (
+        ["eval", "rank", "--data", "a.txt", "--passages", "2", "--passage-tokens", "20"],
+        "tokens read",
+    ),
     "memory verify": (["memory", "verify", "memory"], "layers verified"),
     "convert": (["convert", "PLAIN", "--out", "converted"], "converting"),
-    "eval index": (["eval", "index", "--data", "a.txt", "--landmarks", "5", "--queries", "4", "--index", "exact"],
-                   "tokens read"),
-}  # fmt: skip
+    "eval index": (
+        [
+            "eval",
+            "index",
+            "--data",
+            "a.txt",
+            "--landmarks",
+            "5",
+            "--queries",
+            "4",
+            "--index",
+            "exact",
+        ],
+        "tokens read",
+    ),
+}
 
 
 def run(words, capsys):
@@ -172,7 +206,9 @@ def run(words, capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_that_reads_a_document_says_how_far_it_is(command, folder, tmp_path, monkeypatch, capsys, quick):
+def test_every_command_that_reads_a_document_says_how_far_it_is(
+    command, folder, tmp_path, monkeypatch, capsys, quick
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(sentences(20))
     words, expected = COMMANDS[command]
@@ -211,8 +247,28 @@ def test_training_says_at_which_step_it_is(folder, tmp_path, monkeypatch, capsys
     (tmp_path / "a.txt").write_text(sentences(400))
     slow_down(LandmarkTrainer, "training_step", monkeypatch)
     slow_down(LandmarkTrainer, "prediction_step", monkeypatch)
-    said = run(["train", "--data", "a.txt", "--out", "o", "--model", str(folder / "marked"), "--length", "64",
-                "--steps", "4", "--batch", "2", "--workers", "0", "--log-every", "2"], capsys)  # fmt: skip
+    said = run(
+        [
+            "train",
+            "--data",
+            "a.txt",
+            "--out",
+            "o",
+            "--model",
+            str(folder / "marked"),
+            "--length",
+            "64",
+            "--steps",
+            "4",
+            "--batch",
+            "2",
+            "--workers",
+            "0",
+            "--log-every",
+            "2",
+        ],
+        capsys,
+    )
     assert re.search(r"^steps trained: [123] of 4 \(", said.err, re.M)
     assert re.search(r"^batches of held-out rows: \d+ \(", said.err, re.M)
     assert "steps trained" not in said.out and "step 4/4" in said.out
@@ -259,8 +315,16 @@ def test_training_says_how_far_its_data_is(tmp_path, monkeypatch, capsys, quick)
         (each.text for each in read_documents(books)), 300, lambda *step: seen.append(step)
     )  # its own sample
     assert seen[-1][0] == "characters learnt from" and len(seen) == 4
-    tokens.tokenize(lambda: read_documents(books), tokenizer, tmp_path / "made", "train", lambda *s: seen.append(s))
-    assert [step[0] for step in seen[4:]] == [f"tokens, of {number} documents" for number in (1, 2, 3, 4)]
+    tokens.tokenize(
+        lambda: read_documents(books),
+        tokenizer,
+        tmp_path / "made",
+        "train",
+        lambda *s: seen.append(s),
+    )
+    assert [step[0] for step in seen[4:]] == [
+        f"tokens, of {number} documents" for number in (1, 2, 3, 4)
+    ]
 
 
 WRITER = """
@@ -278,26 +342,44 @@ app.main(sys.argv[1:])
 """
 
 
-def test_killed_in_its_first_tokens_it_goes_on_to_the_same_memory(folder, tmp_path, monkeypatch, capsys):
+def test_killed_in_its_first_tokens_it_goes_on_to_the_same_memory(
+    folder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(sentences(60))
     words = ["a.txt", "--model", str(folder / "marked")]
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, "remember", *words, "--out", "killed"], text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, "remember", *words, "--out", "killed"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     first = writer.stdout.readline()  # a save
     os.kill(writer.pid, signal.SIGKILL)
     writer.communicate()
     done, total = re.match(r"([\d,]+) of ([\d,]+) tokens", first).groups()
-    done, total = int(done.replace(",", "")), int(total.replace(",", ""))
-    assert (tmp_path / "killed" / STATE).exists() and 0 < done < total < landmark.library.SAVE_TOKENS
+    done = int(done.replace(",", ""))
+    total = int(total.replace(",", ""))
+    assert (
+        tmp_path / "killed" / STATE
+    ).exists() and 0 < done < total < landmark.library.SAVE_TOKENS
     said = run(["remember", *words, "--out", "killed"], capsys)
     assert f"{total:,} of {total:,} tokens" in said.out
     run(["remember", *words, "--out", "whole"], capsys)
-    streams = {file.name for file in (tmp_path / "whole").iterdir() if not file.name.startswith(("tail", STATE))}
+    streams = {
+        file.name
+        for file in (tmp_path / "whole").iterdir()
+        if not file.name.startswith(("tail", STATE))
+    }
     assert len(streams) > 4
     for name in streams:
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    model, ids = landmark.load(folder / "marked"), torch.arange(1, 40)[None]
-    killed, whole = (landmark.LandmarkCache.open(name, model, "device") for name in ("killed", "whole"))
+        assert (tmp_path / "killed" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes(), name
+    model = landmark.load(folder / "marked")
+    ids = torch.arange(1, 40)[None]
+    killed, whole = (
+        landmark.LandmarkCache.open(name, model, "device") for name in ("killed", "whole")
+    )
     assert killed.tokens == whole.tokens == [total]
     assert torch.equal(*(model(ids, past_key_values=cache).logits for cache in (killed, whole)))

@@ -1,4 +1,6 @@
-"""Commands as processes of their own: other locales, closed, full and unread streams, words that are no UTF-8."""
+"""Commands as processes of their own: other locales, closed, full and unread streams, words that
+are no UTF-8.
+"""
 
 import json
 import os
@@ -82,9 +84,18 @@ def test_locales(models, tmp_path, locale, name):
         assert code == 0 and out and err == b""
     elif name == "info":
         assert code == 0 and err == b"" and b"source " in out
-        assert locale not in ("UTF-8", "C", "one column") or "café \U0001f642 \ufffd\ufffd[31m.txt".encode() in out
+        assert (
+            locale not in ("UTF-8", "C", "one column")
+            or "café \U0001f642 \ufffd\ufffd[31m.txt".encode() in out
+        )
     else:
-        assert code == 2 and out == b"" and err.startswith(b"error: ") and err.count(b"\n") == 1 and len(err) <= 400
+        assert (
+            code == 2
+            and out == b""
+            and err.startswith(b"error: ")
+            and err.count(b"\n") == 1
+            and len(err) <= 400
+        )
 
 
 @pytest.mark.parametrize("words", [["memory", "info", "MEMORY"], ["--version"]], ids=" ".join)
@@ -97,7 +108,9 @@ def test_streams(models, tmp_path, name, words):
     assert err == b"" if expected == 0 else err == b"error: stdout: No space left on device\n"
 
 
-@pytest.mark.parametrize("words", [["memory", "info", "MEMORY"], ["--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["memory", "info", "MEMORY"], ["--help"], ["--version"]], ids=" ".join
+)
 def test_nobody_reads(models, tmp_path, words):
     read, written = os.pipe()
     os.close(read)
@@ -106,12 +119,23 @@ def test_nobody_reads(models, tmp_path, words):
     assert (code, err) == (1, b"")
 
 
-@pytest.mark.parametrize("locale", ["C without UTF-8", pytest.param("a terminal of ASCII", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "locale", ["C without UTF-8", pytest.param("a terminal of ASCII", marks=pytest.mark.full)]
+)
 def test_explain_a_name_that_is_no_text(models, tmp_path, locale):
     name = os.fsencode(tmp_path) + b"/caf\xe9.txt"
     with open(name, "w") as file:
         file.write(TEXT)
-    words = ["explain", name, "--question", "The café".encode(), "--model", "MARKED", "--max-new-tokens", "2"]
+    words = [
+        "explain",
+        name,
+        "--question",
+        "The café".encode(),
+        "--model",
+        "MARKED",
+        "--max-new-tokens",
+        "2",
+    ]
     code, out, err = done([*words, "--out", "page.html"], models, tmp_path, env=environment(locale))
     assert code == 0 and b"Page: page.html" in out, err
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -128,7 +152,9 @@ def test_a_text_from_a_pipe(models, tmp_path):
 @pytest.mark.full
 def test_questions_that_are_no_utf8(models, tmp_path):
     words = ["ask", "MEMORY", "--interactive", "--max-new-tokens", "2"]
-    code, out, err = done(words, models, tmp_path, stdin=b"The caf\xe9\r\nThe road\n", env=environment("UTF-8"))
+    code, out, err = done(
+        words, models, tmp_path, stdin=b"The caf\xe9\r\nThe road\n", env=environment("UTF-8")
+    )
     assert code == 0 and "The caf\ufffd".encode() in out and b"\nThe road" in out, err
 
 
@@ -136,7 +162,9 @@ def test_questions_that_are_no_utf8(models, tmp_path):
 def test_a_table_on_a_narrow_terminal_of_ascii(models, tmp_path):
     (tmp_path / "é[bold].txt").write_text(TEXT, encoding="utf-8")
     environ = {**environment("a terminal of ASCII"), "COLUMNS": "1"}
-    code, out, err = done(["rank", "hi", "é[bold].txt", "--model", "MARKED"], models, tmp_path, env=environ)
+    code, out, err = done(
+        ["rank", "hi", "é[bold].txt", "--model", "MARKED"], models, tmp_path, env=environ
+    )
     assert code == 0 and b"?[bold].txt" in out, err
 
 
@@ -187,27 +215,87 @@ def test_progress_without_stderr(capsys, at_once, monkeypatch):
 
 def test_an_error_that_nobody_reads_has_its_code(models, tmp_path):
     shell = ["sh", "-c", 'exec "$@" 2>/dev/full', "sh"]
-    assert done(["memory", "info", "nothing"], models, tmp_path, before=shell, env=environment("UTF-8"))[0] == 2
+    assert (
+        done(
+            ["memory", "info", "nothing"], models, tmp_path, before=shell, env=environment("UTF-8")
+        )[0]
+        == 2
+    )
 
 
-EXPLAIN = ["explain", "a.txt", "--question", "hi", "--model", "MARKED", "--max-new-tokens", "2", "--out", "p.html"]
-PASSKEY = ["eval", "passkey", "--model", "MARKED", "--lengths", "150,200", "--trials", "1", "--out", "rows.json"]
-PERPLEXITY = ["eval", "perplexity", "--model", "MARKED", "--data", "a.txt", "--lengths", "20", "--max-tokens", "40"]
-TRAIN = ["train", "--data", "a.txt", "--out", "out", "--model", "MARKED", "--length", "64", "--steps", "3"]
+EXPLAIN = [
+    "explain",
+    "a.txt",
+    "--question",
+    "hi",
+    "--model",
+    "MARKED",
+    "--max-new-tokens",
+    "2",
+    "--out",
+    "p.html",
+]
+PASSKEY = [
+    "eval",
+    "passkey",
+    "--model",
+    "MARKED",
+    "--lengths",
+    "150,200",
+    "--trials",
+    "1",
+    "--out",
+    "rows.json",
+]
+PERPLEXITY = [
+    "eval",
+    "perplexity",
+    "--model",
+    "MARKED",
+    "--data",
+    "a.txt",
+    "--lengths",
+    "20",
+    "--max-tokens",
+    "40",
+]
+TRAIN = [
+    "train",
+    "--data",
+    "a.txt",
+    "--out",
+    "out",
+    "--model",
+    "MARKED",
+    "--length",
+    "64",
+    "--steps",
+    "3",
+]
 LOST = {
     "explain": (EXPLAIN, ["p.html"]),
     "passkey": ([*PASSKEY, "--plot", "p.png"], ["rows.json", "p.png"]),
     "perplexity": ([*PERPLEXITY, "--plot", "p.png"], ["p.png"]),
-    "train": ([*TRAIN, "--batch", "2", "--workers", "0", "--log-every", "1"], ["out/model.safetensors"]),
+    "train": (
+        [*TRAIN, "--batch", "2", "--workers", "0", "--log-every", "1"],
+        ["out/model.safetensors"],
+    ),
 }
 UNREAD = {">/dev/full": 2, "2>/dev/full": 0, "| true": 0}
-QUICK = {("explain", ">/dev/full"), ("passkey", "2>/dev/full"), ("perplexity", ">/dev/full"), ("train", "| true")}
+QUICK = {
+    ("explain", ">/dev/full"),
+    ("passkey", "2>/dev/full"),
+    ("perplexity", ">/dev/full"),
+    ("train", "| true"),
+}
 
 
 @pytest.mark.parametrize(
     ("name", "redirection"),
     [
-        pytest.param(name, redirection, marks=() if (name, redirection) in QUICK else pytest.mark.full)
+        pytest.param(
+            name, redirection, marks=() if (name, redirection) in QUICK else pytest.mark.full
+        )
         for name in LOST
         for redirection in UNREAD
     ],
@@ -236,7 +324,9 @@ class Interrupted:
 sys.meta_path.insert(0, Interrupted())
 main()
 """
-    ended = subprocess.run([sys.executable, "-c", loading, "info"], capture_output=True, env=environment("UTF-8"))
+    ended = subprocess.run(
+        [sys.executable, "-c", loading, "info"], capture_output=True, env=environment("UTF-8")
+    )
     assert (ended.returncode, ended.stderr) == (130, b"")
 
 
@@ -252,7 +342,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
 @pytest.mark.parametrize("name", ["io.txt", "io.json"])
 def test_reading_errors_are_one_line(models, tmp_path, capsys, name):
     (tmp_path / name).symlink_to("/proc/self/mem")
-    file, marked = str(tmp_path / name), str(models / "marked")
+    file = str(tmp_path / name)
+    marked = str(models / "marked")
     recipe = ["train", "--data", str(models / NAME), "--out", str(tmp_path / "o"), "--config", file]
     for words in (["rank", "hi", file, "--model", marked], recipe):
         with pytest.raises(SystemExit) as ended:

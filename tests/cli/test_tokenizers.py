@@ -1,4 +1,5 @@
-"""Every command that takes text, with tokenizers that put something before, behind or between texts.
+"""Every command that takes text, with tokenizers that put something before, behind or between
+texts.
 
 A spy on the embedding hears every id that reaches the model.
 """
@@ -26,7 +27,10 @@ QUESTION = "the river"
 
 def save(folder, name, ends):
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=cutter(name, ends), bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=cutter(name, ends),
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -40,7 +44,9 @@ def save(folder, name, ends):
         bos_token_id=None,
         max_position_embeddings=128,
     )
-    model = landmark.convert(LlamaForCausalLM(config), block_size=16, top_k=2, local_blocks=2, chunk_tokens=60)
+    model = landmark.convert(
+        LlamaForCausalLM(config), block_size=16, top_k=2, local_blocks=2, chunk_tokens=60
+    )
     model.config.landmark["landmark_trained"] = True
     model.save_pretrained(folder)
 
@@ -58,7 +64,8 @@ def heard(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8", newline="")
     (tmp_path / "b.txt").write_text(TEXT[30:], encoding="utf-8", newline="")
-    calls, stock = [], torch.nn.Embedding.forward
+    calls = []
+    stock = torch.nn.Embedding.forward
 
     def forward(self, ids):
         if self.num_embeddings > 1:  # not that of the landmark
@@ -136,8 +143,12 @@ def test_eval_passkey_drops_facts_into_one_text(heard, kind, filler):
     numbers = joined(rows)
     begins = ENDS[ends][1]
     assert numbers[: len(begins)] == begins
-    assert sum(number in (1, 4) for number in numbers) == 2 * len(begins)  # each document is a row of its own
-    question = " ".join(map(str, ids(name, " What is the pass key? The pass key is", continues=True)[:-1]))
+    assert sum(number in (1, 4) for number in numbers) == 2 * len(
+        begins
+    )  # each document is a row of its own
+    question = " ".join(
+        map(str, ids(name, " What is the pass key? The pass key is", continues=True)[:-1])
+    )
     assert question in " ".join(map(str, numbers))
 
 
@@ -160,7 +171,8 @@ def test_training_rows_begin_as_the_tokenizer_begins_texts(kind):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     corpus = np.array(ids(name, TEXT) * 9)
     arguments = {"tokens": 400, "seed": 1, "prefix": row_start(tokenizer)}
-    made, expected = Episodes(core, corpus, **arguments), Episodes(bare(name), corpus, **arguments)
+    made = Episodes(core, corpus, **arguments)
+    expected = Episodes(bare(name), corpus, **arguments)
     for index in range(12):
         row = made(index).input_ids.tolist()
         begins = ENDS[ends][1]

@@ -12,7 +12,9 @@ def text():
 
 @pytest.fixture(scope="session")
 def tokenizer(text):
-    return train_tokenizer([text, "What is the pass key? The pass key is 12. The code of the north gate is 3."], 600)
+    return train_tokenizer(
+        [text, "What is the pass key? The pass key is 12. The code of the north gate is 3."], 600
+    )
 
 
 @pytest.fixture(scope="session")

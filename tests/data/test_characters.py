@@ -6,7 +6,9 @@ from landmark.data.characters import from_arguments, printable, without_surrogat
 
 
 def test_lone_surrogates_are_replaced_and_nothing_else():
-    assert without_surrogates("a\ud83d b\udce9 \U0001f642\n\x1b") == "a\ufffd b\ufffd \U0001f642\n\x1b"
+    assert (
+        without_surrogates("a\ud83d b\udce9 \U0001f642\n\x1b") == "a\ufffd b\ufffd \U0001f642\n\x1b"
+    )
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,9 @@ def test_a_folder_that_cannot_be_written_whole_stays_as_it_was(tmp_path, kind):
         raise kind("PytorchStreamWriter failed: No space left on device")
 
     for name in ("old", "new/er"):
-        with pytest.raises(ValueError, match=r"expected room for all its files, got none .*No space left.*another"):
+        with pytest.raises(
+            ValueError, match=r"expected room for all its files, got none .*No space left.*another"
+        ):
             outputs.write_folder(tmp_path / name, fail)
     assert [each.name for each in tmp_path.rglob("*")] == ["old", "model.safetensors"]
     with pytest.raises(ZeroDivisionError):
@@ -110,7 +112,9 @@ def test_room_is_asked_for_and_given_back(tmp_path, monkeypatch, preallocated):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
     try:
-        with pytest.raises(ValueError, match=r"out: expected room for a file of 3,145,728 bytes in .* got none"):
+        with pytest.raises(
+            ValueError, match=r"out: expected room for a file of 3,145,728 bytes in .* got none"
+        ):
             outputs.require_room(tmp_path / "new", 3 << 20, "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -1,4 +1,6 @@
-"""Synthetic episodes: exact lengths and labels, right answers, varied, held out from what evaluation asks."""
+"""Synthetic episodes: exact lengths and labels, right answers, varied, held out from what
+evaluation asks.
+"""
 
 import re
 from collections import Counter
@@ -31,7 +33,8 @@ def digits(tokenizer):
 
 def numbers(row, digits):
     """Runs of digit tokens as (value, places)."""
-    runs, run = [], []
+    runs = []
+    run = []
     for place, token in enumerate([*row.input_ids.tolist(), -1]):
         if token in digits:
             run.append(place)
@@ -48,9 +51,13 @@ def test_rows_are_full(rows):
 
 
 def test_labels_are_exact(rows, digits):
-    """No loss at the first token and at a code's first mention; answers are later mentions; all else is text."""
+    """No loss at the first token and at a code's first mention; answers are later mentions; all
+    else is text.
+    """
     for row in rows:
-        said, silent, later = set(), {0}, set()
+        said = set()
+        silent = {0}
+        later = set()
         for value, places in numbers(row, digits):
             (later if value in said else silent).update(places)
             said.add(value)
@@ -64,15 +71,23 @@ def test_answers_are_the_codes_of_what_was_asked(rows, tokenizer):
     asked = 0
     for row in rows:
         text = re.sub(r"\b(Mrs?)\.", r"\1", tokenizer.decode(row.input_ids.tolist()))
-        for label, name, value in re.findall(r"What is the ([^?]+?) of ([^?]+)\? The \1 of \2 is (\d+)\.", text):
+        for label, name, value in re.findall(
+            r"What is the ([^?]+?) of ([^?]+)\? The \1 of \2 is (\d+)\.", text
+        ):
             before = text[: text.index(f"What is the {label} of {name}?")]
-            facts = [s for s in re.findall(r"[^.\n\[\]]*\d+[^.\n\[\]]*", before) if re.search(rf"\b{name}\b(?!')", s)]
+            facts = [
+                s
+                for s in re.findall(r"[^.\n\[\]]*\d+[^.\n\[\]]*", before)
+                if re.search(rf"\b{name}\b(?!')", s)
+            ]
             assert facts and all(value in fact for fact in facts), (facts, value)
             asked += 1
         key = re.search(r"What is the pass key\? The pass key is (\d+)\.", text)
         if key:
             before = text[: key.start()]
-            assert re.search(rf"pass key\b[^.\d]*{key[1]}\b|\b{key[1]}\b[^.\d]* pass key", before), before
+            assert re.search(
+                rf"pass key\b[^.\d]*{key[1]}\b|\b{key[1]}\b[^.\d]* pass key", before
+            ), before
             asked += 1
     assert asked > 100
 
@@ -89,9 +104,16 @@ def test_every_question_follows_its_fact(rows, digits):
 def test_shares_of_kinds(rows, digits):
     quotes = sum(not row.answers.any() for row in rows) / COUNT
     assert abs(quotes - 0.15) < 0.05
-    lengths = Counter(len(value) for row in rows for value, places in numbers(row, digits) if row.answers[places[0]])
+    lengths = Counter(
+        len(value)
+        for row in rows
+        for value, places in numbers(row, digits)
+        if row.answers[places[0]]
+    )
     assert set(lengths) == {3, 4, 5, 6, 7}
-    questions = Counter(sum(row.answers[places[0]] for _, places in numbers(row, digits)) for row in rows)
+    questions = Counter(
+        sum(row.answers[places[0]] for _, places in numbers(row, digits)) for row in rows
+    )
     assert set(questions) == {0, 1, 2, 3, 4}
 
 
@@ -130,9 +152,20 @@ def test_wordings_vary(rows, tokenizer):
 
 def test_the_filler_of_the_paper_is_held_out(rows, tokenizer):
     """Evaluation repeats it; no wording and no row may hold a sentence of it."""
-    said = " ".join(part for name in dir(wordings) if name.isupper() for part in map(str, getattr(wordings, name)))
+    said = " ".join(
+        part
+        for name in dir(wordings)
+        if name.isupper()
+        for part in map(str, getattr(wordings, name))
+    )
     said += " ".join(tokenizer.decode(row.input_ids.tolist()) for row in rows)
-    for sentence in ("grass is green", "sky is blue", "sun is yellow", "Here we go", "There and back again"):
+    for sentence in (
+        "grass is green",
+        "sky is blue",
+        "sun is yellow",
+        "Here we go",
+        "There and back again",
+    ):
         assert sentence.lower() not in said.lower()
 
 

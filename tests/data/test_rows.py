@@ -1,4 +1,6 @@
-"""Rows of a run: windows cover the text, episodes have their share, everything follows from the seed."""
+"""Rows of a run: windows cover the text, episodes have their share, everything follows from the
+seed.
+"""
 
 import numpy as np
 import pytest
@@ -22,11 +24,16 @@ def test_a_pass_visits_every_window_once():
     ids = np.arange(1000, dtype=np.uint16)
     windows = Windows(ids, tokens=30, seed=0)
     for turn in range(3):
-        rows = [windows(turn * windows.per_pass + number).input_ids for number in range(windows.per_pass)]
+        rows = [
+            windows(turn * windows.per_pass + number).input_ids
+            for number in range(windows.per_pass)
+        ]
         seen = np.sort(np.concatenate(rows))
         assert np.array_equal(seen, np.arange(seen[0], seen[0] + 30 * windows.per_pass))
         assert len(seen) >= 1000 - 2 * 30
-    starts = [[windows(turn * windows.per_pass + n).input_ids[0] for n in range(5)] for turn in range(2)]
+    starts = [
+        [windows(turn * windows.per_pass + n).input_ids[0] for n in range(5)] for turn in range(2)
+    ]
     assert starts[0] != starts[1]
 
 
@@ -49,7 +56,9 @@ def test_share_of_episodes(mixed):
 
 def test_order_is_that_of_the_index(mixed):
     def batches(workers):
-        loader = DataLoader(mixed, 50, num_workers=workers, collate_fn=lambda rows: stack(rows, answers=True))
+        loader = DataLoader(
+            mixed, 50, num_workers=workers, collate_fn=lambda rows: stack(rows, answers=True)
+        )
         return list(loader)
 
     for here, there in zip(batches(0), batches(2), strict=True):

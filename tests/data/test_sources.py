@@ -1,4 +1,6 @@
-"""Sources one after the other: ids as of one text that goes on, and the characters of each token."""
+"""Sources one after the other: ids as of one text that goes on, and the characters of each
+token.
+"""
 
 import pytest
 import torch
@@ -13,30 +15,43 @@ TEXTS = ["The old man\n", "", "went down ", " to the river", "\r\n", "and 99 hou
 
 
 def made(name, ends):
-    return PreTrainedTokenizerFast(tokenizer_object=cutter(name, ends), bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=cutter(name, ends), bos_token="<s>", eos_token="</s>"
+    )
 
 
 @pytest.mark.parametrize("name", CUTTERS)
 @pytest.mark.parametrize("ends", ["none", "bos-eos", "eos", "two"])
 def test_nothing_stands_between_sources(name, ends):
-    reading = read_sources([Source(str(number), text) for number, text in enumerate(TEXTS)], made(name, ends))
+    reading = read_sources(
+        [Source(str(number), text) for number, text in enumerate(TEXTS)], made(name, ends)
+    )
     encoder = TextEncoder(cutter(name))
-    expected, first = list(ENDS[ends][1]), True
+    expected = list(ENDS[ends][1])
+    first = True
     for text in TEXTS:
         ids = encoder.encode(text, continues=not first).ids.tolist()
-        expected, first = expected + ids, first and not ids
+        expected = expected + ids
+        first = first and not ids
     assert reading.ids.tolist() == expected
     assert reading.ids.dtype == torch.int64
 
 
-@pytest.mark.parametrize("name", ["bytes", "bytes-prefix", "llama", "gemma", "bpe-always", "unigram-first", "bert"])
+@pytest.mark.parametrize(
+    "name", ["bytes", "bytes-prefix", "llama", "gemma", "bpe-always", "unigram-first", "bert"]
+)
 def test_spans_are_of_the_characters_of_all_sources(name):
-    reading = read_sources([Source(str(number), text) for number, text in enumerate(TEXTS)], made(name, "bos-eos"))
-    whole, at = "".join(TEXTS), 0
+    reading = read_sources(
+        [Source(str(number), text) for number, text in enumerate(TEXTS)], made(name, "bos-eos")
+    )
+    whole = "".join(TEXTS)
+    at = 0
     assert reading.spans[0].tolist() == [0, 0]
     assert reading.starts[-1] == len(whole)
     core = cutter(name)
-    for number, (begin, end) in zip(reading.ids.tolist()[1:], reading.spans.tolist()[1:], strict=True):
+    for number, (begin, end) in zip(
+        reading.ids.tolist()[1:], reading.spans.tolist()[1:], strict=True
+    ):
         assert at <= end <= len(whole) and begin <= end
         at = begin
         token = core.id_to_token(number).strip("▁Ġ").removeprefix("##")
@@ -67,6 +82,9 @@ def dropping(*characters):
 
 def test_texts_without_a_token_are_refused():
     tokenizer = dropping("a", "b")
-    with pytest.raises(ValueError, match=r"text: expected at least one token, got none in one\.txt, two\.txt: the tok"):
+    with pytest.raises(
+        ValueError,
+        match=r"text: expected at least one token, got none in one\.txt, two\.txt: the tok",
+    ):
         read_sources([Source("one.txt", "ab"), Source("two.txt", "aaa")], tokenizer)
     assert len(read_sources([Source("one.txt", "ab"), Source("two.txt", "The")], tokenizer).ids)

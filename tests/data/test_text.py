@@ -32,7 +32,9 @@ def test_folder_is_read_by_relative_path(tmp_path):
 def test_splits_are_subfolders(tmp_path):
     write(tmp_path, train__a_txt="train text", validation__a_txt="held out")
     assert [document.text for document in read_documents(tmp_path)] == ["train text"]
-    assert [document.text for document in read_documents(tmp_path, split="validation")] == ["held out"]
+    assert [document.text for document in read_documents(tmp_path, split="validation")] == [
+        "held out"
+    ]
     with pytest.raises(FileNotFoundError, match=r"'test'.*validation"):
         read_documents(tmp_path, split="test")
 
@@ -40,7 +42,10 @@ def test_splits_are_subfolders(tmp_path):
 def test_titles_come_from_a_manifest(tmp_path):
     write(tmp_path, train__a_txt="text", train__b_txt="text")
     (tmp_path / "MANIFEST.tsv").write_text("file\ttitle\tauthor\ntrain/a.txt\tThe Sea\tOne, A\n")
-    assert [document.title for document in read_documents(tmp_path)] == ["The Sea (One, A)", "b.txt"]
+    assert [document.title for document in read_documents(tmp_path)] == [
+        "The Sea (One, A)",
+        "b.txt",
+    ]
 
 
 def test_byte_order_mark_is_no_text(tmp_path):
@@ -50,7 +55,11 @@ def test_byte_order_mark_is_no_text(tmp_path):
 
 def test_jsonl_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text, "body": "b"}) for text in ("one", " ", "two\u2028lines")))
+    path.write_text(
+        "\n".join(
+            json.dumps({"text": text, "body": "b"}) for text in ("one", " ", "two\u2028lines")
+        )
+    )
     assert [document.text for document in read_documents(path)] == ["one", "two\u2028lines"]
     assert [document.text for document in read_documents(path, field="body")] == ["b", "b", "b"]
 
@@ -77,14 +86,22 @@ def rows(path, content):
 
 
 def test_half_a_character_in_a_row_becomes_one(tmp_path):
-    content = json.dumps({"text": "cut \ud83d off"}) + "\n" + json.dumps({"text": "whole \U0001f642"})
-    assert [text for _, text in rows(tmp_path / "a.jsonl", content)] == ["cut \ufffd off", "whole \U0001f642"]
+    content = (
+        json.dumps({"text": "cut \ud83d off"}) + "\n" + json.dumps({"text": "whole \U0001f642"})
+    )
+    assert [text for _, text in rows(tmp_path / "a.jsonl", content)] == [
+        "cut \ufffd off",
+        "whole \U0001f642",
+    ]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_rows_end_in_any_line_end(tmp_path, end):
     content = end.join(['{"text": "one"}', "", '{"text": "two"}', ""])
-    assert rows(tmp_path / "a.jsonl", content) == [("a.jsonl, line 1", "one"), ("a.jsonl, line 3", "two")]
+    assert rows(tmp_path / "a.jsonl", content) == [
+        ("a.jsonl, line 1", "one"),
+        ("a.jsonl, line 3", "two"),
+    ]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -97,7 +114,9 @@ def test_lines_are_counted_at_any_line_end(end):
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-@pytest.mark.parametrize("value", [{"text": "one"}, [{"text": "one"}], [{"text": "one"}, {"x": 1, "text": "two"}]])
+@pytest.mark.parametrize(
+    "value", [{"text": "one"}, [{"text": "one"}], [{"text": "one"}, {"x": 1, "text": "two"}]]
+)
 def test_a_json_file_is_one_value(tmp_path, value, indent):
     texts = [row["text"] for row in (value if isinstance(value, list) else [value])]
     found = rows(tmp_path / "a.json", json.dumps(value, indent=indent))
@@ -112,7 +131,10 @@ def test_a_json_file_of_rows_is_read_as_rows(tmp_path):
 
 
 def test_numbers_that_json_has_not_are_no_matter(tmp_path):
-    assert rows(tmp_path / "a.jsonl", '{"x": NaN, "y": -Infinity, "text": 1, "text": "one"}')[0][1] == "one"
+    assert (
+        rows(tmp_path / "a.jsonl", '{"x": NaN, "y": -Infinity, "text": 1, "text": "one"}')[0][1]
+        == "one"
+    )
 
 
 def test_a_name_that_is_no_utf8_is_a_title(tmp_path):

@@ -22,10 +22,14 @@ def test_every_digit_is_its_own_token(tokenizer):
     trained_on_numbers = train_tokenizer(["1900 1900 1900 12 12 12 " * 50, NUMBERS * 20], 400)
     for each in (tokenizer, trained_on_numbers):
         tokens = each.tokenize(NUMBERS)
-        assert [token for token in tokens if any(c.isdigit() for c in token)] == [c for c in NUMBERS if c.isdigit()]
+        assert [token for token in tokens if any(c.isdigit() for c in token)] == [
+            c for c in NUMBERS if c.isdigit()
+        ]
 
 
-@pytest.mark.parametrize("words", [NUMBERS, "  two  spaces\n\nand lines\t\n", "naïve – 漢字 🙂", ""])
+@pytest.mark.parametrize(
+    "words", [NUMBERS, "  two  spaces\n\nand lines\t\n", "naïve – 漢字 🙂", ""]
+)
 def test_texts_come_back(tokenizer, words):
     assert tokenizer.decode(tokenizer(words)["input_ids"]) == words
 
@@ -57,7 +61,9 @@ def test_rows_begin_with_bos_only_where_the_tokenizer_adds_it(tokenizer):
 
 @pytest.mark.parametrize("name", CUTTERS)
 def test_a_continuation_keeps_the_space_it_begins_with(name):
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=cutter(name), clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=cutter(name), clean_up_tokenization_spaces=False
+    )
     ids = encode(tokenizer, "the old man went down to the river").ids.tolist()
     whole = tokenizer.decode(ids)
     for cut in range(1, len(ids)):

@@ -35,9 +35,12 @@ def test_the_trials_grow_and_their_keys_differ(marked, tokenizer, small):
 
 
 def test_one_memory_is_reopened(marked, tokenizer, small, tmp_path, monkeypatch):
-    """That of the document, without the question: opening it is seen by what was read for the answer."""
+    """That of the document, without the question: opening it is seen by what was read for the
+    answer.
+    """
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    opened, open_saved = [], LandmarkCache.open
+    opened = []
+    open_saved = LandmarkCache.open
 
     def seen(*arguments):
         opened.append(open_saved(*arguments))
@@ -62,7 +65,9 @@ def test_a_reopened_memory_that_answers_otherwise_is_seen(marked, episode, monke
     cache = marked.model.read(episode.document[None], retrieve=False)
     written = demo._write(marked.model, prompt, cache.fork(), question.answered)
     assert demo.reopened(marked, cache, prompt, written).same
-    other = marked.model.read(torch.randint(0, 290, (1, 700), generator=torch.Generator().manual_seed(1)))
+    other = marked.model.read(
+        torch.randint(0, 290, (1, 700), generator=torch.Generator().manual_seed(1))
+    )
     monkeypatch.setattr(LandmarkCache, "open", lambda *_: other)
     assert not demo.reopened(marked, cache.fork(), prompt, written).same
 
@@ -77,7 +82,8 @@ def test_blocks_read_are_those_that_were_recorded(marked, episode):
     ids = torch.tensor([question.ids[:known]])
     for _ in range(question.answered):
         ids = marked.model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
-    weights, readers = {}, 0
+    weights = {}
+    readers = 0
     length = len(episode.document)
     wanted = {r + r // TEXT for r in range(length + known - 1, length + len(question.ids) - 1)}
     for retrieval in cache.retrievals:
@@ -91,7 +97,9 @@ def test_blocks_read_are_those_that_were_recorded(marked, episode):
                         weights[int(block)] = weights.get(int(block), 0) + float(weight)
     assert readers == 2 * 4 * question.answered
     assert {block.block: pytest.approx(block.share * readers) for block in trial.blocks} == weights
-    assert [block.share for block in trial.blocks] == sorted((block.share for block in trial.blocks), reverse=True)
+    assert [block.share for block in trial.blocks] == sorted(
+        (block.share for block in trial.blocks), reverse=True
+    )
 
 
 def test_blocks_carry_their_text_and_know_the_key(marked, episode):
@@ -112,7 +120,9 @@ def test_right_is_the_answer_that_was_expected(marked, episode):
     (question,) = episode.questions
     known = len(question.ids) - question.answered
     cache = marked.model.read(episode.document[None], retrieve=False)
-    written = demo._write(marked.model, torch.tensor([question.ids[:known]]), cache, question.answered)
+    written = demo._write(
+        marked.model, torch.tensor([question.ids[:known]]), cache, question.answered
+    )
     own = dataclasses.replace(question, ids=question.ids[:known] + written)
     assert demo.run_trial(marked, dataclasses.replace(episode, questions=(own,))).right
 
@@ -124,10 +134,15 @@ def test_dense_weights_are_the_same_and_stock(marked, episode):
     ids = torch.randint(0, 290, (1, 50), generator=torch.Generator().manual_seed(0))
     assert torch.equal(dense(ids).logits, stock(ids).logits)
     shared = dict(marked.model.named_parameters())
-    assert all(parameter.data_ptr() == shared[name].data_ptr() for name, parameter in dense.named_parameters())
+    assert all(
+        parameter.data_ptr() == shared[name].data_ptr()
+        for name, parameter in dense.named_parameters()
+    )
     run = run_dense(marked, episode)
     assert run.length == 700
-    assert run.cache_bytes == 2 * 2 * 2 * 8 * 8 * 700, "layers, keys and values, heads, dim, bytes, tokens"
+    assert run.cache_bytes == 2 * 2 * 2 * 8 * 8 * 700, (
+        "layers, keys and values, heads, dim, bytes, tokens"
+    )
 
 
 def test_the_document_nearest_to_that_length_is_compared(tokenizer, small):
@@ -141,7 +156,9 @@ def test_a_short_text_shortens_the_documents(tokenizer, small):
 
 def test_a_text_that_is_too_short(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("short")
-    with pytest.raises(ValueError, match=r"--text: expected a text of at least 1024 tokens, got \d"):
+    with pytest.raises(
+        ValueError, match=r"--text: expected a text of at least 1024 tokens, got \d"
+    ):
         demo.load_text(tmp_path / "a.txt", tokenizer)
 
 

@@ -1,4 +1,6 @@
-"""Documents: exact lengths, facts where they are said to be, questions that split where the answer begins."""
+"""Documents: exact lengths, facts where they are said to be, questions that split where the answer
+begins.
+"""
 
 import random
 
@@ -33,18 +35,26 @@ def test_fillers_by_name(tokenizer, tmp_path):
 @pytest.mark.parametrize("bucket", range(BUCKETS))
 def test_document_is_as_long_as_said_and_holds_the_fact_where_said(tokenizer, length, bucket):
     rng = random.Random(length + bucket)
-    fact, (other,) = pass_key(rng), named_codes(rng, 1, digits=5)
-    episode = build_episode(rng, tokenizer, load_filler("paper", tokenizer), length, [fact], [other], bucket)
+    fact = pass_key(rng)
+    (other,) = named_codes(rng, 1, digits=5)
+    episode = build_episode(
+        rng, tokenizer, load_filler("paper", tokenizer), length, [fact], [other], bucket
+    )
     assert len(episode.document) == length
     (place,) = episode.places
     assert tokenizer.decode(episode.document[place.start : place.stop].tolist()) == fact.statement
     assert other.statement in tokenizer.decode(episode.document.tolist())
-    left = tokenizer.decode(episode.document.tolist()).replace(fact.statement, "", 1).replace(other.statement, "", 1)
+    left = (
+        tokenizer.decode(episode.document.tolist())
+        .replace(fact.statement, "", 1)
+        .replace(other.statement, "", 1)
+    )
     assert (PAPER + " ").startswith(left[: len(PAPER)])
 
 
 def test_buckets_spread_over_a_long_document(tokenizer):
-    filler, length = load_filler("paper", tokenizer), 20_000
+    filler = load_filler("paper", tokenizer)
+    length = 20_000
     for bucket in range(BUCKETS):
         rng = random.Random(bucket)
         episode = build_episode(rng, tokenizer, filler, length, [pass_key(rng)], bucket=bucket)
@@ -69,16 +79,28 @@ def test_named_codes_differ():
 
 def test_same_seed_same_document(tokenizer):
     filler = load_filler("pydoc", tokenizer)
-    make = lambda: build_episode(random.Random(3), tokenizer, filler, 400, named_codes(random.Random(4), 2))  # noqa: E731
-    first, second = make(), make()
+
+    def make():
+        return build_episode(
+            random.Random(3), tokenizer, filler, 400, named_codes(random.Random(4), 2)
+        )
+
+    first = make()
+    second = make()
     assert torch.equal(first.document, second.document)
     assert first.questions == second.questions
 
 
 def test_too_short_a_document_says_what_fits(tokenizer):
-    with pytest.raises(ValueError, match=r"--lengths: expected at least \d+ text tokens for 8 facts, got 60"):
+    with pytest.raises(
+        ValueError, match=r"--lengths: expected at least \d+ text tokens for 8 facts, got 60"
+    ):
         build_episode(
-            random.Random(0), tokenizer, load_filler("paper", tokenizer), 60, named_codes(random.Random(0), 8)
+            random.Random(0),
+            tokenizer,
+            load_filler("paper", tokenizer),
+            60,
+            named_codes(random.Random(0), 8),
         )
 
 

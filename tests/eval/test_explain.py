@@ -12,24 +12,39 @@ from landmark.blocks import slot_of
 from landmark.data.sources import Reading, Source, read_sources
 from landmark.data.tokenizer import encode, train_tokenizer
 from landmark.eval.episodes import named_codes, pass_key
-from landmark.eval.explain import block_shares, explain, explain_memory, file_sources, spans_of, token_texts
+from landmark.eval.explain import (
+    block_shares,
+    explain,
+    explain_memory,
+    file_sources,
+    spans_of,
+    token_texts,
+)
 from landmark.eval.explanation import Explanation, Passage, Span, Step
 from landmark.eval.fillers import pydoc_text
 from landmark.hf.bundled import model_path
 from landmark.memory.retrieval import Retrieval
 from tiny import BLOCK, tiny_landmark
 
-LAYERS, HEADS, TOP_K = 3, 4, 2
+LAYERS = 3
+HEADS = 4
+TOP_K = 2
 
 
 def hand_made(rng, calls):
-    """Retrievals of all layers for calls of the given slots; heads and places may hold the same block, or none."""
+    """Retrievals of all layers for calls of the given slots; heads and places may hold the same
+    block, or none.
+    """
     found = []
     for slots in calls:
         for layer in range(LAYERS):
             shape = (1, HEADS, len(slots), TOP_K)
-            blocks = torch.tensor([rng.choice((-1, 0, 3, 4, 9)) for _ in range(HEADS * len(slots) * TOP_K)])
-            weights = torch.tensor([rng.random() / TOP_K for _ in range(len(blocks))], dtype=torch.float64)
+            blocks = torch.tensor(
+                [rng.choice((-1, 0, 3, 4, 9)) for _ in range(HEADS * len(slots) * TOP_K)]
+            )
+            weights = torch.tensor(
+                [rng.random() / TOP_K for _ in range(len(blocks))], dtype=torch.float64
+            )
             weights = weights.masked_fill(blocks < 0, 0).view(shape)
             found.append(Retrieval(layer, torch.tensor([slots]), blocks.view(shape), weights))
     return found
@@ -55,9 +70,12 @@ def test_shares_are_means_over_layers_and_heads(seed):
 
 
 def test_layers_that_retrieve_nothing_count_as_readers():
-    blocks, weights = torch.full((1, HEADS, 1, TOP_K), 7), torch.full((1, HEADS, 1, TOP_K), 0.25)
+    blocks = torch.full((1, HEADS, 1, TOP_K), 7)
+    weights = torch.full((1, HEADS, 1, TOP_K), 0.25)
     some = Retrieval(0, torch.tensor([[5]]), blocks, weights)
-    nothing = Retrieval(1, torch.tensor([[5]]), torch.full_like(blocks, -1), torch.zeros_like(weights))
+    nothing = Retrieval(
+        1, torch.tensor([[5]]), torch.full_like(blocks, -1), torch.zeros_like(weights)
+    )
     assert block_shares([some, nothing], [5]) == [{7: 0.25}]
 
 
@@ -125,15 +143,22 @@ def test_token_texts_join_to_the_text(bytes_tokenizer):
 
 @pytest.mark.parametrize("name", ["llama", "bpe-always"])
 def test_an_answer_keeps_the_space_it_begins_with(name):
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=cutter(name), clean_up_tokenization_spaces=False)
-    asked, written = (encode(tokenizer, text, continues=True).ids.tolist() for text in ("the old man", " went down"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=cutter(name), clean_up_tokenization_spaces=False
+    )
+    asked, written = (
+        encode(tokenizer, text, continues=True).ids.tolist()
+        for text in ("the old man", " went down")
+    )
     texts = list(token_texts(tokenizer, written, asked))
     assert "".join(texts) == " went down" and len(texts) == len(written)
 
 
 @pytest.fixture(scope="module")
 def asked(tokenizer):
-    return explain(tiny_landmark(), tokenizer, "The grass is green. " * 60, " What is", max_new_tokens=5)
+    return explain(
+        tiny_landmark(), tokenizer, "The grass is green. " * 60, " What is", max_new_tokens=5
+    )
 
 
 def test_shares_of_a_token_and_the_rest_are_one(asked):
@@ -146,20 +171,31 @@ def test_shares_of_a_token_and_the_rest_are_one(asked):
 
 
 def test_every_token_is_explained_by_the_query_that_gave_it(tokenizer):
-    """The same shares, from calls of one token each, each of whose retrievals belong to its token alone."""
-    model, text, question = tiny_landmark(), "The grass is green. " * 60, " What is"
+    """The same shares, from calls of one token each, each of whose retrievals belong to its token
+    alone.
+    """
+    model = tiny_landmark()
+    text = "The grass is green. " * 60
+    question = " What is"
     explanation = explain(model, tokenizer, text, question, max_new_tokens=5)
     document = tokenizer(text, return_tensors="pt").input_ids
     cache = model.read(document, retrieve=False)
     ids = tokenizer(question, return_tensors="pt").input_ids
     for step in explanation.steps:
-        cache.record, cache.retrievals = True, []
+        cache.record = True
+        cache.retrievals = []
         logits = model(ids, past_key_values=cache, use_cache=True).logits
         sums = {}
         for found in cache.retrievals:
-            for block, weight in zip(found.blocks[0, :, -1].flatten(), found.weights[0, :, -1].flatten(), strict=True):
+            for block, weight in zip(
+                found.blocks[0, :, -1].flatten(), found.weights[0, :, -1].flatten(), strict=True
+            ):
                 sums[int(block)] = sums.get(int(block), 0) + float(weight) / (2 * 4)
-        inside = {block: share for block, share in sums.items() if 0 <= block * (BLOCK - 1) < document.shape[1]}
+        inside = {
+            block: share
+            for block, share in sums.items()
+            if 0 <= block * (BLOCK - 1) < document.shape[1]
+        }
         assert {span.block: span.weight for span in step.spans} == pytest.approx(inside, abs=1e-9)
         ids = logits[:, -1:].argmax(-1)
     assert explanation.answer == "".join(step.token for step in explanation.steps) != ""
@@ -167,7 +203,9 @@ def test_every_token_is_explained_by_the_query_that_gave_it(tokenizer):
 
 def test_a_memory_is_asked_twice_and_stays_as_it_is(tokenizer):
     model = tiny_landmark()
-    reading = read_sources([Source("a", "The grass is green. " * 30), Source("b", "What is the key? " * 30)], tokenizer)
+    reading = read_sources(
+        [Source("a", "The grass is green. " * 30), Source("b", "What is the key? " * 30)], tokenizer
+    )
     memory = model.read(reading.ids[None], retrieve=False)
     first = explain_memory(model, tokenizer, memory, reading, " The", max_new_tokens=3)
     assert memory.tokens == [len(reading.ids)] and memory.retrievals == []
@@ -177,11 +215,14 @@ def test_a_memory_is_asked_twice_and_stays_as_it_is(tokenizer):
 
 
 def test_an_answer_ends_before_the_end_token(tokenizer):
-    model, text = tiny_landmark(), "The grass is green. " * 30
+    model = tiny_landmark()
+    text = "The grass is green. " * 30
     free = explain(model, tokenizer, text, " What", max_new_tokens=30)
     ids = tokenizer(text + " What", return_tensors="pt").input_ids
     cache = model.read(ids[:, : len(tokenizer(text)["input_ids"])], retrieve=False)
-    written = model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :].tolist()
+    written = model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False)[
+        0, ids.shape[1] :
+    ].tolist()
     place = next(place for place in range(1, 30) if written[place] not in written[:place])
     model.generation_config.eos_token_id = [319, written[place]]
     ended = explain(model, tokenizer, text, " What", max_new_tokens=30)
@@ -196,7 +237,15 @@ SOURCES = (Source("a.txt", "one\ntwo\n"), Source("b.txt", "three\nfour\nfive"))
 
 def test_passages_are_neighbours_merged_the_strongest_first():
     steps = (
-        Step("x", (Span(0, 0, 4, 0.1), Span(3, 12, 16, 0.2), Span(4, 16, 20, 0.25), Span(5, 20, 23, 0.02))),
+        Step(
+            "x",
+            (
+                Span(0, 0, 4, 0.1),
+                Span(3, 12, 16, 0.2),
+                Span(4, 16, 20, 0.25),
+                Span(5, 20, 23, 0.02),
+            ),
+        ),
         Step("y", (Span(0, 0, 4, 0.5),)),
     )
     explanation = Explanation(SOURCES, "?", "xy", steps)
@@ -211,12 +260,19 @@ def test_passages_are_neighbours_merged_the_strongest_first():
 
 
 def test_blocks_that_are_no_neighbours_are_two_passages():
-    explanation = Explanation(SOURCES, "?", "x", (Step("x", (Span(2, 8, 10, 0.2), Span(4, 14, 19, 0.1))),))
-    assert [(p.source, p.line, p.text) for p in explanation.passages(0)] == [("b.txt", 1, "th"), ("b.txt", 2, "four\n")]
+    explanation = Explanation(
+        SOURCES, "?", "x", (Step("x", (Span(2, 8, 10, 0.2), Span(4, 14, 19, 0.1))),)
+    )
+    assert [(p.source, p.line, p.text) for p in explanation.passages(0)] == [
+        ("b.txt", 1, "th"),
+        ("b.txt", 2, "four\n"),
+    ]
 
 
 def test_a_block_across_a_border_is_a_passage_in_both_sources():
-    explanation = Explanation(SOURCES, "?", "x", (Step("x", (Span(1, 4, 10, 0.2), Span(2, 10, 14, 0.3))),))
+    explanation = Explanation(
+        SOURCES, "?", "x", (Step("x", (Span(1, 4, 10, 0.2), Span(2, 10, 14, 0.3))),)
+    )
     assert explanation.passages(0) == (
         Passage("b.txt", 1, 8, 14, "three\n", 0.3),
         Passage("a.txt", 2, 4, 8, "two\n", 0.2),
@@ -242,13 +298,18 @@ def test_files_are_sources_by_their_paths(tmp_path):
 def test_the_bundled_model_reads_the_passage_that_holds_the_key(seed):
     from transformers import AutoTokenizer
 
-    model, tokenizer, rng = landmark.load(), AutoTokenizer.from_pretrained(model_path()), random.Random(seed)
-    key, text = pass_key(rng), pydoc_text()
+    model = landmark.load()
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    rng = random.Random(seed)
+    key = pass_key(rng)
+    text = pydoc_text()
     begin = rng.randrange(len(text) - 18_000)
     others = [fact.statement for fact in named_codes(rng, 4, digits=5)]
     parts = [text[begin + 3_000 * number : begin + 3_000 * (number + 1)] for number in range(6)]
     statements = rng.sample([key.statement, *others], 5)
-    document = "".join(part + statement for part, statement in zip(parts, [*statements, ""], strict=True))
+    document = "".join(
+        part + statement for part, statement in zip(parts, [*statements, ""], strict=True)
+    )
     explanation = landmark.explain(model, tokenizer, document, key.question, max_new_tokens=6)
     assert explanation.answer.strip() == key.answer.strip()
     place = document.index(key.answer)
@@ -256,14 +317,18 @@ def test_the_bundled_model_reads_the_passage_that_holds_the_key(seed):
     assert top.begin <= place < top.end
     assert top.text == document[top.begin : top.end] and key.answer in top.text
     assert top.line == document[: top.begin].count("\n") + 1
-    digits = [number for number, step in enumerate(explanation.steps) if step.token.strip().isdigit()]
+    digits = [
+        number for number, step in enumerate(explanation.steps) if step.token.strip().isdigit()
+    ]
     assert len(digits) == 5
     for number in digits:
         assert explanation.passages(number)[0].begin <= place < explanation.passages(number)[0].end
 
 
 def test_a_reading_knows_its_slots(tokenizer):
-    """Blocks of the memory are blocks of the reading: the last token of a block stands in its last slot but one."""
+    """Blocks of the memory are blocks of the reading: the last token of a block stands in its last
+    slot but one.
+    """
     reading = read_sources([Source("a", "The grass is green. " * 9)], tokenizer)
     assert isinstance(reading, Reading) and reading.starts == (0, 180)
     for block in range(len(reading.ids) // (BLOCK - 1)):

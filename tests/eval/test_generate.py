@@ -20,8 +20,11 @@ def adding(tokenizer):
 
 
 @pytest.mark.parametrize("adds", [False, True])
-def test_a_file_begins_with_bos_where_the_tokenizer_adds_it(marked, tokenizer, tmp_path, monkeypatch, adds):
-    text, read = "The grass is green. " * 20, []
+def test_a_file_begins_with_bos_where_the_tokenizer_adds_it(
+    marked, tokenizer, tmp_path, monkeypatch, adds
+):
+    text = "The grass is green. " * 20
+    read = []
     (tmp_path / "a.txt").write_text(text)
     stock = type(marked.model).read
 

@@ -1,4 +1,6 @@
-"""The page of an explanation: what is in it, and what a person sees and does with it in a browser."""
+"""The page of an explanation: what is in it, and what a person sees and does with it in a
+browser.
+"""
 
 import html
 import json
@@ -15,9 +17,15 @@ from landmark.eval.explanation import Explanation, Span, Step
 from landmark.eval.heat import LEAST
 from tiny import tiny_landmark
 
-NASTY = "</script><b>bold</b> &amp; <!-- \"q\" 's' ]]> \r\n\tcarriage\rreturn 😀 漢字 <img src=x onerror=alert(1)>\n"
+NASTY = (
+    "</script><b>bold</b> &amp; <!-- \"q\" 's' ]]> \r\n\tcarriage\rreturn 😀 漢字 <img src=x "
+    "onerror=alert(1)>\n"
+)
 FILLED = "The road went on between the hedges. " * 200
-SOURCES = (Source("one.txt", "\nbegin " + FILLED + NASTY + FILLED), Source("<i>two", "near " + FILLED + "end\n"))
+SOURCES = (
+    Source("one.txt", "\nbegin " + FILLED + NASTY + FILLED),
+    Source("<i>two", "near " + FILLED + "end\n"),
+)
 WHOLE = "".join(source.text for source in SOURCES)
 AT = WHOLE.index(NASTY)
 BORDER = len(SOURCES[0].text)
@@ -28,7 +36,14 @@ def block(number, begin, end, weight):
 
 
 STEPS = (
-    Step(" 4", (block(0, 0, 60, 0.02), block(9, AT, AT + len(NASTY), 0.4), block(10, AT + len(NASTY), AT + 300, 0.1))),
+    Step(
+        " 4",
+        (
+            block(0, 0, 60, 0.02),
+            block(9, AT, AT + len(NASTY), 0.4),
+            block(10, AT + len(NASTY), AT + 300, 0.1),
+        ),
+    ),
     Step("", (block(0, 0, 60, 0.01), block(20, BORDER - 30, BORDER + 40, 0.3))),
     Step("</script>é", (block(30, len(WHOLE) - 50, len(WHOLE), 0.05),)),
     Step("\n", ()),
@@ -41,7 +56,9 @@ def test_the_page_holds_the_text_and_names_nothing_outside():
     for source in SOURCES:
         for part in re.split(r"[\r\n]", source.text):
             assert html.escape(part[:20]) in page
-    assert not re.search(r"https?:|//[a-z]|@import|url\(|src=(?!x )|@@", page.replace(html.escape(NASTY), ""))
+    assert not re.search(
+        r"https?:|//[a-z]|@import|url\(|src=(?!x )|@@", page.replace(html.escape(NASTY), "")
+    )
     data = page.split('id="data">')[1].split("</script>")[0]
     assert json.loads(data)["tokens"] == [step.token for step in STEPS]
     assert page.count("</script>") == 2, "of the data and of the script; those of the text are text"
@@ -54,26 +71,35 @@ def test_a_page_is_not_much_larger_than_its_text():
 
 def large():
     """500,000 characters in 8,000 blocks, all of them read."""
-    text, size = "It was a dark and stormy night; but no matter." * 12_000, 63
+    text = "It was a dark and stormy night; but no matter." * 12_000
+    size = 63
     text = text[:500_000]
     spans = [block(n, n * size, min((n + 1) * size, len(text)), 1e-3) for n in range(7936)]
     steps = [Step(str(n), (*spans[n::8], block(7936, 499_968, 500_000, 0.2))) for n in range(8)]
     return Explanation((Source("large.txt", text),), "?", "01234567", tuple(steps))
 
 
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSERS = (
+    "chromium-headless-shell",
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+)
 
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="expected playwright: make setup installs it")
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="expected playwright: make setup installs it"
+    )
     with api.sync_playwright() as playwright:
         own = playwright.chromium.executable_path
         path = next(filter(None, map(shutil.which, BROWSERS)), own if Path(own).is_file() else None)
         if path is None:
             pytest.skip(
-                "no Chromium here to look at the page with: apt-get install chromium-headless-shell, or "
-                ".venv/bin/playwright install chromium"
+                "no Chromium here to look at the page with: apt-get install "
+                "chromium-headless-shell, or .venv/bin/playwright install chromium"
             )
         started = playwright.chromium.launch(executable_path=path)
         yield started
@@ -87,11 +113,14 @@ class Visit:
         file = folder / "page.html"
         file.write_text(page, encoding="utf-8", newline="")
         self.context = browser.new_context(offline=True, **context)
-        self.page, self.trouble = self.context.new_page(), []
+        self.page = self.context.new_page()
+        self.trouble = []
         self.page.on("request", lambda request: self.asked(request.url, file))
         self.page.on("console", lambda message: self.trouble.append(message.text))
         self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.trouble.append(dialog.message), dialog.dismiss()))
+        self.page.on(
+            "dialog", lambda dialog: (self.trouble.append(dialog.message), dialog.dismiss())
+        )
         self.page.goto(file.as_uri())
 
     def asked(self, url, file):
@@ -104,27 +133,36 @@ class Visit:
         return joined(self.page.eval_on_selector_all(".text > span", script))
 
     def chosen(self):
-        return self.page.eval_on_selector_all("#tokens [aria-pressed=true]", "all => all.map(one => one.textContent)")
+        return self.page.eval_on_selector_all(
+            "#tokens [aria-pressed=true]", "all => all.map(one => one.textContent)"
+        )
 
     def passages(self):
-        script = "all => all.map(one => [one.querySelector('em').textContent, one.querySelector('b').textContent])"
+        script = (
+            "all => all.map(one => [one.querySelector('em').textContent, "
+            "one.querySelector('b').textContent])"
+        )
         return self.page.eval_on_selector_all("#passages button", script)
 
     def in_view(self, text):
-        """Whether the piece that begins with this text lies below the header and inside the window."""
+        """Whether the piece that begins with this text lies below the header and inside the
+        window.
+        """
         return self.page.evaluate(
             """text => {
                 const pieces = [...document.querySelectorAll('.text > span')];
                 const piece = pieces.find(one => one.textContent.startsWith(text));
                 const top = piece.getBoundingClientRect().top;
-                return top >= document.querySelector('header').getBoundingClientRect().bottom && top < innerHeight;
+                const header = document.querySelector('header').getBoundingClientRect();
+                return top >= header.bottom && top < innerHeight;
             }""",
             text,
         )
 
 
 def joined(pieces):
-    runs, before = [], False
+    runs = []
+    before = False
     for is_hot, text in pieces:
         if is_hot and before:
             runs[-1] += text
@@ -155,7 +193,9 @@ def test_what_a_page_asks_for_or_complains_of_is_noticed(browser, tmp_path):
         "request": re.sub("<meta http-equiv[^>]*>", "", page).replace(
             "<main>", "<img src='http://127.0.0.1:9/a'><main>"
         ),
-        "refused by the page itself": page.replace("<main>", "<img src='http://127.0.0.1:9/a'><main>"),
+        "refused by the page itself": page.replace(
+            "<main>", "<img src='http://127.0.0.1:9/a'><main>"
+        ),
         "error": page.replace("show(0);", "show(0); nothing.at.all"),
     }
     for name, mistaken in mistakes.items():
@@ -166,7 +206,9 @@ def test_what_a_page_asks_for_or_complains_of_is_noticed(browser, tmp_path):
 
 def test_the_text_is_shown_as_it_is(visit):
     page = visit().page
-    assert page.eval_on_selector_all(".text", "all => all.map(one => one.textContent)") == [s.text for s in SOURCES]
+    assert page.eval_on_selector_all(".text", "all => all.map(one => one.textContent)") == [
+        s.text for s in SOURCES
+    ]
     assert page.locator(".text b, .text i, .text img").count() == 0
     assert page.locator("h1").text_content() == "What is <b>x</b>? It is"
     assert page.locator("section h2").all_text_contents() == ["one.txt", "<i>two"]
@@ -219,7 +261,10 @@ def test_the_strongest_passage_is_listed_first_and_in_view(visit):
     seen = visit(viewport={"width": 900, "height": 500})
     seen.page.keyboard.press("ArrowRight")
     lines = WHOLE[:AT].count("\n") + 1
-    assert seen.passages() == [[f"one.txt, line {lines}", "40\u00a0%"], ["one.txt, line 1", "2.0\u00a0%"]]
+    assert seen.passages() == [
+        [f"one.txt, line {lines}", "40\u00a0%"],
+        ["one.txt, line 1", "2.0\u00a0%"],
+    ]
     assert seen.in_view(NASTY[:20]) and not seen.in_view("\nbegin")
     seen.page.locator("#passages button").nth(1).click()
     assert seen.in_view("\nbegin") and not seen.in_view(NASTY[:20])
@@ -254,7 +299,10 @@ COLORS = """() => [...document.querySelectorAll('.text .hot')].map(piece => {
 
 
 def luminance(color):
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in color)]
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (v / 255 for v in color)
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -307,7 +355,8 @@ def test_a_long_answer_leaves_room_for_the_text(visit):
     for number in (300, 150, 0):
         seen.page.evaluate(f"show({number})")
         header, bar, token = (
-            seen.page.locator(each).bounding_box() for each in ("header", "#tokens", "#tokens [aria-pressed=true]")
+            seen.page.locator(each).bounding_box()
+            for each in ("header", "#tokens", "#tokens [aria-pressed=true]")
         )
         assert header["y"] == 0 and header["height"] < 350
         assert bar["y"] <= token["y"] and token["y"] + token["height"] <= bar["y"] + bar["height"]
@@ -315,13 +364,18 @@ def test_a_long_answer_leaves_room_for_the_text(visit):
 
 
 def test_the_heat_is_where_the_model_read(visit, tokenizer):
-    explanation = explain(tiny_landmark(), tokenizer, "The grass is green. " * 60, " What is", max_new_tokens=4)
+    explanation = explain(
+        tiny_landmark(), tokenizer, "The grass is green. " * 60, " What is", max_new_tokens=4
+    )
     seen = visit(explanation)
     text = explanation.sources[0].text
     for step in explanation.steps:
         seen.page.keyboard.press("ArrowRight")
         pieces = [
-            (any(span.begin <= place < span.end and span.weight >= LEAST for span in step.spans), letter)
+            (
+                any(span.begin <= place < span.end and span.weight >= LEAST for span in step.spans),
+                letter,
+            )
             for place, letter in enumerate(text)
         ]
         assert seen.hot() == joined(pieces)

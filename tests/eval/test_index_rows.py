@@ -1,4 +1,6 @@
-"""`landmark eval index`: what is recorded is what retrieval scores, recall is counted right, copies are said to be."""
+"""`landmark eval index`: what is recorded is what retrieval scores, recall is counted right, copies
+are said to be.
+"""
 
 import pytest
 import torch
@@ -23,8 +25,11 @@ def ids_of(count, seed=0):
 
 
 def test_what_is_recorded_is_what_an_index_is_asked(marked, monkeypatch):
-    """Recorded queries against recorded landmarks give the scores that retrieval computes for old blocks."""
-    ids, asked = ids_of(40 * TEXT), []
+    """Recorded queries against recorded landmarks give the scores that retrieval computes for old
+    blocks.
+    """
+    ids = ids_of(40 * TEXT)
+    asked = []
     recorded = index.record(marked, ids, 1, queries=20)
     choose = layer.choose_indexed
 
@@ -32,22 +37,29 @@ def test_what_is_recorded_is_what_an_index_is_asked(marked, monkeypatch):
         found = rest[-1].rows[0].heads
         search = [head.search for head in found]
         for head, of in zip(found, search, strict=True):
-            monkeypatch.setattr(head, "search", lambda q, *more, of=of: asked.append(q) or of(q, *more))
+            monkeypatch.setattr(
+                head, "search", lambda q, *more, of=of: asked.append(q) or of(q, *more)
+            )
         return choose(query, grid, store, *rest)
 
     monkeypatch.setattr(layer, "choose_indexed", kept)
-    with marked.configured(layers=(1,)):  # what layer 1 reads does not depend on what an earlier one retrieves
+    with marked.configured(
+        layers=(1,)
+    ):  # what layer 1 reads does not depend on what an earlier one retrieves
         cache = index.LandmarkCache(marked.model, index="faiss-flat")
         marked.model.read(ids[None, :-TEXT], cache=cache, retrieve=False)
         asked.clear()
         marked.model.read(ids[None, -TEXT : -TEXT + 1], cache=cache)
     heads, repeats = recorded.query.shape[:2]
-    # the first of the last 16 slots, the landmark among them, is that of the first of the last 15 tokens
+    # the first of the last 16 slots, the landmark among them, is that of the first of the last 15
+    # tokens
     expected = recorded.query[:, :, -16]
     found = torch.stack(asked[:heads])
     assert torch.allclose(found.view(heads, repeats, -1), expected, atol=1e-5)
     old = recorded.keys.shape[1]
-    assert torch.allclose(recorded.keys, cache.memories[1].store.landmarks(old)[0].float(), atol=1e-5)
+    assert torch.allclose(
+        recorded.keys, cache.memories[1].store.landmarks(old)[0].float(), atol=1e-5
+    )
 
 
 def test_rows(marked):
@@ -57,10 +69,15 @@ def test_rows(marked):
     assert told == rows and [row.index for row in rows] == [*KINDS, *KINDS]
     for row in rows:
         assert (row.layer, row.queries, row.top_k, row.seed) == (1, 24, 2, 0)
-        assert row.step_ms > 0 and row.chunk_ms > 0 and row.nbytes >= row.landmarks * row.heads * 8 * 4
-    real, copied = rows[:4], rows[4:]
+        assert (
+            row.step_ms > 0 and row.chunk_ms > 0 and row.nbytes >= row.landmarks * row.heads * 8 * 4
+        )
+    real = rows[:4]
+    copied = rows[4:]
     assert all(row.recorded == 20 and row.heads == 2 and row.noise == 0 for row in real)
-    assert all(row.recall == 1 for row in real), "below what lists and graphs are made of every landmark is looked at"
+    assert all(row.recall == 1 for row in real), (
+        "below what lists and graphs are made of every landmark is looked at"
+    )
     assert all(row.recorded == 34 and row.heads == 1 and row.noise == index.NOISE for row in copied)
     assert all(row.recall is None for row in copied)
 
@@ -73,7 +90,8 @@ def test_recall_counts_what_was_found():
 
 def test_the_exact_choice_by_loops():
     random = torch.Generator().manual_seed(0)
-    query, keys = torch.randn(2, 3, 5, 8, generator=random), torch.randn(2, 50, 8, generator=random)
+    query = torch.randn(2, 3, 5, 8, generator=random)
+    keys = torch.randn(2, 50, 8, generator=random)
     found = index.exact(query, keys, 4)
     for head in range(2):
         for repeat in range(3):
@@ -93,5 +111,11 @@ def test_copies_are_noisy(marked):
 
 def test_rows_are_kept(marked, tmp_path):
     report = results.Recorder(tmp_path / "rows.json", "cpu", lambda row: None)
-    index.run(marked, index.IndexTask((10,), ("exact",), queries=8), [sentences(2000)], "sentences", report)
+    index.run(
+        marked,
+        index.IndexTask((10,), ("exact",), queries=8),
+        [sentences(2000)],
+        "sentences",
+        report,
+    )
     assert results.read(tmp_path / "rows.json") == report.rows

@@ -41,14 +41,18 @@ def greedy(subject, document, prompt, count, read):
     extra = {}
     if subject.attention == "landmark":
         extra["past_key_values"] = subject.model.read(document[None], retrieve=read == "retrieve")
-    written = subject.model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, **extra)
+    written = subject.model.generate(
+        ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, **extra
+    )
     return written[0, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("read", passkey.READS)
 @pytest.mark.parametrize("kind", ["plain", "marked"])
 def test_right_means_the_greedy_continuation(kind, read, request, tokenizer):
-    """Answers made by generate count as right, whatever was asked before; one token changed counts as wrong."""
+    """Answers made by generate count as right, whatever was asked before; one token changed counts
+    as wrong.
+    """
     subject = request.getfixturevalue(kind)
     episodes = []
     for episode in episodes_of(tokenizer, 150, 2, facts=3):
@@ -74,9 +78,15 @@ def test_rows_count_and_carry_their_settings(tokenizer, marked, plain):
     rows = passkey.run([marked, plain], task, seen.append)
     assert rows == seen
     assert len(rows) == 2 * 2 * 2 + 1
-    first, last = rows[0], rows[-1]
+    first = rows[0]
+    last = rows[-1]
     assert first.settings == marked.model.landmark.to_dict() | {"top_k": 1, "granularity": "head"}
-    assert (first.seed, first.read, first.attention, first.dtype) == (5, "local", "landmark", "float64")
+    assert (first.seed, first.read, first.attention, first.dtype) == (
+        5,
+        "local",
+        "landmark",
+        "float64",
+    )
     assert (last.attention, last.read, last.top_k, last.length) == ("full", "full", None, 150)
     assert all(row.asked == 3 == sum(depth["asked"] for depth in row.depths) for row in rows)
     assert marked.model.landmark.top_k == 2, "settings are restored"
@@ -85,7 +95,9 @@ def test_rows_count_and_carry_their_settings(tokenizer, marked, plain):
 def test_accuracy_counts_every_fact(tokenizer, monkeypatch):
     task = passkey.PasskeyTask(lengths=(400,), trials=2, facts=(4,), distractors=1)
     monkeypatch.setattr(
-        passkey, "answers_right", lambda subject, episodes, read, *_: [[True, False, True, True]] * len(episodes)
+        passkey,
+        "answers_right",
+        lambda subject, episodes, read, *_: [[True, False, True, True]] * len(episodes),
     )
     subject = Subject("x", Knowing([]), tokenizer, "full")
     (row,) = passkey.run([subject], task, lambda row: None)

@@ -17,7 +17,9 @@ TEXT = BLOCK - 1
 
 def documents(*sizes):
     text = pydoc_text()
-    return [Document(f"d{i}", text[i * 40_000 : i * 40_000 + size], "") for i, size in enumerate(sizes)]
+    return [
+        Document(f"d{i}", text[i * 40_000 : i * 40_000 + size], "") for i, size in enumerate(sizes)
+    ]
 
 
 def test_spans_do_not_overlap_and_come_from_every_document(tokenizer):
@@ -58,9 +60,13 @@ def test_mean_loss_is_that_of_every_token_but_the_first(kind, request, monkeypat
 
 
 def test_models_of_different_vocabularies_are_refused(plain):
-    other = dataclasses.replace(plain, name="other", tokenizer=train_tokenizer(["Different words."], 280))
+    other = dataclasses.replace(
+        plain, name="other", tokenizer=train_tokenizer(["Different words."], 280)
+    )
     task = perplexity.PerplexityTask(lengths=(40,), max_tokens=400)
-    with pytest.raises(ValueError, match=r"--compare: expected the vocabulary of .* got another in other"):
+    with pytest.raises(
+        ValueError, match=r"--compare: expected the vocabulary of .* got another in other"
+    ):
         rows_of([plain, other], task, None)
 
 
@@ -70,10 +76,15 @@ def rows_of(subjects, task, tokenizer, size=8000):
 
 def test_every_length_measures_the_same_text(marked, plain, tokenizer, monkeypatch):
     seen = []
-    monkeypatch.setattr(perplexity, "mean_loss", lambda subject, segments, *_: seen.append(segments) or 1.0)
+    monkeypatch.setattr(
+        perplexity, "mean_loss", lambda subject, segments, *_: seen.append(segments) or 1.0
+    )
     task = perplexity.PerplexityTask(lengths=(60, 240), local=(30,), top_k=(2,), max_tokens=960)
     rows = rows_of([marked, plain], task, tokenizer)
-    assert [(row.length, row.segments, row.tokens) for row in rows] == [(60, 16, 944), (240, 4, 956)] * 2
+    assert [(row.length, row.segments, row.tokens) for row in rows] == [
+        (60, 16, 944),
+        (240, 4, 956),
+    ] * 2
     assert all(torch.equal(segments.flatten(), seen[0].flatten()) for segments in seen)
     assert all(row.perplexity == math.e for row in rows)
 
@@ -91,7 +102,10 @@ def test_columns_of_the_papers_scheme(marked, tokenizer):
         30 + 2 * TEXT,
     )
     assert started.attention_size == 31 + (TEXT - 1) + 2 * TEXT
-    assert {name: whole.settings[name] for name in ("local", "chunk_tokens", "max_blocks", "top_k", "granularity")} == {
+    assert {
+        name: whole.settings[name]
+        for name in ("local", "chunk_tokens", "max_blocks", "top_k", "granularity")
+    } == {
         "local": "chunk",
         "chunk_tokens": 30,
         "max_blocks": 5,
@@ -121,7 +135,9 @@ def test_without_retrieval_attends_to_as_much(marked, tokenizer):
 
 
 def test_without_retrieval_nothing_old_but_block_0_matters(marked, tokenizer):
-    """What the row claims, on the model: changing an old block changes nothing, changing block 0 does."""
+    """What the row claims, on the model: changing an old block changes nothing, changing block 0
+    does.
+    """
     changes = perplexity._without_retrieval(marked.model.landmark, 2).changes
     ids = torch.randint(0, 290, (1, 12 * TEXT), generator=torch.Generator().manual_seed(0))
     with marked.configured(**changes):

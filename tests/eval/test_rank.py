@@ -25,7 +25,9 @@ def ids_of(count, seed):
 
 
 def layers_of(model, ids, monkeypatch):
-    """The definition's layers of a text that is read without retrieval: unrotated queries and keys of all slots."""
+    """The definition's layers of a text that is read without retrieval: unrotated queries and keys
+    of all slots.
+    """
     found = []
     attend = oracle.Layer.attend
     monkeypatch.setattr(oracle.Layer, "attend", lambda self: found.append(self) or attend(self))
@@ -36,14 +38,21 @@ def layers_of(model, ids, monkeypatch):
 
 
 def mean_query(layer, head, config):
-    """Mean over all slots of a text, each where a query stands that has all local blocks and old ones before it."""
+    """Mean over all slots of a text, each where a query stands that has all local blocks and old
+    ones before it.
+    """
     own = (config.top_k + 1 + config.local_blocks) * BLOCK
-    turned = [layer.rotated(layer.query[head, slot], own + slot % BLOCK) for slot in range(layer.query.shape[1])]
+    turned = [
+        layer.rotated(layer.query[head, slot], own + slot % BLOCK)
+        for slot in range(layer.query.shape[1])
+    ]
     return sum(turned) / len(turned) * layer.scale
 
 
 def defined_scores(model, documents, query, monkeypatch):
-    """Highest score, and its block, of each document for a query: loops over layers, heads and blocks."""
+    """Highest score, and its block, of each document for a query: loops over layers, heads and
+    blocks.
+    """
     config = model.landmark
     read = [layers_of(model, ids, monkeypatch) for ids in documents]
     asked = layers_of(model, query, monkeypatch)
@@ -55,11 +64,15 @@ def defined_scores(model, documents, query, monkeypatch):
                 layer = layers[index]
                 for block in range(layer.key.shape[1] // BLOCK):
                     slot = block * BLOCK + BLOCK - 1
-                    keys[number, block] = layer.rotated(layer.key[layer.head_key(head), slot], BLOCK - 1)
+                    keys[number, block] = layer.rotated(
+                        layer.key[layer.head_key(head), slot], BLOCK - 1
+                    )
             middle = sum(keys.values()) / len(keys)
             counts = [layers[index].query.shape[1] for layers in read]
             means = [mean_query(layers[index], head, config) for layers in read]
-            common = sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
+            common = sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(
+                counts
+            )
             surprise = mean_query(asked[index], head, config) - common
             for (number, block), key in keys.items():
                 score = float(surprise @ (key - middle)) / float(np.linalg.norm(key - middle))
@@ -68,13 +81,16 @@ def defined_scores(model, documents, query, monkeypatch):
 
 
 def test_scores_are_the_definition(marked, monkeypatch):
-    documents, query = [ids_of(n * TEXT, n) for n in (7, 1, 12)], ids_of(2 * TEXT + 4, 99)
+    documents = [ids_of(n * TEXT, n) for n in (7, 1, 12)]
+    query = ids_of(2 * TEXT + 4, 99)
     library = rank.build_library([rank.read_document(marked, ids) for ids in documents])
     found = rank.search(library, rank.read_text(marked, query))
     expected = defined_scores(marked.model, documents, query, monkeypatch)
     assert [each.document for each in found] == [0, 1, 2]
     assert [each.block for each in found] == [block for _, block in expected]
-    assert [each.score for each in found] == pytest.approx([score for score, _ in expected], abs=1e-9)
+    assert [each.score for each in found] == pytest.approx(
+        [score for score, _ in expected], abs=1e-9
+    )
 
 
 def test_the_query_is_scored_as_the_model_scores_old_landmarks(marked, monkeypatch):
@@ -88,7 +104,9 @@ def test_the_query_is_scored_as_the_model_scores_old_landmarks(marked, monkeypat
     def kept(query, grid, marks, *rest):
         scores = scores_of(query, grid, marks, *rest)
         if not marks.equal:
-            summed.append(scores.masked_fill(~grid.valid[:, None, None, ..., None], 0)[0].sum((2, 3)))
+            summed.append(
+                scores.masked_fill(~grid.valid[:, None, None, ..., None], 0)[0].sum((2, 3))
+            )
         return scores
 
     monkeypatch.setattr(retrieval, "landmark_scores", kept)
@@ -115,7 +133,11 @@ def test_no_setting_of_the_model_loses_a_landmark(marked):
     """`max_blocks` would evict, `exact` refuse a long text, `all` compute no retrieval."""
     ids = ids_of(60 * TEXT, 4)
     plain = rank.read_text(marked, ids)
-    for changes in ({"max_blocks": 2}, {"positions": "exact", "trained_length": 128}, {"mode": "all"}):
+    for changes in (
+        {"max_blocks": 2},
+        {"positions": "exact", "trained_length": 128},
+        {"mode": "all"},
+    ):
         with marked.configured(**changes):
             assert torch.equal(rank.read_text(marked, ids).keys[0], plain.keys[0])
     assert plain.blocks == 60
@@ -125,13 +147,17 @@ def test_the_last_block_is_filled_with_the_beginning(marked):
     for count in (4, TEXT, TEXT + 4):
         ids = ids_of(count, count)
         filled = torch.cat([ids] * 8)[: math.ceil(count / TEXT) * TEXT]
-        document, same = rank.read_document(marked, ids), rank.read_text(marked, filled)
+        document = rank.read_document(marked, ids)
+        same = rank.read_text(marked, filled)
         assert document.blocks == math.ceil(count / TEXT)
         assert torch.equal(document.keys[0], same.keys[0])
 
 
 def test_a_landmark_that_was_never_trained_is_named(marked):
-    with marked.configured(landmark_trained=False), pytest.warns(UserWarning, match="never trained"):
+    with (
+        marked.configured(landmark_trained=False),
+        pytest.warns(UserWarning, match="never trained"),
+    ):
         rank.read_document(marked, ids_of(9, 1))
 
 
@@ -143,7 +169,9 @@ def test_the_order_of_documents_does_not_matter(marked):
     for ours, theirs in zip(found, turned[::-1], strict=True):
         assert ours.block == theirs.block
         assert ours.score == pytest.approx(theirs.score, abs=1e-9)
-    assert [each.score for each in rank.ordered(found)] == sorted([each.score for each in found], reverse=True)
+    assert [each.score for each in rank.ordered(found)] == sorted(
+        [each.score for each in found], reverse=True
+    )
 
 
 def test_a_lone_block_scores_nothing(marked):
@@ -166,7 +194,9 @@ def test_files_are_ranked_with_the_text_of_their_best_block(marked, tmp_path):
     assert [line.score for line in lines] == sorted((line.score for line in lines), reverse=True)
     texts = {str(file): " ".join(file.read_text().split()) for file in files}
     for line in lines:
-        assert line.passage and line.passage in texts.get(line.title, "A short one. Another short one.")
+        assert line.passage and line.passage in texts.get(
+            line.title, "A short one. Another short one."
+        )
 
 
 def test_a_document_stands_behind_what_begins_every_text(marked, monkeypatch):
@@ -177,7 +207,9 @@ def test_a_document_stands_behind_what_begins_every_text(marked, monkeypatch):
     assert torch.equal(rank.read_document(marked, ids).keys[0], begun.keys[0])
     decode = marked.tokenizer.decode
     assert rank._text(marked, ids, 0) == " ".join(decode(ids[: TEXT - 1].tolist()).split())
-    assert rank._text(marked, ids, 1) == " ".join(decode(ids[TEXT - 1 : 2 * TEXT - 1].tolist()).split())
+    assert rank._text(marked, ids, 1) == " ".join(
+        decode(ids[TEXT - 1 : 2 * TEXT - 1].tolist()).split()
+    )
 
 
 def test_the_bundled_model_ranks_the_text_with_the_key_first(tmp_path):
@@ -205,13 +237,18 @@ def test_a_passage_is_drawn_once_and_cut_out():
     assert sorted(left + taken) == [token for document in documents for token in document.tolist()]
     again = passages.draw_passages(documents, task)
     other = passages.draw_passages(documents, dataclasses.replace(task, seed=4))
-    assert [each.start for each in again] == [each.start for each in drawn] != [each.start for each in other]
+    assert (
+        [each.start for each in again]
+        == [each.start for each in drawn]
+        != [each.start for each in other]
+    )
 
 
 def test_passages_come_from_every_place():
     task = passages.PassageTask(passages=1, passage_tokens=5)
     starts = [
-        passages.draw_passages([torch.arange(20)], dataclasses.replace(task, seed=seed))[0].start for seed in range(300)
+        passages.draw_passages([torch.arange(20)], dataclasses.replace(task, seed=seed))[0].start
+        for seed in range(300)
     ]
     assert set(starts) == set(range(16))
 
@@ -232,11 +269,17 @@ def test_bm25_finds_the_word():
 
 
 def test_every_ranker_answers_the_same_passages(marked, monkeypatch):
-    documents = [Document(f"d{seed}", sentences(60, seed=seed) + f" name{seed} " * 9, "") for seed in range(3)]
+    documents = [
+        Document(f"d{seed}", sentences(60, seed=seed) + f" name{seed} " * 9, "")
+        for seed in range(3)
+    ]
     others = [Document("other", sentences(60, seed=9), "")]
     searched = []
-    build, index = passages.build_library, passages.Bm25
-    monkeypatch.setattr(passages, "build_library", lambda read: searched.append(len(read)) or build(read))
+    build = passages.build_library
+    index = passages.Bm25
+    monkeypatch.setattr(
+        passages, "build_library", lambda read: searched.append(len(read)) or build(read)
+    )
     monkeypatch.setattr(passages, "Bm25", lambda texts: searched.append(len(texts)) or index(texts))
     task = passages.PassageTask(passages=9, passage_tokens=40, max_tokens=400)
     told = []
@@ -260,11 +303,18 @@ def test_a_document_without_a_token_is_left_out(tmp_path):
     subject.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "The grass is green."}\n{"text": "~~"}\n{"text": "The code."}\n')
-    with pytest.warns(UserWarning, match=r"rows\.jsonl, line 2: not ranked, as the tokenizer finds no token"):
+    with pytest.warns(
+        UserWarning, match=r"rows\.jsonl, line 2: not ranked, as the tokenizer finds no token"
+    ):
         lines = rank.rank_files(subject, "green", [rows])
     assert sorted(line.title[-1] for line in lines) == ["1", "3"]
-    with pytest.raises(ValueError, match="QUERY: expected a text of at least one token, got one of none"):
+    with pytest.raises(
+        ValueError, match="QUERY: expected a text of at least one token, got one of none"
+    ):
         rank.rank_files(subject, "~", [rows])
     rows.write_text('{"text": "~~"}\n')
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"FILES: .*with a token, got .*rows\.jsonl"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"FILES: .*with a token, got .*rows\.jsonl"),
+    ):
         rank.rank_files(subject, "green", [rows])

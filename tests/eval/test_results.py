@@ -10,7 +10,9 @@ import pytest
 from landmark.eval import plots, results
 from landmark.eval.measure import measured
 
-DEPTHS = tuple({"from": i / 10, "to": (i + 1) / 10, "asked": 1, "correct": i % 2} for i in range(10))
+DEPTHS = tuple(
+    {"from": i / 10, "to": (i + 1) / 10, "asked": 1, "correct": i % 2} for i in range(10)
+)
 PASSKEY = results.PasskeyRow(
     task="passkey",
     model="m",
@@ -82,7 +84,9 @@ def test_what_is_written_is_read(tmp_path):
     assert results.read(path) == [PASSKEY, PERPLEXITY, RANK]
     content = json.loads(path.read_text())
     assert set(content) == {"versions", "rows"}
-    assert {"landmark", "torch", "transformers", "python", "device", "commit"} == set(content["versions"])
+    assert {"landmark", "torch", "transformers", "python", "device", "commit"} == set(
+        content["versions"]
+    )
     assert content["rows"][0]["accuracy"] == 0.5
     assert content["rows"][1]["perplexity"] == 20.0
 
@@ -97,12 +101,21 @@ def test_other_files_are_refused(tmp_path, text):
 
 def test_pictures_are_written(tmp_path):
     plain = dataclasses.replace(
-        PASSKEY, attention="full", top_k=None, granularity=None, length=1024, correct=0, accuracy=0.0
+        PASSKEY,
+        attention="full",
+        top_k=None,
+        granularity=None,
+        length=1024,
+        correct=0,
+        accuracy=0.0,
     )
-    plots.plot_passkey([PASSKEY, plain, dataclasses.replace(PASSKEY, length=2048)], tmp_path / "new" / "a.png")
+    plots.plot_passkey(
+        [PASSKEY, plain, dataclasses.replace(PASSKEY, length=2048)], tmp_path / "new" / "a.png"
+    )
     none = dataclasses.replace(PERPLEXITY, top_k=0, length=2048)
     plots.plot_perplexity(
-        [PERPLEXITY, none, dataclasses.replace(PERPLEXITY, top_k=None, attention="full")], tmp_path / "b.png"
+        [PERPLEXITY, none, dataclasses.replace(PERPLEXITY, top_k=None, attention="full")],
+        tmp_path / "b.png",
     )
     for path in (tmp_path / "new" / "a.png", tmp_path / "b.png"):
         assert path.read_bytes().startswith(b"\x89PNG")

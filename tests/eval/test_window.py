@@ -1,4 +1,6 @@
-"""The windowed plain model against stock attention with a mask, and against stock runs on what a query sees."""
+"""The windowed plain model against stock attention with a mask, and against stock runs on what a
+query sees.
+"""
 
 import pytest
 import torch
@@ -22,18 +24,25 @@ def test_window_over_everything_is_stock_attention(plain, tokenizer):
 @pytest.mark.parametrize("queries", [7, 512])
 def test_window_is_a_mask_while_distances_fit(plain, tokenizer, monkeypatch, queries):
     monkeypatch.setattr("landmark.eval.window._QUERIES", queries)
-    length, window = SINK + 30, 30
+    length = SINK + 30
+    window = 30
     ids = torch.randint(0, 300, (2, length), generator=torch.Generator().manual_seed(1))
-    i, j = torch.arange(length)[:, None], torch.arange(length)[None]
+    i = torch.arange(length)[:, None]
+    j = torch.arange(length)[None]
     seen = (j <= i) & ((j < SINK) | (j > i - window))
     mask = torch.zeros(length, length, dtype=torch.float64).masked_fill(~seen, float("-inf"))
     expected = plain.model(ids, attention_mask=mask[None, None].expand(2, 1, -1, -1)).logits
-    assert torch.allclose(windowed(plain.model, tokenizer, window).logits(ids), expected, atol=1e-10)
+    assert torch.allclose(
+        windowed(plain.model, tokenizer, window).logits(ids), expected, atol=1e-10
+    )
 
 
 def test_far_queries_see_the_first_block_right_before_the_window(tokenizer):
-    """With one layer, each logit is a stock run on the first block and the window, moved together."""
-    model, window = tiny_llama(layers=1), 20
+    """With one layer, each logit is a stock run on the first block and the window, moved
+    together.
+    """
+    model = tiny_llama(layers=1)
+    window = 20
     ids = torch.randint(0, 300, (1, 600), generator=torch.Generator().manual_seed(2))
     got = windowed(model, tokenizer, window).logits(ids)
     for query in (SINK + window, 200, 511, 512, 599):

@@ -1,4 +1,6 @@
-"""What landmark models refuse: (name, call, what the message says). A call may take an empty folder."""
+"""What landmark models refuse: (name, call, what the message says). A call may take an empty
+folder.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def llama() -> Any:
 
 
 def ours(**settings: Any) -> Any:
-    return models.landmark_model("llama", LandmarkConfig(block_size=5, **settings), dtype=torch.float32)
+    return models.landmark_model(
+        "llama", LandmarkConfig(block_size=5, **settings), dtype=torch.float32
+    )
 
 
 def ids(tokens: int = 12) -> torch.Tensor:
@@ -149,7 +153,9 @@ def opened(folder: Path, model: Any = None, change: Callable[[Path], object] | N
 
 def of_the_future(folder: Path) -> None:
     state = json.loads((folder / "memory.json").read_text())["state"]
-    (folder / "memory.json").write_bytes(archive._file_of({**state, "format": 2, "streams": "elsewhere"}))
+    (folder / "memory.json").write_bytes(
+        archive._file_of({**state, "format": 2, "streams": "elsewhere"})
+    )
 
 
 def written_by_another(folder: Path) -> None:
@@ -210,15 +216,27 @@ def rows_that_are_not_there(rows: list[int]) -> Callable[[], None]:
 
 
 CASES = [
-    ("a row that is not there", rows_that_are_not_there([0, 1]), "expected at least one of the rows 0 to 0, got"),
-    ("a row before the first", rows_that_are_not_there([-1]), "expected at least one of the rows 0 to 0, got"),
+    (
+        "a row that is not there",
+        rows_that_are_not_there([0, 1]),
+        "expected at least one of the rows 0 to 0, got",
+    ),
+    (
+        "a row before the first",
+        rows_that_are_not_there([-1]),
+        "expected at least one of the rows 0 to 0, got",
+    ),
     ("no rows", rows_that_are_not_there([]), "expected at least one of the rows 0 to 0, got"),
     (
         "a pickled cache",
         lambda: pickle.dumps(landmark.LandmarkCache(ours())),
         r"cannot be pickled.*cache\.save.*LandmarkCache\.open.*cache\.fork",
     ),
-    ("open nothing", lambda folder: landmark.LandmarkCache.open(folder, ours()), "a memory with a file memory.json in"),
+    (
+        "open nothing",
+        lambda folder: landmark.LandmarkCache.open(folder, ours()),
+        "a memory with a file memory.json in",
+    ),
     (
         "open what was never finished",
         lambda folder: opened(folder, change=lambda folder: (folder / "memory.json").unlink()),
@@ -227,32 +245,42 @@ CASES = [
     (
         "open with another model",
         lambda folder: opened(
-            folder, models.landmark_model("qwen3", LandmarkConfig(block_size=5), dtype=torch.float32)
+            folder,
+            models.landmark_model("qwen3", LandmarkConfig(block_size=5), dtype=torch.float32),
         ),
         "was made with another model .landmark_llama .*open it with that one",
     ),
     (
         "open with other weights",
         lambda folder: opened(
-            folder, landmark.convert(models.stock_model("llama", dtype=torch.float32, seed=1), block_size=5)
+            folder,
+            landmark.convert(
+                models.stock_model("llama", dtype=torch.float32, seed=1), block_size=5
+            ),
         ),
         "was made with another model",
     ),
     (
         "open in another dtype",
         lambda folder: opened(
-            folder, models.landmark_model("llama", LandmarkConfig(block_size=5), dtype=torch.float64)
+            folder,
+            models.landmark_model("llama", LandmarkConfig(block_size=5), dtype=torch.float64),
         ),
         "was made in float32, the model is in float64; load the model with dtype 'float32'",
     ),
     (
         "open with another block size",
         lambda folder: opened(
-            folder, models.landmark_model("llama", LandmarkConfig(block_size=6), dtype=torch.float32)
+            folder,
+            models.landmark_model("llama", LandmarkConfig(block_size=6), dtype=torch.float32),
         ),
         r"differ in .*'block_size': \(6, 5\).*set the model's with configure_landmark",
     ),
-    ("open with a stock model", lambda folder: opened(folder, llama()), "landmark model's config, got"),
+    (
+        "open with a stock model",
+        lambda folder: opened(folder, llama()),
+        "landmark model's config, got",
+    ),
     (
         "open a memory of the future",
         lambda folder: opened(folder, change=of_the_future),
@@ -260,73 +288,181 @@ CASES = [
     ),
     (
         "open a memory that somebody edited",
-        lambda folder: opened(folder, change=lambda folder: (folder / "memory.json").write_text("{}")),
+        lambda folder: opened(
+            folder, change=lambda folder: (folder / "memory.json").write_text("{}")
+        ),
         "memory.json: it is not what was written; restore it from a copy",
     ),
     (
         "open a truncated file",
-        lambda folder: opened(folder, change=lambda folder: os.truncate(folder / "layer-01.blocks", 9)),
+        lambda folder: opened(
+            folder, change=lambda folder: os.truncate(folder / "layer-01.blocks", 9)
+        ),
         "layer-01.blocks: expected .* bytes, got 9; restore",
     ),
     (
         "open damaged landmarks",
-        lambda folder: opened(folder, change=lambda f: (f / "layer-00.landmarks").write_bytes(bytes(10**5))),
+        lambda folder: opened(
+            folder, change=lambda f: (f / "layer-00.landmarks").write_bytes(bytes(10**5))
+        ),
         "layer-00.landmarks: the checksum is not that of what was written",
     ),
-    ("two writers of a memory", written_by_another, "is being written by another process; wait for it"),
-    ("a writer behind another", saved_after_another, r"was written to since it was opened \(commit 2, not 1\)"),
+    (
+        "two writers of a memory",
+        written_by_another,
+        "is being written by another process; wait for it",
+    ),
+    (
+        "a writer behind another",
+        saved_after_another,
+        r"was written to since it was opened \(commit 2, not 1\)",
+    ),
     ("save after a crop", saved_after_a_crop, "got one that was cropped; save it to a new folder"),
-    ("save beside something else", saved_where_something_is, "expected a new or empty folder for a memory"),
-    ("save over a file", saved_over_a_file, "expected a new or empty folder for a memory, got .*notes.txt"),
+    (
+        "save beside something else",
+        saved_where_something_is,
+        "expected a new or empty folder for a memory",
+    ),
+    (
+        "save over a file",
+        saved_over_a_file,
+        "expected a new or empty folder for a memory, got .*notes.txt",
+    ),
     ("save over another memory", saved_over_another, "expected a new or empty folder for a memory"),
     (
         "save without room",
         saved_without_room,
         r"no room for .* more bytes in .*File too large.*make room there or name",
     ),
-    ("save nothing", lambda folder: landmark.LandmarkCache(ours()).save(folder), r"read something, got rows of \[\]"),
+    (
+        "save nothing",
+        lambda folder: landmark.LandmarkCache(ours()).save(folder),
+        r"read something, got rows of \[\]",
+    ),
     (
         "save several rows",
         lambda folder: ours().read(ids(12).expand(2, -1)).save(folder),
         r"memory of one row .*rows of \[12, 12\] tokens.*select one row",
     ),
     ("save without the model", saved_without_a_model, "memory whose model still exists"),
-    ("convert something else", lambda: landmark.convert({"a": 1}), "expected a transformers model or a path"),
-    ("convert a module", lambda: landmark.convert(torch.nn.Linear(2, 2)), "expected a transformers model or a path"),
-    ("convert nothing there", lambda folder: landmark.convert(folder / "none"), "none.*(exist|found|no )"),
+    (
+        "convert something else",
+        lambda: landmark.convert({"a": 1}),
+        "expected a transformers model or a path",
+    ),
+    (
+        "convert a module",
+        lambda: landmark.convert(torch.nn.Linear(2, 2)),
+        "expected a transformers model or a path",
+    ),
+    (
+        "convert nothing there",
+        lambda folder: landmark.convert(folder / "none"),
+        "none.*(exist|found|no )",
+    ),
     ("convert an empty folder", lambda folder: landmark.convert(folder), "config.json"),
-    ("convert a model with loading options", lambda: landmark.convert(llama(), dtype="float32"), "dtype.*from a path"),
+    (
+        "convert a model with loading options",
+        lambda: landmark.convert(llama(), dtype="float32"),
+        "dtype.*from a path",
+    ),
     ("convert a landmark model", lambda: landmark.convert(ours()), "landmark model already"),
     ("convert without RoPE", lambda: landmark.convert(stock("GPT2")), "gpt2.*no RoPE"),
-    ("convert an unknown architecture", lambda: landmark.convert(stock("Mamba")), "mamba.*supported: llama"),
-    ("convert with a sliding window", lambda: landmark.convert(stock("Mistral", sliding_window=32)), "sliding window"),
+    (
+        "convert an unknown architecture",
+        lambda: landmark.convert(stock("Mamba")),
+        "mamba.*supported: llama",
+    ),
+    (
+        "convert with a sliding window",
+        lambda: landmark.convert(stock("Mistral", sliding_window=32)),
+        "sliding window",
+    ),
     (
         "convert with some sliding layers",
-        lambda: landmark.convert(stock("Gemma3Text", sliding_window=32, layer_types=["sliding_attention"] * 2)),
+        lambda: landmark.convert(
+            stock("Gemma3Text", sliding_window=32, layer_types=["sliding_attention"] * 2)
+        ),
         "gemma3_text.*sliding",
     ),
     ("convert with softcap", lambda: landmark.convert(stock("Gemma2")), "gemma2.*soft-?cap"),
-    ("convert with sinks", lambda: landmark.convert(stock("GptOss", num_local_experts=2)), "gpt_oss.*sinks"),
+    (
+        "convert with sinks",
+        lambda: landmark.convert(stock("GptOss", num_local_experts=2)),
+        "gpt_oss.*sinks",
+    ),
     ("convert with NoPE layers", lambda: landmark.convert(stock("SmolLM3")), "smollm3.*no RoPE"),
-    ("convert with dropout", lambda: landmark.convert(stock("Llama", attention_dropout=0.1)), "attention_dropout"),
-    ("block size 1", lambda: landmark.convert(llama(), block_size=1), "block_size: expected .* got 1"),
-    ("block size 4.0", lambda: landmark.convert(llama(), block_size=4.0), "block_size: expected .* got 4.0"),
+    (
+        "convert with dropout",
+        lambda: landmark.convert(stock("Llama", attention_dropout=0.1)),
+        "attention_dropout",
+    ),
+    (
+        "block size 1",
+        lambda: landmark.convert(llama(), block_size=1),
+        "block_size: expected .* got 1",
+    ),
+    (
+        "block size 4.0",
+        lambda: landmark.convert(llama(), block_size=4.0),
+        "block_size: expected .* got 4.0",
+    ),
     ("top_k 0", lambda: landmark.convert(llama(), top_k=0), "top_k: expected .* got 0"),
-    ("granularity word", lambda: landmark.convert(llama(), granularity="word"), "granularity.*token_head.*'word'"),
-    ("positions near", lambda: landmark.convert(llama(), positions="near"), "positions.*stingy.*'near'"),
+    (
+        "granularity word",
+        lambda: landmark.convert(llama(), granularity="word"),
+        "granularity.*token_head.*'word'",
+    ),
+    (
+        "positions near",
+        lambda: landmark.convert(llama(), positions="near"),
+        "positions.*stingy.*'near'",
+    ),
     ("mode sparse", lambda: landmark.convert(llama(), mode="sparse"), "mode.*retrieval.*'sparse'"),
-    ("chunk 0", lambda: landmark.convert(llama(), chunk_tokens=0), "chunk_tokens: expected .* got 0"),
-    ("layer beyond the last", lambda: landmark.convert(llama(), layers=(0, 7)), r"layers.*below 2, got \[7\]"),
+    (
+        "chunk 0",
+        lambda: landmark.convert(llama(), chunk_tokens=0),
+        "chunk_tokens: expected .* got 0",
+    ),
+    (
+        "layer beyond the last",
+        lambda: landmark.convert(llama(), layers=(0, 7)),
+        r"layers.*below 2, got \[7\]",
+    ),
     ("unknown setting", lambda: ours().configure_landmark(topk=3), "unknown.*topk.*top_k"),
-    ("another block size", lambda: ours().configure_landmark(block_size=9), "block_size is fixed at 5, got 9"),
-    ("settings that are no mapping", lambda: LandmarkConfig.from_dict([1]), r"a mapping such as .* got \[1\]"),
-    ("settings at load", lambda: landmark.load(landmark={"top_k": 3}), "no loading argument.*configure_landmark"),
+    (
+        "another block size",
+        lambda: ours().configure_landmark(block_size=9),
+        "block_size is fixed at 5, got 9",
+    ),
+    (
+        "settings that are no mapping",
+        lambda: LandmarkConfig.from_dict([1]),
+        r"a mapping such as .* got \[1\]",
+    ),
+    (
+        "settings at load",
+        lambda: landmark.load(landmark={"top_k": 3}),
+        "no loading argument.*configure_landmark",
+    ),
     ("load a stock model", load_stock_folder, "'llama'.*landmark.convert"),
-    ("load nothing there", lambda folder: landmark.load(folder / "none"), "none.*(exist|found|no )"),
+    (
+        "load nothing there",
+        lambda folder: landmark.load(folder / "none"),
+        "none.*(exist|found|no )",
+    ),
     ("load damaged weights", damaged_folder, "weights|safetensors"),
     ("load with a damaged config", config_beyond_its_range, "granularity.*'word'"),
-    ("a cache for a stock model", lambda: landmark.LandmarkCache(llama().config), "landmark model's config"),
-    ("a foreign cache", lambda: ours()(ids(), past_key_values=DynamicCache()), "LandmarkCache, got DynamicCache"),
+    (
+        "a cache for a stock model",
+        lambda: landmark.LandmarkCache(llama().config),
+        "landmark model's config",
+    ),
+    (
+        "a foreign cache",
+        lambda: ours()(ids(), past_key_values=DynamicCache()),
+        "LandmarkCache, got DynamicCache",
+    ),
     (
         "generate with a foreign cache",
         lambda: ours().generate(ids(), max_new_tokens=2, past_key_values=DynamicCache()),
@@ -350,11 +486,35 @@ CASES = [
         loss_over_remembered_columns,
         r"mask of the 3 new columns, got 15; leave the remembered columns out",
     ),
-    ("a mask of another length", lambda: ours()(ids(), attention_mask=torch.ones(1, 5)), r"\(1, 12\), got \(1, 5\)"),
+    (
+        "a mask of another length",
+        lambda: ours()(ids(), attention_mask=torch.ones(1, 5)),
+        r"\(1, 12\), got \(1, 5\)",
+    ),
     ("no ids and no embeddings", lambda: ours()(), "exactly one of input_ids and inputs_embeds"),
-    ("attention weights", lambda: ours()(ids(), output_attentions=True), "no attention matrix.*retrievals"),
-    ("load with another attention", load_with_another_attention, "'landmark' only, got .*'sdpa'; leave it out"),
-    ("convert with another attention", convert_with_another_attention, "'landmark' only, got .*'eager'"),
-    ("another attention in the config", attention_put_in_the_config, "'landmark' only, got .*'sdpa'"),
-    ("another attention", lambda: ours().set_attn_implementation("sdpa"), "'landmark' only, got 'sdpa'"),
+    (
+        "attention weights",
+        lambda: ours()(ids(), output_attentions=True),
+        "no attention matrix.*retrievals",
+    ),
+    (
+        "load with another attention",
+        load_with_another_attention,
+        "'landmark' only, got .*'sdpa'; leave it out",
+    ),
+    (
+        "convert with another attention",
+        convert_with_another_attention,
+        "'landmark' only, got .*'eager'",
+    ),
+    (
+        "another attention in the config",
+        attention_put_in_the_config,
+        "'landmark' only, got .*'sdpa'",
+    ),
+    (
+        "another attention",
+        lambda: ours().set_attn_implementation("sdpa"),
+        "'landmark' only, got 'sdpa'",
+    ),
 ]

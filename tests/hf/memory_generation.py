@@ -16,8 +16,14 @@ import models
 from machine import Column, Row, as_tensors
 
 PAD = 0
-TOKENS, SEEDS, NEW = st.integers(0, 4), st.integers(0, 3), st.integers(1, 5)
-ASSISTED = ("stock", "landmarks") if models.OLD_ASSISTED else ("lookup", "stock", "landmarks", "early exit")
+TOKENS = st.integers(0, 4)
+SEEDS = st.integers(0, 3)
+NEW = st.integers(1, 5)
+ASSISTED = (
+    ("stock", "landmarks")
+    if models.OLD_ASSISTED
+    else ("lookup", "stock", "landmarks", "early exit")
+)
 
 
 @functools.cache
@@ -41,13 +47,16 @@ class Generating(Memory):
     """A memory that is given to generate."""
 
     def asked(self, tokens: int, seed: int) -> tuple[list[Row], list[Row]]:
-        """Rows and new columns of a call of generate, which goes on from text: the last column of every row is.
+        """Rows and new columns of a call of generate, which goes on from text: the last column of
+        every row is.
 
         Without new columns, the last token of every row is computed again.
         """
         rows = self.unpadded()
         new = self.columns(tokens, seed)
-        if not all((row + more)[-1:] and (row + more)[-1].text for row, more in zip(rows, new, strict=True)):
+        if not all(
+            (row + more)[-1:] and (row + more)[-1].text for row, more in zip(rows, new, strict=True)
+        ):
             new = self.columns(tokens + 1, seed)
         if not new[0]:
             again = {"silent": False, "rough": self.around == "autocast", "unknown": False}
@@ -57,32 +66,49 @@ class Generating(Memory):
     def generate(
         self, rows: list[Row], new: list[Row], count: int, *, alone: bool = False, **options: Any
     ) -> list[list[int]] | None:
-        """Returns what is said behind the columns, ``None`` where the memory cannot go back; ``alone``: of new ids."""
+        """Returns what is said behind the columns, ``None`` where the memory cannot go back;
+        ``alone``: of new ids.
+        """
         ids, mask = as_tensors(rows, new, whole=True)
         name = options.pop("name", "past_key_values")
         if alone and new[0]:
             ids = ids[:, -len(new[0]) :]
-        options = {"max_new_tokens": count, "do_sample": False, "attention_mask": mask, name: self.cache, **options}
+        options = {
+            "max_new_tokens": count,
+            "do_sample": False,
+            "attention_mask": mask,
+            name: self.cache,
+            **options,
+        }
         told = self.going_back(rows if new[0] else [], lambda: self.model.generate(ids, **options))
         if told is None:
             return None
         assert torch.equal(told[:, : ids.shape[1]], ids.repeat_interleave(len(told) // len(ids), 0))
         return told[:, ids.shape[1] :].tolist()
 
-    def have_read(self, rows: list[Row], new: list[Row], told: list[list[int]], end: int | None = None) -> None:
-        """Each row of the memory has read all but the last token of what was said behind its columns."""
+    def have_read(
+        self, rows: list[Row], new: list[Row], told: list[list[int]], end: int | None = None
+    ) -> None:
+        """Each row of the memory has read all but the last token of what was said behind its
+        columns.
+        """
         rough = self.around == "autocast"
         times = len(told) // len(rows)
         whole = [row + more for row, more in zip(rows, new, strict=True) for _ in range(times)]
         said = [
-            [Column(token, rough=rough, pad=end in tokens[:place]) for place, token in enumerate(tokens)]
+            [
+                Column(token, rough=rough, pad=end in tokens[:place])
+                for place, token in enumerate(tokens)
+            ]
             for tokens in told
         ]
         self.rows = [row + more[:-1] for row, more in zip(whole, said, strict=True)]
         self.pending = [more[-1] for more in said]
 
     def most_likely(self, rows: list[Row], told: list[list[int]], end: int | None = None) -> None:
-        """Each token is the one with the greatest logit, up to the end of its row; in float32 near ties may be."""
+        """Each token is the one with the greatest logit, up to the end of its row; in float32 near
+        ties may be.
+        """
         assert len(rows) == len(told)
         slack = 0.0 if self.dtype == torch.float64 else BOUNDS[self.dtype]
         for row, tokens in zip(rows, told, strict=True):
@@ -91,7 +117,9 @@ class Generating(Memory):
             if self.is_certain([*row, *map(Column, said)]):
                 logits = self.truth.steps(row, said).float()
                 chosen = logits.gather(1, torch.tensor(said)[:, None])[:, 0]
-                assert (chosen >= logits.max(dim=1).values - slack).all(), "generate says something else"
+                assert (chosen >= logits.max(dim=1).values - slack).all(), (
+                    "generate says something else"
+                )
 
     def end_of_first(self, row: Row, after: int) -> int | None:
         """A token for the end, with which a row ends after so many tokens."""
@@ -110,12 +138,18 @@ class Generating(Memory):
         use_cache=st.sampled_from((True, True, False)),
         name=CACHE_NAMES,
     )
-    def greedy(self, tokens: int, seed: int, count: int, ends: int, alone: bool, use_cache: bool, name: str) -> None:
-        """Greedy; with an end, rows that reached it are filled with pads, which the next turn masks."""
+    def greedy(
+        self, tokens: int, seed: int, count: int, ends: int, alone: bool, use_cache: bool, name: str
+    ) -> None:
+        """Greedy; with an end, rows that reached it are filled with pads, which the next turn
+        masks.
+        """
         rows, new = self.asked(tokens, seed)
         whole = [row + more for row, more in zip(rows, new, strict=True)]
         end = self.end_of_first(whole[0], ends)
-        told = self.generate(rows, new, count, alone=alone, eos_token_id=end, use_cache=use_cache, name=name)
+        told = self.generate(
+            rows, new, count, alone=alone, eos_token_id=end, use_cache=use_cache, name=name
+        )
         if told is not None:
             self.most_likely(whole, told, end)
             assert len(told[0]) == count or all(end in tokens for tokens in told)
@@ -124,26 +158,34 @@ class Generating(Memory):
     @precondition(Memory.has_room)
     @rule(tokens=TOKENS, seed=SEEDS, count=NEW, answers=st.integers(1, 2))
     def sample(self, tokens: int, seed: int, count: int, answers: int) -> None:
-        """Sampling with a seed, one answer or several of each row, draws from the oracle's logits."""
+        """Sampling with a seed, one answer or several of each row, draws from the oracle's
+        logits.
+        """
         if len(self.rows) * answers > MOST_ROWS:
             return
         rows, new = self.asked(tokens, seed)
         torch.manual_seed(seed)
         warped = {"temperature": machine.TEMPERATURE, "top_k": machine.OF_BEST}
-        told = self.generate(rows, new, count, do_sample=True, num_return_sequences=answers, **warped)
+        told = self.generate(
+            rows, new, count, do_sample=True, num_return_sequences=answers, **warped
+        )
         if told is None:
             return
         whole = [row + more for row, more in zip(rows, new, strict=True) for _ in range(answers)]
         said = [[*row, *map(Column, tokens)] for row, tokens in zip(whole, told, strict=True)]
         if self.dtype == torch.float64 and all(map(self.is_certain, said)):
-            logits = [self.truth.steps(row, tokens) for row, tokens in zip(whole, told, strict=True)]
+            logits = [
+                self.truth.steps(row, tokens) for row, tokens in zip(whole, told, strict=True)
+            ]
             assert machine.sampled(torch.stack(logits), seed).tolist() == told
         self.have_read(rows, new, told)
 
     @precondition(Memory.has_room)
     @rule(tokens=TOKENS, seed=SEEDS, count=st.integers(1, 3), answers=st.integers(1, 2))
     def beams(self, tokens: int, seed: int, count: int, answers: int) -> None:
-        """Two beams of each row: the best, or both, are the oracle's; the memory holds beams of the step before."""
+        """Two beams of each row: the best, or both, are the oracle's; the memory holds beams of the
+        step before.
+        """
         if len(self.rows) * 2 > MOST_ROWS:
             return
         rows, new = self.asked(tokens, seed)
@@ -163,10 +205,16 @@ class Generating(Memory):
     @precondition(Memory.has_room)
     @rule(tokens=TOKENS, seed=SEEDS, count=NEW, how=st.sampled_from(ASSISTED))
     def assisted(self, tokens: int, seed: int, count: int, how: str) -> None:
-        """Assisted decoding of several rows is refused; of one row it says what greedy decoding says."""
+        """Assisted decoding of several rows is refused; of one row it says what greedy decoding
+        says.
+        """
         if len(self.rows) > 1:
             ids, mask = as_tensors(*self.asked(tokens, seed), whole=True)
-            options = {"attention_mask": mask, "past_key_values": self.cache, "max_new_tokens": count}
+            options = {
+                "attention_mask": mask,
+                "past_key_values": self.cache,
+                "max_new_tokens": count,
+            }
             self.refused(lambda: self.model.generate(ids, **options, **helper(how, self.other)))
             self.select([0])
         rows, new = self.asked(tokens, seed)

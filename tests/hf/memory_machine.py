@@ -1,4 +1,6 @@
-"""The machine: rules of what else a user does with a memory: read, forward, crop, fork, choose rows, save, open."""
+"""The machine: rules of what else a user does with a memory: read, forward, crop, fork, choose
+rows, save, open.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,11 @@ from memory_state import AROUND, CACHE_NAMES, CHUNKS, MOST_ROWS, TIERS, Memory
 import machine
 from landmark import LandmarkCache
 
-TOKENS, SEEDS, SMALL = st.sampled_from((1, 2, 5, 3, 9, 14)), st.integers(0, 3), st.integers(0, 3)
-PADDINGS, MASKS = st.sampled_from(machine.PADDINGS), st.sampled_from(("none", "new", "whole"))
+TOKENS = st.sampled_from((1, 2, 5, 3, 9, 14))
+SEEDS = st.integers(0, 3)
+SMALL = st.integers(0, 3)
+PADDINGS = st.sampled_from(machine.PADDINGS)
+MASKS = st.sampled_from(("none", "new", "whole"))
 
 
 def has_read(memory: Memory) -> bool:
@@ -31,15 +36,23 @@ class Machine(Generating):
     @precondition(Memory.has_room)
     @rule(tokens=TOKENS, seed=SEEDS, retrieve=st.booleans(), padding=PADDINGS, mask=MASKS)
     def read(self, tokens: int, seed: int, retrieve: bool, padding: str, mask: str) -> None:
-        """model.read: with or without retrieval and padding; the mask may cover new columns only, or be left out."""
+        """model.read: with or without retrieval and padding; the mask may cover new columns only,
+        or be left out.
+        """
         new = self.columns(tokens, seed, padding, silent=not retrieve)
-        self.call(new, mask, lambda ids, given: self.model.read(ids, given, cache=self.cache, retrieve=retrieve))
+        self.call(
+            new,
+            mask,
+            lambda ids, given: self.model.read(ids, given, cache=self.cache, retrieve=retrieve),
+        )
 
     @precondition(Memory.has_room)
     @rule(tokens=TOKENS, seed=SEEDS, padding=PADDINGS, mask=MASKS, name=CACHE_NAMES)
     def forward(self, tokens: int, seed: int, padding: str, mask: str, name: str) -> None:
         """model(ids) with the memory gives the oracle's logits."""
-        self.call(self.columns(tokens, seed, padding), mask, functools.partial(self.forwarded, name=name))
+        self.call(
+            self.columns(tokens, seed, padding), mask, functools.partial(self.forwarded, name=name)
+        )
 
     @precondition(Memory.has_room)
     @rule(tokens=TOKENS, seed=SEEDS)
@@ -48,7 +61,9 @@ class Machine(Generating):
 
         def embedded(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             embeds = self.model.get_input_embeddings()(ids)
-            return self.model(inputs_embeds=embeds, attention_mask=mask, past_key_values=self.cache).logits
+            return self.model(
+                inputs_embeds=embeds, attention_mask=mask, past_key_values=self.cache
+            ).logits
 
         self.call(self.columns(tokens, seed, unknown=True), "new", embedded)
 
@@ -56,15 +71,20 @@ class Machine(Generating):
     @rule(row=SMALL, count=st.integers(1, 4), tokens=st.integers(1, 3), seed=SEEDS)
     def hide(self, row: int, count: int, tokens: int, seed: int) -> None:
         """A mask that hides a row's last tokens takes them back."""
-        rows, row = list(self.rows), row % len(self.rows)
+        rows = list(self.rows)
+        row = row % len(self.rows)
         rows[row] = machine.hidden(rows[row], min(count, len(machine.visible(rows[row]))))
         self.call(self.columns(tokens, seed), "whole", self.forwarded, rows)
 
     @precondition(Memory.has_room)
     @rule(tokens=TOKENS, layer=st.integers(0, 1), row=SMALL, count=st.sampled_from((0, 0, 1, 4)))
     def interrupted(self, tokens: int, layer: int, row: int, count: int) -> None:
-        """A call that fails inside the model leaves nothing behind, but that what its mask hides stays hidden."""
-        rows, row, new = list(self.rows), row % len(self.rows), self.columns(tokens, 0)
+        """A call that fails inside the model leaves nothing behind, but that what its mask hides
+        stays hidden.
+        """
+        rows = list(self.rows)
+        row = row % len(self.rows)
+        new = self.columns(tokens, 0)
         rows[row] = machine.hidden(rows[row], min(count, len(machine.visible(rows[row]))))
         ids, mask = machine.as_tensors(rows, new, whole=rows != self.rows)
 
@@ -72,7 +92,10 @@ class Machine(Generating):
             raise InterruptedError
 
         def call() -> bool:
-            with contextlib.suppress(InterruptedError), self.model.base_model.layers[layer].register_forward_hook(fail):
+            with (
+                contextlib.suppress(InterruptedError),
+                self.model.base_model.layers[layer].register_forward_hook(fail),
+            ):
                 self.model(ids[:, -len(new[0]) :], attention_mask=mask, past_key_values=self.cache)
             return True
 
@@ -90,10 +113,14 @@ class Machine(Generating):
             except ValueError as refusal:
                 assert self.cannot_go_back(refusal)
                 return
-        self.rows, self.pending = [row[:keep] for row in self.rows], None
+        self.rows = [row[:keep] for row in self.rows]
+        self.pending = None
 
     @precondition(has_read)
-    @rule(rows=st.lists(SMALL, min_size=1, max_size=MOST_ROWS), how=st.sampled_from(("reorder", "mask", "indices")))
+    @rule(
+        rows=st.lists(SMALL, min_size=1, max_size=MOST_ROWS),
+        how=st.sampled_from(("reorder", "mask", "indices")),
+    )
     def select_rows(self, rows: list[int], how: str) -> None:
         """Rows are reordered, or some are kept."""
         held = len(self.rows)
@@ -132,11 +159,14 @@ class Machine(Generating):
         """The memory forgets everything."""
         with self.step():
             self.cache.reset()
-        self.rows, self.pending = [[] for _ in self.rows], None
+        self.rows = [[] for _ in self.rows]
+        self.pending = None
 
     @rule(around=st.sampled_from(tuple(AROUND)), chunk=CHUNKS, record=st.booleans())
     def configure(self, around: str, chunk: int, record: bool) -> None:
-        """What is free to change; the steps that follow run under inference_mode, autocast or neither."""
+        """What is free to change; the steps that follow run under inference_mode, autocast or
+        neither.
+        """
         self.enter(around)
         self.model.configure_landmark(chunk_tokens=chunk)
         self.cache.record = record
@@ -161,7 +191,8 @@ class Machine(Generating):
         folder, row = self.archive
         with self.step():
             self.cache = LandmarkCache.open(folder, self.model, **tier, **self.index)
-        self.rows, self.pending = [list(row)], None
+        self.rows = [list(row)]
+        self.pending = None
 
     @precondition(has_read)
     @rule(name=st.sampled_from(sorted(MISTAKES)))

@@ -1,4 +1,6 @@
-"""Mistakes that a user of a memory may make: each is refused in one line, and the memory stays as it was."""
+"""Mistakes that a user of a memory may make: each is refused in one line, and the memory stays as
+it was.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,23 @@ def ids(memory: Memory, rows: int, tokens: int) -> torch.Tensor:
 
 def generated(memory: Memory, tokens: int = 1, model: Any = None, **options: Any) -> Call:
     """Generates behind the memory, or its last token again."""
-    text, mask = as_tensors(memory.rows, memory.columns(tokens, 0) if tokens else [[] for _ in memory.rows], whole=True)
-    options = {"attention_mask": mask, "past_key_values": memory.cache, "max_new_tokens": 2, **options}
+    text, mask = as_tensors(
+        memory.rows, memory.columns(tokens, 0) if tokens else [[] for _ in memory.rows], whole=True
+    )
+    options = {
+        "attention_mask": mask,
+        "past_key_values": memory.cache,
+        "max_new_tokens": 2,
+        **options,
+    }
     return lambda: (model or memory.model).generate(options.pop("ids", text), **options)
 
 
 def another_text(memory: Memory) -> Call | None:
     """Its ids differ in the last column that tells its token."""
-    places = [place for place, column in enumerate(memory.rows[0]) if column.text and not column.unknown]
+    places = [
+        place for place, column in enumerate(memory.rows[0]) if column.text and not column.unknown
+    ]
     if not places:
         return None
     text, _ = as_tensors(memory.rows, memory.columns(1, 0), whole=True)
@@ -38,7 +49,11 @@ def another_text(memory: Memory) -> Call | None:
 
 def a_beginning(memory: Memory) -> Call | None:
     text, mask = as_tensors(memory.rows, memory.rows, whole=False)
-    return generated(memory, ids=text[:, :-1], attention_mask=mask[:, :-1]) if memory.past() > 1 else None
+    return (
+        generated(memory, ids=text[:, :-1], attention_mask=mask[:, :-1])
+        if memory.past() > 1
+        else None
+    )
 
 
 def turned_round(memory: Memory, text: bool) -> torch.Tensor | None:
@@ -53,7 +68,9 @@ def turned_round(memory: Memory, text: bool) -> torch.Tensor | None:
 
 
 def with_mask(memory: Memory, *, text: bool, tokens: int = 1, **options: Any) -> Call | None:
-    """Goes on with a mask that cannot be; where options are given, or there is no new token, by generate."""
+    """Goes on with a mask that cannot be; where options are given, or there is no new token, by
+    generate.
+    """
     mask = turned_round(memory, text)
     if mask is None:
         return None
@@ -75,7 +92,9 @@ def in_train_mode(memory: Memory) -> Call:
     def call() -> None:
         memory.model.train()
         try:
-            memory.model(ids(memory, len(memory.rows), 2), attention_mask=mask, past_key_values=memory.cache)
+            memory.model(
+                ids(memory, len(memory.rows), 2), attention_mask=mask, past_key_values=memory.cache
+            )
         finally:
             memory.model.eval()
 
@@ -93,7 +112,9 @@ def beyond_trained(memory: Memory) -> Call | None:
     def call() -> None:
         memory.model.configure_landmark(trained_length=10)
         try:
-            memory.model(ids(memory, len(memory.rows), 30), attention_mask=mask, past_key_values=memory.cache)
+            memory.model(
+                ids(memory, len(memory.rows), 30), attention_mask=mask, past_key_values=memory.cache
+            )
         finally:
             memory.model.configure_landmark(trained_length=4096)
 
@@ -124,7 +145,9 @@ def when(condition: bool, call: Call | None) -> Call | None:
 
 MISTAKES: dict[str, Callable[[Memory], Call | None]] = {
     "too many rows": lambda m: lambda: m.model(ids(m, len(m.rows) + 1, 2), past_key_values=m.cache),
-    "too many rows to read": lambda m: lambda: m.model.read(ids(m, len(m.rows) + 1, 2), cache=m.cache),
+    "too many rows to read": lambda m: (
+        lambda: m.model.read(ids(m, len(m.rows) + 1, 2), cache=m.cache)
+    ),
     "too many rows to generate": lambda m: (
         lambda: m.model.generate(ids(m, len(m.rows) + 1, 60), past_key_values=m.cache)
     ),
@@ -132,15 +155,20 @@ MISTAKES: dict[str, Callable[[Memory], Call | None]] = {
     "no text to read": lambda m: lambda: m.model.read(ids(m, len(m.rows), 0), cache=m.cache),
     "a mask too long": lambda m: (
         lambda: m.model(
-            ids(m, len(m.rows), 2), attention_mask=ids(m, len(m.rows), m.past() + 3), past_key_values=m.cache
+            ids(m, len(m.rows), 2),
+            attention_mask=ids(m, len(m.rows), m.past() + 3),
+            past_key_values=m.cache,
         )
     ),
     "a crop too far": lambda m: lambda: m.cache.crop(-m.past() - 1),
-    "a row that is not there": lambda m: lambda: m.cache.batch_select_indices(torch.tensor([0, len(m.rows)])),
+    "a row that is not there": lambda m: (
+        lambda: m.cache.batch_select_indices(torch.tensor([0, len(m.rows)]))
+    ),
     "several rows saved": lambda m: when(len(m.rows) > 1, lambda: m.cache.save(m.new_folder())),
     "another text": another_text,
     "the question alone": lambda m: when(
-        m.past() > 2, lambda: m.model.generate(ids(m, len(m.rows), 2), past_key_values=m.cache, max_new_tokens=2)
+        m.past() > 2,
+        lambda: m.model.generate(ids(m, len(m.rows), 2), past_key_values=m.cache, max_new_tokens=2),
     ),
     "a beginning": a_beginning,
     "a hidden token in the middle": lambda m: with_mask(m, text=True),
@@ -150,11 +178,15 @@ MISTAKES: dict[str, Callable[[Memory], Call | None]] = {
     "shown padding, no new token": lambda m: with_mask(m, text=False, tokens=0),
     "train mode": in_train_mode,
     "beyond the trained length": beyond_trained,
-    "a stock cache": lambda m: lambda: m.model(ids(m, len(m.rows), 2), past_key_values=stock_cache(m)),
+    "a stock cache": lambda m: (
+        lambda: m.model(ids(m, len(m.rows), 2), past_key_values=stock_cache(m))
+    ),
     "a stock cache to generate": lambda m: generated(m, past_key_values=stock_cache(m)),
     "another model": lambda m: generated(m, model=m.other),
-    "another model, no new token": lambda m: when(  # of one token, computed again, nothing would be left of the first
-        m.pending is None and m.past() > 1, generated(m, 0, m.other)
+    "another model, no new token": lambda m: (
+        when(  # of one token, computed again, nothing would be left of the first
+            m.pending is None and m.past() > 1, generated(m, 0, m.other)
+        )
     ),
     "another model, two beams": lambda m: generated(m, model=m.other, num_beams=2),
     "another setting": another_setting,

@@ -1,4 +1,6 @@
-"""The state of the machine: a memory, what ought to be in it, and how a step is done and compared."""
+"""The state of the machine: a memory, what ought to be in it, and how a step is done and
+compared.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,12 @@ from landmark.blocks import slots_for
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
 from machine import Column, Row, as_tensors
 
-MOST_COLUMNS, MOST_ROWS = 50, 4
+MOST_COLUMNS = 50
+MOST_ROWS = 4
 BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-3}
-SHORT = 24  # lengths that a stock family may act upon, such as Phi3's original_max_position_embeddings
+SHORT = (
+    24  # lengths that a stock family may act upon, such as Phi3's original_max_position_embeddings
+)
 CACHE_NAMES = st.sampled_from(("past_key_values", "cache"))
 
 AROUND: dict[str, Callable[[], Any]] = {
@@ -55,17 +60,23 @@ CHUNKS = st.sampled_from((1000, 1, 3, 5, 11))
 
 
 @functools.cache
-def pristine(family: str, kv_heads: int, block_size: int, dtype: torch.dtype, other: bool = False) -> Any:
+def pristine(
+    family: str, kv_heads: int, block_size: int, dtype: torch.dtype, other: bool = False
+) -> Any:
     """A landmark model that no history touches; ``other`` has other weights."""
     model = copy.deepcopy(
-        models.landmark_model(family, LandmarkConfig(block_size=block_size), kv_heads=kv_heads, dtype=dtype)
+        models.landmark_model(
+            family, LandmarkConfig(block_size=block_size), kv_heads=kv_heads, dtype=dtype
+        )
     )
     for length in ("max_position_embeddings", "original_max_position_embeddings"):
         if hasattr(model.config, length):
             setattr(model.config, length, SHORT)
     with torch.no_grad():
         for parameter in model.parameters() if other else ():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+            parameter.add_(
+                0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+            )
     return model
 
 
@@ -109,17 +120,26 @@ class Memory(RuleBasedStateMachine):
         tokens: int,
         around: str,
     ) -> None:
-        """Makes a model, in float32 where ``narrow``, and a memory of some text, read under ``around``."""
+        """Makes a model, in float32 where ``narrow``, and a memory of some text, read under
+        ``around``.
+        """
         self.dtype = torch.float32 if narrow else torch.float64
         family = models.FAMILIES[self.group % len(models.FAMILIES)]
         kv_heads = 4 if family == "gpt_neox" else (2, 1, 4)[self.group % 3]
         settings = LandmarkConfig(block_size=3 + self.group % 4, chunk_tokens=chunk, **policy)
         make = functools.partial(pristine, family, kv_heads, settings.block_size, self.dtype)
-        self.model, self.other = copy.deepcopy(make()), copy.deepcopy(make(other=True))
+        self.model = copy.deepcopy(make())
+        self.other = copy.deepcopy(make(other=True))
         for each in (self.model, self.other):
-            each.configure_landmark(**{**settings.to_dict(), "landmark_trained": True, "trained_length": 4096})
+            each.configure_landmark(
+                **{**settings.to_dict(), "landmark_trained": True, "trained_length": 4096}
+            )
         self.truth = machine.truth(family, kv_heads, settings.replace(chunk_tokens=1))
-        plain = (settings.mode, settings.granularity, settings.positions) == ("retrieval", "token_head", "stingy")
+        plain = (settings.mode, settings.granularity, settings.positions) == (
+            "retrieval",
+            "token_head",
+            "stingy",
+        )
         self.index = {"index": "faiss-flat"} if plain and index else {}
         self.enter(around)
         self.cache = LandmarkCache(self.model, **tier, **self.index)
@@ -133,7 +153,9 @@ class Memory(RuleBasedStateMachine):
 
     def enter(self, around: str) -> None:
         """The steps that follow run under one of ``AROUND``."""
-        self.around = "nothing" if around == "autocast" and self.dtype == torch.float64 else around  # knows no autocast
+        self.around = (
+            "nothing" if around == "autocast" and self.dtype == torch.float64 else around
+        )  # knows no autocast
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -156,10 +178,15 @@ class Memory(RuleBasedStateMachine):
         """New columns of every row: what generate said last, and some text, padded."""
         rows = len(self.rows)
         marks = {**marks, "rough": self.around == "autocast"}
-        last = [[Column(each.id, text=not each.pad, **marks)] for each in self.pending or ()] or [[] for _ in self.rows]
+        last = [[Column(each.id, text=not each.pad, **marks)] for each in self.pending or ()] or [
+            [] for _ in self.rows
+        ]
         mask = machine.padding(padding, rows, tokens)
         for row, ids, counts in zip(last, machine.some_text(rows, tokens, seed), mask, strict=True):
-            row.extend(Column(each, text=bool(count), **marks) for each, count in zip(ids, counts, strict=True))
+            row.extend(
+                Column(each, text=bool(count), **marks)
+                for each, count in zip(ids, counts, strict=True)
+            )
         return last
 
     def unpadded(self) -> list[Row]:
@@ -172,9 +199,15 @@ class Memory(RuleBasedStateMachine):
     # What is compared.
 
     def is_certain(self, row: Row) -> bool:
-        """Whether the oracle says what a row answers: not where it was computed in bfloat16, or a choice is close."""
+        """Whether the oracle says what a row answers: not where it was computed in bfloat16, or a
+        choice is close.
+        """
         exact = self.dtype == torch.float64 and not self.index
-        return self.around != "autocast" and not machine.rough(row) and (exact or not self.truth.is_close(row))
+        return (
+            self.around != "autocast"
+            and not machine.rough(row)
+            and (exact or not self.truth.is_close(row))
+        )
 
     def compare(self, logits: torch.Tensor, rows: list[Row], new: list[Row]) -> None:
         """Logits (B, T, vocabulary) of new columns are the oracle's."""
@@ -186,8 +219,11 @@ class Memory(RuleBasedStateMachine):
                 wrong = float((found - self.truth.logits(row + more, len(found))).abs().max())
                 assert wrong < BOUNDS[self.dtype], f"logits differ by {wrong:.1e}"
 
-    def call(self, new: list[Row], mask: str, function: Callable[..., Any], rows: list[Row] | None = None) -> None:
-        """Calls a function of ids and mask: of ``none``, of the ``new`` columns, or of the ``whole`` text.
+    def call(
+        self, new: list[Row], mask: str, function: Callable[..., Any], rows: list[Row] | None = None
+    ) -> None:
+        """Calls a function of ids and mask: of ``none``, of the ``new`` columns, or of the
+        ``whole`` text.
 
         A mask over the whole text hides the pads that generate wrote, or whatever ``rows`` hide.
         """
@@ -195,7 +231,10 @@ class Memory(RuleBasedStateMachine):
             rows = self.unpadded() if mask == "whole" else self.rows
         ids, given = as_tensors(rows, new, whole=mask == "whole")
         told = self.going_back(
-            rows, lambda: function(ids[:, -len(new[0]) :], None if mask == "none" and given.all() else given)
+            rows,
+            lambda: function(
+                ids[:, -len(new[0]) :], None if mask == "none" and given.all() else given
+            ),
         )
         if isinstance(told, torch.Tensor):
             self.compare(told, rows, new)
@@ -204,7 +243,9 @@ class Memory(RuleBasedStateMachine):
             self.pending = None
 
     def going_back(self, rows: list[Row], call: Callable[[], Any]) -> Any:
-        """Calls; ``None`` where ``rows`` leave out tokens of the memory that it cannot go back behind."""
+        """Calls; ``None`` where ``rows`` leave out tokens of the memory that it cannot go back
+        behind.
+        """
         with self.step():
             try:
                 return call()
@@ -225,10 +266,14 @@ class Memory(RuleBasedStateMachine):
         assert "\n" not in str(caught.value) and len(str(caught.value)) <= 400
         return str(caught.value)
 
-    def forwarded(self, ids: torch.Tensor, mask: torch.Tensor | None, name: str = "past_key_values") -> torch.Tensor:
+    def forwarded(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, name: str = "past_key_values"
+    ) -> torch.Tensor:
         return self.model(ids, attention_mask=mask, **{name: self.cache}).logits
 
-    def select(self, rows: list[int], given: torch.Tensor | None = None, *, reorder: bool = False) -> None:
+    def select(
+        self, rows: list[int], given: torch.Tensor | None = None, *, reorder: bool = False
+    ) -> None:
         """Keeps these rows, as ``given`` tells the memory."""
         with self.step():
             choose = self.cache.reorder_cache if reorder else self.cache.batch_select_indices
@@ -243,7 +288,8 @@ class Memory(RuleBasedStateMachine):
     @invariant()
     def counters(self) -> None:
         """Everything that can be counted is what was read."""
-        cache, past = self.cache, self.past()
+        cache = self.cache
+        past = self.past()
         assert cache.get_seq_length() == past
         assert cache.is_initialized == (past > 0)
         if past > 0:
@@ -251,13 +297,16 @@ class Memory(RuleBasedStateMachine):
             assert cache.batch_size == len(text)
             assert cache.tokens == [len(row) for row in text]
             assert cache.slots == [slots_for(len(row), cache.settings.block_size) for row in text]
-            assert [cache.ids(row).tolist() for row in range(len(text))] == [machine.known_ids(row) for row in text]
+            assert [cache.ids(row).tolist() for row in range(len(text))] == [
+                machine.known_ids(row) for row in text
+            ]
 
     def swap(self) -> None:
         """Goes on with the memory that was kept aside."""
         assert self.aside is not None
         now = self.cache, self.rows, self.pending
-        (self.cache, self.rows, self.pending), self.aside = self.aside, now
+        (self.cache, self.rows, self.pending) = self.aside
+        self.aside = now
 
     def teardown(self) -> None:
         """Both memories answer what they ought to, to the last."""

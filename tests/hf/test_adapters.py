@@ -47,14 +47,20 @@ def trained(model: Any, targets: Any, ids: torch.Tensor) -> Any:
 
 
 @pytest.mark.parametrize("family", TARGETS)
-def test_a_saved_adapter_gives_the_same_logits_on_a_model_loaded_again(family: str, tmp_path: Path) -> None:
-    base = landmark.convert(models.stock_model(family, dtype=torch.float32), block_size=5, top_k=2, mode="all")
+def test_a_saved_adapter_gives_the_same_logits_on_a_model_loaded_again(
+    family: str, tmp_path: Path
+) -> None:
+    base = landmark.convert(
+        models.stock_model(family, dtype=torch.float32), block_size=5, top_k=2, mode="all"
+    )
     base.configure_landmark(landmark_trained=True)
     base.save_pretrained(tmp_path / "base")
     ids = models.text(80).view(2, 40)
     adapted = trained(base, TARGETS[family], ids)
     adapted.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(landmark.load(tmp_path / "base"), tmp_path / "adapter").eval()
+    again = peft.PeftModel.from_pretrained(
+        landmark.load(tmp_path / "base"), tmp_path / "adapter"
+    ).eval()
     plain = landmark.load(tmp_path / "base")
     with torch.no_grad():
         for mode in ("all", "retrieval"):
@@ -98,21 +104,31 @@ def prompted(base: Any, method: Any, **own: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("method", "own"), [("PromptTuningConfig", {}), ("PromptEncoderConfig", {"encoder_hidden_size": 8})]
+    ("method", "own"),
+    [("PromptTuningConfig", {}), ("PromptEncoderConfig", {"encoder_hidden_size": 8})],
 )
 def test_virtual_tokens_generate_as_on_the_stock_model(method: str, own: dict[str, Any]) -> None:
     """In one block both are the same function."""
     stock = models.family_model("llama")
     ids = models.text(20)[None]
-    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    options = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 5,
+        "do_sample": False,
+    }
     expected = prompted(stock, getattr(peft, method), **own).generate(**options)
-    found = prompted(landmark.convert(models.family_model("llama"), block_size=64), getattr(peft, method), **own)
+    found = prompted(
+        landmark.convert(models.family_model("llama"), block_size=64), getattr(peft, method), **own
+    )
     assert torch.equal(found.generate(**options), expected)
 
 
 def test_prefix_tuning_is_refused() -> None:
     """Its keys have no text and no landmarks."""
-    model = prompted(landmark.convert(models.family_model("llama"), block_size=5), peft.PrefixTuningConfig)
+    model = prompted(
+        landmark.convert(models.family_model("llama"), block_size=5), peft.PrefixTuningConfig
+    )
     ids = models.text(20)[None]
     options = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with pytest.raises(ValueError, match=r"got DynamicCache|a DynamicCache as past_key_values"):
@@ -122,26 +138,37 @@ def test_prefix_tuning_is_refused() -> None:
 
 
 def saved_adapter(root: Path, family: str = "llama", base: str | None = None) -> Any:
-    """An adapter in ``root/adapter`` of a landmark model in ``root/base``, which it names as ``base``."""
-    landmark.convert(models.family_model(family, dtype=torch.float32), block_size=5, mode="all").save_pretrained(
-        root / "base"
-    )
+    """An adapter in ``root/adapter`` of a landmark model in ``root/base``, which it names as
+    ``base``.
+    """
+    landmark.convert(
+        models.family_model(family, dtype=torch.float32), block_size=5, mode="all"
+    ).save_pretrained(root / "base")
     adapted = trained(landmark.load(root / "base"), "all-linear", models.text(80).view(2, 40))
     adapted.save_pretrained(root / "adapter")
     if base is not None:
         file = root / "adapter" / "adapter_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
+        file.write_text(
+            json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base})
+        )
     return adapted
 
 
-@pytest.mark.parametrize("family", [name for name in models.ALL_FAMILIES if name not in ("mixtral", "qwen3_moe")])
-def test_the_folder_of_an_adapter_loads_as_the_auto_classes_open_it(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "family", [name for name in models.ALL_FAMILIES if name not in ("mixtral", "qwen3_moe")]
+)
+def test_the_folder_of_an_adapter_loads_as_the_auto_classes_open_it(
+    family: str, tmp_path: Path
+) -> None:
     models.require_stock_adapters()
-    adapted, ids = saved_adapter(tmp_path, family), models.text(80).view(2, 40)
+    adapted = saved_adapter(tmp_path, family)
+    ids = models.text(80).view(2, 40)
     if family == "gpt_neox" and transformers.__version__.startswith("5.0."):
         with pytest.raises(ValueError, match=r"tensors that are not in the model .*gpt_neox"):
             landmark.load(tmp_path / "adapter")
-        pytest.skip("transformers 5.0 reads no adapter of GPT-NeoX: its names are taken for other ones")
+        pytest.skip(
+            "transformers 5.0 reads no adapter of GPT-NeoX: its names are taken for other ones"
+        )
     model = landmark.load(tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(model(ids).logits, adapted(input_ids=ids).logits)
@@ -151,8 +178,11 @@ def test_the_folder_of_an_adapter_loads_as_the_auto_classes_open_it(family: str,
 
 
 @pytest.mark.parametrize("base", ["base", "../base"])
-def test_a_base_that_is_named_from_the_adapter(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted, ids = saved_adapter(tmp_path, base=base), models.text(40)[None]
+def test_a_base_that_is_named_from_the_adapter(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = saved_adapter(tmp_path, base=base)
+    ids = models.text(40)[None]
     expected = adapted(input_ids=ids).logits
     assert torch.equal(landmark.load(tmp_path / "adapter")(ids).logits, expected)
     monkeypatch.chdir(tmp_path)
@@ -160,13 +190,18 @@ def test_a_base_that_is_named_from_the_adapter(base: str, tmp_path: Path, monkey
     assert torch.equal(landmark.load(tmp_path, subfolder="adapter")(ids).logits, expected)
 
 
-def test_a_folder_without_a_model_is_not_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_a_model_is_not_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The working directory has a folder of that name, too."""
-    adapted, ids = saved_adapter(tmp_path, base="../base"), models.text(40)[None]
+    adapted = saved_adapter(tmp_path, base="../base")
+    ids = models.text(40)[None]
     (tmp_path / "elsewhere" / "here").mkdir(parents=True)
     (tmp_path / "elsewhere" / "base").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere" / "here")
-    assert torch.equal(landmark.load(tmp_path / "adapter")(ids).logits, adapted(input_ids=ids).logits)
+    assert torch.equal(
+        landmark.load(tmp_path / "adapter")(ids).logits, adapted(input_ids=ids).logits
+    )
 
 
 def test_a_damaged_adapter_beside_its_model_is_named(tmp_path: Path) -> None:
@@ -179,17 +214,21 @@ def test_a_damaged_adapter_beside_its_model_is_named(tmp_path: Path) -> None:
 
 
 def test_an_adapter_beside_its_model(tmp_path: Path) -> None:
-    adapted, ids = saved_adapter(tmp_path), models.text(40)[None]
+    adapted = saved_adapter(tmp_path)
+    ids = models.text(40)[None]
     for file in (tmp_path / "adapter").iterdir():
         file.rename(tmp_path / "base" / file.name)
     with torch.no_grad():
-        assert torch.equal(landmark.load(tmp_path / "base")(ids).logits, adapted(input_ids=ids).logits)
+        assert torch.equal(
+            landmark.load(tmp_path / "base")(ids).logits, adapted(input_ids=ids).logits
+        )
 
 
 def test_a_model_with_its_adapter_is_saved_as_one(tmp_path: Path) -> None:
     models.require_stock_adapters()
     saved_adapter(tmp_path)
-    model, ids = landmark.load(tmp_path / "adapter", dtype=torch.float32), models.text(40)[None]
+    model = landmark.load(tmp_path / "adapter", dtype=torch.float32)
+    ids = models.text(40)[None]
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "adapter_config.json").is_file()
     with torch.no_grad():
@@ -207,7 +246,9 @@ def plain_base(root: Path) -> None:
 
 def other_base(root: Path) -> None:
     lost_base(root)
-    landmark.convert(models.family_model("llama", layers=1, dtype=torch.float32)).save_pretrained(root / "base")
+    landmark.convert(models.family_model("llama", layers=1, dtype=torch.float32)).save_pretrained(
+        root / "base"
+    )
 
 
 def no_weights(root: Path) -> None:
@@ -238,7 +279,10 @@ def without(part: str) -> Any:
 
 ADAPTER_DAMAGES = {
     "the base is gone": (lost_base, "adapter .an adapter of .*base"),
-    "the base is plain": (plain_base, "adapter: its base .*base: expected a landmark model, got model_type 'llama'"),
+    "the base is plain": (
+        plain_base,
+        "adapter: its base .*base: expected a landmark model, got model_type 'llama'",
+    ),
     "the base has fewer layers": (other_base, "tensors that are not in the model .*layers.1"),
     "no weights": (
         no_weights,
@@ -248,21 +292,34 @@ ADAPTER_DAMAGES = {
         damaged("adapter_model.safetensors", b"\xff" * 500),
         "adapter_model.safetensors: .*damaged file",
     ),
-    "no bytes of weights": (damaged("adapter_model.safetensors", b""), "adapter_model.safetensors: .*no bytes"),
+    "no bytes of weights": (
+        damaged("adapter_model.safetensors", b""),
+        "adapter_model.safetensors: .*no bytes",
+    ),
     "pickled weights of garbage": (pickled_garbage, "adapter_model.bin: .*damaged file"),
-    "a config of garbage": (damaged("adapter_config.json", b"{"), "adapter_config.json: .* no JSON"),
-    "a config of a list": (damaged("adapter_config.json", b"[]"), "adapter_config.json: expected a JSON object"),
+    "a config of garbage": (
+        damaged("adapter_config.json", b"{"),
+        "adapter_config.json: .* no JSON",
+    ),
+    "a config of a list": (
+        damaged("adapter_config.json", b"[]"),
+        "adapter_config.json: expected a JSON object",
+    ),
     "a config without a base": (damaged("adapter_config.json", b"{}"), "names no base model"),
     "an unknown kind": (
         damaged("adapter_config.json", b'{"base_model_name_or_path": "base", "peft_type": "NONE"}'),
-        "adapter_config.json: expected a peft_type that this peft knows, such as LORA, got 'NONE'; update peft",
+        "adapter_config.json: expected a peft_type that this peft knows, such as LORA, got "
+        "'NONE'; update peft",
     ),
     "the base has damaged weights": (damaged_base, "base/model.safetensors: .*damaged file"),
     "a tensor is missing": (
         without("layers.1.self_attn.q_proj.lora_A"),
         "got none for 1 of its tensors .*layers.1",
     ),
-    "the landmark is missing": (without("landmark_embedding"), "got none for 1 of its tensors .*landmark_embedding"),
+    "the landmark is missing": (
+        without("landmark_embedding"),
+        "got none for 1 of its tensors .*landmark_embedding",
+    ),
 }
 
 
@@ -284,8 +341,14 @@ def test_an_adapter_is_not_converted(base: str, tmp_path: Path) -> None:
         stock = models.family_model("llama", dtype=torch.float32)
         stock.save_pretrained(tmp_path / "base")
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        peft.get_peft_model(stock, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    message = "landmark model already" if base == "landmark" else "an adapter of the plain model .*merge_and_unload"
+        peft.get_peft_model(stock, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(
+            tmp_path / "adapter"
+        )
+    message = (
+        "landmark model already"
+        if base == "landmark"
+        else "an adapter of the plain model .*merge_and_unload"
+    )
     with pytest.raises(ValueError, match=message):
         landmark.convert(tmp_path / "adapter")
 
@@ -293,13 +356,16 @@ def test_an_adapter_is_not_converted(base: str, tmp_path: Path) -> None:
 def test_without_peft_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved_adapter(tmp_path)
     monkeypatch.setattr(pretrained, "_has_peft", lambda: False)
-    with pytest.raises(ModuleNotFoundError, match=r"it is an adapter: pip install 'landmark-attention\[peft\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"it is an adapter: pip install 'landmark-attention\[peft\]'"
+    ):
         landmark.load(tmp_path / "adapter")
 
 
 def test_the_command_line_takes_an_adapter(tmp_path: Path) -> None:
     """With the tokenizer of its base, or its own."""
-    adapted, ids = saved_adapter(tmp_path), models.text(40)[None]
+    adapted = saved_adapter(tmp_path)
+    ids = models.text(40)[None]
     tokenizer = train_tokenizer(["The grass is green."], 300)
     tokenizer.save_pretrained(tmp_path / "base")
     for place in ("base", "adapter"):
@@ -309,5 +375,7 @@ def test_the_command_line_takes_an_adapter(tmp_path: Path) -> None:
         with torch.no_grad():
             assert torch.equal(subject.model(ids).logits, adapted(input_ids=ids).logits)
     plain_base(tmp_path)
-    with pytest.raises(ValueError, match=r"--model: expected an adapter of a landmark model, got .*the plain llama"):
+    with pytest.raises(
+        ValueError, match=r"--model: expected an adapter of a landmark model, got .*the plain llama"
+    ):
         subjects.load(str(tmp_path / "adapter"), "cpu", "float32")

@@ -1,4 +1,6 @@
-"""What a memory is made in and used in: autocast, inference mode, both or neither, on every tier, and training."""
+"""What a memory is made in and used in: autocast, inference mode, both or neither, on every tier,
+and training.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ def greedy(model: Any, memory: LandmarkCache) -> torch.Tensor:
 @pytest.mark.parametrize("made", CONTEXTS)
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_memory_made_in_one_is_used_in_another(tier: str, made: str, used: str) -> None:
-    model, ids = family(), prompt()
+    model = family()
+    ids = prompt()
     with CONTEXTS[made]():
         memory = model.read(ids[:, :20], cache=LandmarkCache(model.config, tier))
     with CONTEXTS[used]():
@@ -84,7 +87,8 @@ def test_a_memory_made_in_one_is_used_in_another(tier: str, made: str, used: str
 @pytest.mark.parametrize("opened", CONTEXTS)
 @pytest.mark.parametrize("tier", TIERS)
 def test_an_archive_opened_in_one_goes_on_outside(tier: str, opened: str, tmp_path: Path) -> None:
-    model, ids = family(), prompt()
+    model = family()
+    ids = prompt()
     with CONTEXTS[opened]():
         model.read(ids[:, :READ]).save(tmp_path / "memory")
         memory = LandmarkCache.open(tmp_path / "memory", model, tier)
@@ -99,8 +103,11 @@ def test_an_archive_opened_in_one_goes_on_outside(tier: str, opened: str, tmp_pa
 
 @pytest.mark.parametrize("name", models.ALL_FAMILIES)
 def test_under_autocast_a_memory_is_as_right_as_the_stock_model(name: str) -> None:
-    """In one block both are the same function; the stock model's own error under autocast is the measure."""
-    model, ids = family(name, 64), prompt()
+    """In one block both are the same function; the stock model's own error under autocast is the
+    measure.
+    """
+    model = family(name, 64)
+    ids = prompt()
     stock = models.family_model(name, dtype=torch.float32)
     with torch.no_grad():
         exact = stock(ids).logits
@@ -108,7 +115,9 @@ def test_under_autocast_a_memory_is_as_right_as_the_stock_model(name: str) -> No
             plain = stock(ids).logits
             memory = model.read(ids[:, :READ])
             found = model(ids[:, READ:], past_key_values=memory).logits
-            written = model.generate(ids, past_key_values=model.read(ids[:, :READ]), max_new_tokens=3)
+            written = model.generate(
+                ids, past_key_values=model.read(ids[:, :READ]), max_new_tokens=3
+            )
     budget = low_precision_budget(plain, exact)
     assert (found.float() - exact[:, READ:]).abs().max() <= budget
     assert written.shape == (1, 46)
@@ -123,8 +132,11 @@ HALVES = [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)]
 def test_a_half_precision_model_under_autocast_of_the_other_half(
     name: str, own: torch.dtype, other: torch.dtype
 ) -> None:
-    """In one block it is as right as the stock model. Where torch refuses that one on the CPU, it refuses this one."""
-    ids, stock = prompt(), models.family_model(name, dtype=own)
+    """In one block it is as right as the stock model. Where torch refuses that one on the CPU, it
+    refuses this one.
+    """
+    ids = prompt()
+    stock = models.family_model(name, dtype=own)
     exact = models.family_model(name, dtype=torch.float32)(ids).logits
     with torch.autocast("cpu", dtype=other):
         try:
@@ -160,7 +172,8 @@ def test_landmarks_of_a_half_precision_model_under_autocast_of_the_other_half(
     ids = prompt()
     given = models.family_model("llama", dtype=torch.float32)
     single, half = (
-        landmark.convert(copy.deepcopy(given).to(dtype), block_size=BLOCK) for dtype in (torch.float32, own)
+        landmark.convert(copy.deepcopy(given).to(dtype), block_size=BLOCK)
+        for dtype in (torch.float32, own)
     )
     for model in (single, half):
         model.base_model.landmark_embedding.weight.fill_(0.1)
@@ -176,7 +189,9 @@ def test_landmarks_of_a_half_precision_model_under_autocast_of_the_other_half(
                 found.append(half(ids[:, READ:], past_key_values=cache).logits)
     assert all(torch.equal(each, found[1]) for each in found[1:])
     for each in found:
-        assert (each.float() - exact[:, -each.shape[1] :]).abs().max() <= low_precision_budget(plain, exact)
+        assert (each.float() - exact[:, -each.shape[1] :]).abs().max() <= low_precision_budget(
+            plain, exact
+        )
 
 
 @pytest.mark.parametrize("name", models.ALL_FAMILIES)
@@ -207,11 +222,19 @@ class Asks(TrainerCallback):
 
 
 def test_a_trainer_in_bfloat16_leaves_a_model_that_reads(tmp_path: Path) -> None:
-    model = landmark.convert(models.family_model("llama", dtype=torch.float32), block_size=BLOCK, mode="all")
+    model = landmark.convert(
+        models.family_model("llama", dtype=torch.float32), block_size=BLOCK, mode="all"
+    )
     model.configure_landmark(landmark_trained=True, top_k=2, trained_length=4096)
     rows = [{"input_ids": row, "labels": row} for row in models.text(4 * 24).view(4, 24)]
     arguments = TrainingArguments(
-        tmp_path, per_device_train_batch_size=2, max_steps=2, bf16=True, use_cpu=True, report_to=[], save_strategy="no"
+        tmp_path,
+        per_device_train_batch_size=2,
+        max_steps=2,
+        bf16=True,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
     )
     asks = Asks()
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[asks]).train()

@@ -1,4 +1,6 @@
-"""A model is converted as it was given: what was put in is kept or refused, it goes on as before, the check sees it."""
+"""A model is converted as it was given: what was put in is kept or refused, it goes on as before,
+the check sees it.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def parent_of(model: Any, name: str) -> tuple[nn.Module, str]:
 def first(model: Any, kind: Callable[[nn.Module], bool]) -> str:
     """The name of the first module inside the layers that is of a kind."""
     layers = next(name for name, each in model.named_modules() if isinstance(each, nn.ModuleList))
-    return next(name for name, each in model.named_modules() if name.startswith(f"{layers}.") and kind(each))
+    return next(
+        name for name, each in model.named_modules() if name.startswith(f"{layers}.") and kind(each)
+    )
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -65,7 +69,9 @@ def is_attention(module: nn.Module) -> bool:
 def replace_linear(model: Any) -> None:
     name = first(model, lambda module: type(module) is nn.Linear)
     old = model.get_submodule(name)
-    new = Louder(old.in_features, old.out_features, bias=old.bias is not None, dtype=old.weight.dtype)
+    new = Louder(
+        old.in_features, old.out_features, bias=old.bias is not None, dtype=old.weight.dtype
+    )
     new.load_state_dict(old.state_dict())
     setattr(*parent_of(model, name), new)
 
@@ -74,7 +80,11 @@ def replace_attention(model: Any) -> None:
     name = first(model, is_attention)
     old = model.get_submodule(name)
     new = object.__new__(
-        type("Other", (type(old),), {"forward": lambda self, *a, **k: louder(old_forward(self, *a, **k))})
+        type(
+            "Other",
+            (type(old),),
+            {"forward": lambda self, *a, **k: louder(old_forward(self, *a, **k))},
+        )
     )
     old_forward = type(old).forward
     new.__dict__.update(old.__dict__)
@@ -85,7 +95,11 @@ def replace_layer(model: Any) -> None:
     layers = model.base_model.layers
     old_forward = type(layers[0]).forward
     new = object.__new__(
-        type("Other", (type(layers[0]),), {"forward": lambda self, *a, **k: louder(old_forward(self, *a, **k))})
+        type(
+            "Other",
+            (type(layers[0]),),
+            {"forward": lambda self, *a, **k: louder(old_forward(self, *a, **k))},
+        )
     )
     new.__dict__.update(layers[0].__dict__)
     layers[0] = new
@@ -107,7 +121,9 @@ def replace_norm(model: Any) -> None:
 
 def replace_tokens(model: Any) -> None:
     old = model.get_input_embeddings()
-    new = object.__new__(type("Other", (type(old),), {"forward": lambda self, ids: old_forward(self, ids) * 1.5}))
+    new = object.__new__(
+        type("Other", (type(old),), {"forward": lambda self, ids: old_forward(self, ids) * 1.5})
+    )
     old_forward = type(old).forward
     new.__dict__.update(old.__dict__)
     model.set_input_embeddings(new)
@@ -119,7 +135,9 @@ def wrap_tokens(model: Any) -> None:
 
 
 def hook_inside(model: Any) -> None:
-    model.base_model.layers[0].mlp.register_forward_hook(lambda module, args, output: louder(output))
+    model.base_model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: louder(output)
+    )
 
 
 def pre_hook_inside(model: Any) -> None:
@@ -155,12 +173,16 @@ def method_on_the_instance(model: Any) -> None:
 
 def parametrization(model: Any) -> None:
     name = first(model, lambda module: type(module) is nn.Linear)
-    nn.utils.parametrize.register_parametrization(model.get_submodule(name), "weight", LouderThan(nn.Identity()))
+    nn.utils.parametrize.register_parametrization(
+        model.get_submodule(name), "weight", LouderThan(nn.Identity())
+    )
 
 
 def lora(model: Any) -> None:
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     peft.get_peft_model(model, config)
 
 
@@ -207,10 +229,14 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def same_function(given: Any, **settings: Any) -> Any:
-    """Converts a model that is not the plain one any more, and compares both on a text within a block."""
+    """Converts a model that is not the plain one any more, and compares both on a text within a
+    block.
+    """
     expected = logits(given)
     model = landmark.convert(given, block_size=64, **settings)
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        logits(model), expected, rtol=0, atol=2e-5 * float(expected.abs().max())
+    )
     assert torch.equal(logits(given), expected)
     return model
 
@@ -239,8 +265,10 @@ def test_the_given_model_goes_on_as_before(name: str) -> None:
     given = models.family_model(name).train()
     given.get_input_embeddings().eval()
     given.get_input_embeddings().weight.requires_grad_(False)
-    config, generation = copy.deepcopy(given.config.__dict__), given.generation_config.to_dict()
-    modules, flags = dict(given.named_modules()), {each: each.training for each in given.modules()}
+    config = copy.deepcopy(given.config.__dict__)
+    generation = given.generation_config.to_dict()
+    modules = dict(given.named_modules())
+    flags = {each: each.training for each in given.modules()}
     torch.manual_seed(0)
     random = torch.get_rng_state()
     with warnings.catch_warnings():
@@ -248,7 +276,10 @@ def test_the_given_model_goes_on_as_before(name: str) -> None:
         model = landmark.convert(given, block_size=5)
     assert torch.equal(torch.get_rng_state(), random)
     assert given.config.__dict__ == config and given.generation_config.to_dict() == generation
-    assert dict(given.named_modules()) == modules and {each: each.training for each in given.modules()} == flags
+    assert (
+        dict(given.named_modules()) == modules
+        and {each: each.training for each in given.modules()} == flags
+    )
     assert not any(each.training for each in model.modules())
     for key, parameter in given.named_parameters():
         assert model.get_parameter(key) is parameter
@@ -256,7 +287,10 @@ def test_the_given_model_goes_on_as_before(name: str) -> None:
         not model.get_input_embeddings().weight.requires_grad
         and model.base_model.landmark_embedding.weight.requires_grad
     )
-    assert model.generation_config.to_dict() == generation and model.config.model_type == f"landmark_{name}"
+    assert (
+        model.generation_config.to_dict() == generation
+        and model.config.model_type == f"landmark_{name}"
+    )
     assert set(map(id, model.modules())).isdisjoint(map(id, given.modules()))
     tied = given.config.tie_word_embeddings
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
@@ -264,7 +298,8 @@ def test_the_given_model_goes_on_as_before(name: str) -> None:
 
 def test_modes_hooks_and_layers_of_the_two_are_their_own() -> None:
     given = models.family_model("llama")
-    model, before = landmark.convert(given, block_size=64), None
+    model = landmark.convert(given, block_size=64)
+    before = None
     before = logits(given)
     hook_inside(model)
     replace_linear(model)
@@ -304,7 +339,12 @@ def test_mixed_dtypes_and_ways_to_compute_experts_are_kept() -> None:
     assert {key: p.dtype for key, p in given.named_parameters()}.items() <= {
         key: p.dtype for key, p in model.named_parameters()
     }.items()
-    assert landmark.convert(models.family_model("mixtral"), block_size=5).config._experts_implementation == "eager"
+    assert (
+        landmark.convert(
+            models.family_model("mixtral"), block_size=5
+        ).config._experts_implementation
+        == "eager"
+    )
 
 
 def test_a_model_offloaded_by_accelerate() -> None:
@@ -323,7 +363,9 @@ def test_a_model_in_several_places(tmp_path: Any) -> None:
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
     given = models.family_model("llama", dtype=torch.float32)
-    given = accelerate.dispatch_model(given, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    given = accelerate.dispatch_model(
+        given, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True
+    )
     model = landmark.convert(given, block_size=64)
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(logits(given), expected, rtol=0, atol=1e-5)
@@ -331,7 +373,9 @@ def test_a_model_in_several_places(tmp_path: Any) -> None:
 
 def forward_of_the_decoder(model: Any) -> None:
     old = model.base_model.forward
-    model.base_model.forward = types.MethodType(lambda self, *a, **k: old(*a, **k), model.base_model)
+    model.base_model.forward = types.MethodType(
+        lambda self, *a, **k: old(*a, **k), model.base_model
+    )
 
 
 def closure_on_the_layer(model: Any) -> None:
@@ -356,21 +400,44 @@ def adapter_loaded(model: Any) -> None:
 
 def pre_hook_on(part: str) -> Callable[[Any], None]:
     def put_in(model: Any) -> None:
-        (model if part == "model" else model.base_model).register_forward_pre_hook(lambda module, args: None)
+        (model if part == "model" else model.base_model).register_forward_pre_hook(
+            lambda module, args: None
+        )
 
     return put_in
 
 
 REFUSED = {
-    "the decoder's forward": (forward_of_the_decoder, r"^model: its forward was replaced.*register a hook$"),
-    "a closure": (closure_on_the_layer, r"layers.0: its forward was replaced on the instance.*register a hook$"),
-    "a subclass": (subclassed, "expected a LlamaForCausalLM, got Mine.*load the weights as LlamaForCausalLM$"),
+    "the decoder's forward": (
+        forward_of_the_decoder,
+        r"^model: its forward was replaced.*register a hook$",
+    ),
+    "a closure": (
+        closure_on_the_layer,
+        r"layers.0: its forward was replaced on the instance.*register a hook$",
+    ),
+    "a subclass": (
+        subclassed,
+        "expected a LlamaForCausalLM, got Mine.*load the weights as LlamaForCausalLM$",
+    ),
     "a subclass of the decoder": (subclassed_decoder, "expected a LlamaModel, got Mine"),
     "an adapter": (adapter_loaded, "has an adapter of peft loaded.*merge_and_unload"),
-    "a pre-hook on the model": (pre_hook_on("model"), "LlamaForCausalLM has a forward pre-hook.*a module inside"),
-    "a pre-hook on the decoder": (pre_hook_on("decoder"), "LlamaModel has a forward pre-hook.*a module inside"),
-    "compiled in place": (lambda model: model.compile(), "LlamaForCausalLM is compiled: convert the model before"),
-    "a compiled layer": (lambda model: model.base_model.layers[0].compile(), r"layers.0 is compiled: convert"),
+    "a pre-hook on the model": (
+        pre_hook_on("model"),
+        "LlamaForCausalLM has a forward pre-hook.*a module inside",
+    ),
+    "a pre-hook on the decoder": (
+        pre_hook_on("decoder"),
+        "LlamaModel has a forward pre-hook.*a module inside",
+    ),
+    "compiled in place": (
+        lambda model: model.compile(),
+        "LlamaForCausalLM is compiled: convert the model before",
+    ),
+    "a compiled layer": (
+        lambda model: model.base_model.layers[0].compile(),
+        r"layers.0 is compiled: convert",
+    ),
 }
 
 
@@ -393,9 +460,13 @@ def adapted(model: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
 
 
-@pytest.mark.parametrize("wrap", [compiled, adapted, nn.DataParallel, lambda model: model.base_model])
+@pytest.mark.parametrize(
+    "wrap", [compiled, adapted, nn.DataParallel, lambda model: model.base_model]
+)
 def test_what_stands_around_a_model_is_refused_in_one_line(wrap: Any) -> None:
-    with pytest.raises(ValueError, match=r"expected a (transformers model or a path|LlamaForCausalLM), got") as caught:
+    with pytest.raises(
+        ValueError, match=r"expected a (transformers model or a path|LlamaForCausalLM), got"
+    ) as caught:
         landmark.convert(wrap(models.family_model("llama", dtype=torch.float32)))
     assert "\n" not in str(caught.value)
 
@@ -407,7 +478,14 @@ def test_weights_that_are_nowhere_are_refused() -> None:
         landmark.convert(given)
 
 
-BIASED = {"qwen2": {}, "gpt_neox": {}, "phi": {}, "glm4": {}, "starcoder2": {}, "llama": {"attention_bias": True}}
+BIASED = {
+    "qwen2": {},
+    "gpt_neox": {},
+    "phi": {},
+    "glm4": {},
+    "starcoder2": {},
+    "llama": {"attention_bias": True},
+}
 
 
 def sharp(name: str, scale: float, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
@@ -444,7 +522,8 @@ def test_sharp_attention_is_exact_as_far_as_the_stock_model_is(name: str, scale:
 
 def test_the_bound_of_float32_was_too_low_for_sharp_attention() -> None:
     errors = [
-        check_conversion(landmark.convert(given), given) for given in (sharp("qwen2", 200.0, seed=n) for n in range(3))
+        check_conversion(landmark.convert(given), given)
+        for given in (sharp("qwen2", 200.0, seed=n) for n in range(3))
     ]
     assert max(errors) > 1e-5
 
@@ -458,7 +537,9 @@ def test_sharp_attention_hides_no_other_scale(name: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_small_defects_of_plain_models_are_seen(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_defects_of_plain_models_are_seen(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = models.family_model("qwen2", dtype=dtype)
     tamper(monkeypatch, 1.0003)
     with pytest.raises(ValueError, match=r"is not exact without landmarks: error .* above 1e-05"):
@@ -485,18 +566,25 @@ def raises(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", models.ALL_FAMILIES)
-def test_a_release_that_breaks_generation_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_that_breaks_generation_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = models.family_model(name)
     forgets(monkeypatch)
     version = transformers.__version__
-    with pytest.raises(ValueError, match=f"does not agree.*transformers {version}.*5.0.0 to .*: error") as caught:
+    with pytest.raises(
+        ValueError, match=f"does not agree.*transformers {version}.*5.0.0 to .*: error"
+    ) as caught:
         landmark.convert(given, block_size=5)
     assert "\n" not in str(caught.value)
 
 
 def test_a_release_in_which_generation_raises_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     raises(monkeypatch)
-    message = f"with a memory fails with transformers {transformers.__version__} .*TypeError: prepare.*'cache'; install"
+    message = (
+        f"with a memory fails with transformers {transformers.__version__} .*TypeError: "
+        "prepare.*'cache'; install"
+    )
     with pytest.raises(ValueError, match=message) as caught:
         landmark.convert(models.family_model("llama"), block_size=5)
     assert "\n" not in str(caught.value)
@@ -506,24 +594,40 @@ def test_a_release_in_which_generation_raises_is_refused(monkeypatch: pytest.Mon
 def test_many_layers_and_experts_in_any_precision_generate(dtype: torch.dtype) -> None:
     for name in ("llama", "mixtral") if dtype == torch.float32 else ("llama", "granite"):
         for seed in range(2):
-            landmark.convert(models.family_model(name, layers=6, dtype=dtype, seed=seed), block_size=5)
+            landmark.convert(
+                models.family_model(name, layers=6, dtype=dtype, seed=seed), block_size=5
+            )
 
 
 def test_what_a_model_generates_by_does_not_matter_to_the_check() -> None:
     given = models.family_model("llama")
-    ways = {"do_sample": True, "num_beams": 3, "eos_token_id": 7, "max_length": 2, "repetition_penalty": 1.5}
+    ways = {
+        "do_sample": True,
+        "num_beams": 3,
+        "eos_token_id": 7,
+        "max_length": 2,
+        "repetition_penalty": 1.5,
+    }
     given.generation_config.update(**ways, use_cache=False)
-    model = landmark.convert(given, block_size=5, top_k=3, layers=(1,), positions="exact", max_blocks=9)
+    model = landmark.convert(
+        given, block_size=5, top_k=3, layers=(1,), positions="exact", max_blocks=9
+    )
     assert {name: getattr(model.generation_config, name) for name in ways} == ways
-    expected = LandmarkConfig(block_size=5, top_k=3, layers=(1,), positions="exact", max_blocks=9, trained_length=4096)
+    expected = LandmarkConfig(
+        block_size=5, top_k=3, layers=(1,), positions="exact", max_blocks=9, trained_length=4096
+    )
     assert model.landmark == expected
 
 
-def test_a_later_version_than_those_tested_is_named_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_a_later_version_than_those_tested_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
     monkeypatch.setattr(transformers, "__version__", "99.1.0.dev0")
     compat._warn_of.cache_clear()
     given = models.family_model("llama")
-    with pytest.warns(UserWarning, match=rf"transformers 99.1.0.dev0 is newer than {compat.NEWEST_TESTED}") as warned:
+    with pytest.warns(
+        UserWarning, match=rf"transformers 99.1.0.dev0 is newer than {compat.NEWEST_TESTED}"
+    ) as warned:
         model = landmark.convert(given, block_size=5)
     assert warned[0].filename == __file__
     model.save_pretrained(tmp_path)

@@ -1,4 +1,6 @@
-"""Copies of a cache: ``copy.copy`` and ``copy.deepcopy`` are forks on every tier; pickling is refused in one line."""
+"""Copies of a cache: ``copy.copy`` and ``copy.deepcopy`` are forks on every tier; pickling is
+refused in one line.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,17 @@ PICKLERS: dict[str, Callable[[Any], Any]] = {
 
 
 def model(**settings: Any) -> Any:
-    return models.landmark_model("llama", LandmarkConfig(block_size=4, top_k=2, local_blocks=1, **settings))
+    return models.landmark_model(
+        "llama", LandmarkConfig(block_size=4, top_k=2, local_blocks=1, **settings)
+    )
 
 
 def made(tier: str, opened: bool, folder: Path, **settings: Any) -> LandmarkCache:
     """A memory of 90 tokens, opened from a folder or not."""
     if not opened:
-        return model(**settings).read(models.text(90)[None], cache=LandmarkCache(model(**settings), **TIERS[tier]))
+        return model(**settings).read(
+            models.text(90)[None], cache=LandmarkCache(model(**settings), **TIERS[tier])
+        )
     model(**settings).read(models.text(90)[None]).save(folder)
     return LandmarkCache.open(folder, model(**settings), **TIERS[tier])
 
@@ -61,7 +67,8 @@ def test_a_copy_is_a_fork(tier: str, way: str, opened: bool, tmp_path: Path) -> 
     expected = [logits(cache.fork(), seed) for seed in (1, 2)]
     copied = COPIES[way](cache)
     assert copied.saved is None and all(
-        ours.tables is theirs.tables for ours, theirs in zip(copied.made(), cache.made(), strict=True)
+        ours.tables is theirs.tables
+        for ours, theirs in zip(copied.made(), cache.made(), strict=True)
     )
     copied.crop(-30)
     model().read(models.text(60, seed=3)[None], cache=copied)
@@ -76,8 +83,12 @@ def test_a_copy_is_a_fork(tier: str, way: str, opened: bool, tmp_path: Path) -> 
 @pytest.mark.parametrize("way", PICKLERS)
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("read", [False, True])
-def test_pickling_is_refused_with_the_remedy(tier: str, way: str, read: bool, tmp_path: Path) -> None:
+def test_pickling_is_refused_with_the_remedy(
+    tier: str, way: str, read: bool, tmp_path: Path
+) -> None:
     cache = made(tier, False, tmp_path) if read else LandmarkCache(model(), **TIERS[tier])
     for each in (cache, {"cache": cache}):
-        with pytest.raises(ValueError, match=r"cannot be pickled.*cache\.save\(folder\).*\.open\(.*cache\.fork\(\)"):
+        with pytest.raises(
+            ValueError, match=r"cannot be pickled.*cache\.save\(folder\).*\.open\(.*cache\.fork\(\)"
+        ):
             PICKLERS[way](each)

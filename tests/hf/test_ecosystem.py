@@ -1,4 +1,6 @@
-"""What stands around generation: streaming, packing, gradient checkpointing, adapters, and where the logits lie."""
+"""What stands around generation: streaming, packing, gradient checkpointing, adapters, and where
+the logits lie.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Heard:
 
 
 def test_streaming_hands_out_every_token_once() -> None:
-    model, prompt, streamer = models.landmark_model("llama", RETRIEVE), models.text(17), Heard()
+    model = models.landmark_model("llama", RETRIEVE)
+    prompt = models.text(17)
+    streamer = Heard()
     sequences = model.generate(prompt[None], max_new_tokens=11, do_sample=False, streamer=streamer)
     assert streamer.tokens == sequences[0].tolist() and streamer.ended
 
@@ -48,7 +52,9 @@ def test_logits_of_all_text_tokens_come_back(family: str, chunk_tokens: int) -> 
     assert whole.logits.shape == (2, 19, models.VOCAB)
     torch.testing.assert_close(last, whole.logits[:, -3:], rtol=0, atol=1e-11)
     torch.testing.assert_close(first, whole.logits[:, :6], rtol=0, atol=1e-11)
-    loss = torch.nn.functional.cross_entropy(whole.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    loss = torch.nn.functional.cross_entropy(
+        whole.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+    )
     torch.testing.assert_close(whole.loss.float(), loss)
 
 
@@ -69,9 +75,12 @@ def test_batch_order_and_padding_change_nothing_below_top_k(family: str) -> None
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_every_block_through_a_cache_equals_one_pass(family: str) -> None:
     model = models.landmark_model(family, EVERYTHING.replace(chunk_tokens=7))
-    ids, cache = models.text(60).view(2, 30), LandmarkCache(model.config)
+    ids = models.text(60).view(2, 30)
+    cache = LandmarkCache(model.config)
     with torch.no_grad():
-        parts = [model(part, past_key_values=cache).logits for part in ids.split([19, 1, 1, 9], dim=1)]
+        parts = [
+            model(part, past_key_values=cache).logits for part in ids.split([19, 1, 1, 9], dim=1)
+        ]
         whole = model(ids, use_cache=False).logits
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-10)
 
@@ -80,9 +89,14 @@ def test_rows_that_end_early_leave_the_others_alone() -> None:
     model = models.landmark_model("mistral", RETRIEVE)
     rows = [models.text(length, seed=length) for length in (16, 9, 21)]
     ids, mask = models.padded(rows, "left")
-    free = [model.generate(row[None], max_new_tokens=14, do_sample=False)[0, len(row) :].tolist() for row in rows]
+    free = [
+        model.generate(row[None], max_new_tokens=14, do_sample=False)[0, len(row) :].tolist()
+        for row in rows
+    ]
     end = free[0][3]
-    together = model.generate(ids, attention_mask=mask, max_new_tokens=14, do_sample=False, eos_token_id=end)
+    together = model.generate(
+        ids, attention_mask=mask, max_new_tokens=14, do_sample=False, eos_token_id=end
+    )
     said = together[:, ids.shape[1] :].tolist()
     for row, alone in zip(said, free, strict=True):
         stop = alone.index(end) + 1 if end in alone else len(alone)
@@ -92,7 +106,8 @@ def test_rows_that_end_early_leave_the_others_alone() -> None:
 
 
 def test_several_answers_to_one_prompt() -> None:
-    model, prompt = models.landmark_model("qwen3", RETRIEVE), models.text(23)
+    model = models.landmark_model("qwen3", RETRIEVE)
+    prompt = models.text(23)
     options = {"max_new_tokens": 9, "do_sample": True, "num_return_sequences": 3}
     answers = []
     for use_cache in (True, False):
@@ -122,7 +137,11 @@ def test_packed_rows_equal_separate_rows(family: str, by: str) -> None:
     if by == "position_ids":
         extra = {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
     else:
-        extra = {"seq_idx": torch.cat([torch.full((length,), n) for n, length in enumerate(lengths)])[None]}
+        extra = {
+            "seq_idx": torch.cat([torch.full((length,), n) for n, length in enumerate(lengths)])[
+                None
+            ]
+        }
     with torch.no_grad():
         together = model(packed, use_cache=False, **extra).logits[0]
         apart = torch.cat([model(row[None]).logits[0] for row in rows])
@@ -148,7 +167,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, reentrant:
         if reentrant:
             model.enable_input_require_grads()
         calls = []
-        attention = getattr(model.base_model.layers[0], "attention" if family == "gpt_neox" else "self_attn")
+        attention = getattr(
+            model.base_model.layers[0], "attention" if family == "gpt_neox" else "self_attn"
+        )
         hook = attention.register_forward_hook(lambda *_: calls.append(1))
         checkpointed = gradients(model, ids)
         hook.remove()
@@ -161,7 +182,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, reentrant:
     assert plain.keys() == checkpointed.keys() == dict(model.named_parameters()).keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=0, atol=1e-12)
-    assert any("landmark_embedding" in name and gradient.abs().max() > 0 for name, gradient in plain.items())
+    assert any(
+        "landmark_embedding" in name and gradient.abs().max() > 0
+        for name, gradient in plain.items()
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -169,10 +193,14 @@ def test_adapter_and_landmark_train_together_and_generate(family: str) -> None:
     peft = pytest.importorskip("peft")
     from landmark.hf.convert import convert
 
-    base = convert(models.stock_model(family, dtype=torch.float32), block_size=5, top_k=2, local_blocks=1)
+    base = convert(
+        models.stock_model(family, dtype=torch.float32), block_size=5, top_k=2, local_blocks=1
+    )
     base.configure_landmark(mode="all")
     targets = ["q_proj", "v_proj"] if family == "llama" else ["query_key_value"]
-    config = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=["landmark_embedding"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=4, target_modules=targets, modules_to_save=["landmark_embedding"], task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(base, config).train()
     ids = models.text(42).view(2, 21)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -185,7 +213,9 @@ def test_adapter_and_landmark_train_together_and_generate(family: str) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert any("landmark_embedding" in name for name in trained) and any("lora_A" in name for name in trained)
+    assert any("landmark_embedding" in name for name in trained) and any(
+        "lora_A" in name for name in trained
+    )
     base.configure_landmark(mode="retrieval", landmark_trained=True)
     model.eval()
     sequences = model.generate(input_ids=ids[:, :13], max_new_tokens=8, do_sample=False)

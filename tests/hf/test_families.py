@@ -1,4 +1,6 @@
-"""Every family that is named as supported converts exactly; what cannot be exact is refused by name."""
+"""Every family that is named as supported converts exactly; what cannot be exact is refused by
+name.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,8 @@ def test_retrieving_every_block_equals_one_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", models.ALL_FAMILIES)
 def test_without_landmarks_it_is_the_stock_model(name: str) -> None:
-    stock, ids = tiny(name, torch.float32), models.text(48).view(2, 24)
+    stock = tiny(name, torch.float32)
+    ids = models.text(48).view(2, 24)
     with torch.no_grad():
         expected = stock(ids).logits
         found = converted(stock, block_size=64)(ids).logits
@@ -79,7 +82,8 @@ def test_the_landmark_starts_in_distribution(name: str) -> None:
     model = converted(tiny(name, torch.float32))
     seen: list[torch.Tensor] = []
     handle = model.base_model.layers[0].register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
     )
     model.configure_landmark(mode="all")
     with torch.no_grad():
@@ -137,11 +141,14 @@ def test_rope_types(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_frequencies_do_not_depend_on_the_length_of_a_call(kind: str) -> None:
     stock = with_rope(kind)
-    model, ids = converted(stock, top_k=2, chunk_tokens=700), models.text(700)[None]
+    model = converted(stock, top_k=2, chunk_tokens=700)
+    ids = models.text(700)[None]
     model.configure_landmark(mode="all")
     with torch.no_grad():
         begun = model(ids[:, :40], use_cache=False).logits
-        torch.testing.assert_close(model(ids, use_cache=False).logits[:, :40], begun, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            model(ids, use_cache=False).logits[:, :40], begun, rtol=0, atol=1e-10
+        )
         stocks = (stock(ids[:, :40]).logits, stock(ids).logits[:, :40])
     assert (stocks[0] - stocks[1]).abs().max() > 0.01
 
@@ -161,9 +168,15 @@ BY_NAME = {
     "GPTJ": (dict(n_embd=32, n_head=4, n_layer=2, rotary_dim=4), "gptj.*attention interface"),
     "Mistral": (dict(sliding_window=32), r"mistral.*active sliding window \(32\)"),
     "Starcoder2": (dict(sliding_window=32), r"starcoder2.*active sliding window"),
-    "Olmo3": (dict(layer_types=["sliding_attention", "full_attention"]), "olmo3.*sliding_attention"),
+    "Olmo3": (
+        dict(layer_types=["sliding_attention", "full_attention"]),
+        "olmo3.*sliding_attention",
+    ),
     "Gemma3Text": ({}, "gemma3_text.*sliding_attention"),
-    "Qwen2": (dict(use_sliding_window=True, sliding_window=16, max_window_layers=0), "qwen2.*sliding"),
+    "Qwen2": (
+        dict(use_sliding_window=True, sliding_window=16, max_window_layers=0),
+        "qwen2.*sliding",
+    ),
 }
 
 
@@ -200,23 +213,31 @@ def test_the_self_check_refuses_another_rotation(name: str, tamper: Any, monkeyp
     stock = tiny(name, torch.float32)
     module = sys.modules[family(name).stock_decoder.__module__]
     monkeypatch.setattr(module, "apply_rotary_pos_emb", tamper(module.apply_rotary_pos_emb))
-    with pytest.raises(ValueError, match=r"is not exact without landmarks|could not be reproduced|not supported"):
+    with pytest.raises(
+        ValueError, match=r"is not exact without landmarks|could not be reproduced|not supported"
+    ):
         landmark.convert(stock, block_size=5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3_text"])
 def test_a_rotation_of_another_sense_is_read_as_it_is(name: str, monkeypatch) -> None:
-    """The rotation is read from the architecture, not assumed: turned the other way, it is still exact."""
+    """The rotation is read from the architecture, not assumed: turned the other way, it is still
+    exact.
+    """
     stock = tiny(name, torch.float32)
     module = sys.modules[family(name).stock_decoder.__module__]
-    monkeypatch.setattr(module, "apply_rotary_pos_emb", rotated_backwards(module.apply_rotary_pos_emb))
+    monkeypatch.setattr(
+        module, "apply_rotary_pos_emb", rotated_backwards(module.apply_rotary_pos_emb)
+    )
     assert check_conversion(landmark.convert(stock, block_size=5)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_layers_in_lower_precision_are_accepted(dtype: torch.dtype) -> None:
     error = check_conversion(
-        landmark.convert(tiny("llama", dtype, num_hidden_layers=24, initializer_range=0.06), block_size=5)
+        landmark.convert(
+            tiny("llama", dtype, num_hidden_layers=24, initializer_range=0.06), block_size=5
+        )
     )
     assert error > 1e-4
 
@@ -225,19 +246,24 @@ def test_many_layers_in_lower_precision_are_accepted(dtype: torch.dtype) -> None
 def test_lower_precision_hides_no_other_rotation(dtype: torch.dtype, monkeypatch) -> None:
     stock = tiny("llama", dtype)
     module = sys.modules[family("llama").stock_decoder.__module__]
-    monkeypatch.setattr(module, "apply_rotary_pos_emb", only_queries_rotated(module.apply_rotary_pos_emb))
+    monkeypatch.setattr(
+        module, "apply_rotary_pos_emb", only_queries_rotated(module.apply_rotary_pos_emb)
+    )
     with pytest.raises(ValueError, match="is not exact without landmarks"):
         landmark.convert(stock, block_size=5)
 
 
 def test_a_saved_config_of_experts_is_read_as_the_stock_one(tmp_path) -> None:
-    """Families whose checkpoints are stored in another form than they run in (experts apart, here)."""
+    """Families whose checkpoints are stored in another form than they run in (experts apart,
+    here).
+    """
     for name in SINGLE:
         stock = tiny(name, torch.float32)
         stock.save_pretrained(tmp_path / name)
         ours = converted(tmp_path / name)
         ours.save_pretrained(tmp_path / f"landmark-{name}")
-        again, ids = landmark.load(tmp_path / f"landmark-{name}"), models.text(40)[None]
+        again = landmark.load(tmp_path / f"landmark-{name}")
+        ids = models.text(40)[None]
         with torch.no_grad():
             assert torch.equal(again(ids).logits, ours(ids).logits)
             assert torch.equal(converted(stock)(ids).logits, ours(ids).logits)

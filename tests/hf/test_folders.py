@@ -1,4 +1,6 @@
-"""A memory on disk while a cache knows it: another working directory, a folder that is gone, or holds another."""
+"""A memory on disk while a cache knows it: another working directory, a folder that is gone, or
+holds another.
+"""
 
 from __future__ import annotations
 
@@ -66,23 +68,33 @@ def test_another_working_directory_changes_nothing(
     assert torch.equal(answer(cache), expected)
     cache.save(tmp_path / "here" / "memory")
     assert verify(tmp_path / "here" / "memory") == []
-    assert torch.equal(answer(LandmarkCache.open(tmp_path / "here" / "memory", model(), tier)), expected)
+    assert torch.equal(
+        answer(LandmarkCache.open(tmp_path / "here" / "memory", model(), tier)), expected
+    )
     cache.save("memory")  # a new one, as the user says where
-    assert torch.equal(answer(LandmarkCache.open(tmp_path / "there" / "memory", model(), tier)), expected)
+    assert torch.equal(
+        answer(LandmarkCache.open(tmp_path / "there" / "memory", model(), tier)), expected
+    )
 
 
-def test_a_relative_spill_folder_stays_where_it_was(tmp_path: Path, elsewhere: Callable[[], None]) -> None:
+def test_a_relative_spill_folder_stays_where_it_was(
+    tmp_path: Path, elsewhere: Callable[[], None]
+) -> None:
     Path("spill").mkdir()
     cache = LandmarkCache(model(), "disk", spill_folder="spill")
     elsewhere()
     model().read(models.text(90)[None], cache=cache)
-    assert {str(each.store.near.shelf.file.folder) for each in cache.made()} == {str(tmp_path / "here" / "spill")}
+    assert {str(each.store.near.shelf.file.folder) for each in cache.made()} == {
+        str(tmp_path / "here" / "spill")
+    }
 
 
 def test_an_opened_memory_spills_where_it_is_told(tmp_path: Path) -> None:
     (tmp_path / "spill").mkdir()
     model().read(models.text(90)[None]).save(tmp_path / "memory")
-    cache = LandmarkCache.open(tmp_path / "memory", model(), "disk", spill_folder=tmp_path / "spill")
+    cache = LandmarkCache.open(
+        tmp_path / "memory", model(), "disk", spill_folder=tmp_path / "spill"
+    )
     model().read(models.text(90)[None], cache=cache)
     assert {each.store.near.shelf.file.folder for each in cache.made()} == {tmp_path / "spill"}
     assert list((tmp_path / "spill").iterdir()) == [], "its files have no name"
@@ -104,15 +116,22 @@ def emptied(folder: Path) -> None:
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("how", ["saved", "opened"])
 @pytest.mark.parametrize("gone", [moved, removed, emptied])
-def test_a_folder_that_is_gone(tier: str, how: str, gone: Callable[[Path], None], tmp_path: Path) -> None:
-    """Reading goes on; saving there says what to do, and does nothing; saving elsewhere loses nothing."""
+def test_a_folder_that_is_gone(
+    tier: str, how: str, gone: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """Reading goes on; saving there says what to do, and does nothing; saving elsewhere loses
+    nothing.
+    """
     folder = tmp_path / "memory"
     cache = known(folder, tier, how)
     expected = answer(cache)
     gone(folder)
     assert torch.equal(answer(cache), expected)
     for _ in range(2):
-        with pytest.raises(FileNotFoundError, match=r"opened in '.*memory', found none any more: put the folder back,"):
+        with pytest.raises(
+            FileNotFoundError,
+            match=r"opened in '.*memory', found none any more: put the folder back,",
+        ):
             cache.save(folder)
     assert not folder.exists() or list(folder.iterdir()) == []
     if gone is moved:
@@ -138,7 +157,8 @@ def test_a_folder_that_holds_another_memory(tier: str, how: str, tmp_path: Path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert torch.equal(answer(cache), expected)
     with pytest.raises(
-        ValueError, match=r"was written to since it was opened .*open it again, or save to a new folder"
+        ValueError,
+        match=r"was written to since it was opened .*open it again, or save to a new folder",
     ):
         cache.save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -153,7 +173,8 @@ def test_a_folder_that_cannot_be_written_to(
 ) -> None:
     folder = tmp_path / "memory"
     cache = model().read(models.text(90)[None]) if first else known(folder, "disk", "opened")
-    expected, real = answer(cache), Path.mkdir if first else os.open
+    expected = answer(cache)
+    real = Path.mkdir if first else os.open
 
     def refuse(path: Any, *arguments: Any, **more: Any) -> Any:
         if str(path).startswith(str(folder)) and (first or arguments[0] & os.O_CREAT):
@@ -162,8 +183,15 @@ def test_a_folder_that_cannot_be_written_to(
 
     with monkeypatch.context() as patch:
         patch.setattr(*(Path, "mkdir") if first else (os, "open"), refuse)
-        before = "nothing was committed before" if first else "what was committed before can be opened as it was"
-        with pytest.raises(ValueError, match=f"cannot write to '.*memory'.*writable or name another folder; {before}"):
+        before = (
+            "nothing was committed before"
+            if first
+            else "what was committed before can be opened as it was"
+        )
+        with pytest.raises(
+            ValueError,
+            match=f"cannot write to '.*memory'.*writable or name another folder; {before}",
+        ):
             cache.save(folder)
     assert torch.equal(answer(cache), expected)
     cache.save(folder)
@@ -172,13 +200,18 @@ def test_a_folder_that_cannot_be_written_to(
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("name", ["layer-00.blocks", "layer-01.sums", "text-ids"])
-def test_a_file_that_was_cut_off_is_not_written_behind(tier: str, name: str, tmp_path: Path) -> None:
+def test_a_file_that_was_cut_off_is_not_written_behind(
+    tier: str, name: str, tmp_path: Path
+) -> None:
     """Zeros would stand where blocks stood, and count."""
     folder = tmp_path / "memory"
     cache = known(folder, tier, "opened")
-    expected, state = answer(cache), (folder / STATE).read_bytes()
+    expected = answer(cache)
+    state = (folder / STATE).read_bytes()
     os.truncate(folder / name, 40)
-    with pytest.raises(Damaged, match=rf"{name}: expected \d+ bytes, got 40; .*can be saved to a new folder"):
+    with pytest.raises(
+        Damaged, match=rf"{name}: expected \d+ bytes, got 40; .*can be saved to a new folder"
+    ):
         cache.save(folder)
     assert (folder / STATE).read_bytes() == state and (folder / name).stat().st_size == 40
     if tier == "device" or "blocks" not in name:
@@ -190,7 +223,9 @@ def test_a_file_that_was_cut_off_is_not_written_behind(tier: str, name: str, tmp
 
 
 @torch.no_grad()
-def test_a_memory_that_loses_its_folder_while_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_that_loses_its_folder_while_it_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "memory"
     cache = known(folder, "disk", "opened")
     expected = answer(cache)

@@ -17,9 +17,13 @@ pytestmark = pytest.mark.usefixtures("wide_norms")
 TIERS = ("device", "host", "disk")
 
 
-def read(tier: str = "device", rows: int = 2, tokens: int = 9, **settings: Any) -> tuple[Any, LandmarkCache]:
+def read(
+    tier: str = "device", rows: int = 2, tokens: int = 9, **settings: Any
+) -> tuple[Any, LandmarkCache]:
     """Returns a model, and a memory of some rows."""
-    model = models.landmark_model("llama", LandmarkConfig(block_size=4, top_k=2, local_blocks=1, **settings))
+    model = models.landmark_model(
+        "llama", LandmarkConfig(block_size=4, top_k=2, local_blocks=1, **settings)
+    )
     return model, model.read(ids(rows, tokens), cache=LandmarkCache(model, tier))
 
 
@@ -69,7 +73,8 @@ def test_rows_that_are_not_there(tier: str, rows: list[int]) -> None:
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_new_text_alone_with_a_mask_over_everything(use_cache: bool) -> None:
     model, cache = read()
-    text, options = ids(2, 3), {"max_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
+    text = ids(2, 3)
+    options = {"max_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
     whole = model.generate(torch.cat([ids(2, 9), text], 1), past_key_values=cache.fork(), **options)
     told = model.generate(text, attention_mask=torch.ones(2, 12), past_key_values=cache, **options)
     assert torch.equal(told, whole[:, 9:]) and cache.tokens == [15, 15]

@@ -1,4 +1,6 @@
-"""With ``top_k`` at or above the number of blocks, every way to generate equals the uncached one-pass forward."""
+"""With ``top_k`` at or above the number of blocks, every way to generate equals the uncached
+one-pass forward.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,17 @@ from landmark.config import GRANULARITIES, LandmarkConfig
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
 
-WIDE, NARROW, ALWAYS, ALWAYS_NARROW = 720, 100, 60, 8
+WIDE = 720
+NARROW = 100
+ALWAYS = 60
+ALWAYS_NARROW = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One draw: rows of text, how they are fed, and the settings under which nothing is left out."""
+    """One draw: rows of text, how they are fed, and the settings under which nothing is left
+    out.
+    """
 
     kind: str
     family: str
@@ -37,11 +44,15 @@ class Case:
 
     @property
     def model(self) -> Any:
-        return models.landmark_model(self.family, self.settings, kv_heads=self.kv_heads, dtype=self.dtype)
+        return models.landmark_model(
+            self.family, self.settings, kv_heads=self.kv_heads, dtype=self.dtype
+        )
 
     @property
     def crosses(self) -> bool:
-        """Whether some row crosses two borders in the prompt and one among the tokens that are fed after it."""
+        """Whether some row crosses two borders in the prompt and one among the tokens that are fed
+        after it.
+        """
         text = self.settings.text_per_block
         lengths = [len(prompt) for prompt in self.prompts]
         return any(n // text >= 2 and (n + self.new - 1) // text > n // text for n in lengths)
@@ -67,14 +78,18 @@ def draw(seed: int, kinds: tuple[str, ...], dtype: torch.dtype) -> Case:
         local_blocks=chance.randint(0, 3),
         max_blocks=chance.choice((None, blocks)),
         local=chance.choice(("blocks", "blocks", "chunk")),
-        chunk_tokens=chance.choice((1, 2, text, text + 1, chance.randint(1, longest), longest + 3 * new)),
+        chunk_tokens=chance.choice(
+            (1, 2, text, text + 1, chance.randint(1, longest), longest + 3 * new)
+        ),
     )
     return Case(
         kind=kind,
         family=models.FAMILIES[(seed // len(kinds) + seed) % len(models.FAMILIES)],
         kv_heads=chance.choice((1, 2, 4)),
         settings=settings,
-        prompts=tuple(models.text(length, seed=1000 * seed + row) for row, length in enumerate(lengths)),
+        prompts=tuple(
+            models.text(length, seed=1000 * seed + row) for row, length in enumerate(lengths)
+        ),
         new=new,
         side=chance.choice(("left", "right")) if kind in ("prefill", "decode") else "left",
         dtype=dtype,
@@ -107,7 +122,9 @@ def same_rows(case: Case, actual: list[torch.Tensor], rows: list[torch.Tensor]) 
 
 
 def most_likely(case: Case, row: torch.Tensor, prompt: int) -> None:
-    """A row's tokens after its prompt are the greedy ones. In float32 near ties may fall either way."""
+    """A row's tokens after its prompt are the greedy ones. In float32 near ties may fall either
+    way.
+    """
     expected = one_pass(case, row)[prompt - 1 : -1]
     chosen = expected.gather(1, row[prompt:, None])[:, 0]
     slack = 0.0 if case.dtype == torch.float64 else 1e-4
@@ -126,10 +143,13 @@ def prefill(case: Case) -> None:
 
 
 class Feeder:
-    """Feeds a batch piece by piece on one cache and keeps what each row has read and the logits it got."""
+    """Feeds a batch piece by piece on one cache and keeps what each row has read and the logits it
+    got.
+    """
 
     def __init__(self, case: Case) -> None:
-        self.case, self.model = case, case.model
+        self.case = case
+        self.model = case.model
         self.rows = list(case.prompts)
         ids, self.mask = models.padded(self.rows, case.side)
         out = self.model(ids, attention_mask=self.mask, use_cache=True)
@@ -180,7 +200,9 @@ def crop(case: Case) -> None:
 def heard(model: Any) -> Iterator[list[torch.Tensor]]:
     """Collects what the head puts out; ``generate`` itself hands out float32."""
     logits: list[torch.Tensor] = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda *call: logits.append(call[2]))
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda *call: logits.append(call[2])
+    )
     try:
         yield logits
     finally:
@@ -193,10 +215,14 @@ def trimmed(sequences: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
 
 
 def generated(case: Case, **options: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Returns the rows, prompt included, and the logits (new, vocabulary) that chose their new tokens."""
+    """Returns the rows, prompt included, and the logits (new, vocabulary) that chose their new
+    tokens.
+    """
     ids, mask = models.padded(list(case.prompts), "left")
     with heard(case.model) as logits:
-        sequences = case.model.generate(ids, attention_mask=mask, max_new_tokens=case.new, **options)
+        sequences = case.model.generate(
+            ids, attention_mask=mask, max_new_tokens=case.new, **options
+        )
     assert sequences.shape[1] == ids.shape[1] + case.new
     return trimmed(sequences, mask), list(torch.stack([step[:, -1] for step in logits], dim=1))
 
@@ -212,7 +238,9 @@ def uncached(case: Case, **options: Any) -> list[torch.Tensor]:
     ids, mask = models.padded(list(case.prompts), "left")
     model = case.model
     model.configure_landmark(mode="all")
-    sequences = model.generate(ids, attention_mask=mask, max_new_tokens=case.new, use_cache=False, **options)
+    sequences = model.generate(
+        ids, attention_mask=mask, max_new_tokens=case.new, use_cache=False, **options
+    )
     return trimmed(sequences, mask)
 
 
@@ -232,10 +260,17 @@ def beams(case: Case) -> None:
     expected = uncached(case, **options)
     ids, mask = models.padded(list(case.prompts), "left")
     out = case.model.generate(
-        ids, attention_mask=mask, max_new_tokens=case.new, return_dict_in_generate=True, output_scores=True, **options
+        ids,
+        attention_mask=mask,
+        max_new_tokens=case.new,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **options,
     )
     rows = trimmed(out.sequences, mask)
-    for row, other, prompt, score in zip(rows, expected, case.prompts, out.sequences_scores, strict=True):
+    for row, other, prompt, score in zip(
+        rows, expected, case.prompts, out.sequences_scores, strict=True
+    ):
         assert row.tolist() == other.tolist()
         chances = one_pass(case, row)[len(prompt) - 1 : -1].log_softmax(dim=-1)
         # generate keeps the scores of beams in float32
@@ -252,7 +287,9 @@ def lookup(case: Case) -> None:
     if models.OLD_ASSISTED:
         pytest.skip("prompt lookup without an end of text raises in stock transformers before 5.13")
     prompt = repetitive(case)
-    row = case.model.generate(prompt[None], max_new_tokens=case.new, do_sample=False, prompt_lookup_num_tokens=3)[0]
+    row = case.model.generate(
+        prompt[None], max_new_tokens=case.new, do_sample=False, prompt_lookup_num_tokens=3
+    )[0]
     assert len(row) == len(prompt) + case.new
     most_likely(case, row, len(prompt))
 
@@ -263,7 +300,9 @@ def assistant(family: str, block_size: int) -> Any:
     model = copy.deepcopy(models.landmark_model(family, LandmarkConfig(block_size=block_size)))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+            parameter.add_(
+                0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+            )
     model.generation_config.num_assistant_tokens = 4
     return model
 
@@ -272,7 +311,9 @@ def assisted(case: Case) -> None:
     case = dataclasses.replace(case, kv_heads=2)
     prompt = repetitive(case)
     helper = assistant(case.family, case.settings.block_size)
-    row = case.model.generate(prompt[None], max_new_tokens=case.new, do_sample=False, assistant_model=helper)[0]
+    row = case.model.generate(
+        prompt[None], max_new_tokens=case.new, do_sample=False, assistant_model=helper
+    )[0]
     assert len(row) == len(prompt) + case.new
     most_likely(case, row, len(prompt))
 
@@ -280,7 +321,8 @@ def assisted(case: Case) -> None:
 def turns(case: Case) -> None:
     """A conversation of three turns on one cache."""
     ids, mask = models.padded(list(case.prompts), "left")
-    model, cache = case.model, None
+    model = case.model
+    cache = None
     for turn in range(3):
         out = model.generate(
             ids,
@@ -309,7 +351,8 @@ def read(case: Case) -> None:
     assert cache.get_seq_length() == document
     if document == ids.shape[1]:
         more = torch.randint(1, models.VOCAB, (len(ids), 1))
-        ids, mask = torch.cat([ids, more], dim=1), torch.cat([mask, torch.ones_like(more)], dim=1)
+        ids = torch.cat([ids, more], dim=1)
+        mask = torch.cat([mask, torch.ones_like(more)], dim=1)
     sequences = model.generate(
         ids, attention_mask=mask, past_key_values=cache, max_new_tokens=case.new, do_sample=False
     )
@@ -334,7 +377,9 @@ NARROW_KINDS = ("prefill", "decode", "crop", "greedy", "read")
 
 
 def seeds(count: int, always: int) -> list[Any]:
-    return [pytest.param(seed, marks=() if seed < always else pytest.mark.full) for seed in range(count)]
+    return [
+        pytest.param(seed, marks=() if seed < always else pytest.mark.full) for seed in range(count)
+    ]
 
 
 @pytest.mark.parametrize("seed", seeds(WIDE, ALWAYS))

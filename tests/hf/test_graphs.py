@@ -1,6 +1,7 @@
 """Steps of ``generate`` that are replayed compute what steps called one by one compute.
 
-Without a GPU a stand-in for a CUDA graph calls the stock decoder again on the tensors that were captured.
+Without a GPU a stand-in for a CUDA graph calls the stock decoder again on the tensors that were
+captured.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from landmark.hf import graphs
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
-BLOCK, VOCAB = 16, 61
+BLOCK = 16
+VOCAB = 61
 STEPS = graphs.Steps
 
 
@@ -32,7 +34,8 @@ class Again:
 
 
 def call_again(call: Any, decoder: Any, embeds: Any) -> graphs.Captured:
-    fixed, embeds = call.fixed(embeds.device), embeds.clone()
+    fixed = call.fixed(embeds.device)
+    embeds = embeds.clone()
     output = decoder.stock(embeds, fixed)
     states = output.last_hidden_state
     again = Again(lambda: states.copy_(decoder.stock(embeds, fixed).last_hidden_state))
@@ -59,16 +62,22 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[graphs.Steps]:
 def model(**settings: Any) -> Any:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-    config = LlamaConfig(vocab_size=VOCAB, intermediate_size=96, num_hidden_layers=2, initializer_range=0.2, **shape)
+    config = LlamaConfig(
+        vocab_size=VOCAB, intermediate_size=96, num_hidden_layers=2, initializer_range=0.2, **shape
+    )
     with mock.patch.object(graphs, "Steps", STEPS):  # conversion generates, too
-        made = landmark.convert(LlamaForCausalLM(config), block_size=BLOCK, top_k=2, local_blocks=1, **settings)
+        made = landmark.convert(
+            LlamaForCausalLM(config), block_size=BLOCK, top_k=2, local_blocks=1, **settings
+        )
     made.generation_config.eos_token_id = None
     made.generation_config.pad_token_id = 0
     made.config.landmark["landmark_trained"] = True
     return made.to(DEVICE).eval()
 
 
-def generated(made: Any, rows: int, cache: LandmarkCache | None = None, tokens: int = 2 * BLOCK, **how: Any) -> Any:
+def generated(
+    made: Any, rows: int, cache: LandmarkCache | None = None, tokens: int = 2 * BLOCK, **how: Any
+) -> Any:
     ids = torch.arange(rows * 100, device=DEVICE).view(rows, 100) * 7 % VOCAB
     settings = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, **how}
     found = made.generate(ids, past_key_values=cache, max_new_tokens=tokens, **settings)
@@ -83,12 +92,18 @@ SETTINGS = {
 }
 
 
-CASES = [("plain", "device", 1), ("plain", "host", 2), ("exact", "host", 1), ("evicting", "device", 2)]
+CASES = [
+    ("plain", "device", 1),
+    ("plain", "host", 2),
+    ("exact", "host", 1),
+    ("evicting", "device", 2),
+]
 CASES += [("block 0 alone", "device", 1), ("block 0 alone", "host", 2)]
 
 
 @pytest.mark.parametrize(
-    ("name", "tier", "rows"), list(itertools.product(SETTINGS, ("device", "host"), (1, 2))) if ON_GPU else CASES
+    ("name", "tier", "rows"),
+    list(itertools.product(SETTINGS, ("device", "host"), (1, 2))) if ON_GPU else CASES,
 )
 def test_replayed_steps_are_those_called(
     name: str, tier: str, rows: int, replays: list[graphs.Steps], monkeypatch: pytest.MonkeyPatch
@@ -111,7 +126,8 @@ def test_a_disk_is_asked_by_calls(replays: list[graphs.Steps]) -> None:
 
 
 def test_what_is_called_between_layers_is_not_left_out(replays: list[graphs.Steps]) -> None:
-    made, seen = model(), []
+    made = model()
+    seen = []
     made.base_model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
     generated(made, 1)
     assert not replays[0].replayed and len(seen) >= 2 * BLOCK
@@ -144,7 +160,8 @@ def test_nothing_is_captured_for_beams_that_move(replays: list[graphs.Steps]) ->
 
 
 def test_weights_may_change_between_two_calls(replays: list[graphs.Steps]) -> None:
-    made, other = model(), model()
+    made = model()
+    other = model()
     caches = [LandmarkCache(each) for each in (made, other)]
     generated(made, 1, caches[0])
     assert replays[0].replayed
@@ -174,7 +191,9 @@ def test_a_stock_layer_that_asks_the_device_is_called(
     found = generated(made, 1)
     assert replays[0].replayed and not replays[1].replayed
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert torch.rand(3, device=DEVICE).shape == (3,)  # the generator is not left in a capture that failed
+    assert torch.rand(3, device=DEVICE).shape == (
+        3,
+    )  # the generator is not left in a capture that failed
 
 
 def raising(*_: Any) -> None:

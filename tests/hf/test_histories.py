@@ -1,4 +1,6 @@
-"""Whatever happened to a cache (pieces, padding, crops, reordered rows, forks, eviction), it equals the oracle."""
+"""Whatever happened to a cache (pieces, padding, crops, reordered rows, forks, eviction), it equals
+the oracle.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,17 @@ from landmark.memory import layer, store
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
 
-CASES, ALWAYS = 300, 20
+CASES = 300
+ALWAYS = 20
 
 
 class History:
     """A batch on one cache, with the columns and logits that are in force."""
 
     def __init__(self, model: Any, rows: int, chance: random.Random) -> None:
-        self.model, self.chance, self.cache = model, chance, LandmarkCache(model.config)
+        self.model = model
+        self.chance = chance
+        self.cache = LandmarkCache(model.config)
         self.ids = torch.zeros(rows, 0, dtype=torch.long)
         self.mask = torch.zeros_like(self.ids)
         self.logits = torch.zeros(rows, 0, models.VOCAB, dtype=torch.float64)
@@ -49,17 +54,22 @@ class History:
         except ValueError as refusal:
             assert "evicted" in str(refusal) or "granularity head" in str(refusal)
             return
-        self.ids, self.mask, self.logits = (part[:, :-tokens] for part in (self.ids, self.mask, self.logits))
+        self.ids, self.mask, self.logits = (
+            part[:, :-tokens] for part in (self.ids, self.mask, self.logits)
+        )
 
     def reorder(self) -> None:
         if self.ids.shape[1] == 0:
             return
         rows = torch.randint(0, len(self.ids), (len(self.ids),))
         self.cache.reorder_cache(rows)
-        self.ids, self.mask, self.logits = (part[rows] for part in (self.ids, self.mask, self.logits))
+        self.ids, self.mask, self.logits = (
+            part[rows] for part in (self.ids, self.mask, self.logits)
+        )
 
     def fork(self) -> None:
-        left_behind, self.cache = self.cache, self.cache.fork()
+        left_behind = self.cache
+        self.cache = self.cache.fork()
         self.model(torch.randint(1, models.VOCAB, (len(self.ids), 3)), past_key_values=left_behind)
 
 
@@ -78,12 +88,15 @@ def draw(chance: random.Random) -> LandmarkConfig:
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=() if seed < ALWAYS else pytest.mark.full) for seed in range(CASES)]
+    "seed",
+    [pytest.param(seed, marks=() if seed < ALWAYS else pytest.mark.full) for seed in range(CASES)],
 )
 @torch.no_grad()
 def test_any_history_equals_the_oracle(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(seed)
-    settings, family, kv_heads = draw(chance), chance.choice(models.FAMILIES), chance.choice((1, 2, 4))
+    settings = draw(chance)
+    family = chance.choice(models.FAMILIES)
+    kv_heads = chance.choice((1, 2, 4))
     monkeypatch.setitem(layer.SLAB_BYTES, "cpu", chance.choice((1, 20_000, 2**26)))
     step, spare = chance.choice(((1, 3), (2, 8), (16, 8)))
     monkeypatch.setattr(store, "EVICTION_STEP", step)
@@ -92,7 +105,9 @@ def test_any_history_equals_the_oracle(seed: int, monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(seed)
     history = History(model, chance.randint(1, 3), chance)
     for _ in range(chance.randint(4, 13)):
-        chance.choice((history.feed, history.feed, history.feed, history.crop, history.reorder, history.fork))()
+        chance.choice(
+            (history.feed, history.feed, history.feed, history.crop, history.reorder, history.fork)
+        )()
     stock = models.oracle_model(family, kv_heads)
     for ids, mask, logits in zip(history.ids, history.mask, history.logits, strict=True):
         text = ids[mask == 1]

@@ -1,4 +1,6 @@
-"""Landmark models on the fused kernels: the losses and gradients of the same model on ``chunked``, in one graph too."""
+"""Landmark models on the fused kernels: the losses and gradients of the same model on ``chunked``,
+in one graph too.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ CLOSE = 2e-5  # float32 through two layers, whose sums are ordered differently
 def model() -> Any:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-    config = LlamaConfig(vocab_size=61, intermediate_size=96, num_hidden_layers=2, initializer_range=0.2, **shape)
+    config = LlamaConfig(
+        vocab_size=61, intermediate_size=96, num_hidden_layers=2, initializer_range=0.2, **shape
+    )
     made = landmark.convert(LlamaForCausalLM(config), block_size=16)
     made.configure_landmark(mode="all")
     return made.to(DEVICE)
@@ -37,7 +41,8 @@ def rows(name: str) -> dict[str, torch.Tensor]:
     if name in ("left", "right"):
         mask = torch.ones_like(ids)
         mask[0, slice(0, 9) if name == "left" else slice(41, 50)] = 0
-        found["attention_mask"], found["labels"] = mask, ids.masked_fill(mask == 0, -100)
+        found["attention_mask"] = mask
+        found["labels"] = ids.masked_fill(mask == 0, -100)
     if name == "packed":
         found["seq_idx"] = (torch.arange(50) >= 21).long().expand(2, -1)
     return {key: each.to(DEVICE) for key, each in found.items()}

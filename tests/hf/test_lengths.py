@@ -16,7 +16,18 @@ from landmark.config import LandmarkConfig
 from landmark.hf.compat import CACHE
 
 TRAINED = 64
-LONGROPE = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "phi3", "gpt_neox", "olmo2", "granite", "starcoder2")
+LONGROPE = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "mixtral",
+    "phi3",
+    "gpt_neox",
+    "olmo2",
+    "granite",
+    "starcoder2",
+)
 
 
 @pytest.fixture
@@ -32,7 +43,9 @@ def test_the_default_length_counts_new_tokens(model, options) -> None:
     assert model.generate(ids, do_sample=False, **options).shape[1] == 3 * TRAINED + 20
 
 
-@pytest.mark.parametrize(("asked", "given"), [({"max_length": 200}, 200), ({"max_new_tokens": 7}, 3 * TRAINED + 7)])
+@pytest.mark.parametrize(
+    ("asked", "given"), [({"max_length": 200}, 200), ({"max_new_tokens": 7}, 3 * TRAINED + 7)]
+)
 def test_a_length_that_was_asked_for_is_kept(model, asked, given) -> None:
     ids = models.text(3 * TRAINED)[None]
     assert model.generate(ids, do_sample=False, **asked).shape[1] == given
@@ -40,15 +53,21 @@ def test_a_length_that_was_asked_for_is_kept(model, asked, given) -> None:
 
 def test_no_reminder_of_the_trained_length(model) -> None:
     with mock.patch.object(stopping_criteria.logger, "warning_once") as said:
-        model.generate(torch.ones(1, TRAINED + 5, dtype=torch.long), max_new_tokens=3, do_sample=False)
+        model.generate(
+            torch.ones(1, TRAINED + 5, dtype=torch.long), max_new_tokens=3, do_sample=False
+        )
     said.assert_not_called()
 
 
-# Lengths at which stock code drops or replaces a cache (Phi3 does, for the longer frequencies of longrope).
+# Lengths at which stock code drops or replaces a cache (Phi3 does, for the longer frequencies of
+# longrope).
 
 
 SHORT = [
-    (name, longrope) for name in models.ALL_FAMILIES for longrope in (False, True) if name in LONGROPE or not longrope
+    (name, longrope)
+    for name in models.ALL_FAMILIES
+    for longrope in (False, True)
+    if name in LONGROPE or not longrope
 ]
 LIMIT = 128  # more than conversion probes a rotary embedding with
 TEXT = LIMIT + 9
@@ -63,7 +82,12 @@ def short_stock(name: str, longrope: bool) -> Any:
     if longrope:
         rope = models.family_config(name).rope_parameters
         width = int(8 * rope.get("partial_rotary_factor", 1.0)) // 2
-        rope = {**rope, "rope_type": "longrope", "original_max_position_embeddings": LIMIT, "factor": 4.0}
+        rope = {
+            **rope,
+            "rope_type": "longrope",
+            "original_max_position_embeddings": LIMIT,
+            "factor": 4.0,
+        }
         rope |= {"short_factor": [1.0] * width, "long_factor": [3.0] * width}
         fields |= {"max_position_embeddings": 4 * LIMIT, "rope_parameters": rope}
     return models.family_model(name, **fields)
@@ -89,8 +113,11 @@ def by_hand(model: Any, ids: torch.Tensor, memory: LandmarkCache, count: int) ->
 
 @pytest.mark.parametrize("read", [LIMIT - 3, LIMIT, 0])
 @pytest.mark.parametrize(("name", "longrope"), SHORT)
-def test_a_memory_is_kept_where_a_text_passes_a_length(name: str, longrope: bool, read: int) -> None:
-    model, ids = short(name, longrope), models.text(TEXT)[None]
+def test_a_memory_is_kept_where_a_text_passes_a_length(
+    name: str, longrope: bool, read: int
+) -> None:
+    model = short(name, longrope)
+    ids = models.text(TEXT)[None]
     expected = by_hand(model, ids, LandmarkCache(model.config), 6)
     memory = LandmarkCache(model.config)
     if read:
@@ -104,15 +131,23 @@ def test_a_memory_is_kept_where_a_text_passes_a_length(name: str, longrope: bool
 
 @pytest.mark.parametrize("name", [name for name in models.ALL_FAMILIES if name in LONGROPE])
 def test_longrope_was_trained_up_to_its_switch(name: str) -> None:
-    """Landmark models keep the frequencies of short texts, so that further positions were never trained."""
-    assert landmark.convert(short_stock(name, longrope=True), block_size=9).landmark.trained_length == LIMIT
+    """Landmark models keep the frequencies of short texts, so that further positions were never
+    trained.
+    """
+    assert (
+        landmark.convert(short_stock(name, longrope=True), block_size=9).landmark.trained_length
+        == LIMIT
+    )
 
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_memory_stays_on_its_tier_where_a_text_passes_a_length(tier: str) -> None:
-    model, ids = short("phi3", longrope=True), models.text(TEXT)[None]
+    model = short("phi3", longrope=True)
+    ids = models.text(TEXT)[None]
     memory = model.read(ids[:, : LIMIT - 3], cache=LandmarkCache(model.config, tier))
-    out = model.generate(ids, past_key_values=memory, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    out = model.generate(
+        ids, past_key_values=memory, max_new_tokens=6, do_sample=False, return_dict_in_generate=True
+    )
     assert out[CACHE] is memory
     assert memory.tiers.tier == tier
     assert memory.tokens == [TEXT + 5]

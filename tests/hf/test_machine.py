@@ -1,9 +1,9 @@
 """Whatever was done to memories, they answer as the oracle does for each row's own text alone.
 
-One history: a model of random settings, a memory, and steps drawn from the rules of ``memory_machine.py`` and
-``memory_generation.py``. ``machine.py`` keeps in plain lists what each row ought to have read. A step that is refused
-leaves the memory as it was: the next steps show it. What histories found is kept, shrunk, in
-``test_found_histories.py``.
+One history: a model of random settings, a memory, and steps drawn from the rules of
+``memory_machine.py`` and ``memory_generation.py``. ``machine.py`` keeps in plain lists what each
+row ought to have read. A step that is refused leaves the memory as it was: the next steps show it.
+What histories found is kept, shrunk, in ``test_found_histories.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from landmark.memory.layer import LayerMemory
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
 
-GROUPS, HISTORIES, FULL_GROUPS, FULL_HISTORIES, STEPS = 15, 10, 60, 50, 10
+GROUPS = 15
+HISTORIES = 10
+FULL_GROUPS = 60
+FULL_HISTORIES = 50
+STEPS = 10
 
 
 def settings(histories: int, **changes: Any) -> hypothesis.settings:
@@ -149,7 +153,9 @@ AT_MOST = 300
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 10))])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 10))]
+)
 def test_a_planted_fault_is_found(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first failure the search stops."""
     FAULTS[kind](monkeypatch)

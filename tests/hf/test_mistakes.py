@@ -1,4 +1,6 @@
-"""Mistakes that other implementations made, put in on purpose: each turns a check of the other files red."""
+"""Mistakes that other implementations made, put in on purpose: each turns a check of the other
+files red.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def generation_case(*lengths: int, **settings: Any) -> generation.Case:
 def policy_case(*cuts: int, **settings: Any) -> policies.Case:
     """A case in which most blocks are left out."""
     chosen = {"block_size": SIZE, "top_k": 2, "local_blocks": 1, **settings}
-    return policies.Case("llama", 2, LandmarkConfig(**chosen), (models.text(33, seed=1),), "left", cuts)
+    return policies.Case(
+        "llama", 2, LandmarkConfig(**chosen), (models.text(33, seed=1),), "left", cuts
+    )
 
 
 def green(case: policies.Case) -> None:
@@ -69,7 +73,9 @@ def test_1_no_landmark_among_generated_tokens() -> None:
     def slots(tokens: int, block_size: int) -> int:
         return slots_for(min(tokens, prompt), block_size) + max(0, tokens - prompt)
 
-    def layout(mask: torch.Tensor, block_size: int, seen: Any = None, width: int | None = None) -> Layout:
+    def layout(
+        mask: torch.Tensor, block_size: int, seen: Any = None, width: int | None = None
+    ) -> Layout:
         if seen is None or int(seen[0]) < prompt:
             return real(mask, block_size, seen, width)
         columns = torch.arange(mask.shape[1])
@@ -85,7 +91,15 @@ def test_1_no_landmark_among_generated_tokens() -> None:
 def test_2_retrieval_in_decode_but_every_block_in_prefill() -> None:
     real = decoder.LandmarkDecoderMixin.extend
 
-    def extend(self: Any, embeds: Any, mask: Any, cache: Any, settings: LandmarkConfig, *rest: Any, **more: Any) -> Any:
+    def extend(
+        self: Any,
+        embeds: Any,
+        mask: Any,
+        cache: Any,
+        settings: LandmarkConfig,
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
         settings = settings.replace(mode="all") if embeds.shape[1] > 1 else settings
         return real(self, embeds, mask, cache, settings, *rest, **more)
 
@@ -169,7 +183,9 @@ def test_10_only_the_last_chunk_comes_back() -> None:
 
 
 def test_a_whole_chunk_hides_10() -> None:
-    """The last mistake shows only where a text takes more than one chunk: the check above must cut its text."""
+    """The last mistake shows only where a text takes more than one chunk: the check above must cut
+    its text.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "_join", lambda parts: parts[-1])
         generation.prefill(dataclasses.replace(generation_case(30, chunk_tokens=30)))

@@ -1,4 +1,6 @@
-"""Mixtures of experts: router logits and the balancing loss count text tokens, landmarks and padding taken out."""
+"""Mixtures of experts: router logits and the balancing loss count text tokens, landmarks and
+padding taken out.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ import models
 from landmark import LandmarkCache
 
 FAMILIES = ("mixtral", "qwen3_moe")
-EXPERTS, TOP, LAYERS, BLOCK = 4, 2, 2, 5
+EXPERTS = 4
+TOP = 2
+LAYERS = 2
+BLOCK = 5
 LENGTHS = (23, 9, 16)
 MODES = ("all", "retrieval")
 CHUNKS = (1000, 11, 4)
@@ -47,7 +52,9 @@ def stock_moe(name: str, **fields: Any) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def landmark_moe(name: str, mode: str, block_size: int = BLOCK, chunk_tokens: int = 1000, **fields: Any) -> Any:
+def landmark_moe(
+    name: str, mode: str, block_size: int = BLOCK, chunk_tokens: int = 1000, **fields: Any
+) -> Any:
     settings = {"block_size": block_size, "mode": mode, "chunk_tokens": chunk_tokens, "top_k": 30}
     model = landmark.convert(stock_moe(name, **fields), trained_length=10**6, **settings)
     model.configure_landmark(landmark_trained=True)
@@ -65,11 +72,16 @@ def batch(side: str | None) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def overheard(model: Any) -> Iterator[list[torch.Tensor]]:
-    """What each router gives in each call: ``(rows * slots, experts)``, layer by layer, call by call."""
+    """What each router gives in each call: ``(rows * slots, experts)``, layer by layer, call by
+    call.
+    """
     heard: list[torch.Tensor] = []
     routers = [module for name, module in model.named_modules() if name.endswith(".gate")]
     assert len(routers) == LAYERS
-    hooks = [router.register_forward_hook(lambda _, __, out: heard.append(out[0].detach())) for router in routers]
+    hooks = [
+        router.register_forward_hook(lambda _, __, out: heard.append(out[0].detach()))
+        for router in routers
+    ]
     try:
         yield heard
     finally:
@@ -78,7 +90,9 @@ def overheard(model: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def of_text(heard: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Takes router logits ``(rows * slots, experts)`` of one whole pass for ``(B, T)`` columns, zeros at padding."""
+    """Takes router logits ``(rows * slots, experts)`` of one whole pass for ``(B, T)`` columns,
+    zeros at padding.
+    """
     slots = heard.view(len(mask), -1, EXPERTS)
     found = torch.zeros(*mask.shape, EXPERTS)
     for row in range(len(mask)):
@@ -91,8 +105,12 @@ def of_text(heard: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def balancing_loss(layers: list[torch.Tensor], mask: torch.Tensor) -> float:
-    """Equations 4 to 6 of the Switch Transformer over the tokens (B, T) of ``mask``, one after the other."""
-    chosen, probability, tokens = torch.zeros(EXPERTS), torch.zeros(EXPERTS), 0
+    """Equations 4 to 6 of the Switch Transformer over the tokens (B, T) of ``mask``, one after the
+    other.
+    """
+    chosen = torch.zeros(EXPERTS)
+    probability = torch.zeros(EXPERTS)
+    tokens = 0
     for logits in layers:
         for token in logits[mask == 1]:
             weights = token.softmax(dim=0)
@@ -106,20 +124,35 @@ def balancing_loss(layers: list[torch.Tensor], mask: torch.Tensor) -> float:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("asked", ["config", "call"])
-def test_without_landmarks_it_is_the_stock_models_loss(name: str, mode: str, side: str | None, asked: str) -> None:
-    fields, call = ({"output_router_logits": True}, {}) if asked == "config" else ({}, {"output_router_logits": True})
-    model, stock, given = landmark_moe(name, mode, block_size=64, **fields), stock_moe(name, **fields), batch(side)
+def test_without_landmarks_it_is_the_stock_models_loss(
+    name: str, mode: str, side: str | None, asked: str
+) -> None:
+    fields, call = (
+        ({"output_router_logits": True}, {})
+        if asked == "config"
+        else ({}, {"output_router_logits": True})
+    )
+    model = landmark_moe(name, mode, block_size=64, **fields)
+    stock = stock_moe(name, **fields)
+    given = batch(side)
     with torch.no_grad():
-        found, expected = model(**given, **call), stock(**given, **call)
-    assert [each.shape for each in found.router_logits] == [each.shape for each in expected.router_logits]
+        found = model(**given, **call)
+        expected = stock(**given, **call)
+    assert [each.shape for each in found.router_logits] == [
+        each.shape for each in expected.router_logits
+    ]
     torch.testing.assert_close(found.aux_loss, expected.aux_loss, rtol=0, atol=ROUNDING)
     torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("side", [None, "left", "right"])
-@pytest.mark.parametrize(("mode", "chunk_tokens"), [("all", 1000), *(("retrieval", size) for size in CHUNKS)])
-def test_the_loss_counts_text_alone(name: str, side: str | None, mode: str, chunk_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("mode", "chunk_tokens"), [("all", 1000), *(("retrieval", size) for size in CHUNKS)]
+)
+def test_the_loss_counts_text_alone(
+    name: str, side: str | None, mode: str, chunk_tokens: int
+) -> None:
     given = batch(side)
     mask = given.get("attention_mask", torch.ones_like(given["input_ids"]))
     model = landmark_moe(name, "all")
@@ -154,7 +187,9 @@ def test_packed_rows_equal_separate_rows(name: str, mode: str, by: str) -> None:
     with torch.no_grad():
         packed = model(torch.cat(rows)[None], **{by: extra}, **asked)
         apart = [model(row[None], **asked) for row in rows]
-    torch.testing.assert_close(packed.logits, torch.cat([each.logits for each in apart], 1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        packed.logits, torch.cat([each.logits for each in apart], 1), rtol=0, atol=1e-4
+    )
     for layer in range(LAYERS):
         joined = torch.cat([each.router_logits[layer] for each in apart])
         torch.testing.assert_close(packed.router_logits[layer], joined, rtol=0, atol=1e-4)
@@ -168,11 +203,15 @@ def test_packed_rows_equal_separate_rows(name: str, mode: str, by: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
 def test_several_packed_rows(name: str, mode: str) -> None:
-    model, ids = landmark_moe(name, mode), models.text(40).view(2, 20)
+    model = landmark_moe(name, mode)
+    ids = models.text(40).view(2, 20)
     borders = torch.tensor([[0] * 7 + [1] * 13, [0] * 12 + [1] * 8])
     with torch.no_grad():
         together = model(ids, seq_idx=borders, output_router_logits=True)
-        apart = [model(ids[n : n + 1], seq_idx=borders[n : n + 1], output_router_logits=True) for n in range(2)]
+        apart = [
+            model(ids[n : n + 1], seq_idx=borders[n : n + 1], output_router_logits=True)
+            for n in range(2)
+        ]
     for layer in range(LAYERS):
         joined = torch.cat([each.router_logits[layer] for each in apart])
         torch.testing.assert_close(together.router_logits[layer], joined, rtol=0, atol=1e-4)
@@ -181,8 +220,11 @@ def test_several_packed_rows(name: str, mode: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_moves_the_routers_as_the_stock_loss_does(name: str, side: str, checkpointing: bool) -> None:
-    given, found = batch(side), []
+def test_training_moves_the_routers_as_the_stock_loss_does(
+    name: str, side: str, checkpointing: bool
+) -> None:
+    given = batch(side)
+    found = []
     fields = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
     for model in (landmark_moe(name, "all", block_size=64, **fields), stock_moe(name, **fields)):
         if checkpointing:
@@ -197,11 +239,14 @@ def test_training_moves_the_routers_as_the_stock_loss_does(name: str, side: str,
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_with_landmarks_has_the_loss_of_text(name: str) -> None:
-    model, given = landmark_moe(name, "all", output_router_logits=True).train(), batch("right")
+    model = landmark_moe(name, "all", output_router_logits=True).train()
+    given = batch("right")
     with overheard(model) as heard:
         output = model(**given, use_cache=False)
     layers = [of_text(layer, given["attention_mask"]) for layer in heard]
-    assert float(output.aux_loss.detach()) == pytest.approx(balancing_loss(layers, given["attention_mask"]), abs=1e-5)
+    assert float(output.aux_loss.detach()) == pytest.approx(
+        balancing_loss(layers, given["attention_mask"]), abs=1e-5
+    )
     output.aux_loss.backward()
     assert model.base_model.layers[0].mlp.gate.weight.grad.abs().max() > 0
 
@@ -209,23 +254,33 @@ def test_training_with_landmarks_has_the_loss_of_text(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_turns_on_a_memory_give_the_logits_of_their_own_tokens(name: str) -> None:
     model = landmark_moe(name, "retrieval")
-    given, cache, parts = batch("left"), LandmarkCache(model.config), []
-    ids, mask = given["input_ids"], given["attention_mask"]
+    given = batch("left")
+    cache = LandmarkCache(model.config)
+    parts = []
+    ids = given["input_ids"]
+    mask = given["attention_mask"]
     with torch.no_grad():
         whole = model(ids, attention_mask=mask, output_router_logits=True)
         for begin, end in ((0, 10), (10, 11), (11, 23)):
-            call = {"attention_mask": mask[:, begin:end], "past_key_values": cache, "output_router_logits": True}
+            call = {
+                "attention_mask": mask[:, begin:end],
+                "past_key_values": cache,
+                "output_router_logits": True,
+            }
             parts.append(model(ids[:, begin:end], **call))
             assert parts[-1].aux_loss.isfinite()
     for layer in range(LAYERS):
         logits = [part.router_logits[layer].view(len(ids), -1, EXPERTS) for part in parts]
-        torch.testing.assert_close(torch.cat(logits, 1).flatten(0, 1), whole.router_logits[layer], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            torch.cat(logits, 1).flatten(0, 1), whole.router_logits[layer], rtol=0, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generation_leaves_the_loss_out(name: str, beams: int) -> None:
-    model, given = landmark_moe(name, "retrieval", chunk_tokens=8), batch("left")
+    model = landmark_moe(name, "retrieval", chunk_tokens=8)
+    given = batch("left")
     prompt = {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"]}
     options = {"max_new_tokens": 9, "do_sample": False, "num_beams": beams}
     expected = model.generate(**prompt, **options)
@@ -235,15 +290,20 @@ def test_generation_leaves_the_loss_out(name: str, beams: int) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_assisted_generation_leaves_the_loss_out(name: str) -> None:
-    model, assistant = landmark_moe(name, "retrieval", output_router_logits=True), models.stock_model("llama")
-    prompt, options = models.text(17)[None], {"max_new_tokens": 9, "do_sample": False}
+    model = landmark_moe(name, "retrieval", output_router_logits=True)
+    assistant = models.stock_model("llama")
+    prompt = models.text(17)[None]
+    options = {"max_new_tokens": 9, "do_sample": False}
     expected = model.generate(prompt, **options)
-    assert torch.equal(model.generate(prompt, assistant_model=assistant.float(), **options), expected)
+    assert torch.equal(
+        model.generate(prompt, assistant_model=assistant.float(), **options), expected
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_decoder_alone_and_a_tuple(name: str) -> None:
-    model, given = landmark_moe(name, "retrieval", chunk_tokens=8), batch(None)
+    model = landmark_moe(name, "retrieval", chunk_tokens=8)
+    given = batch(None)
     with torch.no_grad():
         decoder = model.base_model(given["input_ids"], output_router_logits=True)
         fields = model(**given, output_router_logits=True)

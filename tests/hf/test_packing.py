@@ -1,4 +1,6 @@
-"""Packed rows as transformers delivers them equal separate rows, in both modes, with loss and gradients."""
+"""Packed rows as transformers delivers them equal separate rows, in both modes, with loss and
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -61,12 +63,16 @@ def test_a_document_has_no_gradient_from_another(by: str) -> None:
     model(inputs_embeds=embeds, **batch).logits[0, sum(LENGTHS[:3]) :].sum().backward()
     model.zero_grad()
     assert embeds.grad is not None
-    assert not embeds.grad[0, : sum(LENGTHS[:3])].any() and embeds.grad[0, sum(LENGTHS[:3]) : -1].any(dim=1).all()
+    assert (
+        not embeds.grad[0, : sum(LENGTHS[:3])].any()
+        and embeds.grad[0, sum(LENGTHS[:3]) : -1].any(dim=1).all()
+    )
 
 
 def test_what_fits_no_packed_row_is_refused() -> None:
     model = models.landmark_model("llama", MODES["all"])
-    ids, borders = models.text(12).view(2, 6), torch.tensor([0, 4, 12])
+    ids = models.text(12).view(2, 6)
+    borders = torch.tensor([0, 4, 12])
     with pytest.raises(ValueError, match="one flattened row, got 2; pass seq_idx"):
         model(ids, cu_seq_lens_q=borders)
     with pytest.raises(ValueError, match="expected no attention_mask"):

@@ -1,4 +1,6 @@
-"""With ``top_k`` below the number of older blocks, every policy equals the oracle's loop, whatever the chunks."""
+"""With ``top_k`` below the number of older blocks, every policy equals the oracle's loop, whatever
+the chunks.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,16 @@ from landmark.memory import plain
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
 
-CASES, ALWAYS = 336, 56
+CASES = 336
+ALWAYS = 56
 LAYERS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One draw: a policy, rows of text with more blocks than it retrieves, and several ways to cut them."""
+    """One draw: a policy, rows of text with more blocks than it retrieves, and several ways to cut
+    them.
+    """
 
     family: str
     kv_heads: int
@@ -36,19 +41,25 @@ class Case:
 
     @property
     def model(self) -> Any:
-        return models.landmark_model(self.family, self.settings, kv_heads=self.kv_heads, layers=LAYERS)
+        return models.landmark_model(
+            self.family, self.settings, kv_heads=self.kv_heads, layers=LAYERS
+        )
 
     @property
     def older(self) -> int:
         """Finished blocks of the longest row that are not local to its last token."""
-        return max(len(row) for row in self.rows) // self.settings.text_per_block - self.settings.local_blocks
+        return (
+            max(len(row) for row in self.rows) // self.settings.text_per_block
+            - self.settings.local_blocks
+        )
 
 
 def draw(seed: int) -> Case:
     chance = random.Random(seed)
     granularity, positions = list(itertools.product(GRANULARITIES, POSITIONS))[seed % 8]
     local = "chunk" if seed // 8 % 4 == 3 else "blocks"
-    block_size, top_k = chance.randint(3, 7), chance.randint(1, 3)
+    block_size = chance.randint(3, 7)
+    top_k = chance.randint(1, 3)
     local_blocks = chance.randint(0, 2)
     text = block_size - 1
     longest = text * (top_k + local_blocks + chance.randint(3, 5)) + chance.randint(0, text)
@@ -68,7 +79,9 @@ def draw(seed: int) -> Case:
         family=models.FAMILIES[(seed // 8 + seed) % len(models.FAMILIES)],
         kv_heads=chance.choice((1, 2, 4)),
         settings=settings,
-        rows=tuple(models.text(length, seed=1000 * seed + row) for row, length in enumerate(lengths)),
+        rows=tuple(
+            models.text(length, seed=1000 * seed + row) for row, length in enumerate(lengths)
+        ),
         side=chance.choice(("left", "right")),
         cuts=(1, text, chance.randint(2, longest), longest + 1),
     )
@@ -79,9 +92,13 @@ def pieces(case: Case, row: int, cut: int, mask: torch.Tensor) -> list[int]:
     return [int(part.sum()) for part in mask[row].split(cut)]
 
 
-def expected(case: Case, row: int, chunks: list[int], trace: oracle.Trace | None = None) -> torch.Tensor:
+def expected(
+    case: Case, row: int, chunks: list[int], trace: oracle.Trace | None = None
+) -> torch.Tensor:
     stock = models.oracle_model(case.family, case.kv_heads, LAYERS)
-    return oracle.logits(stock, models.landmark_vector(), case.rows[row], case.settings, chunks=chunks, trace=trace)
+    return oracle.logits(
+        stock, models.landmark_vector(), case.rows[row], case.settings, chunks=chunks, trace=trace
+    )
 
 
 @torch.no_grad()
@@ -93,10 +110,14 @@ def in_one_call(case: Case, ids: torch.Tensor, mask: torch.Tensor, cut: int) -> 
 
 @torch.no_grad()
 def in_many_calls(case: Case, ids: torch.Tensor, mask: torch.Tensor, cut: int) -> torch.Tensor:
-    model, cache, parts = case.model, None, []
+    model = case.model
+    cache = None
+    parts = []
     for start in range(0, ids.shape[1], cut):
         end = min(start + cut, ids.shape[1])
-        out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        out = model(
+            ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True
+        )
         cache = out.past_key_values
         parts.append(out.logits)
     return torch.cat(parts, dim=1)
@@ -120,7 +141,8 @@ def worst(case: Case) -> float:
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=() if seed < ALWAYS else pytest.mark.full) for seed in range(CASES)]
+    "seed",
+    [pytest.param(seed, marks=() if seed < ALWAYS else pytest.mark.full) for seed in range(CASES)],
 )
 def test_equals_the_oracle(seed: int) -> None:
     assert worst(draw(seed)) < 1e-8
@@ -151,7 +173,9 @@ def test_every_block_equals_the_oracle(family: str) -> None:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_every_chunk_size_gives_the_same_logits(granularity: str, positions: str) -> None:
-    settings = LandmarkConfig(block_size=5, top_k=2, granularity=granularity, positions=positions, local_blocks=1)
+    settings = LandmarkConfig(
+        block_size=5, top_k=2, granularity=granularity, positions=positions, local_blocks=1
+    )
     row = models.text(43, seed=4)
     model = models.landmark_model("qwen3", settings)
     results = []
@@ -171,8 +195,12 @@ def test_own_blocks_computed_one_at_a_time(seed: int, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("seed", range(1, 48, 3))
 @pytest.mark.parametrize("at_once", [1, 2000])
-def test_retrieved_blocks_read_in_small_tiles(seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More queries chose a block than a tile holds, and there are more tiles than are computed at once."""
+def test_retrieved_blocks_read_in_small_tiles(
+    seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More queries chose a block than a tile holds, and there are more tiles than are computed at
+    once.
+    """
     monkeypatch.setattr(plain, "TILE_ROWS", 3)
     monkeypatch.setattr(plain, "PIECE_BYTES", at_once)
     assert worst(draw(seed)) < 1e-8
@@ -182,10 +210,18 @@ def test_retrieved_blocks_read_in_small_tiles(seed: int, at_once: int, monkeypat
 @pytest.mark.parametrize("local", ["blocks", "chunk"])
 def test_long_texts_whose_old_blocks_were_dropped(granularity: str, local: str) -> None:
     settings = LandmarkConfig(
-        block_size=3, top_k=2, granularity=granularity, local_blocks=1, max_blocks=3, layers=(0, 2), local=local
+        block_size=3,
+        top_k=2,
+        granularity=granularity,
+        local_blocks=1,
+        max_blocks=3,
+        layers=(0, 2),
+        local=local,
     )
     rows = (models.text(110, seed=6), models.text(84, seed=7))
-    case = Case("mistral", 2, settings, rows, "left", (7, 5, 40, 1) if local == "blocks" else (7, 1))
+    case = Case(
+        "mistral", 2, settings, rows, "left", (7, 5, 40, 1) if local == "blocks" else (7, 1)
+    )
     assert worst(case) < 1e-8
     ids, mask = models.padded(list(rows), "left")
     model = case.model
@@ -199,7 +235,9 @@ def test_long_texts_whose_old_blocks_were_dropped(granularity: str, local: str) 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_crop_and_fork_leave_no_trace(granularity: str, positions: str) -> None:
-    settings = LandmarkConfig(block_size=4, top_k=2, granularity=granularity, positions=positions, local_blocks=1)
+    settings = LandmarkConfig(
+        block_size=4, top_k=2, granularity=granularity, positions=positions, local_blocks=1
+    )
     rows = [models.text(40, seed=8), models.text(31, seed=9)]
     case = Case("phi3", 2, settings, tuple(rows), "left", ())
     ids, mask = models.padded(rows, "left")
@@ -220,11 +258,20 @@ def test_crop_and_fork_leave_no_trace(granularity: str, positions: str) -> None:
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_beams_equal_those_without_a_cache(granularity: str) -> None:
-    settings = LandmarkConfig(block_size=4, top_k=2, granularity=granularity, local_blocks=0, chunk_tokens=5)
+    settings = LandmarkConfig(
+        block_size=4, top_k=2, granularity=granularity, local_blocks=0, chunk_tokens=5
+    )
     model = models.landmark_model("olmo2", settings)
     ids, mask = models.padded([models.text(25, seed=10), models.text(18, seed=11)], "left")
     cached, uncached = (
-        model.generate(ids, attention_mask=mask, max_new_tokens=9, num_beams=4, do_sample=False, use_cache=use_cache)
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=9,
+            num_beams=4,
+            do_sample=False,
+            use_cache=use_cache,
+        )
         for use_cache in (True, False)
     )
     assert cached.tolist() == uncached.tolist()
@@ -233,11 +280,20 @@ def test_beams_equal_those_without_a_cache(granularity: str) -> None:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_a_document_read_without_retrieval(granularity: str, positions: str) -> None:
-    """While it is read, every layer sees its local context and block 0; what comes after retrieves from all of it."""
+    """While it is read, every layer sees its local context and block 0; what comes after retrieves
+    from all of it.
+    """
     settings = LandmarkConfig(
-        block_size=5, top_k=2, granularity=granularity, positions=positions, local_blocks=1, chunk_tokens=7
+        block_size=5,
+        top_k=2,
+        granularity=granularity,
+        positions=positions,
+        local_blocks=1,
+        chunk_tokens=7,
     )
-    model, row, document = models.landmark_model("gemma3", settings), models.text(45, seed=12), 34
+    model = models.landmark_model("gemma3", settings)
+    row = models.text(45, seed=12)
+    document = 34
     cache = model.read(row[None, :document], retrieve=False)
     with torch.no_grad():
         logits = model(row[None, document:], past_key_values=cache).logits[0]
@@ -270,7 +326,11 @@ def test_retrievals_are_those_of_the_oracle(seed: int) -> None:
             for column, slot in enumerate(retrieval.positions[row].tolist()):
                 blocks = retrieval.blocks[row, head, column].tolist()
                 weights = retrieval.weights[row, head, column].tolist()
-                found = {block: weight for block, weight in zip(blocks, weights, strict=True) if block >= 0}
+                found = {
+                    block: weight
+                    for block, weight in zip(blocks, weights, strict=True)
+                    if block >= 0
+                }
                 if slot < 0 or retrieval.layer not in layers:
                     assert found == {}
                     continue
@@ -279,13 +339,19 @@ def test_retrievals_are_those_of_the_oracle(seed: int) -> None:
     slots = [oracle.slots_of(len(row), case.settings.block_size) for row in case.rows]
     first = mask[:, :1].sum(dim=1).tolist()
     texts = [(row, slot) for row in range(len(slots)) for slot in slots[row][first[row] :]]
-    assert {(row, layer, head, slot) for row, slot in texts for layer in layers for head in range(models.HEADS)} <= seen
+    assert {
+        (row, layer, head, slot)
+        for row, slot in texts
+        for layer in layers
+        for head in range(models.HEADS)
+    } <= seen
 
 
 def test_a_cache_keeps_its_own_copy_of_mask_and_ids() -> None:
     """Whoever reuses the tensors of a call changes nothing; a fork and its origin go on apart."""
     model = models.landmark_model("llama", LandmarkConfig(block_size=5, top_k=2, local_blocks=1))
-    ids, mask = models.text(17)[None].int(), torch.ones(1, 17, dtype=torch.bool)
+    ids = models.text(17)[None].int()
+    mask = torch.ones(1, 17, dtype=torch.bool)
     cache = model.read(ids, mask)
     given = ids[0].tolist()
     ids.zero_(), mask.zero_()
@@ -299,13 +365,21 @@ def test_a_cache_keeps_its_own_copy_of_mask_and_ids() -> None:
 
 
 def test_many_calls_leave_few_tensors_of_their_text() -> None:
-    """Small tensors that stay, between the large ones of calls, would scatter the memory of a process."""
+    """Small tensors that stay, between the large ones of calls, would scatter the memory of a
+    process.
+    """
     model = models.landmark_model("llama", LandmarkConfig(block_size=5, top_k=2, local_blocks=1))
-    chance, cache, text = random.Random(0), LandmarkCache(model.config), []
+    chance = random.Random(0)
+    cache = LandmarkCache(model.config)
+    text = []
     for _ in range(300):
         ids = torch.randint(1, models.VOCAB, (2, chance.choice((0, 1, 1, 2, 30))))
         mask = torch.rand(ids.shape) < 0.8
         cache.append(mask, ids)
         text.append(ids[1, mask[1]])
-        assert len(cache._columns._masks) == len(cache._columns._ids) <= cache.get_seq_length().bit_length() + 1
+        assert (
+            len(cache._columns._masks)
+            == len(cache._columns._ids)
+            <= cache.get_seq_length().bit_length() + 1
+        )
     assert torch.equal(cache.ids(1), torch.cat(text).int()) and cache.get_seq_length() > 1000

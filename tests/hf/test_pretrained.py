@@ -1,4 +1,6 @@
-"""Models are read as stock code reads them, with all its arguments; what is missing or damaged is said in one line."""
+"""Models are read as stock code reads them, with all its arguments; what is missing or damaged is
+said in one line.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def logits(model: Any) -> torch.Tensor:
 
 def same(model: Any, stock: Any) -> None:
     expected = logits(stock)
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        logits(model), expected, rtol=0, atol=2e-5 * float(expected.abs().max())
+    )
 
 
 @pytest.mark.parametrize("name", models.ALL_FAMILIES)
@@ -49,7 +53,9 @@ def test_a_subfolder_below_another_model(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(landmark.load(tmp_path, subfolder="landmarks")), logits(ours))
     shutil.rmtree(tmp_path / "checkpoint")
     (tmp_path / "config.json").unlink()
-    assert torch.equal(logits(landmark.load(str(tmp_path) + os.sep, subfolder="landmarks")), logits(ours))
+    assert torch.equal(
+        logits(landmark.load(str(tmp_path) + os.sep, subfolder="landmarks")), logits(ours)
+    )
 
 
 @pytest.mark.parametrize("name", models.ALL_FAMILIES)
@@ -77,7 +83,9 @@ def test_other_angles(tmp_path: Path) -> None:
     stock_of(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, rope_parameters=OTHER)
     same(landmark.convert(tmp_path, rope_parameters=OTHER, **SETTINGS), stock)
-    assert (logits(stock) - logits(AutoModelForCausalLM.from_pretrained(tmp_path))).abs().max() > 0.1
+    assert (
+        logits(stock) - logits(AutoModelForCausalLM.from_pretrained(tmp_path))
+    ).abs().max() > 0.1
 
 
 def stock_of(folder: Path, name: str = "llama", **fields: Any) -> Any:
@@ -115,7 +123,9 @@ def test_a_revision_of_a_hub_name(revision: str | None, tmp_path: Path) -> None:
     to_hub(tmp_path, "landmarks", ours.save_pretrained)
     again = landmark.load("some/model", **{**where, "revision": "landmarks"})
     assert torch.equal(logits(again), logits(ours))
-    with pytest.raises(FileNotFoundError, match="some/model: expected a model's folder or hub name"):
+    with pytest.raises(
+        FileNotFoundError, match="some/model: expected a model's folder or hub name"
+    ):
         landmark.load("some/model", **{**where, "revision": "never"})
 
 
@@ -153,17 +163,26 @@ def test_arguments_of_from_pretrained(way: str, tmp_path: Path) -> None:
 
 
 def test_renamed_tensors(tmp_path: Path) -> None:
-    for save, read in ((stock_of, lambda *a, **k: landmark.convert(*a, **k, **SETTINGS)), (ours_of, landmark.load)):
+    for save, read in (
+        (stock_of, lambda *a, **k: landmark.convert(*a, **k, **SETTINGS)),
+        (ours_of, landmark.load),
+    ):
         folder = tmp_path / save.__name__
         model = save(folder)
         weights = load_file(folder / "model.safetensors")
-        renamed = {name.replace("model.layers.", "decoder.blocks."): value for name, value in weights.items()}
+        renamed = {
+            name.replace("model.layers.", "decoder.blocks."): value
+            for name, value in weights.items()
+        }
         save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
         same(read(folder, key_mapping={r"^decoder\.blocks\.": "model.layers."}), model)
 
 
 def test_a_pickled_checkpoint(tmp_path: Path) -> None:
-    for save, read in ((stock_of, lambda path: landmark.convert(path, **SETTINGS)), (ours_of, landmark.load)):
+    for save, read in (
+        (stock_of, lambda path: landmark.convert(path, **SETTINGS)),
+        (ours_of, landmark.load),
+    ):
         folder = tmp_path / save.__name__
         model = save(folder)
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -181,7 +200,9 @@ def test_what_loading_says(tmp_path: Path) -> None:
     weights.pop("model.landmark_embedding.weight")
     save_file(weights, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
     again, said = landmark.load(tmp_path / "ours", output_loading_info=True)
-    assert set(said["missing_keys"]) == {"model.landmark_embedding.weight"} and type(again) is type(ours)
+    assert set(said["missing_keys"]) == {"model.landmark_embedding.weight"} and type(again) is type(
+        ours
+    )
 
 
 def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +227,9 @@ def overwrite(name: str, content: bytes | None, cut: int | None = None) -> Calla
 
 
 def in_pickle(content: Any, cut: int | None = None) -> Callable[[Path], None]:
-    """Puts a pickled checkpoint in place of the safetensors file: of these bytes, or of this object."""
+    """Puts a pickled checkpoint in place of the safetensors file: of these bytes, or of this
+    object.
+    """
 
     def damage(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -237,10 +260,15 @@ def sharded(name: str, content: bytes | None, pickled: bool = False) -> Callable
 
 def two_pickles(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """Saves a pickled checkpoint in two shards, as transformers did before it had safetensors."""
-    files = {name: f"pytorch_model-0000{1 + place % 2}-of-00002.bin" for place, name in enumerate(weights)}
+    files = {
+        name: f"pytorch_model-0000{1 + place % 2}-of-00002.bin"
+        for place, name in enumerate(weights)
+    }
     for file in set(files.values()):
         torch.save({name: weights[name] for name in files if files[name] == file}, folder / file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": files})
+    )
 
 
 def changed(name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
@@ -276,17 +304,28 @@ class Unsafe:
 NORM = "model.layers.1.input_layernorm.weight"
 LONG_HEADER = (2**62).to_bytes(8, "little") + b"{}"
 POINTER = b"version https://git-lfs.github.com/spec/v1"
-SAFE, PICKLE, INDEX = "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"
+SAFE = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+INDEX = "model.safetensors.index.json"
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "safetensors: truncated": (overwrite(SAFE, None, 900), f"{SAFE}: .*damaged file.*; save or download it again"),
-    "safetensors: no bytes": (overwrite(SAFE, b""), f"{SAFE}: expected its content, got no bytes; save or download"),
+    "safetensors: truncated": (
+        overwrite(SAFE, None, 900),
+        f"{SAFE}: .*damaged file.*; save or download it again",
+    ),
+    "safetensors: no bytes": (
+        overwrite(SAFE, b""),
+        f"{SAFE}: expected its content, got no bytes; save or download",
+    ),
     "safetensors: garbage": (overwrite(SAFE, b"\xff" * 5000), f"{SAFE}: .*damaged file"),
     "safetensors: a header of garbage": (
         overwrite(SAFE, b"\x10" + bytes(7) + b"not JSON at all."),
         f"{SAFE}: .*damage",
     ),
     "safetensors: a header without end": (overwrite(SAFE, LONG_HEADER), f"{SAFE}: .*damaged file"),
-    "safetensors: a pointer of Git LFS": (overwrite(SAFE, POINTER), f"{SAFE}: .*Git LFS; fetch it by git lfs pull"),
+    "safetensors: a pointer of Git LFS": (
+        overwrite(SAFE, POINTER),
+        f"{SAFE}: .*Git LFS; fetch it by git lfs pull",
+    ),
     "safetensors: none": (
         lambda folder: file_of(folder).unlink(),
         "weights, found none of model.safetensors",
@@ -295,59 +334,141 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         sharded("model-00002*", None),
         f"model-00002.*: expected .* that {INDEX} names",
     ),
-    "shards: one is garbage": (sharded("model-00002*", b"\xff" * 500), "model-00002.*: .*damaged file"),
-    "shards: index of garbage": (sharded(INDEX, b"{"), f"{INDEX}: expected a JSON object, got what is no JSON"),
-    "shards: an index of no bytes": (sharded(INDEX, b""), f"{INDEX}: expected its content, got no bytes"),
-    "shards: an empty index": (sharded(INDEX, b"{}"), f"{INDEX}: expected a weight_map .* got None; save the whole"),
-    "shards: index of a list": (sharded(INDEX, b"[]"), f"{INDEX}: expected a JSON object, got list"),
-    "shards: an empty map": (sharded(INDEX, b'{"weight_map": {}}'), f"{INDEX}: expected a weight_map .* got {{}}"),
-    "shards: a map of a list": (sharded(INDEX, b'{"weight_map": []}'), rf"{INDEX}: expected a weight_map .* got \[\]"),
-    "shards: a map to numbers": (sharded(INDEX, b'{"weight_map": {"a": 5}}'), rf"{INDEX}: expected a weight_map .*5"),
+    "shards: one is garbage": (
+        sharded("model-00002*", b"\xff" * 500),
+        "model-00002.*: .*damaged file",
+    ),
+    "shards: index of garbage": (
+        sharded(INDEX, b"{"),
+        f"{INDEX}: expected a JSON object, got what is no JSON",
+    ),
+    "shards: an index of no bytes": (
+        sharded(INDEX, b""),
+        f"{INDEX}: expected its content, got no bytes",
+    ),
+    "shards: an empty index": (
+        sharded(INDEX, b"{}"),
+        f"{INDEX}: expected a weight_map .* got None; save the whole",
+    ),
+    "shards: index of a list": (
+        sharded(INDEX, b"[]"),
+        f"{INDEX}: expected a JSON object, got list",
+    ),
+    "shards: an empty map": (
+        sharded(INDEX, b'{"weight_map": {}}'),
+        f"{INDEX}: expected a weight_map .* got {{}}",
+    ),
+    "shards: a map of a list": (
+        sharded(INDEX, b'{"weight_map": []}'),
+        rf"{INDEX}: expected a weight_map .* got \[\]",
+    ),
+    "shards: a map to numbers": (
+        sharded(INDEX, b'{"weight_map": {"a": 5}}'),
+        rf"{INDEX}: expected a weight_map .*5",
+    ),
     "pickle: truncated": (in_pickle(None, 900), f"{PICKLE}: .*damaged file"),
-    "pickle: half of it": (in_pickle(None, 20000), f"{PICKLE}: .*damaged file.*; save or download it again"),
+    "pickle: half of it": (
+        in_pickle(None, 20000),
+        f"{PICKLE}: .*damaged file.*; save or download it again",
+    ),
     "pickle: no bytes": (in_pickle(b""), f"{PICKLE}: expected its content, got no bytes"),
     "pickle: garbage": (in_pickle(b"\xff" * 900), f"{PICKLE}: .*damaged file"),
     "pickle: text": (in_pickle(b"entry not found"), f"{PICKLE}: .*damaged file"),
-    "pickle: a pointer of Git LFS": (in_pickle(POINTER), f"{PICKLE}: .*Git LFS; fetch it by git lfs pull"),
+    "pickle: a pointer of Git LFS": (
+        in_pickle(POINTER),
+        f"{PICKLE}: .*Git LFS; fetch it by git lfs pull",
+    ),
     "pickle: of something else": (in_pickle(pickle.dumps([1, 2])), f"{PICKLE}: .*damaged file"),
-    "pickle: that runs code": (in_pickle(pickle.dumps(Unsafe(), protocol=2)), f"{PICKLE}: .*Unsupported global"),
-    "pickle: of a list": (in_pickle(pickled([1, 2])), f"{PICKLE}: expected a dict of tensors, got another list"),
-    "pickle: of numbers": (in_pickle(pickled({NORM: "x"})), f"{PICKLE}: expected a dict of tensors, got another dict"),
-    "pickled shards: one is missing": (sharded("*00002.bin", None, True), "bin: expected .* that pytorch.* names"),
-    "pickled shards: one is text": (sharded("*-00001*.bin", b"text", True), "pytorch_model-00001.*: .*damaged file"),
-    "pickled shards: an empty index": (sharded("*.index.json", b"{}", True), "bin.index.json: expected a weight_map"),
-    "config: garbage": (overwrite("config.json", b"\xff\xfe\x00"), "config.json: .* no JSON .*; save or download it"),
+    "pickle: that runs code": (
+        in_pickle(pickle.dumps(Unsafe(), protocol=2)),
+        f"{PICKLE}: .*Unsupported global",
+    ),
+    "pickle: of a list": (
+        in_pickle(pickled([1, 2])),
+        f"{PICKLE}: expected a dict of tensors, got another list",
+    ),
+    "pickle: of numbers": (
+        in_pickle(pickled({NORM: "x"})),
+        f"{PICKLE}: expected a dict of tensors, got another dict",
+    ),
+    "pickled shards: one is missing": (
+        sharded("*00002.bin", None, True),
+        "bin: expected .* that pytorch.* names",
+    ),
+    "pickled shards: one is text": (
+        sharded("*-00001*.bin", b"text", True),
+        "pytorch_model-00001.*: .*damaged file",
+    ),
+    "pickled shards: an empty index": (
+        sharded("*.index.json", b"{}", True),
+        "bin.index.json: expected a weight_map",
+    ),
+    "config: garbage": (
+        overwrite("config.json", b"\xff\xfe\x00"),
+        "config.json: .* no JSON .*; save or download it",
+    ),
     "config: truncated": (overwrite("config.json", None, 40), "config.json: .* no JSON"),
-    "config: no bytes": (overwrite("config.json", b""), "config.json: expected its content, got no bytes"),
-    "config: a list": (overwrite("config.json", b"[1]"), "config.json: expected a JSON object, got list"),
-    "config: null": (overwrite("config.json", b"null"), "config.json: expected a JSON object, got NoneType"),
-    "config: no fields": (overwrite("config.json", b"{}"), "config.json: expected .* as model_type, got None"),
+    "config: no bytes": (
+        overwrite("config.json", b""),
+        "config.json: expected its content, got no bytes",
+    ),
+    "config: a list": (
+        overwrite("config.json", b"[1]"),
+        "config.json: expected a JSON object, got list",
+    ),
+    "config: null": (
+        overwrite("config.json", b"null"),
+        "config.json: expected a JSON object, got NoneType",
+    ),
+    "config: no fields": (
+        overwrite("config.json", b"{}"),
+        "config.json: expected .* as model_type, got None",
+    ),
     "config: an unknown model_type": (
         config_with(model_type="abacus"),
         "config.json: model_type 'abacus'.*update",
     ),
-    "config: a model_type of another kind": (config_with(model_type=7), "config.json: expected .* model_type, got 7"),
+    "config: a model_type of another kind": (
+        config_with(model_type=7),
+        "config.json: expected .* model_type, got 7",
+    ),
     "config: a field of another kind": (
         config_with(num_hidden_layers="two"),
         "layers.*got str|'str' object",
     ),
     "config: another width": (
         config_with(intermediate_size=44),
-        r"6 of other shapes \(model.layers.0.mlp.down_proj.weight: \(32, 48\) in place of \(32, 44\)\); save",
+        r"6 of other shapes \(model.layers.0.mlp.down_proj.weight: \(32, 48\) in place of "
+        r"\(32, 44\)\); save",
     ),
-    "config: none": (lambda folder: file_of(folder, "config.json").unlink(), "config.json is missing"),
-    "generation config: garbage": (overwrite("generation_config.json", b"{"), "generation_config.json: .* no JSON"),
+    "config: none": (
+        lambda folder: file_of(folder, "config.json").unlink(),
+        "config.json is missing",
+    ),
+    "generation config: garbage": (
+        overwrite("generation_config.json", b"{"),
+        "generation_config.json: .* no JSON",
+    ),
     "generation config: a list": (
         overwrite("generation_config.json", b"[]"),
         "generation_config.json: expected a JSON",
     ),
-    "a tensor is missing": (changed("model.safetensors", lambda w: w.pop(NORM)), rf"1 of its tensors \({NORM}\)"),
+    "a tensor is missing": (
+        changed("model.safetensors", lambda w: w.pop(NORM)),
+        rf"1 of its tensors \({NORM}\)",
+    ),
     "another shape": (
         changed("model.safetensors", lambda w: w.update({NORM: torch.ones(7)})),
         r"shapes .*\(7,\)",
     ),
-    "no tensors": (changed("model.safetensors", lambda w: w.clear()), "of its tensors|damaged file"),
-    "a file in place of the folder": (lambda f: (shutil.rmtree(f), f.write_text("x")), "it is a file"),
+    "no tensors": (
+        changed("model.safetensors", lambda w: w.clear()),
+        "of its tensors|damaged file",
+    ),
+    "a file in place of the folder": (
+        lambda f: (shutil.rmtree(f), f.write_text("x")),
+        "it is a file",
+    ),
     "no folder": (shutil.rmtree, "a model's folder or hub name, found none"),
 }
 
@@ -383,15 +504,47 @@ def test_settings_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
 
 
 CONFIGS_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "settings of text": ("llama", {"landmark": "x"}, "config.json: landmark settings: expected a mapping .* got 'x'"),
-    "settings of a list": ("llama", {"landmark": [1]}, r"config.json: landmark settings: expected a mapping .*\[1\]"),
-    "settings of a number": ("llama", {"landmark": 5}, "config.json: landmark settings: expected a mapping .* got 5"),
-    "a block of 1": ("llama", {"landmark": {"block_size": 1}}, "config.json: block_size: expected .* got 1"),
-    "an unknown setting": ("llama", {"landmark": {"foo": 1}}, r"config.json: unknown landmark settings \['foo'\]"),
-    "a flag of text": ("llama", {"landmark": {"landmark_trained": "no"}}, "config.json: landmark_trained: .* 'no'"),
-    "a layer that is not there": ("llama", {"landmark": {"layers": [0, 2]}}, r"layers: expected .* below 2, got \[2\]"),
+    "settings of text": (
+        "llama",
+        {"landmark": "x"},
+        "config.json: landmark settings: expected a mapping .* got 'x'",
+    ),
+    "settings of a list": (
+        "llama",
+        {"landmark": [1]},
+        r"config.json: landmark settings: expected a mapping .*\[1\]",
+    ),
+    "settings of a number": (
+        "llama",
+        {"landmark": 5},
+        "config.json: landmark settings: expected a mapping .* got 5",
+    ),
+    "a block of 1": (
+        "llama",
+        {"landmark": {"block_size": 1}},
+        "config.json: block_size: expected .* got 1",
+    ),
+    "an unknown setting": (
+        "llama",
+        {"landmark": {"foo": 1}},
+        r"config.json: unknown landmark settings \['foo'\]",
+    ),
+    "a flag of text": (
+        "llama",
+        {"landmark": {"landmark_trained": "no"}},
+        "config.json: landmark_trained: .* 'no'",
+    ),
+    "a layer that is not there": (
+        "llama",
+        {"landmark": {"layers": [0, 2]}},
+        r"layers: expected .* below 2, got \[2\]",
+    ),
     "a window": ("mistral", {"sliding_window": 4}, r"sliding window \(4\) cannot be exact"),
-    "layers with a window": ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, "full_attention everywhere"),
+    "layers with a window": (
+        "gemma3_text",
+        {"layer_types": ["sliding_attention"] * 2},
+        "full_attention everywhere",
+    ),
     "dropout": ("llama", {"attention_dropout": 0.1}, "expected attention_dropout 0, got 0.1"),
 }
 
@@ -411,7 +564,9 @@ def test_a_config_that_convert_would_refuse_is_refused_at_load(name: str, tmp_pa
 
 
 def test_fewer_layers_than_the_settings_name(tmp_path: Path) -> None:
-    landmark.convert(models.family_model("llama", dtype=torch.float32), layers=(1,)).save_pretrained(tmp_path)
+    landmark.convert(
+        models.family_model("llama", dtype=torch.float32), layers=(1,)
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"layers: expected indices below 1, got \[1\]"):
         landmark.load(tmp_path, num_hidden_layers=1)
 
@@ -453,7 +608,9 @@ def gguf_of(folder: Path, name: str = "llama") -> str:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(config.vocab_size)
     writer.add_token_list([f"<{token}>" for token in range(config.vocab_size)])
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(
+        getattr(gguf.MODEL_ARCH, name.upper()), config.num_hidden_layers
+    )
     for key, weight in model.state_dict().items():
         writer.add_tensor(names.get_name(key, try_suffixes=(".weight", ".bias")), weight.numpy())
     writer.write_header_to_file()
@@ -485,7 +642,10 @@ GGUF_DAMAGES = {
         overwrite("tiny.gguf", b"\xff" * 3000),
         "expected a GGUF file, got one that begins with",
     ),
-    "garbage behind the name": (overwrite("tiny.gguf", b"GGUF" + b"\xff" * 3000), "; download it again"),
+    "garbage behind the name": (
+        overwrite("tiny.gguf", b"GGUF" + b"\xff" * 3000),
+        "; download it again",
+    ),
     "a pointer of Git LFS": (overwrite("tiny.gguf", POINTER), "Git LFS; fetch it by git lfs pull"),
     "none": (lambda folder: (folder / "tiny.gguf").unlink(), "expected a GGUF file, found none"),
 }
@@ -496,12 +656,19 @@ def test_a_damaged_gguf_file(name: str, tmp_path: Path) -> None:
     damage, message = GGUF_DAMAGES[name]
     gguf_of(tmp_path)
     damage(tmp_path)
-    with pytest.raises((ValueError, FileNotFoundError), match=f"{tmp_path}/tiny.gguf: .*{message}") as caught:
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=f"{tmp_path}/tiny.gguf: .*{message}"
+    ) as caught:
         landmark.convert(tmp_path, gguf_file="tiny.gguf")
     assert "\n" not in str(caught.value)
 
 
-DAMAGED_ON_THE_HUB = ["safetensors: truncated", "shards: index of a list", "pickle: text", "config: truncated"]
+DAMAGED_ON_THE_HUB = [
+    "safetensors: truncated",
+    "shards: index of a list",
+    "pickle: text",
+    "config: truncated",
+]
 
 
 @pytest.mark.parametrize("name", DAMAGED_ON_THE_HUB)
@@ -521,7 +688,9 @@ def test_damage_to_what_is_cached_of_a_hub_name(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("read", ["convert", "load"])
 def test_a_subfolder_that_is_missing(read: str, tmp_path: Path) -> None:
     (stock_of if read == "convert" else ours_of)(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: expected a subfolder 'nope', found none"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{tmp_path}: expected a subfolder 'nope', found none"
+    ):
         getattr(landmark, read)(tmp_path, subfolder="nope")
 
 
@@ -545,19 +714,26 @@ def test_weights_that_are_not_the_ones_read_are_not_blamed(tmp_path: Path) -> No
 def test_other_shapes_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
     stock_of(tmp_path)
     changed(SAFE, lambda weights: weights.update({NORM: torch.ones(7)}))(tmp_path)
-    _, info = landmark.convert(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True, **SETTINGS)
+    _, info = landmark.convert(
+        tmp_path, ignore_mismatched_sizes=True, output_loading_info=True, **SETTINGS
+    )
     assert {name for name, *_ in info["mismatched_keys"]} == {NORM}
 
 
 def test_a_gguf_file_as_the_path_is_told_how(tmp_path: Path) -> None:
     file = gguf_of(tmp_path)
-    with pytest.raises(FileNotFoundError, match="it is a file; a GGUF file is named by gguf_file= beside its folder"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="it is a file; a GGUF file is named by gguf_file= beside its folder",
+    ):
         landmark.convert(tmp_path / file)
 
 
 def test_a_gguf_file_is_no_landmark_model(tmp_path: Path) -> None:
     file = gguf_of(tmp_path)
-    with pytest.raises(ValueError, match=r"expected a landmark model, got model_type 'llama': use landmark.convert"):
+    with pytest.raises(
+        ValueError, match=r"expected a landmark model, got model_type 'llama': use landmark.convert"
+    ):
         landmark.load(tmp_path, gguf_file=file)
 
 
@@ -577,4 +753,6 @@ def test_a_pretrained_gguf_file(tmp_path: Path) -> None:
         assert (ours(ids[:, :60]).logits - expected).abs().max() < 1e-3
     said = ours.generate(ids, max_new_tokens=8, do_sample=False)
     ours.save_pretrained(tmp_path)
-    assert torch.equal(landmark.load(tmp_path).generate(ids, max_new_tokens=8, do_sample=False), said)
+    assert torch.equal(
+        landmark.load(tmp_path).generate(ids, max_new_tokens=8, do_sample=False), said
+    )

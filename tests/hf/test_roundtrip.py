@@ -1,4 +1,6 @@
-"""Convert, save, load in another process: the same logits, bit for bit; what the folder says, and what it needs."""
+"""Convert, save, load in another process: the same logits, bit for bit; what the folder says, and
+what it needs.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ import landmark.hf
 logits = {}
 for folder in sorted(path for path in root.iterdir() if path.is_dir()):
     model = AutoModelForCausalLM.from_pretrained(folder)
-    said[folder.name] = [type(model).__name__, type(model.config).__name__, str(model.dtype), model.training]
+    names = [type(model).__name__, type(model.config).__name__]
+    said[folder.name] = [*names, str(model.dtype), model.training]
     with torch.no_grad():
         ids = torch.load(root / "ids.pt")
         logits[folder.name] = model(ids).logits
@@ -55,7 +58,9 @@ save_file(logits, root / "logits.safetensors")
 
 
 def converted(family: str, dtype: torch.dtype):
-    model = landmark.convert(models.stock_model(family, dtype=dtype), block_size=5, top_k=2, local_blocks=1)
+    model = landmark.convert(
+        models.stock_model(family, dtype=dtype), block_size=5, top_k=2, local_blocks=1
+    )
     model.configure_landmark(landmark_trained=True, chunk_tokens=30)
     return model
 
@@ -73,14 +78,25 @@ def elsewhere(tmp_path_factory):
     command = [sys.executable, "-c", ANOTHER_PROCESS, str(root)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
-    return made, root, ids, json.loads((root / "said.json").read_text()), load_file(root / "logits.safetensors")
+    return (
+        made,
+        root,
+        ids,
+        json.loads((root / "said.json").read_text()),
+        load_file(root / "logits.safetensors"),
+    )
 
 
 @pytest.mark.parametrize("name", SAVED)
 def test_another_process_gives_the_same_logits_bit_for_bit(elsewhere, name: str) -> None:
     made, root, ids, said, logits = elsewhere
     model = made[name]
-    assert said[name] == [type(model).__name__, type(model.config).__name__, str(model.dtype), False]
+    assert said[name] == [
+        type(model).__name__,
+        type(model.config).__name__,
+        str(model.dtype),
+        False,
+    ]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, logits[name])
         model.configure_landmark(mode="all")
@@ -94,7 +110,11 @@ def test_another_process_gives_the_same_logits_bit_for_bit(elsewhere, name: str)
 def test_the_folder_says_what_to_install(elsewhere) -> None:
     _, root, _, said, _ = elsewhere
     note = (root / "llama" / "LANDMARK.md").read_text()
-    assert "pip install landmark-attention" in note and "landmark.load(" in note and "import landmark.hf" in note
+    assert (
+        "pip install landmark-attention" in note
+        and "landmark.load(" in note
+        and "import landmark.hf" in note
+    )
     assert str(root) not in note
     assert said["without"].startswith("ValueError") and "trust_remote_code=True" in said["without"]
     assert json.loads((root / "llama" / "config.json").read_text())["landmark"]["block_size"] == 5
@@ -104,7 +124,9 @@ def test_saving_again_changes_nothing(elsewhere, tmp_path: Path) -> None:
     _, root, _, _, _ = elsewhere
     again = landmark.load(root / "gemma3")
     again.save_pretrained(tmp_path)
-    before, after = (load_file(folder / "model.safetensors") for folder in (root / "gemma3", tmp_path))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (root / "gemma3", tmp_path)
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "config.json").read_text() == (root / "gemma3" / "config.json").read_text()
@@ -133,7 +155,8 @@ def test_converting_a_folder_equals_converting_the_model(family: str, tmp_path: 
     stock = models.stock_model(family, dtype=torch.float32)
     stock.save_pretrained(tmp_path)
     options = {"block_size": 5, "top_k": 2, "local_blocks": 1}
-    ours, theirs = landmark.convert(stock, **options), landmark.convert(tmp_path, **options)
+    ours = landmark.convert(stock, **options)
+    theirs = landmark.convert(tmp_path, **options)
     ids = models.text(60)[None]
     for model in (ours, theirs):
         model.configure_landmark(landmark_trained=True)
@@ -142,7 +165,9 @@ def test_converting_a_folder_equals_converting_the_model(family: str, tmp_path: 
     assert ours.landmark == theirs.landmark
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     stock_keys = set(stock.state_dict())
-    assert {key.rsplit(".", 2)[-2] for key in set(ours.state_dict()) - stock_keys} == {"landmark_embedding"}
+    assert {key.rsplit(".", 2)[-2] for key in set(ours.state_dict()) - stock_keys} == {
+        "landmark_embedding"
+    }
 
 
 def test_a_model_shares_its_weights_with_the_one_it_was_made_of() -> None:
@@ -157,7 +182,13 @@ def test_a_model_shares_its_weights_with_the_one_it_was_made_of() -> None:
 
 def test_settings_survive(tmp_path: Path) -> None:
     model = converted("qwen3", torch.float32)
-    changed = {"top_k": 3, "granularity": "group", "positions": "exact", "max_blocks": 7, "layers": (1,)}
+    changed = {
+        "top_k": 3,
+        "granularity": "group",
+        "positions": "exact",
+        "max_blocks": 7,
+        "layers": (1,),
+    }
     model.configure_landmark(**changed)
     model.save_pretrained(tmp_path)
     settings = landmark.load(tmp_path).landmark
@@ -172,11 +203,14 @@ def test_the_decoder_alone_attends_by_landmarks_too(elsewhere, family: str) -> N
     decoder = AutoModel.from_pretrained(root / family)
     assert type(decoder) is type(made[family].base_model)
     with torch.no_grad():
-        assert torch.equal(decoder(ids).last_hidden_state, made[family].base_model(ids).last_hidden_state)
+        assert torch.equal(
+            decoder(ids).last_hidden_state, made[family].base_model(ids).last_hidden_state
+        )
 
 
 def test_copies_and_pickles_are_the_same_model() -> None:
-    model, ids = converted("qwen3", torch.float32), models.text(60)[None]
+    model = converted("qwen3", torch.float32)
+    ids = models.text(60)[None]
     with torch.no_grad():
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(copied(ids).logits, model(ids).logits)

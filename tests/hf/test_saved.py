@@ -1,4 +1,6 @@
-"""Saved memories: opened on any tier they answer as before, bit for bit, and go on; nothing half written counts."""
+"""Saved memories: opened on any tier they answer as before, bit for bit, and go on; nothing half
+written counts.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from landmark.memory import archive, near, shelf, store
 from landmark.memory.archive import Archive, Damaged
 from landmark.memory.saved import verify
 
-CASES, ALWAYS = 240, 16
+CASES = 240
+ALWAYS = 16
 TIERS: tuple[dict[str, Any], ...] = (
     {"tier": "device"},
     {"tier": "host"},
@@ -53,18 +56,26 @@ def draw(chance: random.Random) -> LandmarkConfig:
 
 
 def equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return one is other is None or (one is not None and other is not None and torch.equal(one, other))
+    return one is other is None or (
+        one is not None and other is not None and torch.equal(one, other)
+    )
 
 
 class Lives:
-    """The same history on a cache that is never saved, and on one that is saved and opened again and again."""
+    """The same history on a cache that is never saved, and on one that is saved and opened again
+    and again.
+    """
 
     def __init__(self, model: Any, chance: random.Random, root: Path) -> None:
-        self.model, self.chance, self.root = model, chance, root
+        self.model = model
+        self.chance = chance
+        self.root = root
         self.twin = LandmarkCache(model.config)
         self.cache = LandmarkCache(model.config, **chance.choice(TIERS))
         self.folders = 0
-        self.saved_tokens: int | None = None  # in the last folder, None where it is not this cache's
+        self.saved_tokens: int | None = (
+            None  # in the last folder, None where it is not this cache's
+        )
         self.low = 0  # tokens that were never taken back since then
         self.compared = self.opened = 0
 
@@ -74,10 +85,15 @@ class Lives:
 
     def feed(self) -> None:
         block = self.model.landmark.text_per_block
-        tokens = self.chance.choice((1, 2, block, block - self.twin.tokens[0] % block, self.chance.randint(1, 50)))
-        ids, retrieve = torch.randint(1, models.VOCAB, (1, tokens)), self.chance.random() < 0.8
+        tokens = self.chance.choice(
+            (1, 2, block, block - self.twin.tokens[0] % block, self.chance.randint(1, 50))
+        )
+        ids = torch.randint(1, models.VOCAB, (1, tokens))
+        retrieve = self.chance.random() < 0.8
         if retrieve:
-            both = [self.model(ids, past_key_values=cache).logits for cache in (self.twin, self.cache)]
+            both = [
+                self.model(ids, past_key_values=cache).logits for cache in (self.twin, self.cache)
+            ]
             assert torch.equal(*both)
             self.compared += 1
         else:
@@ -85,7 +101,9 @@ class Lives:
                 self.model.read(ids, cache=cache, retrieve=False)
 
     def crop(self) -> None:
-        tokens = self.chance.randint(0, min(self.twin.tokens[0] - 1, self.chance.choice((1, 3, 9, 30))))
+        tokens = self.chance.randint(
+            0, min(self.twin.tokens[0] - 1, self.chance.choice((1, 3, 9, 30)))
+        )
         refusals = []
         for cache in (self.twin, self.cache):
             try:
@@ -97,7 +115,8 @@ class Lives:
 
     def fork(self) -> None:
         """Goes on with a fork; its origin reads something else and writes it into their folder."""
-        origin, self.cache = self.cache, self.cache.fork()
+        origin = self.cache
+        self.cache = self.cache.fork()
         assert self.cache.saved is None
         self.model.read(models.text(9)[None], cache=origin)
         if self.saved_tokens is not None and self.low >= self.saved_tokens:
@@ -108,7 +127,9 @@ class Lives:
         if self.saved_tokens is None:
             self.folders += 1
         elif self.low < self.saved_tokens:
-            with pytest.raises(ValueError, match=r"got one that was cropped; save it to a new folder"):
+            with pytest.raises(
+                ValueError, match=r"got one that was cropped; save it to a new folder"
+            ):
                 self.cache.save(self.folder)
             self.folders += 1
         self.cache.save(self.folder)
@@ -119,19 +140,27 @@ class Lives:
         if self.saved_tokens != self.twin.tokens[0] or self.low < self.saved_tokens:
             self.save()
         self.cache = LandmarkCache.open(self.folder, self.model, **self.chance.choice(TIERS))
-        assert self.cache.tokens == self.twin.tokens and torch.equal(self.cache.ids(), self.twin.ids())
+        assert self.cache.tokens == self.twin.tokens and torch.equal(
+            self.cache.ids(), self.twin.ids()
+        )
         for ours, theirs in zip(self.cache.made(), self.twin.made(), strict=True):
-            assert equal(ours._peak, theirs._peak) and equal(ours._queries, theirs._queries), "what head knows"
+            assert equal(ours._peak, theirs._peak) and equal(ours._queries, theirs._queries), (
+                "what head knows"
+            )
         self.opened += 1
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=() if seed < ALWAYS else pytest.mark.full) for seed in range(CASES)]
+    "seed",
+    [pytest.param(seed, marks=() if seed < ALWAYS else pytest.mark.full) for seed in range(CASES)],
 )
 @torch.no_grad()
-def test_a_saved_memory_answers_bit_for_bit(seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_saved_memory_answers_bit_for_bit(
+    seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     chance = random.Random(seed)
-    family, kv_heads = chance.choice(models.FAMILIES), chance.choice((1, 2, 4))
+    family = chance.choice(models.FAMILIES)
+    kv_heads = chance.choice((1, 2, 4))
     monkeypatch.setattr(shelf, "EXTENT_BYTES", chance.choice((1, 3_000, 20_000)))
     at_once = chance.choice((1, 3, 256))
     for module in (store, near):
@@ -176,7 +205,9 @@ def test_it_is_opened_without_reading_the_blocks(tmp_path: Path) -> None:
     for path in tmp_path.glob("*.blocks"):
         path.write_bytes(bytes(path.stat().st_size))
     for tier in ("host", "disk"):
-        with pytest.raises(ValueError, match=r"block 0, key/value head 0 \(bytes 0-256\) is not what was written"):
+        with pytest.raises(
+            ValueError, match=r"block 0, key/value head 0 \(bytes 0-256\) is not what was written"
+        ):
             LandmarkCache.open(tmp_path, model, tier)  # block 0 alone is read
     assert len(verify(tmp_path)) == 2 * 2 * (cache.slots[0] // 4)
 
@@ -185,7 +216,8 @@ def test_evicted_blocks_take_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(store, "EVICTION_STEP", 1)
     monkeypatch.setattr(store, "SPARE_BLOCKS", 0)
     model, cache = grown(tmp_path, 3000, max_blocks=3)
-    path, block = tmp_path / "layer-01.blocks", 2 * 2 * 4 * 8 * 4
+    path = tmp_path / "layer-01.blocks"
+    block = 2 * 2 * 4 * 8 * 4
     assert path.stat().st_size == 1000 * block
     assert path.stat().st_blocks * 512 < 100 * block, "only kept blocks take room"
     assert path.read_bytes()[block : 400 * block] == bytes(399 * block)
@@ -194,13 +226,21 @@ def test_evicted_blocks_take_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyP
         again = LandmarkCache.open(tmp_path, model, tier)
         ids = models.text(40)[None]
         with torch.no_grad():
-            assert torch.equal(*(model(ids, past_key_values=each.fork()).logits for each in (again, cache)))
+            assert torch.equal(
+                *(model(ids, past_key_values=each.fork()).logits for each in (again, cache))
+            )
 
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
-def test_what_was_evicted_stays_away(tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_evicted_stays_away(
+    tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither saving a memory nor opening it brings back blocks that nobody will see."""
-    for module, name, value in ((shelf, "EXTENT_BYTES", 1), (store, "EVICTION_STEP", 1), (store, "SPARE_BLOCKS", 0)):
+    for module, name, value in (
+        (shelf, "EXTENT_BYTES", 1),
+        (store, "EVICTION_STEP", 1),
+        (store, "SPARE_BLOCKS", 0),
+    ):
         monkeypatch.setattr(module, name, value)
     model = models.landmark_model("llama", settings(max_blocks=3), dtype=torch.float32)
     cache = model.read(models.text(600)[None], cache=LandmarkCache(model.config, tier))
@@ -215,7 +255,9 @@ def test_a_memory_of_a_model_that_was_cast_since_is_refused(tmp_path: Path) -> N
     model = copy.deepcopy(model)
     cache = model.read(models.text(20)[None])
     model.to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"in float32, .* got it in bfloat16; call model.to\(torch.float32\)"):
+    with pytest.raises(
+        ValueError, match=r"in float32, .* got it in bfloat16; call model.to\(torch.float32\)"
+    ):
         cache.save(tmp_path / "memory")
     assert not (tmp_path / "memory").exists()
     model.float()
@@ -235,13 +277,19 @@ def test_a_row_of_a_padded_batch_is_saved_alone(tmp_path: Path) -> None:
         again = LandmarkCache.open(tmp_path, model, "disk")
         assert again.tokens == [33] == [again.get_seq_length()]
         assert torch.equal(again.ids(), models.text(33).int())
-        assert torch.equal(*(model(models.text(9)[None], past_key_values=each).logits for each in (cache, again)))
+        assert torch.equal(
+            *(model(models.text(9)[None], past_key_values=each).logits for each in (cache, again))
+        )
 
 
 def test_notes_and_streams_come_back(tmp_path: Path) -> None:
     model = models.landmark_model("llama", settings())
     cache = model.read(models.text(30)[None])
-    cache.save(tmp_path / "memory", notes={"sources": ["a"]}, streams={"lines": lambda kept: b"0123"[kept:]})
+    cache.save(
+        tmp_path / "memory",
+        notes={"sources": ["a"]},
+        streams={"lines": lambda kept: b"0123"[kept:]},
+    )
     again = LandmarkCache.open(tmp_path / "memory", model)
     assert again.saved is not None
     assert again.saved.notes == {"sources": ["a"]} and again.saved.stream("lines") == b"0123"
@@ -257,25 +305,32 @@ def test_a_memory_of_an_adapter_is_opened_with_it(tmp_path: Path) -> None:
     import landmark
 
     base = landmark.convert(models.stock_model("llama", dtype=torch.float32), block_size=4)
-    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
     adapted = peft.get_peft_model(base, config).eval()
     with torch.no_grad():
         cache = adapted.get_base_model().read(models.text(50)[None])
         cache.save(tmp_path)
         again = LandmarkCache.open(tmp_path, adapted, "disk")
-        assert torch.equal(*(adapted(models.text(9)[None], past_key_values=each).logits for each in (cache, again)))
+        assert torch.equal(
+            *(adapted(models.text(9)[None], past_key_values=each).logits for each in (cache, again))
+        )
     plain = landmark.convert(models.stock_model("llama", dtype=torch.float32), block_size=4)
     with pytest.raises(ValueError, match="made with another model"):
         LandmarkCache.open(tmp_path, plain)
 
 
-@pytest.mark.parametrize("at", [(archive, "_read_state"), (hf_saved, "saved_layers"), (Archive, "verify")])
+@pytest.mark.parametrize(
+    "at", [(archive, "_read_state"), (hf_saved, "saved_layers"), (Archive, "verify")]
+)
 def test_a_reader_outlives_a_tail_that_is_replaced_meanwhile(
     at: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A writer commits right after the reader has learnt which files there are."""
     model, cache = grown(tmp_path)
-    real, calls = getattr(*at), []
+    real = getattr(*at)
+    calls = []
 
     def interrupted(*arguments: Any) -> Any:
         found = real(*arguments)
@@ -290,7 +345,9 @@ def test_a_reader_outlives_a_tail_that_is_replaced_meanwhile(
         assert verify(tmp_path) == []
     else:
         again = LandmarkCache.open(tmp_path, model, "disk")
-        assert again.tokens == cache.tokens and torch.equal(answer(model, again), answer(model, cache))
+        assert again.tokens == cache.tokens and torch.equal(
+            answer(model, again), answer(model, cache)
+        )
     assert len(calls) >= 2
 
 
@@ -302,7 +359,9 @@ def test_two_caches_of_one_folder_do_not_overwrite_each_other(tmp_path: Path) ->
     cache.save(tmp_path)
     assert torch.equal(answer(model, late), asked), "a reader goes on with what it opened"
     model.read(models.text(3)[None], cache=late)
-    with pytest.raises(ValueError, match=r"was written to since it was opened \(commit 3, not 2\); open it again"):
+    with pytest.raises(
+        ValueError, match=r"was written to since it was opened \(commit 3, not 2\); open it again"
+    ):
         late.save(tmp_path)
     late.save(tmp_path / "other")
     assert LandmarkCache.open(tmp_path, model).tokens == [190]
@@ -316,9 +375,12 @@ def damage(path: Path, chance: random.Random) -> None:
 
 
 def test_every_flipped_byte_is_found_and_none_reaches_an_answer(quick: Path) -> None:
-    """One bit of one byte, 200 times, over all files by their sizes and at least 6 times in each."""
+    """One bit of one byte, 200 times, over all files by their sizes and at least 6 times in
+    each.
+    """
     model, _ = grown(quick, 130, top_k=64)
-    chance, paths = random.Random(0), sorted(path for path in quick.iterdir() if path.stat().st_size)
+    chance = random.Random(0)
+    paths = sorted(path for path in quick.iterdir() if path.stat().st_size)
     sizes = [path.stat().st_size for path in paths]
     flips = [path for path in paths for _ in range(6)]
     flips += chance.choices(paths, sizes, k=200 - len(flips))
@@ -330,7 +392,9 @@ def test_every_flipped_byte_is_found_and_none_reaches_an_answer(quick: Path) -> 
         damage(path, chance)
         found = verify(quick)
         assert found and all(path.name in line for line in found), (path.name, found)
-        with pytest.raises(Damaged, match=path.name):  # on lower tiers the question reads the blocks
+        with pytest.raises(
+            Damaged, match=path.name
+        ):  # on lower tiers the question reads the blocks
             answer(model, LandmarkCache.open(quick, model, ("device", "host", "disk")[index % 3]))
         try:  # what was read before the byte changed may still answer
             assert torch.equal(answer(model, late), expected)
@@ -358,13 +422,23 @@ def test_truncated_and_missing_files_are_named(tmp_path: Path) -> None:
 
 
 class Killed:
-    """Folders of writers that were killed, and what an undisturbed writer has at each of its saves."""
+    """Folders of writers that were killed, and what an undisturbed writer has at each of its
+    saves.
+    """
 
     def __init__(self, root: Path, kills: int) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("writer.py")), str(root), str(kills)]
-        paths = os.pathsep.join([str(Path(archive.__file__).parents[2]), str(Path(__file__).parents[1])])
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("writer.py")),
+            str(root),
+            str(kills),
+        ]
+        paths = os.pathsep.join(
+            [str(Path(archive.__file__).parents[2]), str(Path(__file__).parents[1])]
+        )
         subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=900)
-        self.model, self.root = writer.model(), root
+        self.model = writer.model()
+        self.root = root
         self.expected: dict[int, torch.Tensor | None] = {0: None}
         cache = LandmarkCache(self.model.config)
         for _ in range(writer.SAVES):
@@ -372,12 +446,15 @@ class Killed:
             self.expected[cache.tokens[0]] = answer(self.model, cache)
 
     def check(self, index: int) -> tuple[bool, bool]:
-        """Opens a folder and lets the work go on; returns whether it was killed at work, and inside a save."""
+        """Opens a folder and lets the work go on; returns whether it was killed at work, and inside
+        a save.
+        """
         folder = self.root / str(index)
         acknowledged = writer.acknowledged(folder)
         there = archive.STATE in os.listdir(folder) if folder.exists() else False
         assert there or not acknowledged
-        cache, inside = LandmarkCache(self.model.config, "disk"), False
+        cache = LandmarkCache(self.model.config, "disk")
+        inside = False
         if there:
             assert verify(folder) == []
             inside = Archive.open(folder).leftover() != {}
@@ -387,7 +464,9 @@ class Killed:
         assert read in self.expected and acknowledged <= read <= acknowledged + writer.PART
         writer.go_on(self.model, cache, folder)
         assert verify(folder) == []
-        if read < writer.PART * writer.SAVES:  # else killed behind the last commit: a next save removes the old tail
+        if (
+            read < writer.PART * writer.SAVES
+        ):  # else killed behind the last commit: a next save removes the old tail
             assert Archive.open(folder).leftover() == {}
         again = LandmarkCache.open(folder, self.model)
         assert equal(answer(self.model, again), self.expected[writer.PART * writer.SAVES])
@@ -396,7 +475,9 @@ class Killed:
 
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.full)])
 def test_a_killed_writer_loses_nothing_that_it_acknowledged(kills: int, tmp_path: Path) -> None:
-    """kill -9 at instants spread uniformly over the writing, on a disk, where that takes longer than the reading."""
+    """kill -9 at instants spread uniformly over the writing, on a disk, where that takes longer
+    than the reading.
+    """
     killed = Killed(tmp_path, kills)
     found = [killed.check(index) for index in range(kills)]
     at_work, inside = (sum(each) for each in zip(*found, strict=True))
@@ -413,7 +494,8 @@ def test_a_full_disk_leaves_what_was_saved(quick: Path, monkeypatch: pytest.Monk
     for first in (True, False):
         before = None if first else answer(model, begun)
         for at in range(1000):
-            folder, cache = quick / f"{first}-{at}", begun.fork()
+            folder = quick / f"{first}-{at}"
+            cache = begun.fork()
             if not first:
                 cache.save(folder)
             model.read(models.text(21)[None], cache=cache)
@@ -453,10 +535,14 @@ def test_the_systems_own_refusal_is_a_clear_error(tmp_path: Path) -> None:
     model.read(models.text(100)[None], cache=cache)
     limited(2**14 + 2**10)
     try:
-        with pytest.raises(ValueError, match=r"no room for \d+ more bytes in '.*' \(File too large\): make room"):
+        with pytest.raises(
+            ValueError, match=r"no room for \d+ more bytes in '.*' \(File too large\): make room"
+        ):
             cache.save(tmp_path)
     finally:
         limited(resource.RLIM_INFINITY)
     assert torch.equal(answer(model, LandmarkCache.open(tmp_path, model, "disk")), expected)
     cache.save(tmp_path)
-    assert torch.equal(answer(model, LandmarkCache.open(tmp_path, model, "disk")), answer(model, cache))
+    assert torch.equal(
+        answer(model, LandmarkCache.open(tmp_path, model, "disk")), answer(model, cache)
+    )

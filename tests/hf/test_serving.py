@@ -1,4 +1,6 @@
-"""Stock tools around a landmark model: chat, pipelines, streamers, generate's options, placement, quantization."""
+"""Stock tools around a landmark model: chat, pipelines, streamers, generate's options, placement,
+quantization.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ from landmark import LandmarkCache, LandmarkConfig
 RETRIEVE = LandmarkConfig(block_size=5, top_k=2, local_blocks=1, chunk_tokens=13)
 WORDS = [f"w{number}" for number in range(models.VOCAB - 4)]
 CHAT = (
-    "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }} {% endfor %}"
-    "{% if add_generation_prompt %}<bot> {% endif %}"
+    "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }} "
+    "{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
 )
 PLACED = {
     "llama": ("embed_tokens", "norm", "rotary_emb", "layers.0", "layers.1", "landmark_embedding"),
@@ -54,7 +56,9 @@ def prompts() -> torch.Tensor:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<user>", "<bot>", *WORDS])}
+    vocabulary = {
+        word: index for index, word in enumerate(["<pad>", "<unk>", "<user>", "<bot>", *WORDS])
+    }
     inner = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")
@@ -63,7 +67,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def words(count: int, seed: int) -> str:
-    return " ".join(WORDS[index] for index in torch.randperm(len(WORDS), generator=_generator(seed))[:count])
+    return " ".join(
+        WORDS[index] for index in torch.randperm(len(WORDS), generator=_generator(seed))[:count]
+    )
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -71,26 +77,36 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def test_a_chat_on_one_cache_equals_one_long_prompt() -> None:
-    model, speaks = llama(), tokenizer()
-    cache, messages = LandmarkCache(model.config), []
+    model = llama()
+    speaks = tokenizer()
+    cache = LandmarkCache(model.config)
+    messages = []
     for turn in range(3):
         messages.append({"role": "user", "content": words(14, seed=turn)})
-        ids = speaks.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        ids = speaks.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")[
+            "input_ids"
+        ]
         options = {"max_new_tokens": 9, "do_sample": False}
         continued = model.generate(ids, past_key_values=cache, **options)
         assert torch.equal(continued, model.generate(ids, **options))
         assert cache.get_seq_length() == continued.shape[1] - 1
-        messages.append({"role": "assistant", "content": speaks.decode(continued[0, ids.shape[1] :])})
+        messages.append(
+            {"role": "assistant", "content": speaks.decode(continued[0, ids.shape[1] :])}
+        )
     assert ids.shape[1] > 60 and ids[0].tolist().count(speaks.convert_tokens_to_ids("<bot>")) >= 3
 
 
 def test_pipeline_and_streamers_say_what_generate_says(capsys: pytest.CaptureFixture[str]) -> None:
-    model, speaks, prompt = llama(), tokenizer(), words(23, seed=4)
+    model = llama()
+    speaks = tokenizer()
+    prompt = words(23, seed=4)
     ids = speaks(prompt, return_tensors="pt")["input_ids"]
     options = {"max_new_tokens": 8, "do_sample": False}
     new = speaks.decode(model.generate(ids, **options)[0, ids.shape[1] :])
     said = pipeline("text-generation", model=model, tokenizer=speaks, device="cpu")
-    assert said(prompt, **options, return_full_text=False)[0]["generated_text"].split() == new.split()
+    assert (
+        said(prompt, **options, return_full_text=False)[0]["generated_text"].split() == new.split()
+    )
     both = said([prompt, words(9, seed=5)], batch_size=2, **options, return_full_text=False)
     assert both[0][0]["generated_text"].split() == new.split()
     chat = said([{"role": "user", "content": prompt}], **options)[0]["generated_text"]
@@ -100,7 +116,9 @@ def test_pipeline_and_streamers_say_what_generate_says(capsys: pytest.CaptureFix
     model.generate(ids, streamer=TextStreamer(speaks, skip_prompt=True), **options)
     assert capsys.readouterr().out.split() == new.split()
     streamer = TextIteratorStreamer(speaks, skip_prompt=True, timeout=60)
-    thread = threading.Thread(target=model.generate, args=(ids,), kwargs={"streamer": streamer, **options})
+    thread = threading.Thread(
+        target=model.generate, args=(ids,), kwargs={"streamer": streamer, **options}
+    )
     thread.start()
     parts = list(streamer)
     thread.join()
@@ -108,12 +126,16 @@ def test_pipeline_and_streamers_say_what_generate_says(capsys: pytest.CaptureFix
 
 
 def test_a_folder_serves_a_pipeline_by_its_path(tmp_path: Path) -> None:
-    model, speaks, prompt = llama(), tokenizer(), words(23, seed=4)
+    model = llama()
+    speaks = tokenizer()
+    prompt = words(23, seed=4)
     model.save_pretrained(tmp_path)
     speaks.save_pretrained(tmp_path)
     options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
     by_path = pipeline("text-generation", model=str(tmp_path), device="cpu")(prompt, **options)
-    assert by_path == pipeline("text-generation", model=model, tokenizer=speaks, device="cpu")(prompt, **options)
+    assert by_path == pipeline("text-generation", model=model, tokenizer=speaks, device="cpu")(
+        prompt, **options
+    )
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == speaks.get_vocab()
 
 
@@ -134,27 +156,38 @@ def test_options_of_generate_are_the_same_without_a_cache(options: dict[str, Any
     for use_cache in (True, False):
         torch.manual_seed(0)
         said.append(
-            llama().generate(prompts(), **{"do_sample": False, **options}, max_new_tokens=9, use_cache=use_cache)
+            llama().generate(
+                prompts(), **{"do_sample": False, **options}, max_new_tokens=9, use_cache=use_cache
+            )
         )
     assert torch.equal(*said) and len(said[0]) == 2 * options.get("num_return_sequences", 1)
 
 
 def test_generation_from_embeddings() -> None:
-    model, ids = llama(), prompts()
+    model = llama()
+    ids = prompts()
     expected = model.generate(ids, max_new_tokens=9, do_sample=False)[:, 17:]
     embeds = model.get_input_embeddings()(ids)
     for more in ({}, {"use_cache": False}):
-        assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=9, do_sample=False, **more), expected)
+        assert torch.equal(
+            model.generate(inputs_embeds=embeds, max_new_tokens=9, do_sample=False, **more),
+            expected,
+        )
 
 
 def test_what_generate_returns_beside_the_tokens() -> None:
-    model, ids = llama(), prompts()
+    model = llama()
+    ids = prompts()
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
-    out = model.generate(ids, output_scores=True, output_logits=True, output_hidden_states=True, **options)
+    out = model.generate(
+        ids, output_scores=True, output_logits=True, output_hidden_states=True, **options
+    )
     with torch.no_grad():
         logits = model(out.sequences).logits[:, 16:-1]
     torch.testing.assert_close(torch.stack(out.logits, dim=1), logits.float(), rtol=0, atol=1e-5)
-    assert [tuple(states[-1].shape) for states in out.hidden_states] == [(2, 17, 32)] + [(2, 1, 32)] * 5
+    assert [tuple(states[-1].shape) for states in out.hidden_states] == [(2, 17, 32)] + [
+        (2, 1, 32)
+    ] * 5
     assert isinstance(out.past_key_values, LandmarkCache) and len(out.scores) == 6
     transition = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
     expected = logits.log_softmax(-1).gather(2, out.sequences[:, 17:, None])[..., 0]
@@ -162,7 +195,8 @@ def test_what_generate_returns_beside_the_tokens() -> None:
 
 
 def test_logits_of_chosen_columns() -> None:
-    model, ids = llama(), prompts()
+    model = llama()
+    ids = prompts()
     with torch.no_grad():
         whole = model(ids).logits
         for keep, columns in ((torch.tensor([3, 9]), [3, 9]), (1, [16]), (5, range(12, 17))):
@@ -171,11 +205,15 @@ def test_logits_of_chosen_columns() -> None:
 
 
 def test_what_would_pass_landmarks_by_is_refused() -> None:
-    model, ids = llama(), prompts()
+    model = llama()
+    ids = prompts()
     for name in ("static", "offloaded", "quantized", "sliding_window"):
         with pytest.raises(ValueError, match=f"'{name}' cannot hold landmarks"):
             model.generate(ids, max_new_tokens=2, cache_implementation=name)
-    for call in (lambda: model.generate_batch([[1, 2, 3]]), lambda: model.init_continuous_batching()):
+    for call in (
+        lambda: model.generate_batch([[1, 2, 3]]),
+        lambda: model.init_continuous_batching(),
+    ):
         with pytest.raises(AttributeError, match="continuous batching does not know landmarks"):
             call()
     with pytest.raises(ValueError, match="no attention matrix"):
@@ -185,8 +223,13 @@ def test_what_would_pass_landmarks_by_is_refused() -> None:
 
 
 def placed(model: Any, name: str, **elsewhere: str) -> dict[str, str]:
-    found = {f"{model.base_model_prefix}.{part}": elsewhere.get(part.replace(".", "_"), "cpu") for part in PLACED[name]}
-    head = next(part for part, module in model.named_modules() if module is model.get_output_embeddings())
+    found = {
+        f"{model.base_model_prefix}.{part}": elsewhere.get(part.replace(".", "_"), "cpu")
+        for part in PLACED[name]
+    }
+    head = next(
+        part for part, module in model.named_modules() if module is model.get_output_embeddings()
+    )
     return {**found, head: "cpu"}
 
 
@@ -234,7 +277,9 @@ def test_dispatch_of_a_model_in_memory() -> None:
     accelerate = pytest.importorskip("accelerate")
     stock = models.stock_model("gemma3", dtype=torch.float32)
     ids = prompts()
-    models_of_it = [landmark.convert(stock, block_size=5, top_k=2, local_blocks=1) for _ in range(2)]
+    models_of_it = [
+        landmark.convert(stock, block_size=5, top_k=2, local_blocks=1) for _ in range(2)
+    ]
     for model in models_of_it:
         model.configure_landmark(landmark_trained=True)
     with torch.no_grad():
@@ -280,7 +325,9 @@ def test_quantized_while_loading(tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.hf_quantizer is not None
     with torch.no_grad():
-        torch.testing.assert_close(model(prompts()).logits, stock(prompts()).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            model(prompts()).logits, stock(prompts()).logits, rtol=0, atol=1e-4
+        )
         assert (stock(prompts()).logits - plain(prompts()).logits).abs().max() > 0.1
     in_memory = landmark.convert(stock, block_size=50, mode="all")
     assert in_memory.hf_quantizer is stock.hf_quantizer
@@ -323,7 +370,9 @@ def test_quantized_to_few_bits(quantizer: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3"])
 def test_one_graph_in_mode_all(family: str) -> None:
-    model = models.landmark_model(family, LandmarkConfig(block_size=5, mode="all"), dtype=torch.float32)
+    model = models.landmark_model(
+        family, LandmarkConfig(block_size=5, mode="all"), dtype=torch.float32
+    )
     ids = models.text(46).view(2, 23)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss = model(ids, labels=ids, use_cache=False).loss
@@ -333,7 +382,8 @@ def test_one_graph_in_mode_all(family: str) -> None:
 
 
 def test_training_and_evaluation_mode() -> None:
-    model, ids = llama(), prompts()
+    model = llama()
+    ids = prompts()
     assert not model.training
     model.train()
     try:
@@ -344,4 +394,6 @@ def test_training_and_evaluation_mode() -> None:
     finally:
         model.eval()
         model.configure_landmark(mode="retrieval")
-    assert not model(ids).logits.grad_fn or model(ids).logits.grad_fn.next_functions[0][0] is not None
+    assert (
+        not model(ids).logits.grad_fn or model(ids).logits.grad_fn.next_functions[0][0] is not None
+    )

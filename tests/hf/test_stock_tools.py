@@ -1,4 +1,6 @@
-"""Tools that load a model by its name and never import this package: the stub in a saved folder does."""
+"""Tools that load a model by its name and never import this package: the stub in a saved folder
+does.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
 folder, again, prompt = sys.argv[1:]
 said = {}
-for name, load in (("config", AutoConfig.from_pretrained), ("pipeline", lambda f: pipeline("text-generation", f))):
+def in_pipeline(folder):
+    return pipeline("text-generation", folder)
+
+for name, load in (("config", AutoConfig.from_pretrained), ("pipeline", in_pipeline)):
     try:
         load(folder)
     except Exception as error:
@@ -69,7 +74,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def apart(root: Path, *command: Any) -> str:
     """Runs Python in a process of its own, with caches of its own, and returns what it prints."""
     paths = [str(Path(landmark.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "HF_HOME": str(root / "cache"), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {
+        **os.environ,
+        "HF_HOME": str(root / "cache"),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
@@ -102,9 +111,12 @@ def test_a_pipeline_by_path_says_what_the_model_says(root: Path, stranger: dict[
 
 
 @pytest.mark.parametrize(
-    ("auto", "made"), [("AutoConfig", "Config"), ("AutoModel", "Model"), ("AutoModelForCausalLM", "ForCausalLM")]
+    ("auto", "made"),
+    [("AutoConfig", "Config"), ("AutoModel", "Model"), ("AutoModelForCausalLM", "ForCausalLM")],
 )
-def test_the_auto_classes_find_the_classes_of_this_package(stranger: dict[str, str], auto: str, made: str) -> None:
+def test_the_auto_classes_find_the_classes_of_this_package(
+    stranger: dict[str, str], auto: str, made: str
+) -> None:
     assert stranger[auto] == f"landmark.hf.families.LandmarkLlama{made}"
 
 
@@ -115,9 +127,13 @@ def test_transformers_serve_finds_the_class_where_it_looks(root: Path) -> None:
     assert getattr(transformers, model.config.architectures[0]) is type(model)
 
 
-def test_what_a_stranger_saves_again_is_the_same_folder(root: Path, stranger: dict[str, str]) -> None:
+def test_what_a_stranger_saves_again_is_the_same_folder(
+    root: Path, stranger: dict[str, str]
+) -> None:
     saved = {path.name for path in (root / "again").iterdir()}
-    assert saved == {path.name for path in (root / "marked").iterdir() if not path.name.startswith("tokenizer")}
+    assert saved == {
+        path.name for path in (root / "marked").iterdir() if not path.name.startswith("tokenizer")
+    }
     for name in (STUB, "config.json"):
         assert (root / "again" / name).read_text() == (root / "marked" / name).read_text()
 
@@ -137,8 +153,14 @@ def test_the_stub_of_every_family_names_its_classes(name: str, tmp_path: Path) -
     names: dict[str, Any] = {}
     exec((tmp_path / STUB).read_text(), names)
     found = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    expected = {"AutoConfig": made.config, "AutoModel": made.decoder, "AutoModelForCausalLM": made.causal_lm}
-    assert {auto: names[reference.removeprefix("landmark_stub.")] for auto, reference in found.items()} == expected
+    expected = {
+        "AutoConfig": made.config,
+        "AutoModel": made.decoder,
+        "AutoModelForCausalLM": made.causal_lm,
+    }
+    assert {
+        auto: names[reference.removeprefix("landmark_stub.")] for auto, reference in found.items()
+    } == expected
     assert type(AutoConfig.from_pretrained(tmp_path)) is made.config
 
 
@@ -146,7 +168,11 @@ def test_with_the_package_imported_the_stub_is_not_run(root: Path, tmp_path: Pat
     model = landmark.load(root / "marked")
     model.save_pretrained(tmp_path)
     (tmp_path / STUB).write_text("raise RuntimeError('the stub was run')")
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(landmark.load(tmp_path)) is type(model)
+    assert (
+        type(AutoModelForCausalLM.from_pretrained(tmp_path))
+        is type(landmark.load(tmp_path))
+        is type(model)
+    )
     model.save_pretrained(tmp_path)
     assert (tmp_path / STUB).read_text() == (root / "marked" / STUB).read_text()
 
@@ -172,7 +198,13 @@ def test_a_checkpoint_of_a_trainer_has_it(root: Path, tmp_path: Path) -> None:
     model = landmark.load(root / "marked")
     model.configure_landmark(mode="all")
     rows = [{"input_ids": row, "labels": row} for row in models.text(40).view(2, 20)]
-    options = {"report_to": [], "max_steps": 1, "save_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    options = {
+        "report_to": [],
+        "max_steps": 1,
+        "save_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
     Trainer(model, TrainingArguments(str(tmp_path), **options), train_dataset=rows).train()
     assert (tmp_path / "checkpoint-1" / STUB).is_file()
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")) is type(model)
@@ -210,31 +242,60 @@ metric_list:
 """
 
 
-def test_the_evaluation_harness_scores_a_folder_as_the_model(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_evaluation_harness_scores_a_folder_as_the_model(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`lm_eval run` by folder against the same task through Python, on the model itself."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(root / "cache" / "datasets"))
-    tasks, rows = root / "tasks", []
+    tasks = root / "tasks"
+    rows = []
     tasks.mkdir()
     for index in range(12):
         choices = [f" {(index * 7919 + n * 104729) % 90000 + 10000}" for n in range(3)]
         rows.append({"text": PROMPT[: 40 + 11 * index], "choices": choices, "answer": index % 3})
     (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tasks / "pass_keys.yaml").write_text(TASK.format(data=tasks / "rows.jsonl"))
-    arguments = ["--model_args", f"pretrained={root / 'marked'},trust_remote_code=True", "--tasks", "pass_keys"]
-    arguments += ["--include_path", tasks, "--output_path", root / "scores", "--batch_size", 3, "--device", "cpu"]
+    arguments = [
+        "--model_args",
+        f"pretrained={root / 'marked'},trust_remote_code=True",
+        "--tasks",
+        "pass_keys",
+    ]
+    arguments += [
+        "--include_path",
+        tasks,
+        "--output_path",
+        root / "scores",
+        "--batch_size",
+        3,
+        "--device",
+        "cpu",
+    ]
     apart(root, "-m", "lm_eval", "run", "--model", "hf", *arguments, "--log_samples")
-    found = json.loads(next((root / "scores").rglob("results_*.json")).read_text())["results"]["pass_keys"]
+    found = json.loads(next((root / "scores").rglob("results_*.json")).read_text())["results"][
+        "pass_keys"
+    ]
 
     model = HFLM(landmark.load(root / "marked"), tokenizer=tiny.tiny_tokenizer(), batch_size=3)
     manager = TaskManager(include_path=str(tasks))
-    whole = lm_eval.simple_evaluate(model=model, tasks=["pass_keys"], task_manager=manager, bootstrap_iters=0)
+    whole = lm_eval.simple_evaluate(
+        model=model, tasks=["pass_keys"], task_manager=manager, bootstrap_iters=0
+    )
     scores = whole["results"]["pass_keys"]
-    assert found["acc,none"] == scores["acc,none"] and found["acc_norm,none"] == scores["acc_norm,none"]
+    assert (
+        found["acc,none"] == scores["acc,none"]
+        and found["acc_norm,none"] == scores["acc_norm,none"]
+    )
     samples = next((root / "scores").rglob("samples_*.jsonl")).read_text().splitlines()
-    likelihoods = [[float(answer[0]) for answer in json.loads(line)["filtered_resps"]] for line in samples]
-    expected = [[float(answer[0]) for answer in sample["filtered_resps"]] for sample in whole["samples"]["pass_keys"]]
+    likelihoods = [
+        [float(answer[0]) for answer in json.loads(line)["filtered_resps"]] for line in samples
+    ]
+    expected = [
+        [float(answer[0]) for answer in sample["filtered_resps"]]
+        for sample in whole["samples"]["pass_keys"]
+    ]
     assert likelihoods == expected and 0 < scores["acc,none"] < 1

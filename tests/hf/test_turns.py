@@ -1,7 +1,8 @@
-"""A memory that was read before goes on in ``generate``: every way of decoding, rows that ended early, given text.
+"""A memory that was read before goes on in ``generate``: every way of decoding, rows that ended
+early, given text.
 
-What is expected comes from the same model without a memory, which ``test_generation.py`` holds against the one-pass
-forward; of a row in a batch, from that row alone.
+What is expected comes from the same model without a memory, which ``test_generation.py`` holds
+against the one-pass forward; of a row in a batch, from that row alone.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def read(model: Any, ids: torch.Tensor, tier: str = "device") -> LandmarkCache:
 def test_assisted_decoding_goes_on_from_what_was_read(name: str, way: str) -> None:
     if way == "early exit" and models.OLD_ASSISTED:
         pytest.skip("early exit raises in stock transformers before 5.13")
-    model, ids = family(name), prompt()
+    model = family(name)
+    ids = prompt()
     options = {**WAYS[way], "eos_token_id": END}
     if way == "assistant model":
         options["assistant_model"] = assistant()
@@ -74,7 +76,8 @@ def test_assisted_decoding_goes_on_from_what_was_read(name: str, way: str) -> No
 
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant model"])
 def test_assisted_decoding_of_new_text_alone_is_right_or_refused(way: str) -> None:
-    model, ids = family(), prompt()
+    model = family()
+    ids = prompt()
     options = {**WAYS[way], "eos_token_id": END, "attention_mask": torch.ones_like(ids)}
     if way == "assistant model":
         options["assistant_model"] = assistant()
@@ -103,20 +106,26 @@ def test_assisted_decoding_of_new_text_alone_is_right_or_refused(way: str) -> No
 )
 @pytest.mark.parametrize("name", models.ALL_FAMILIES)
 def test_one_memory_serves_beams_and_several_answers(name: str, options: dict[str, Any]) -> None:
-    model, ids = family(name), prompt()
+    model = family(name)
+    ids = prompt()
     torch.manual_seed(1)
-    expected = greedy(model, ids) if not options else model.generate(ids, max_new_tokens=9, **options)
+    expected = (
+        greedy(model, ids) if not options else model.generate(ids, max_new_tokens=9, **options)
+    )
     memory = read(model, ids[:, :READ])
     torch.manual_seed(1)
     found = model.generate(ids, past_key_values=memory, max_new_tokens=9, **options)
     assert torch.equal(found, expected)
-    assert memory.batch_size == max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+    assert memory.batch_size == max(
+        options.get("num_beams", 1), options.get("num_return_sequences", 1)
+    )
 
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_rows_are_repeated_on_every_tier(tier: str, by_hand: bool) -> None:
-    model, ids = family(), prompt(2)
+    model = family()
+    ids = prompt(2)
     memory = read(model, ids[:, :READ], tier)
     if by_hand:
         memory.batch_repeat_interleave(3)
@@ -125,7 +134,8 @@ def test_rows_are_repeated_on_every_tier(tier: str, by_hand: bool) -> None:
 
 
 def test_a_refused_option_repeats_no_rows() -> None:
-    model, ids = family(), prompt()
+    model = family()
+    ids = prompt()
     memory = read(model, ids[:, :READ])
     with pytest.raises(ValueError):
         model.generate(ids, past_key_values=memory, num_beams=3, max_new_tokens=-1)
@@ -152,7 +162,8 @@ def test_a_row_that_ended_early_goes_on_behind_its_end(name: str) -> None:
     model = family(name)
     ids, end = early_end(model)
     options = {"eos_token_id": end, "pad_token_id": 0, "suppress_tokens": [0]}
-    memory, text = None, ids
+    memory = None
+    text = ids
     for turn in range(3):
         mask = (text != 0).long()
         out = greedy(
@@ -175,8 +186,11 @@ def test_a_row_that_ended_early_goes_on_behind_its_end(name: str) -> None:
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("hidden", [(0, 0), (1, 0), (0, 7), (3, 12), (BLOCK, 2 * BLOCK), (READ, 1)])
 def test_a_mask_takes_back_the_last_tokens_of_each_row(tier: str, hidden: tuple[int, int]) -> None:
-    model, ids, more = family(), prompt(2)[:, :READ], prompt(2, 9)
-    memory, mask = read(model, ids, tier), torch.ones(2, READ, dtype=torch.long)
+    model = family()
+    ids = prompt(2)[:, :READ]
+    more = prompt(2, 9)
+    memory = read(model, ids, tier)
+    mask = torch.ones(2, READ, dtype=torch.long)
     for row, count in enumerate(hidden):
         mask[row, READ - count :] = 0
     whole = torch.cat([mask, torch.ones_like(more)], dim=1)
@@ -189,7 +203,9 @@ def test_a_mask_takes_back_the_last_tokens_of_each_row(tier: str, hidden: tuple[
 
 
 def test_read_hides_as_forward_does() -> None:
-    model, ids, more = family(), prompt(2)[:, :READ], prompt(2, 9)
+    model = family()
+    ids = prompt(2)[:, :READ]
+    more = prompt(2, 9)
     mask = torch.ones(2, READ + 9, dtype=torch.long)
     mask[0, READ - 4 : READ] = 0
     memory = model.read(more, attention_mask=mask, cache=read(model, ids))
@@ -199,10 +215,17 @@ def test_read_hides_as_forward_does() -> None:
 
 @pytest.mark.parametrize(
     ("column", "value", "message"),
-    [(READ - 3, 0, "0 over a token before one that stays"), (1, 1, "1 over a column that was read as padding")],
+    [
+        (READ - 3, 0, "0 over a token before one that stays"),
+        (1, 1, "1 over a column that was read as padding"),
+    ],
 )
-def test_other_masks_over_what_was_read_are_refused_and_change_nothing(column: int, value: int, message: str) -> None:
-    model, ids, more = family(), prompt(2)[:, :READ], prompt(2, 4)
+def test_other_masks_over_what_was_read_are_refused_and_change_nothing(
+    column: int, value: int, message: str
+) -> None:
+    model = family()
+    ids = prompt(2)[:, :READ]
+    more = prompt(2, 4)
     mask = torch.ones(2, READ + 4, dtype=torch.long)
     mask[1, :3] = 0
     memory = model.read(ids, attention_mask=mask[:, :READ])
@@ -222,8 +245,11 @@ def test_other_masks_over_what_was_read_are_refused_and_change_nothing(column: i
 @pytest.mark.parametrize("by", ["forward", "generate", "read"])
 def test_what_was_hidden_stays_hidden_when_a_layer_fails(by: str, layer: int, tier: str) -> None:
     """The layers before it have new keys in the place of the hidden tokens."""
-    model, ids, more = family(), prompt()[:, :READ], prompt(1, 9)
-    memory, mask = read(model, ids, tier), torch.ones(1, READ + 9, dtype=torch.long)
+    model = family()
+    ids = prompt()[:, :READ]
+    more = prompt(1, 9)
+    memory = read(model, ids, tier)
+    mask = torch.ones(1, READ + 9, dtype=torch.long)
     memory.record = True
     mask[:, READ - 8 : READ] = 0
 
@@ -235,17 +261,25 @@ def test_what_was_hidden_stays_hidden_when_a_layer_fails(by: str, layer: int, ti
         "generate": lambda: greedy(model, more, attention_mask=mask, past_key_values=memory),
         "read": lambda: model.read(more, attention_mask=mask, cache=memory),
     }
-    with pytest.raises(InterruptedError), model.base_model.layers[layer].register_forward_hook(fail):
+    with (
+        pytest.raises(InterruptedError),
+        model.base_model.layers[layer].register_forward_hook(fail),
+    ):
         calls[by]()
-    assert memory.tokens == [READ - 8] and memory.get_seq_length() == READ and memory.retrievals == []
+    assert (
+        memory.tokens == [READ - 8] and memory.get_seq_length() == READ and memory.retrievals == []
+    )
     found = model(more, past_key_values=memory).logits
     alone = torch.cat([ids[:, : READ - 8], more], dim=1)
     assert (found - model(alone).logits[:, -9:]).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_generate_refuses_a_mask_of_ones_over_what_was_read_as_padding(options: dict[str, Any]) -> None:
-    model, ids = family(), prompt(2)
+def test_generate_refuses_a_mask_of_ones_over_what_was_read_as_padding(
+    options: dict[str, Any],
+) -> None:
+    model = family()
+    ids = prompt(2)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     memory = model.read(ids[:, :READ], attention_mask=mask[:, :READ])
@@ -267,7 +301,8 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("zero", [False, True])
 def test_generate_refuses_masks_of_other_shapes_before_it_reads(name: str, zero: bool) -> None:
-    model, ids = family(), prompt(2)
+    model = family()
+    ids = prompt(2)
     mask = MASKS[name](ids)
     mask[0][0] = 1 - int(zero)
     memory = read(model, ids[:, :READ])
@@ -283,7 +318,8 @@ def test_generate_refuses_masks_of_other_shapes_before_it_reads(name: str, zero:
 @pytest.mark.parametrize("behind", [0, 1, 7, BLOCK - 1])
 def test_text_that_begins_with_the_memory_continues_it(name: str, behind: int) -> None:
     """Behind 0: exactly what was read, so that its last token is computed again."""
-    model, ids = family(name), prompt(tokens=READ + behind)
+    model = family(name)
+    ids = prompt(tokens=READ + behind)
     memory = read(model, ids[:, :READ])
     assert torch.equal(greedy(model, ids, past_key_values=memory), greedy(model, ids))
     assert memory.tokens == [READ + behind + 11]
@@ -292,7 +328,8 @@ def test_text_that_begins_with_the_memory_continues_it(name: str, behind: int) -
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("tokens", [BLOCK - 1, 2 * (BLOCK - 1), 2 * BLOCK, 1, READ])
 def test_exactly_the_memory_at_every_place_of_a_block(tier: str, tokens: int) -> None:
-    model, ids = family(), prompt(tokens=tokens)
+    model = family()
+    ids = prompt(tokens=tokens)
     memory = read(model, ids, tier)
     assert torch.equal(greedy(model, ids, past_key_values=memory), greedy(model, ids))
 
@@ -312,9 +349,14 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("given", GIVEN)
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=["greedy", "beams", "uncached"])
-def test_other_text_than_the_memory_is_refused_by_its_first_column(given: str, options: dict[str, Any]) -> None:
-    model, ids = family(), prompt()
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=["greedy", "beams", "uncached"]
+)
+def test_other_text_than_the_memory_is_refused_by_its_first_column(
+    given: str, options: dict[str, Any]
+) -> None:
+    model = family()
+    ids = prompt()
     change, message = GIVEN[given]
     memory = read(model, ids[:, :READ])
     with pytest.raises(ValueError, match=message) as caught:
@@ -326,18 +368,25 @@ def test_other_text_than_the_memory_is_refused_by_its_first_column(given: str, o
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_new_text_alone_is_taken_with_a_mask_over_all_columns(name: str, options: dict[str, Any]) -> None:
-    model, ids = family(name), prompt()
-    memory, mask = read(model, ids[:, :READ]), torch.ones_like(ids)
+def test_new_text_alone_is_taken_with_a_mask_over_all_columns(
+    name: str, options: dict[str, Any]
+) -> None:
+    model = family(name)
+    ids = prompt()
+    memory = read(model, ids[:, :READ])
+    mask = torch.ones_like(ids)
     found = greedy(model, ids[:, READ:], attention_mask=mask, past_key_values=memory, **options)
     assert torch.equal(found, greedy(model, ids, **options)[:, READ:])
 
 
 @pytest.mark.parametrize("name", models.ALL_FAMILIES)
 def test_a_memory_is_used_without_use_cache_too(name: str) -> None:
-    model, ids = family(name), prompt()
+    model = family(name)
+    ids = prompt()
     memory = read(model, ids[:, :READ])
-    assert torch.equal(greedy(model, ids, past_key_values=memory, use_cache=False), greedy(model, ids))
+    assert torch.equal(
+        greedy(model, ids, past_key_values=memory, use_cache=False), greedy(model, ids)
+    )
 
 
 def embedded(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -347,7 +396,8 @@ def embedded(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", models.ALL_FAMILIES)
 def test_embeddings_of_the_whole_text_continue_a_memory(name: str) -> None:
-    model, ids = family(name), prompt()
+    model = family(name)
+    ids = prompt()
     memory = read(model, ids[:, :READ])
     found = greedy(model, None, inputs_embeds=embedded(model, ids), past_key_values=memory)
     assert torch.equal(found, greedy(model, ids)[:, ids.shape[1] :])
@@ -355,19 +405,26 @@ def test_embeddings_of_the_whole_text_continue_a_memory(name: str) -> None:
 
 @pytest.mark.parametrize("begin", [READ, 1])
 def test_embeddings_of_new_text_alone_are_refused_or_right(begin: int) -> None:
-    model, ids = family(), prompt(tokens=3 * READ)
-    embeds, memory = embedded(model, ids), read(model, ids[:, :READ])
+    model = family()
+    ids = prompt(tokens=3 * READ)
+    embeds = embedded(model, ids)
+    memory = read(model, ids[:, :READ])
     with pytest.raises(ValueError, match="column 0 on"):
         greedy(model, None, inputs_embeds=embeds[:, begin:], past_key_values=memory)
     mask = torch.ones_like(ids)
-    found = greedy(model, None, inputs_embeds=embeds[:, READ:], attention_mask=mask, past_key_values=memory)
+    found = greedy(
+        model, None, inputs_embeds=embeds[:, READ:], attention_mask=mask, past_key_values=memory
+    )
     assert torch.equal(found, greedy(model, ids)[:, ids.shape[1] :])
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=["greedy", "beams", "uncached"])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=["greedy", "beams", "uncached"]
+)
 @pytest.mark.parametrize("behind", [0, 1, 9])
 def test_embeddings_continue_a_memory_of_embeddings(behind: int, options: dict[str, Any]) -> None:
-    model, ids = family(), prompt(tokens=READ + behind)
+    model = family()
+    ids = prompt(tokens=READ + behind)
     embeds = embedded(model, ids)
     expected = greedy(model, ids, **options)[:, ids.shape[1] :]
     for again in (embeds, embeds.bfloat16().double()):
@@ -382,14 +439,17 @@ def test_embeddings_continue_a_memory_of_embeddings(behind: int, options: dict[s
         model(inputs_embeds=embeds[:, :READ], past_key_values=memory)
         new = embeds[:, READ:]
         mask = torch.ones_like(ids)
-        found = greedy(model, None, inputs_embeds=new, attention_mask=mask, past_key_values=memory, **options)
+        found = greedy(
+            model, None, inputs_embeds=new, attention_mask=mask, past_key_values=memory, **options
+        )
         assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", models.ALL_FAMILIES)
 @pytest.mark.parametrize("given", ["ids", "embeddings"])
 def test_other_text_than_a_memory_of_embeddings_is_refused(given: str, name: str) -> None:
-    model, ids = family(name), prompt(tokens=2 * READ)
+    model = family(name)
+    ids = prompt(tokens=2 * READ)
     memory = LandmarkCache(model.config)
     model(inputs_embeds=embedded(model, ids[:, :READ]), past_key_values=memory)
 
@@ -407,10 +467,13 @@ def test_other_text_than_a_memory_of_embeddings_is_refused(given: str, name: str
 
 @pytest.mark.parametrize("mode", ["retrieval", "all"])
 @pytest.mark.parametrize(
-    "cache", [DynamicCache(), ((torch.zeros(1), torch.zeros(1)),), "none"], ids=["stock", "tuple", "text"]
+    "cache",
+    [DynamicCache(), ((torch.zeros(1), torch.zeros(1)),), "none"],
+    ids=["stock", "tuple", "text"],
 )
 def test_what_is_no_landmark_cache_is_refused(mode: str, cache: Any) -> None:
-    model, ids = family(), prompt()
+    model = family()
+    ids = prompt()
     model.configure_landmark(mode=mode)
     mask = torch.ones(1, ids.shape[1] + 4)  # as prefix tuning makes it
     try:
@@ -428,10 +491,12 @@ def test_what_is_no_landmark_cache_is_refused(mode: str, cache: Any) -> None:
 def test_a_memory_of_another_model_is_refused() -> None:
     config = LandmarkConfig(block_size=BLOCK, top_k=2)
     ours = models.landmark_model("llama", config)
-    same, moved = copy.deepcopy(ours), copy.deepcopy(ours)
+    same = copy.deepcopy(ours)
+    moved = copy.deepcopy(ours)
     with torch.no_grad():
         moved.model.layers[1].self_attn.k_proj.weight.add_(0.1)
-    ids, deep = prompt(), models.landmark_model("llama", config, layers=3)
+    ids = prompt()
+    deep = models.landmark_model("llama", config, layers=3)
     memory = ours.read(ids[:, :READ])
     for wrong, message in ((moved, "other weights"), (deep, "other weights")):
         with pytest.raises(ValueError, match=message):
@@ -444,16 +509,21 @@ def test_a_memory_of_another_model_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_both_names_of_the_cache_are_taken(name: str) -> None:
-    model, ids = family(), prompt()
-    expected, given = greedy(model, ids), {name: read(model, ids[:, :READ])}
+    model = family()
+    ids = prompt()
+    expected = greedy(model, ids)
+    given = {name: read(model, ids[:, :READ])}
     assert torch.equal(greedy(model, ids, **{name: read(model, ids[:, :READ])}), expected)
-    assert torch.equal(model(ids[:, READ:], **given).logits[:, -1].argmax(-1), expected[:, ids.shape[1]])
+    assert torch.equal(
+        model(ids[:, READ:], **given).logits[:, -1].argmax(-1), expected[:, ids.shape[1]]
+    )
     states = model.base_model(ids[:, READ:], **{name: read(model, ids[:, :READ])})
     assert states[CACHE].tokens == [ids.shape[1]]
 
 
 def test_a_cache_under_both_names_is_refused() -> None:
-    model, ids = family(), prompt()
+    model = family()
+    ids = prompt()
     both = {"cache": read(model, ids), "past_key_values": read(model, ids)}
     for call in (model, model.base_model, model.generate):
         with pytest.raises(ValueError, match="two names of one argument"):

@@ -1,7 +1,8 @@
-"""A writer to be killed: reads a part of a text and saves, again and again, and acknowledges each save.
+"""A writer to be killed: reads a part of a text and saves, again and again, and acknowledges each
+save.
 
-As a program (`writer.py ROOT KILLS`) it lets children write to ROOT/0, ROOT/1, ... and kills each at another instant,
-spread uniformly over the time that an undisturbed one takes.
+As a program (`writer.py ROOT KILLS`) it lets children write to ROOT/0, ROOT/1, ... and kills each
+at another instant, spread uniformly over the time that an undisturbed one takes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import models
 from landmark import LandmarkCache
 from landmark.config import LandmarkConfig
 
-PART, SAVES = 17, 8  # tokens read before each save
+PART = 17
+SAVES = 8  # tokens read before each save
 
 
 def model() -> Any:

@@ -41,7 +41,9 @@ def lost(folder: Path) -> LandmarkCache:
 
 
 def indexed(index: str = "faiss-flat", **settings: Any) -> LandmarkCache:
-    return LandmarkCache(models.landmark_model("llama", LandmarkConfig(block_size=5, **settings)), index=index)
+    return LandmarkCache(
+        models.landmark_model("llama", LandmarkConfig(block_size=5, **settings)), index=index
+    )
 
 
 def without_faiss() -> None:
@@ -50,11 +52,31 @@ def without_faiss() -> None:
 
 
 CASES = [
-    ("an unknown tier", lambda: cache("tape"), "tier: expected one of device, host, disk, got 'tape'"),
-    ("a budget of 0", lambda: cache("host", device_bytes=0), "device_bytes: expected .* at least 1, got 0"),
-    ("a budget in words", lambda: cache("host", host_bytes="1 GB"), "host_bytes: expected .* got '1 GB'"),
-    ("a device budget of no use", lambda: cache(device_bytes=10), "device_bytes: expected none for tier 'device'"),
-    ("a host budget of no use", lambda: cache(host_bytes=10), "host_bytes: expected none for tier 'device', got '10'"),
+    (
+        "an unknown tier",
+        lambda: cache("tape"),
+        "tier: expected one of device, host, disk, got 'tape'",
+    ),
+    (
+        "a budget of 0",
+        lambda: cache("host", device_bytes=0),
+        "device_bytes: expected .* at least 1, got 0",
+    ),
+    (
+        "a budget in words",
+        lambda: cache("host", host_bytes="1 GB"),
+        "host_bytes: expected .* got '1 GB'",
+    ),
+    (
+        "a device budget of no use",
+        lambda: cache(device_bytes=10),
+        "device_bytes: expected none for tier 'device'",
+    ),
+    (
+        "a host budget of no use",
+        lambda: cache(host_bytes=10),
+        "host_bytes: expected none for tier 'device', got '10'",
+    ),
     (
         "a folder of no use",
         lambda folder: cache("host", spill_folder=folder),
@@ -81,10 +103,34 @@ CASES = [
         "no file can be made for blocks in .*No such file.* name another",
     ),
     ("a full disk", no_room, "no room for .* more bytes of blocks in .*make room"),
-    ("an unknown index", lambda: indexed("annoy"), "index: expected one of exact, faiss-flat, .* got 'annoy'"),
-    ("an index without faiss", without_faiss, r"needs the package faiss: pip install landmark-attention\[index\]"),
-    ("an index for shared choices", lambda: indexed(granularity="head"), "granularity='token_head'.* got 'head'; set"),
-    ("an index by the token", lambda: indexed("faiss-ivf", granularity="token"), "'faiss-ivf'.*every landmark"),
-    ("an index for exact positions", lambda: indexed(positions="exact"), "positions='stingy'.* got 'exact'.*leave"),
-    ("an index where all is seen", lambda: indexed("faiss-hnsw", mode="all"), "mode='retrieval' .*nothing is chosen"),
+    (
+        "an unknown index",
+        lambda: indexed("annoy"),
+        "index: expected one of exact, faiss-flat, .* got 'annoy'",
+    ),
+    (
+        "an index without faiss",
+        without_faiss,
+        r"needs the package faiss: pip install landmark-attention\[index\]",
+    ),
+    (
+        "an index for shared choices",
+        lambda: indexed(granularity="head"),
+        "granularity='token_head'.* got 'head'; set",
+    ),
+    (
+        "an index by the token",
+        lambda: indexed("faiss-ivf", granularity="token"),
+        "'faiss-ivf'.*every landmark",
+    ),
+    (
+        "an index for exact positions",
+        lambda: indexed(positions="exact"),
+        "positions='stingy'.* got 'exact'.*leave",
+    ),
+    (
+        "an index where all is seen",
+        lambda: indexed("faiss-hnsw", mode="all"),
+        "mode='retrieval' .*nothing is chosen",
+    ),
 ]

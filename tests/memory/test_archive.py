@@ -1,4 +1,6 @@
-"""The files of a saved memory: what is committed stays, what is not counts as nothing, others are left alone."""
+"""The files of a saved memory: what is committed stays, what is not counts as nothing, others are
+left alone.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from landmark.memory import archive
 from landmark.memory.archive import Archive, Damaged
 from landmark.memory.saved import SavedLayer, saved_layers, verify
 
-HEADS, SIZE, DIM = 2, 3, 2
+HEADS = 2
+SIZE = 3
+DIM = 2
 
 
 def described(**more: Any) -> dict[str, Any]:
@@ -47,7 +51,8 @@ def work(folder: Path, times: int) -> None:
         begin = layers[0].count
         for layer in layers:
             layer.append(blocks(begin, begin + 3), blocks(begin, begin + 3)[:, :, 0, -1])
-        name, old = f"tail-{opened.commits + 1}", opened.manifest.get("tail")
+        name = f"tail-{opened.commits + 1}"
+        old = opened.manifest.get("tail")
         opened.append(name, f"text {begin}".encode())
         opened.commit(described(tail=name), dropped=() if old is None else (old,))
         opened.unlock()
@@ -58,7 +63,9 @@ def content(folder: Path) -> tuple[int, list[torch.Tensor], bytes]:
     assert verify(folder) == []
     opened = Archive.open(folder)
     layers = saved_layers(opened)
-    found = [layer.of_all_heads(torch.arange(layer.count)) for layer in layers] + [each.landmarks() for each in layers]
+    found = [layer.of_all_heads(torch.arange(layer.count)) for layer in layers] + [
+        each.landmarks() for each in layers
+    ]
     return opened.commits, found, opened.read(opened.manifest["tail"])
 
 
@@ -74,7 +81,9 @@ def check(folder: Path, commits: int) -> None:
 
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_killed_at_every_call_to_the_system(done: int, quick: Path) -> None:
-    """A writer that had committed ``done`` times dies at the n-th call of the next commit, for all n."""
+    """A writer that had committed ``done`` times dies at the n-th call of the next commit, for all
+    n.
+    """
     halves = 0
     for at in range(1000):
         folder = quick / str(at)
@@ -127,28 +136,35 @@ def read_whole(folder: Path) -> int:
     """Reads as opening a memory does, and returns the commits there were."""
     opened = Archive.open(folder)
     try:
-        tail, layers = opened.read(opened.manifest["tail"]), saved_layers(opened)
+        tail = opened.read(opened.manifest["tail"])
+        layers = saved_layers(opened)
     except Damaged:
         assert opened.is_outdated(), "only a tail that was replaced may be gone"
         return read_whole(folder)
     assert tail == f"text {3 * (opened.commits - 1)}".encode()
     for layer in layers:
-        assert torch.equal(layer.of_all_heads(torch.arange(layer.count)), blocks(0, 3 * opened.commits))
+        assert torch.equal(
+            layer.of_all_heads(torch.arange(layer.count)), blocks(0, 3 * opened.commits)
+        )
     assert verify(folder) == []
     return opened.commits
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_writing_against_a_dictionary(seed: int, quick: Path) -> None:
-    """Streams appended, rolled back, dropped and committed, beside one that is read after every commit."""
-    chance, names = random.Random(seed), ["layer-00.landmarks", "layer-01.sums", "text-ids", "tail-1", "tail-2"]
+    """Streams appended, rolled back, dropped and committed, beside one that is read after every
+    commit.
+    """
+    chance = random.Random(seed)
+    names = ["layer-00.landmarks", "layer-01.sums", "text-ids", "tail-1", "tail-2"]
     opened = Archive.create(quick / "memory")
     now: dict[str, bytes] = {}
     committed: dict[str, bytes] = {}
     for step in range(60):
         opened.lock()
         for _ in range(chance.randint(0, 4)):
-            name, data = chance.choice(names), chance.randbytes(chance.randint(0, 9))
+            name = chance.choice(names)
+            data = chance.randbytes(chance.randint(0, 9))
             opened.append(name, data)
             now[name] = now.get(name, b"") + data
         match chance.choice(("commit", "roll back", "leave", "drop")):
@@ -188,13 +204,18 @@ def test_what_was_skipped_reads_as_zeros_and_is_checked(tmp_path: Path) -> None:
     opened.unlock()
     assert first.count == 1003 and verify(tmp_path) == []
     found = first.of_all_heads(torch.tensor([0, 500, 1002]))
-    assert torch.equal(found, torch.cat((blocks(0, 1), torch.zeros(1, HEADS, 2, SIZE, DIM), blocks(1002, 1003))))
+    assert torch.equal(
+        found, torch.cat((blocks(0, 1), torch.zeros(1, HEADS, 2, SIZE, DIM), blocks(1002, 1003)))
+    )
     path = tmp_path / "layer-01.blocks"
     assert path.stat().st_blocks * 512 <= 2**14 < path.stat().st_size
     with path.open("r+b") as file:
         file.seek(500 * second.block_bytes)
         file.write(b"\1")
-    assert len(verify(tmp_path)) == 1 and "layer-01.blocks: block 500, key/value head 0" in verify(tmp_path)[0]
+    assert (
+        len(verify(tmp_path)) == 1
+        and "layer-01.blocks: block 500, key/value head 0" in verify(tmp_path)[0]
+    )
 
 
 def test_every_byte_of_the_manifest_counts(quick: Path) -> None:
@@ -212,7 +233,10 @@ def test_every_byte_of_the_manifest_counts(quick: Path) -> None:
 
 def test_others_files_are_left_alone(tmp_path: Path) -> None:
     work(tmp_path, 1)
-    others = {name: tmp_path / name for name in ("notes.txt", "text-notes", "tail", "layer-00.blocks.bak", "lock.old")}
+    others = {
+        name: tmp_path / name
+        for name in ("notes.txt", "text-notes", "tail", "layer-00.blocks.bak", "lock.old")
+    }
     for path in others.values():
         path.write_text("mine")
     (tmp_path / "tail-77").write_text("of an interrupted writer")
@@ -232,7 +256,8 @@ def test_others_files_are_left_alone(tmp_path: Path) -> None:
 
 def test_a_damaged_stream_is_not_made_longer(tmp_path: Path) -> None:
     work(tmp_path, 1)
-    opened, path = Archive.open(tmp_path), tmp_path / "layer-00.blocks"
+    opened = Archive.open(tmp_path)
+    path = tmp_path / "layer-00.blocks"
     os.truncate(path, 5)
     opened.lock()
     assert path.stat().st_size == 5
@@ -255,7 +280,12 @@ def test_a_folder_made_anew_is_not_taken_for_the_old_one(tmp_path: Path) -> None
 
 def test_a_name_outside_the_folder_is_refused(tmp_path: Path) -> None:
     """However right the checksum is: what a writer drops is deleted."""
-    body = {"format": 1, "commits": 1, "manifest": {}, "streams": {"../precious": {"bytes": 0, "crc32": 0}}}
+    body = {
+        "format": 1,
+        "commits": 1,
+        "manifest": {},
+        "streams": {"../precious": {"bytes": 0, "crc32": 0}},
+    }
     (tmp_path / archive.STATE).write_bytes(archive._file_of(body))
     with pytest.raises(Damaged, match=r"memory\.json"):
         Archive.open(tmp_path)
@@ -268,12 +298,19 @@ def test_one_writer_of_two_processes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is being written by another process"):
         Archive.open(tmp_path).lock()
     first.unlock()
-    code = f"import fcntl; file = open({str(tmp_path / 'lock')!r}, 'r+'); fcntl.flock(file, fcntl.LOCK_EX);"
+    code = (
+        f"import fcntl; file = open({str(tmp_path / 'lock')!r}, 'r+'); fcntl.flock(file, "
+        "fcntl.LOCK_EX);"
+    )
     code += "print('locked', flush=True); input()"
     command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None and other.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match="is being written by another process; wait for it, reading is free"):
+        with pytest.raises(
+            ValueError, match="is being written by another process; wait for it, reading is free"
+        ):
             Archive.open(tmp_path).lock()
         check(tmp_path, 1)  # reading goes on
         other.kill()
@@ -309,6 +346,9 @@ def test_checksums_are_those_of_the_standard(tmp_path: Path) -> None:
     for name, each in whole["state"]["streams"].items():
         data = (tmp_path / name).read_bytes()
         assert len(data) == each["bytes"] and each["crc32"] in (None, zlib.crc32(data))
-    data, part = (tmp_path / "layer-01.blocks").read_bytes(), 2 * SIZE * DIM * 4
+    data = (tmp_path / "layer-01.blocks").read_bytes()
+    part = 2 * SIZE * DIM * 4
     sums = [zlib.crc32(data[i : i + part]) for i in range(0, len(data), part)]
-    assert (tmp_path / "layer-01.sums").read_bytes() == b"".join(each.to_bytes(4, "little") for each in sums)
+    assert (tmp_path / "layer-01.sums").read_bytes() == b"".join(
+        each.to_bytes(4, "little") for each in sums
+    )

@@ -18,13 +18,16 @@ launch = pytest.importorskip("landmark.memory.triton.launch")
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
-LENGTH, DIM = 4, 8
+LENGTH = 4
+DIM = 8
 
 
 def remembering(chance, config, rows, groups, slots, hot):
     """A store of tier ``host`` that has seen so many slots of each row."""
     block = 2 * rows * groups * LENGTH * DIM * 4
-    store = BlockStore(LENGTH, local_blocks=config.local_blocks, tiers=Tiers("host", device_bytes=hot * block))
+    store = BlockStore(
+        LENGTH, local_blocks=config.local_blocks, tiers=Tiers("host", device_bytes=hot * block)
+    )
     begin = 0
     while begin < slots:
         end = min(slots, begin + chance.randint(1, 5 * LENGTH))
@@ -49,21 +52,30 @@ def test_kernels_bring_what_plain_pytorch_brings(seed, monkeypatch):
     torch.manual_seed(seed)
     rows, groups, repeats, top_k = (chance.randint(1, most) for most in (3, 2, 2, 4))
     config = LandmarkConfig(block_size=LENGTH, top_k=top_k, local_blocks=chance.randint(0, 2))
-    hot, slots = repeats * top_k + chance.choice([0, 1, 9, 60, 200]), chance.randint(8, 60) * LENGTH
+    hot = repeats * top_k + chance.choice([0, 1, 9, 60, 200])
+    slots = chance.randint(8, 60) * LENGTH
     store = remembering(chance, config, rows, groups, slots, hot)
     assert store.near.hot.shape[1] == hot
     for _ in range(20 if ON_GPU else 8):
         end = slots + chance.randint(1, LENGTH - slots % LENGTH)
         plan = step(store, config, rows, groups, slots, end)
-        slots, chosen = end, choices(chance, (rows, groups, repeats, 1, 1, top_k), int(plan.grid.local_first[0, 0]))
+        slots = end
+        chosen = choices(
+            chance, (rows, groups, repeats, 1, 1, top_k), int(plan.grid.local_first[0, 0])
+        )
         other = copy.deepcopy(store)
         keys, values, _, _, frames = launch._bring(store, plan.grid, chosen)
         with monkeypatch.context() as patch:
             patch.setattr(launch, "_bring", lambda *_: None)
-            near_keys, near_values, far_keys, far_values, plain = launch._arenas(other, plan.grid, chosen)
+            near_keys, near_values, far_keys, far_values, plain = launch._arenas(
+                other, plan.grid, chosen
+            )
         for tensor, far, near in ((keys, far_keys, near_keys), (values, far_values, near_values)):
-            found, valid = of(tensor, frames), chosen >= 0
-            assert torch.equal(found[..., :top_k, :, :][valid], of(far, plain)[..., :top_k, :, :][valid])
+            found = of(tensor, frames)
+            valid = chosen >= 0
+            assert torch.equal(
+                found[..., :top_k, :, :][valid], of(far, plain)[..., :top_k, :, :][valid]
+            )
             assert torch.equal(found[..., top_k:, :, :], of(near, plain)[..., top_k:, :, :])
         assert torch.equal(store.near.hot.sort().values, other.near.hot.sort().values)
         assert torch.equal(store.near.asked.sort().values, other.near.asked.sort().values)
@@ -72,7 +84,9 @@ def test_kernels_bring_what_plain_pytorch_brings(seed, monkeypatch):
 
 
 def choices(chance, shape, first):
-    """Places of blocks before ``first``, ascending, -1 behind the last; heads often choose alike."""
+    """Places of blocks before ``first``, ascending, -1 behind the last; heads often choose
+    alike.
+    """
     found = torch.full(shape, -1, dtype=torch.int32)
     some = [chance.randrange(max(first, 1)) for _ in range(6)]
     for index in range(found[..., 0].numel()):
@@ -92,7 +106,9 @@ def of(tensor, frames):
 
 @pytest.mark.skipif(not ON_GPU, reason="nothing is in flight on a CPU")
 def test_what_a_kernel_may_still_read_is_not_given_out_anew():
-    """Pinned memory of an extent that came from an archive, so that no copy of a GPU has touched it."""
+    """Pinned memory of an extent that came from an archive, so that no copy of a GPU has touched
+    it.
+    """
     shape = (2, 1, 1, 2, LENGTH, DIM)
     extent = HostExtent(shape, torch.float32)
     extent.fill(torch.randn(shape))

@@ -1,4 +1,6 @@
-"""The choice of the kernels for decoding, alone, against a stable sort: through Triton's interpreter, or on a GPU."""
+"""The choice of the kernels for decoding, alone, against a stable sort: through Triton's
+interpreter, or on a GPU.
+"""
 
 import random
 
@@ -24,12 +26,15 @@ def sorted_choice(scores, top_k):
 
 
 def chosen(scores, n_recent, top_k, peaks, n_spare=2):
-    """As ``sorted_choice``, by the kernel; the last ``n_recent`` scores are those of the latest candidates.
+    """As ``sorted_choice``, by the kernel; the last ``n_recent`` scores are those of the latest
+    candidates.
 
     Of ``n_spare`` chunks behind, and of their peaks, nothing may be read.
     """
-    queries, kept = len(scores), launch.kept_of(top_k)
-    old, recent = scores[:, : scores.shape[1] - n_recent], scores[:, scores.shape[1] - n_recent :]
+    queries = len(scores)
+    kept = launch.kept_of(top_k)
+    old = scores[:, : scores.shape[1] - n_recent]
+    recent = scores[:, scores.shape[1] - n_recent :]
     used = -(-old.shape[1] // CHUNK)
     spare = torch.full((queries, n_spare), 1e30)
     whole = torch.nn.functional.pad(old, (0, used * CHUNK - old.shape[1]), value=NONE)
@@ -40,9 +45,20 @@ def chosen(scores, n_recent, top_k, peaks, n_spare=2):
     out = torch.full((queries, top_k), -7, dtype=torch.int32, device=DEVICE)
     inputs = [each.contiguous().to(DEVICE) for each in (whole, tops, recent, first)]
     launch.best_kernel[(queries,)](
-        *inputs, out, 1, 1, queries, (used + n_spare) * CHUNK, used + n_spare, 1,
-        TOP_K=top_k, KEPT=kept, RECENT=n_recent, PEAKS=peaks, num_warps=4,
-    )  # fmt: skip
+        *inputs,
+        out,
+        1,
+        1,
+        queries,
+        (used + n_spare) * CHUNK,
+        used + n_spare,
+        1,
+        TOP_K=top_k,
+        KEPT=kept,
+        RECENT=n_recent,
+        PEAKS=peaks,
+        num_warps=4,
+    )
     return out.cpu()
 
 
@@ -90,16 +106,25 @@ def usual(rng, noise, shape):
 
 @pytest.mark.parametrize("n_old", [1, 30, 5 * CHUNK + 1, 21 * CHUNK - 3])
 @pytest.mark.parametrize("top_k", [1, 3, 4, 16])
-@pytest.mark.parametrize("kind", [usual, few, rare, first_alone, wide, equal_zeros, crowded, ascending])
+@pytest.mark.parametrize(
+    "kind", [usual, few, rare, first_alone, wide, equal_zeros, crowded, ascending]
+)
 def test_choice_is_that_of_a_stable_sort(kind, top_k, n_old):
-    """With all chunks looked at, with one round of peaks, and with several; with and without latest candidates."""
+    """With all chunks looked at, with one round of peaks, and with several; with and without latest
+    candidates.
+    """
     rng = random.Random(f"{kind.__name__} {top_k} {n_old}")
-    noise, kept, used = torch.Generator().manual_seed(rng.randrange(2**31)), launch.kept_of(top_k), -(-n_old // CHUNK)
+    noise = torch.Generator().manual_seed(rng.randrange(2**31))
+    kept = launch.kept_of(top_k)
+    used = -(-n_old // CHUNK)
     fits = [each for each in (kept, 2 * kept, 64) if each > kept or used + 2 <= kept]
     for peaks in fits:
         n_recent = rng.choice([0, top_k])
         scores = kind(rng, noise, (3, n_old + n_recent))
-        assert torch.equal(chosen(scores, n_recent, top_k, peaks), sorted_choice(scores, top_k)), (peaks, n_recent)
+        assert torch.equal(chosen(scores, n_recent, top_k, peaks), sorted_choice(scores, top_k)), (
+            peaks,
+            n_recent,
+        )
 
 
 def test_nothing_stored_is_chosen_from():

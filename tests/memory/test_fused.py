@@ -1,4 +1,6 @@
-"""The memory's fused kernels against plain PyTorch: through Triton's interpreter, or on a GPU (`make test-gpu`)."""
+"""The memory's fused kernels against plain PyTorch: through Triton's interpreter, or on a GPU
+(`make test-gpu`).
+"""
 
 import dataclasses
 import random
@@ -22,7 +24,9 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 CASES = 60 if ON_GPU else 20
-SCALE = 0.125  # a power of two: the scaled query is rounded nowhere, so that both choose by the same float32 scores
+# A power of two: the scaled query is rounded nowhere, so that both choose by the same float32
+# scores.
+SCALE = 0.125
 
 
 @dataclasses.dataclass
@@ -54,10 +58,17 @@ def case(seed):
         mode=rng.choice(["retrieval"] * 5 + ["all"]),
     )
     turned = rng.choice([dim, dim // 2])
-    rotary = Rotary(torch.linspace(0.01, 1, turned).double(), torch.ones(turned).double(), rng.random() < 0.3)
-    rows, groups = rng.choice([1, 2]), rng.choice([1, 1 + ON_GPU])
+    rotary = Rotary(
+        torch.linspace(0.01, 1, turned).double(), torch.ones(turned).double(), rng.random() < 0.3
+    )
+    rows = rng.choice([1, 2])
+    groups = rng.choice([1, 1 + ON_GPU])
     longest = 12 * block_size if ON_GPU else 3 * block_size
-    calls = [[rng.randint(1, longest) for _ in range(rows)], [1] * rows, [rng.randint(1, longest) for _ in range(rows)]]
+    calls = [
+        [rng.randint(1, longest) for _ in range(rows)],
+        [1] * rows,
+        [rng.randint(1, longest) for _ in range(rows)],
+    ]
     kinds = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
     return Case(
         config=config,
@@ -73,9 +84,12 @@ def case(seed):
 def outputs(case, seed, *, upcast=False, tiers=None):
     """Of each call the output (B, T, H, D), which of it is text (B, T), and what was retrieved."""
     noise = torch.Generator().manual_seed(seed)
-    memory = LayerMemory(case.config, RotationTables(case.rotary, case.config.block_size), case.layer, tiers)
+    memory = LayerMemory(
+        case.config, RotationTables(case.rotary, case.config.block_size), case.layer, tiers
+    )
     rows = len(case.calls[0][0])
-    starts, found = [0] * rows, []
+    starts = [0] * rows
+    found = []
     shared = torch.randn(1, case.heads[1], 1, case.dim, generator=noise)
     for lengths, retrieve in case.calls:
         plan = make_plan(starts, lengths, case.config)
@@ -85,15 +99,24 @@ def outputs(case, seed, *, upcast=False, tiers=None):
             for heads in (case.heads[0], case.heads[1], case.heads[1])
         )
         if case.layer == 0:  # all landmarks are the same vector
-            key = torch.where((plan.offsets == case.config.block_size - 1)[:, None, :, None], shared, key)
-        tensors = [(spread * each).to(case.dtype).to(DEVICE) for each, spread in ((query, 2), (key, 1), (value, 1))]
+            key = torch.where(
+                (plan.offsets == case.config.block_size - 1)[:, None, :, None], shared, key
+            )
+        tensors = [
+            (spread * each).to(case.dtype).to(DEVICE)
+            for each, spread in ((query, 2), (key, 1), (value, 1))
+        ]
         if upcast:
             tensors = [each.double() for each in tensors]
         if retrieve is None:
             file(memory, lengths, *tensors[1:])
         else:
             output, read = memory.attend(
-                *tensors, move(plan, torch.device(DEVICE)), scale=SCALE, retrieve=retrieve, record=True
+                *tensors,
+                move(plan, torch.device(DEVICE)),
+                scale=SCALE,
+                retrieve=retrieve,
+                record=True,
             )
             found.append((output, (plan.positions >= 0).to(DEVICE), read))
         starts = [start + length for start, length in zip(starts, lengths, strict=True)]
@@ -105,24 +128,33 @@ def file(memory, lengths, key, value):
     step = 8 * memory.config.block_size
     for begin in range(0, max(lengths), step):
         starts, ends = ([min(each, border) for each in lengths] for border in (begin, begin + step))
-        plan = make_plan(starts, [end - start for start, end in zip(starts, ends, strict=True)], memory.config)
+        plan = make_plan(
+            starts, [end - start for start, end in zip(starts, ends, strict=True)], memory.config
+        )
         plan = move(plan, torch.device(DEVICE))
-        columns = (plan.positions.clamp(min=0))[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        columns = (plan.positions.clamp(min=0))[:, None, :, None].expand(
+            -1, key.shape[1], -1, key.shape[3]
+        )
         memory.store.reserve(plan.blocks, key)
         memory.store.open(plan)
         rotation = memory.tables.by_offset(plan.offsets, key.dtype)[:, None]
-        memory.store.write(rotation.rotate(key.gather(2, columns)), value.gather(2, columns), plan.writes)
+        memory.store.write(
+            rotation.rotate(key.gather(2, columns)), value.gather(2, columns), plan.writes
+        )
 
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_fused_is_plain(seed, monkeypatch):
-    """The choices of plain PyTorch in the same dtype, and at most twice its error, where float64 chooses alike.
+    """The choices of plain PyTorch in the same dtype, and at most twice its error, where float64
+    chooses alike.
 
-    Beside that, what an online softmax in float32 adds, with no score above the product of the usual norms.
+    Beside that, what an online softmax in float32 adds, with no score above the product of the
+    usual norms.
     """
     made = case(seed)
     monkeypatch.setattr(layer, "runs_fused", lambda *_: False)
-    plain, exact = outputs(made, seed), outputs(made, seed, upcast=True)
+    plain = outputs(made, seed)
+    exact = outputs(made, seed, upcast=True)
     used = []
     monkeypatch.setattr(layer, "runs_fused", lambda *_: used.append(1) or True)
     shares = compare(made, outputs(made, seed), plain, exact)
@@ -131,18 +163,27 @@ def test_fused_is_plain(seed, monkeypatch):
 
 
 def compare(made, found, plain, exact):
-    """Of each call which share of the tokens and heads chooses as float64 does, and is compared with it."""
+    """Of each call which share of the tokens and heads chooses as float64 does, and is compared
+    with it.
+    """
     shares = []
-    for (output, there, read), (eager, _, ours), (right, _, best) in zip(found, plain, exact, strict=True):
+    for (output, there, read), (eager, _, ours), (right, _, best) in zip(
+        found, plain, exact, strict=True
+    ):
         assert torch.equal(read.blocks, ours.blocks)
         alike = (ours.blocks == best.blocks).all(dim=3)
         shares.append(alike.float().mean().item())
         weights = [each.weights[alike] for each in (read, ours, best)]
-        results = [each[there[..., None] & alike.transpose(1, 2).to(DEVICE)] for each in (output, eager, right)]
+        results = [
+            each[there[..., None] & alike.transpose(1, 2).to(DEVICE)]
+            for each in (output, eager, right)
+        ]
         for name, (fused, other, wanted) in {"weights": weights, "output": results}.items():
             if wanted.numel():
                 budget = low_precision_budget(other.to(made.dtype), wanted)
-                budget += online_error(torch.tensor(2 * made.dim * SCALE)) * wanted.abs().max().item()
+                budget += (
+                    online_error(torch.tensor(2 * made.dim * SCALE)) * wanted.abs().max().item()
+                )
                 assert_close(fused, wanted, budget, name)
     return shares
 
@@ -153,26 +194,44 @@ def many(seed):
 
 
 def decoding(seed):
-    """A long memory, filed, then calls of one or a few tokens inside a block, and one row may be short."""
-    made, rng = case(seed), random.Random(-1 - seed)
-    size, rows = made.config.block_size, len(made.calls[0][0])
-    top_k, most = rng.choice([1, 2, 3, 4, 16] if ON_GPU else [1, 2, 3, 6]), rng.choice([3, 40, 200])
+    """A long memory, filed, then calls of one or a few tokens inside a block, and one row may be
+    short.
+    """
+    made = case(seed)
+    rng = random.Random(-1 - seed)
+    size = made.config.block_size
+    rows = len(made.calls[0][0])
+    top_k = rng.choice([1, 2, 3, 4, 16] if ON_GPU else [1, 2, 3, 6])
+    most = rng.choice([3, 40, 200])
     if many(seed):
-        top_k, most = 2, 64 * 4 + 40
-    lengths = [rng.randint(1, size * rng.choice([4, most])) for _ in range(rows - 1)] + [size * most + rng.randrange(4)]
+        top_k = 2
+        most = 64 * 4 + 40
+    lengths = [rng.randint(1, size * rng.choice([4, most])) for _ in range(rows - 1)] + [
+        size * most + rng.randrange(4)
+    ]
     calls = [(lengths, None), ([1] * rows, True), ([1 + i for i in range(rows)], True)]
-    config = dataclasses.replace(made.config, top_k=top_k, granularity="token_head", mode="retrieval")
+    config = dataclasses.replace(
+        made.config, top_k=top_k, granularity="token_head", mode="retrieval"
+    )
     kinds = [torch.float32, torch.float32, torch.float16] + [torch.bfloat16] * 2 * ON_GPU
-    groups, repeats = 2 - seed % 2, rng.choice([1, 2, 4] if ON_GPU else [1, 2])
+    groups = 2 - seed % 2
+    repeats = rng.choice([1, 2, 4] if ON_GPU else [1, 2])
     heads = (groups * repeats, groups)
-    return dataclasses.replace(made, config=config, calls=calls, dtype=rng.choice(kinds), heads=heads)
+    return dataclasses.replace(
+        made, config=config, calls=calls, dtype=rng.choice(kinds), heads=heads
+    )
 
 
 def decoded(made, seed, monkeypatch, tiers=None):
-    """As ``outputs``, where small calls are fused, and how many of them the kernels for decoding took."""
-    used, attend = [], LayerMemory._attend_few
+    """As ``outputs``, where small calls are fused, and how many of them the kernels for decoding
+    took.
+    """
+    used = []
+    attend = LayerMemory._attend_few
     monkeypatch.setattr(layer, "runs_fused", lambda query, _: query.shape[3] <= 5)
-    monkeypatch.setattr(LayerMemory, "_attend_few", lambda *args, **named: used.append(1) or attend(*args, **named))
+    monkeypatch.setattr(
+        LayerMemory, "_attend_few", lambda *args, **named: used.append(1) or attend(*args, **named)
+    )
     found = outputs(made, seed, tiers=tiers)
     monkeypatch.undo()
     return found, len(used)
@@ -183,7 +242,8 @@ def test_decoding_is_plain(seed, monkeypatch):
     """As above, over long memories."""
     made = decoding(seed)
     monkeypatch.setattr(layer, "runs_fused", lambda *_: False)
-    plain, exact = outputs(made, seed), outputs(made, seed, upcast=True)
+    plain = outputs(made, seed)
+    exact = outputs(made, seed, upcast=True)
     if many(seed):
         monkeypatch.setattr(launch, "PEAKS", (4, 4))
     monkeypatch.setattr(launch, "WAVES", random.Random(seed).choice([1, 3, 20]))
@@ -197,9 +257,20 @@ def test_decoding_is_plain(seed, monkeypatch):
 def test_decoding_computes_the_same_bits_on_every_tier(seed, monkeypatch):
     """And each time, whichever item arrives last."""
     made = decoding(seed)
-    block = 2 * len(made.calls[0][0]) * made.heads[1] * made.config.block_size * made.dim * made.dtype.itemsize
+    block = (
+        2
+        * len(made.calls[0][0])
+        * made.heads[1]
+        * made.config.block_size
+        * made.dim
+        * made.dtype.itemsize
+    )
     expected, _ = decoded(made, seed, monkeypatch)
-    for tiers in (None, Tiers("host", device_bytes=5 * block), Tiers("disk", device_bytes=5 * block)):
+    for tiers in (
+        None,
+        Tiers("host", device_bytes=5 * block),
+        Tiers("disk", device_bytes=5 * block),
+    ):
         found, used = decoded(made, seed, monkeypatch, tiers)
         assert used
         for (output, there, read), (right, _, best) in zip(found, expected, strict=True):
@@ -211,7 +282,14 @@ def test_decoding_computes_the_same_bits_on_every_tier(seed, monkeypatch):
 def test_fused_computes_the_same_bits_on_every_tier(seed, monkeypatch):
     """With few frames, so that blocks come and go."""
     made = case(seed)
-    block = 2 * len(made.calls[0][0]) * made.heads[1] * made.config.block_size * made.dim * made.dtype.itemsize
+    block = (
+        2
+        * len(made.calls[0][0])
+        * made.heads[1]
+        * made.config.block_size
+        * made.dim
+        * made.dtype.itemsize
+    )
     monkeypatch.setattr(layer, "runs_fused", lambda *_: True)
     expected = outputs(made, seed)
     for tier in ("host", "disk"):
@@ -227,7 +305,10 @@ def stored(memory, slots):
     for row, count in enumerate(slots):
         kept = [0, *range(store.first, -(-count // store.block_size))]
         places = store.place_of(torch.tensor(kept, device=DEVICE))
-        yield store.landmark_keys[row][:, places], *store.take(store.numbered(places[None, None])[row])
+        yield (
+            store.landmark_keys[row][:, places],
+            *store.take(store.numbered(places[None, None])[row]),
+        )
 
 
 def some_of(rng, noise, made, heads, width):
@@ -241,33 +322,55 @@ def some_of(rng, noise, made, heads, width):
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("seed", range(CASES if ON_GPU else 8))
 def test_filing_is_plain(seed, tier, monkeypatch):
-    """Bit for bit, calls in which blocks are closed, and those in which a row has no token, among them."""
+    """Bit for bit, calls in which blocks are closed, and those in which a row has no token, among
+    them.
+    """
     if not ON_GPU:  # the interpreter rounds a product before it adds to it, `addcmul` does not
         monkeypatch.setattr(torch, "addcmul", lambda x, y, z: x + y * z)
-    made, rng, noise = case(seed), random.Random(-1 - seed), torch.Generator().manual_seed(seed)
-    config = dataclasses.replace(made.config, block_size=4, max_blocks=(None, 3, 0, None)[seed % 4], mode="retrieval")
-    heads, groups = 2 * made.heads[0], 2 * made.heads[1]
-    memories = [LayerMemory(config, RotationTables(made.rotary, 4), made.layer, Tiers(tier)) for _ in range(2)]
-    least, closed, absent = [1, 1, 1] if config.max_blocks is None else [140] * 3, 0, 0
-    slots = [rng.randint(begin, end) for begin, end in zip(least, (least[0] + 2, 160, 160), strict=True)]
+    made = case(seed)
+    rng = random.Random(-1 - seed)
+    noise = torch.Generator().manual_seed(seed)
+    config = dataclasses.replace(
+        made.config, block_size=4, max_blocks=(None, 3, 0, None)[seed % 4], mode="retrieval"
+    )
+    heads = 2 * made.heads[0]
+    groups = 2 * made.heads[1]
+    memories = [
+        LayerMemory(config, RotationTables(made.rotary, 4), made.layer, Tiers(tier))
+        for _ in range(2)
+    ]
+    least = [1, 1, 1] if config.max_blocks is None else [140] * 3
+    closed = 0
+    absent = 0
+    slots = [
+        rng.randint(begin, end) for begin, end in zip(least, (least[0] + 2, 160, 160), strict=True)
+    ]
     first = [some_of(rng, noise, made, groups, max(slots)) for _ in range(2)]
     for memory in memories:
         file(memory, slots, *first)
     for _ in range(8):
         lengths = [rng.randint(0, 4 - each % 4) for each in slots]
         plan = move(make_plan(slots, lengths, config), torch.device(DEVICE))
-        query, key, value = (some_of(rng, noise, made, each, plan.cells.shape[1]) for each in (heads, groups, groups))
+        query, key, value = (
+            some_of(rng, noise, made, each, plan.cells.shape[1]) for each in (heads, groups, groups)
+        )
         for memory in memories:
             memory.prepare(plan, key)
         rotation = memories[0].tables.by_offset(plan.offsets, key.dtype)[:, None]
         memories[0].store.write(rotation.rotate(key), value, plan.writes)
         found = launch.file(
-            query.unflatten(1, (groups, -1)), key, value, plan.grid, memories[1].store, memories[1].tables
+            query.unflatten(1, (groups, -1)),
+            key,
+            value,
+            plan.grid,
+            memories[1].store,
+            memories[1].tables,
         )
         memories[1].store.finish(plan.writes)
         assert torch.equal(found.flatten(1, 3), rotation.rotate(query))
         slots = [start + length for start, length in zip(slots, lengths, strict=True)]
-        closed, absent = closed + len(plan.closed), absent + lengths.count(0)
+        closed = closed + len(plan.closed)
+        absent = absent + lengths.count(0)
     assert closed and absent and (memories[1].store.first > 1) == (config.max_blocks is not None)
     for plain, filed in zip(*(stored(memory, slots) for memory in memories), strict=True):
         assert all(torch.equal(one, other) for one, other in zip(plain, filed, strict=True))

@@ -1,4 +1,6 @@
-"""The index: faiss flat chooses as scoring every landmark does, whatever happened to the cache; others come close."""
+"""The index: faiss flat chooses as scoring every landmark does, whatever happened to the cache;
+others come close.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,14 @@ from landmark.memory.positions import RotationTables
 from landmark.ops.select import select_top
 from landmark.rotary import Rotary
 
-CASES, ALWAYS = 60, 10  # of five histories each
+CASES = 60
+ALWAYS = 10  # of five histories each
 APPROXIMATE = ("faiss-ivf", "faiss-hnsw")
 
 
 class Watched:
-    """Compares each choice by an index with all scores in float64; blocks must be candidates, ascending.
+    """Compares each choice by an index with all scores in float64; blocks must be candidates,
+    ascending.
 
     A choice is left out where the K-th and the next score lie within what float32 may round.
     """
@@ -36,15 +40,21 @@ class Watched:
         self.choose = layer.choose_indexed
         monkeypatch.setattr(layer, "choose_indexed", self)
 
-    def __call__(self, query: Any, grid: Any, blocks: Any, tables: Any, config: Any, found: Any) -> Any:
+    def __call__(
+        self, query: Any, grid: Any, blocks: Any, tables: Any, config: Any, found: Any
+    ) -> Any:
         chosen, valid = self.choose(query, grid, blocks, tables, config, found)
         marks = retrieval.marks_at(blocks, 0, blocks.places)
         scores = retrieval.landmark_scores(query.double(), grid, marks, tables, config)
         there = grid.valid[:, None, None].expand(valid.shape[:-1])
         places = blocks.place_of(chosen).masked_fill(~valid, 0)
-        assert (scores.gather(-1, places)[valid & there[..., None]] > -torch.inf).all(), "only candidates"
+        assert (scores.gather(-1, places)[valid & there[..., None]] > -torch.inf).all(), (
+            "only candidates"
+        )
         neighbours = valid[..., 1:]
-        assert (chosen[..., 1:] > chosen[..., :-1])[neighbours].all() and (valid[..., :-1] | ~neighbours).all()
+        assert (chosen[..., 1:] > chosen[..., :-1])[neighbours].all() and (
+            valid[..., :-1] | ~neighbours
+        ).all()
         best, full = select_top(scores, config.top_k)
         kept = min(valid.shape[-1], full.shape[-1])
         assert not valid[..., kept:].any() and not full[..., kept:].any()
@@ -55,23 +65,32 @@ class Watched:
         self.compared += int(there.sum())
         self.left_out += int(close.sum())
         self.held += int(there.sum()) * any(end > 0 for end in found.ends)
-        hits = (places[..., :, None] == best[..., None, :]) & valid[..., :, None] & full[..., None, :]
-        self.best, self.wanted = self.best + int(hits[there].sum()), self.wanted + int(full[there].sum())
+        hits = (
+            (places[..., :, None] == best[..., None, :]) & valid[..., :, None] & full[..., None, :]
+        )
+        self.best = self.best + int(hits[there].sum())
+        self.wanted = self.wanted + int(full[there].sum())
         return chosen, valid
 
     @staticmethod
     def close(query: Any, blocks: Any, scores: Any, top_k: int) -> Any:
-        """A sum of D products has D roundings at most, as has the rotation's; there are two sums."""
+        """A sum of D products has D roundings at most, as has the rotation's; there are two
+        sums.
+        """
         if scores.shape[-1] <= top_k:
             return torch.zeros(scores.shape[:-1], dtype=torch.bool)
         ordered = scores.sort(dim=-1, descending=True).values
-        gap = (ordered[..., top_k - 1] - ordered[..., top_k]).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        gap = (ordered[..., top_k - 1] - ordered[..., top_k]).nan_to_num(
+            nan=torch.inf, posinf=torch.inf
+        )
         largest = blocks.landmark_keys.double().norm(dim=-1).amax()
         return gap <= 2 * (query.shape[-1] + 4) * 2**-24 * query.double().norm(dim=-1) * largest
 
 
 def draw(chance: random.Random) -> LandmarkConfig:
-    """Blocks of at least two tokens: those of one tie exactly where layers below see nothing else."""
+    """Blocks of at least two tokens: those of one tie exactly where layers below see nothing
+    else.
+    """
     block_size = chance.randint(3, 5)
     return LandmarkConfig(
         block_size=block_size,
@@ -83,9 +102,13 @@ def draw(chance: random.Random) -> LandmarkConfig:
     )
 
 
-def history(seed: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[History, LandmarkConfig, str, int]:
+def history(
+    seed: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[History, LandmarkConfig, str, int]:
     chance = random.Random(seed)
-    settings, family, kv_heads = draw(chance), chance.choice(models.FAMILIES), chance.choice((1, 2, 4))
+    settings = draw(chance)
+    family = chance.choice(models.FAMILIES)
+    kv_heads = chance.choice((1, 2, 4))
     monkeypatch.setitem(layer.SLAB_BYTES, "cpu", chance.choice((1, 20_000, 2**26)))
     step, spare = chance.choice(((1, 0), (1, 3), (16, 8)))
     monkeypatch.setattr(store, "EVICTION_STEP", step)
@@ -102,13 +125,17 @@ def history(seed: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Hist
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case < ALWAYS else pytest.mark.full) for case in range(CASES)]
+    "case",
+    [pytest.param(case, marks=() if case < ALWAYS else pytest.mark.full) for case in range(CASES)],
 )
 @models.wide_norms()
 @torch.no_grad()
 def test_flat_chooses_as_exact_does(case: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every choice, and the logits against the definition in plain loops, over histories of every kind."""
-    watched, read = Watched(monkeypatch), 0
+    """Every choice, and the logits against the definition in plain loops, over histories of every
+    kind.
+    """
+    watched = Watched(monkeypatch)
+    read = 0
     for seed in range(5 * case, 5 * case + 5):
         before = watched.left_out
         found, settings, family, kv_heads = history(seed, "faiss-flat", monkeypatch)
@@ -125,8 +152,12 @@ def test_flat_chooses_as_exact_does(case: int, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("kind", APPROXIMATE)
 @torch.no_grad()
-def test_approximate_indexes_find_candidates_only(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the same histories: nothing that was cropped, evicted or is of another row; and most of the best."""
+def test_approximate_indexes_find_candidates_only(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the same histories: nothing that was cropped, evicted or is of another row; and most
+    of the best.
+    """
     watched = Watched(monkeypatch, exact=False)
     for seed in range(12):
         history(seed, kind, monkeypatch)
@@ -135,24 +166,39 @@ def test_approximate_indexes_find_candidates_only(kind: str, monkeypatch: pytest
 
 @torch.no_grad()
 def test_logits_of_a_padded_batch_as_without_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = models.landmark_model("llama", LandmarkConfig(block_size=4, top_k=2, local_blocks=1, chunk_tokens=50))
-    ids, mask = models.padded([models.text(300), models.text(170, seed=1), models.text(7, seed=2)], "left")
-    watched, cache = Watched(monkeypatch), LandmarkCache(model, index="faiss-flat")
+    model = models.landmark_model(
+        "llama", LandmarkConfig(block_size=4, top_k=2, local_blocks=1, chunk_tokens=50)
+    )
+    ids, mask = models.padded(
+        [models.text(300), models.text(170, seed=1), models.text(7, seed=2)], "left"
+    )
+    watched = Watched(monkeypatch)
+    cache = LandmarkCache(model, index="faiss-flat")
     indexed = model(ids, attention_mask=mask, past_key_values=cache).logits
     expected = model(ids, attention_mask=mask, past_key_values=LandmarkCache(model)).logits
     assert watched.left_out == 0 and watched.held > 100
     torch.testing.assert_close(indexed, expected, rtol=0, atol=1e-9)
     ends = [len(text) // 3 - 1 - 2 for text in (ids[0], models.text(170))]
-    assert cache.memories[0].index is None and cache.memories[1].index.ends[:2] == pytest.approx(ends, abs=20)
-    assert cache.nbytes("host") == cache.memories[1].index.nbytes == sum(cache.memories[1].index.ends) * 2 * 8 * 4
+    assert cache.memories[0].index is None and cache.memories[1].index.ends[:2] == pytest.approx(
+        ends, abs=20
+    )
+    assert (
+        cache.nbytes("host")
+        == cache.memories[1].index.nbytes
+        == sum(cache.memories[1].index.ends) * 2 * 8 * 4
+    )
 
 
 def structured(count: int, noise: float = 0.7) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys (count, 16) about 60 middles, all far from zero, as landmarks are; queries (50, 16) near some middles."""
+    """Keys (count, 16) about 60 middles, all far from zero, as landmarks are; queries (50, 16) near
+    some middles.
+    """
     random = torch.Generator().manual_seed(0)
     middles = torch.randn(60, 16, generator=random)
     keys = middles[torch.arange(count) % 60] + noise * torch.randn(count, 16, generator=random)
-    return keys + 20 * torch.randn(16, generator=random), middles[:50] + noise * torch.randn(50, 16, generator=random)
+    return keys + 20 * torch.randn(16, generator=random), middles[:50] + noise * torch.randn(
+        50, 16, generator=random
+    )
 
 
 def recall(kind: str, pieces: int = 7, *, products: bool = True) -> float:
@@ -171,10 +217,14 @@ def recall(kind: str, pieces: int = 7, *, products: bool = True) -> float:
 
 @pytest.mark.parametrize("kind", APPROXIMATE)
 def test_recall_on_structured_landmarks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound can fail: it does where inner products are searched as they are, and where one list is read."""
+    """The bound can fail: it does where inner products are searched as they are, and where one list
+    is read.
+    """
     assert recall("faiss-flat") == 1
     assert recall(kind) >= 0.9
-    monkeypatch.setattr(VectorIndex, "_norms", lambda self, vectors: torch.ones(len(vectors)))  # no lengths
+    monkeypatch.setattr(
+        VectorIndex, "_norms", lambda self, vectors: torch.ones(len(vectors))
+    )  # no lengths
     monkeypatch.setattr(index, "IVF_PROBED", 10**6)
     monkeypatch.setattr(index, "HNSW_SEARCH", 1)
     assert recall(kind, products=False) < 0.9
@@ -183,7 +233,8 @@ def test_recall_on_structured_landmarks(kind: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("kind", ["faiss-flat", *APPROXIMATE])
 def test_what_is_not_allowed_is_not_found(kind: str) -> None:
     keys, query = structured(3000)
-    made, allowed = VectorIndex(kind, 16), torch.rand(3000, generator=torch.Generator().manual_seed(1)) < 0.6
+    made = VectorIndex(kind, 16)
+    allowed = torch.rand(3000, generator=torch.Generator().manual_seed(1)) < 0.6
     made.add(keys)
     products, numbers = made.search(query, 10, allowed)
     assert allowed[numbers[numbers >= 0]].all() and (products == -torch.inf).equal(numbers < 0)
@@ -194,7 +245,8 @@ def test_what_is_not_allowed_is_not_found(kind: str) -> None:
 
 def test_lists_are_made_anew_as_landmarks_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "MADE_FROM", 100)
-    made, lists = VectorIndex("faiss-ivf", 16), []
+    made = VectorIndex("faiss-ivf", 16)
+    lists = []
     for part in structured(3000)[0].split(50):
         made.add(part)
         lists.append(made.settings.get("lists"))
@@ -208,23 +260,34 @@ def unrotated(top_k: int) -> tuple[LandmarkConfig, RotationTables]:
 
 @pytest.mark.parametrize("kind", ["exact", "faiss-flat"])
 @pytest.mark.parametrize("budget", [1, 2**26])
-def test_ties_go_to_the_lower_block(kind: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Landmarks without positions: the best score is that of one block that is old and of all that are recent."""
+def test_ties_go_to_the_lower_block(
+    kind: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Landmarks without positions: the best score is that of one block that is old and of all that
+    are recent.
+    """
     monkeypatch.setitem(SLAB_BYTES, "cpu", budget)
     config, tables = unrotated(top_k=2)
     memory = LayerMemory(config, tables, layer=1, index=kind)
     key = torch.zeros(1, 1, 40, 2)
     key[0, 0, 11::2] = torch.tensor([1.0, 0.0])  # blocks from 5 on
     key[0, 0, 13:31:2] = 0  # but for 6 to 14
-    memory.attend(key, key, key, make_plan([0], [40], config), scale=1.0, retrieve=False, record=False)
+    memory.attend(
+        key, key, key, make_plan([0], [40], config), scale=1.0, retrieve=False, record=False
+    )
     query = torch.tensor([1.0, 0.0]).expand(1, 1, 1, 2)
-    _, found = memory.attend(query, query, query, make_plan([40], [1], config), scale=1.0, retrieve=True, record=True)
+    _, found = memory.attend(
+        query, query, query, make_plan([40], [1], config), scale=1.0, retrieve=True, record=True
+    )
     assert found.blocks[0, 0, 0].tolist() == [5, 15]
 
 
 def test_exact_scores_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    budget, taken = 2**18, []
-    model = models.landmark_model("llama", LandmarkConfig(block_size=3, top_k=2, local_blocks=1, chunk_tokens=100))
+    budget = 2**18
+    taken = []
+    model = models.landmark_model(
+        "llama", LandmarkConfig(block_size=3, top_k=2, local_blocks=1, chunk_tokens=100)
+    )
     ids = models.text(2000)[None]
     model.read(ids, cache=(cache := LandmarkCache(model)), retrieve=False)
     with torch.no_grad():
@@ -232,7 +295,9 @@ def test_exact_scores_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) ->
     scores_of = retrieval.landmark_scores
     monkeypatch.setitem(SLAB_BYTES, "cpu", budget)
     monkeypatch.setattr(
-        retrieval, "landmark_scores", lambda *args: taken.append((out := scores_of(*args)).nbytes) or out
+        retrieval,
+        "landmark_scores",
+        lambda *args: taken.append((out := scores_of(*args)).nbytes) or out,
     )
     with torch.no_grad():
         found = model(models.text(20)[None], past_key_values=cache).logits
@@ -255,8 +320,11 @@ def test_what_was_dropped_is_not_found_where_every_block_may_be_read() -> None:
 def test_what_was_evicted_leaves_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than half of what it holds is always there to be found, so that it grows no further."""
     monkeypatch.setattr(store, "EVICTION_STEP", 1)
-    model = models.landmark_model("llama", LandmarkConfig(block_size=4, top_k=2, local_blocks=1, max_blocks=20))
-    cache, held = LandmarkCache(model, index="faiss-flat"), []
+    model = models.landmark_model(
+        "llama", LandmarkConfig(block_size=4, top_k=2, local_blocks=1, max_blocks=20)
+    )
+    cache = LandmarkCache(model, index="faiss-flat")
+    held = []
     for _ in range(8):
         model.read(models.text(150)[None], cache=cache)
         held.append(cache.nbytes("host") // (2 * 8 * 4))
@@ -264,14 +332,19 @@ def test_what_was_evicted_leaves_the_index(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @torch.no_grad()
-def test_a_memory_opened_with_an_index_answers_alike(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = models.landmark_model("llama", LandmarkConfig(block_size=4, top_k=2, local_blocks=1, max_blocks=30))
+def test_a_memory_opened_with_an_index_answers_alike(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.landmark_model(
+        "llama", LandmarkConfig(block_size=4, top_k=2, local_blocks=1, max_blocks=30)
+    )
     model.read(models.text(400)[None], cache=(cache := LandmarkCache(model)))
     cache.save(tmp_path / "memory")
     watched = Watched(monkeypatch)
     logits = [
         model(
-            models.text(30, seed=3)[None], past_key_values=LandmarkCache.open(tmp_path / "memory", model, index=kind)
+            models.text(30, seed=3)[None],
+            past_key_values=LandmarkCache.open(tmp_path / "memory", model, index=kind),
         ).logits
         for kind in ("exact", "faiss-flat")
     ]

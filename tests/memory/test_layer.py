@@ -1,4 +1,6 @@
-"""One layer's memory: what a call takes beside what is kept, float16, and calls that fail half way."""
+"""One layer's memory: what a call takes beside what is kept, float16, and calls that fail half
+way.
+"""
 
 import os
 import subprocess
@@ -22,18 +24,25 @@ PATHS = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent / 'src'}
 
 
 def tables(dim, block_size):
-    return RotationTables(Rotary(torch.linspace(0.01, 1, dim).double(), torch.ones(dim).double(), False), block_size)
+    return RotationTables(
+        Rotary(torch.linspace(0.01, 1, dim).double(), torch.ones(dim).double(), False), block_size
+    )
 
 
 def attend(dtype, slots=90):
-    """One call on random queries and keys so large that their products pass what float16 can hold."""
-    config, random = LandmarkConfig(block_size=8, top_k=2, local_blocks=1), torch.Generator().manual_seed(0)
+    """One call on random queries and keys so large that their products pass what float16 can
+    hold.
+    """
+    config = LandmarkConfig(block_size=8, top_k=2, local_blocks=1)
+    random = torch.Generator().manual_seed(0)
     query, key, value = (
         (spread * torch.randn(1, heads, slots, 64, generator=random)).half().to(dtype)
         for spread, heads in ((60, 4), (60, 2), (1, 2))
     )
     memory = LayerMemory(config, tables(64, 8), layer=1)
-    return memory.attend(query, key, value, make_plan([0], [slots], config), scale=0.001, retrieve=True, record=False)
+    return memory.attend(
+        query, key, value, make_plan([0], [slots], config), scale=0.001, retrieve=True, record=False
+    )
 
 
 def test_products_beyond_float16_do_not_overflow():
@@ -44,9 +53,13 @@ def test_products_beyond_float16_do_not_overflow():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("rows", "blocks", "granularity"), [(16, 512, "token_head"), (1, 16384, "head")])
+@pytest.mark.parametrize(
+    ("rows", "blocks", "granularity"), [(16, 512, "token_head"), (1, 16384, "head")]
+)
 def test_peak_memory_of_a_call(rows, blocks, granularity):
-    """A large batch, and a long text: fetched for a whole block of queries at once, the batch takes 900 MiB."""
+    """A large batch, and a long text: fetched for a whole block of queries at once, the batch takes
+    900 MiB.
+    """
     code = f"""
         import re, torch
         from landmark import LandmarkConfig
@@ -73,16 +86,27 @@ def test_peak_memory_of_a_call(rows, blocks, granularity):
     assert int(done.stdout) / 2**10 < 400
 
 
-@pytest.mark.parametrize(("layers", "granularity"), [(None, "token_head"), ((1,), "token_head"), (None, "head")])
+@pytest.mark.parametrize(
+    ("layers", "granularity"), [(None, "token_head"), ((1,), "token_head"), (None, "head")]
+)
 @torch.no_grad()
 def test_a_call_that_failed_can_be_made_again(monkeypatch, layers, granularity):
-    """A layer that was through drops nothing that the call needs, nor the queries that `head` has to remember."""
+    """A layer that was through drops nothing that the call needs, nor the queries that `head` has
+    to remember.
+    """
     monkeypatch.setattr(store, "EVICTION_STEP", 1)
     monkeypatch.setattr(store, "SPARE_BLOCKS", 0)
     settings = LandmarkConfig(
-        block_size=3, top_k=2, local_blocks=1, max_blocks=3, layers=layers, granularity=granularity, chunk_tokens=41
+        block_size=3,
+        top_k=2,
+        local_blocks=1,
+        max_blocks=3,
+        layers=layers,
+        granularity=granularity,
+        chunk_tokens=41,
     )
-    model, ids = models.landmark_model("llama", settings), models.text(80, seed=1)[None]
+    model = models.landmark_model("llama", settings)
+    ids = models.text(80, seed=1)[None]
     expected = model(ids, use_cache=False).logits[:, 41:]
     cache = LandmarkCache(model.config)
     model(ids[:, :41], past_key_values=cache)

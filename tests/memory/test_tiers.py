@@ -1,4 +1,6 @@
-"""The tiers: every one computes the same bits, moves what it says, and keeps forks, crops and rows apart."""
+"""The tiers: every one computes the same bits, moves what it says, and keeps forks, crops and rows
+apart.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,18 @@ from landmark.memory.shelf import Shelf
 from landmark.memory.store import BlockStore
 from landmark.memory.tiers import Tiers, Traffic
 
-CASES, ALWAYS = 320, {*range(15), 208}  # 208 moves an extent down while it is copied
+CASES = 320
+ALWAYS = {*range(15), 208}  # 208 moves an extent down while it is copied
 LAYERS = 2
-SIZE, DIM, HEADS = 3, 2, 2  # of the blocks of the tests below the models
+SIZE = 3
+DIM = 2
+HEADS = 2  # of the blocks of the tests below the models
 
 
 def few_frames(chance: random.Random) -> int:
-    """A budget of one block at least, for both layers: at most 3 rows, 6 slots, 12 numbers of 8 bytes a head."""
+    """A budget of one block at least, for both layers: at most 3 rows, 6 slots, 12 numbers of 8
+    bytes a head.
+    """
     return LAYERS * chance.randint(1, 3) * 3 * models.HEADS * 2 * 6 * 12 * 8
 
 
@@ -43,15 +50,25 @@ def tiers(chance: random.Random, folder: Path) -> list[dict[str, Any]]:
         {},
         {"tier": "host", "device_bytes": near},
         {"tier": "disk", "device_bytes": near, "spill_folder": folder},
-        {"tier": "disk", "device_bytes": near, "host_bytes": chance.randint(1, 20) * 1000, "spill_folder": folder},
+        {
+            "tier": "disk",
+            "device_bytes": near,
+            "host_bytes": chance.randint(1, 20) * 1000,
+            "spill_folder": folder,
+        },
     ]
 
 
 class Histories:
     """The same history on caches of several tiers."""
 
-    def __init__(self, model: Any, rows: int, chance: random.Random, caches: list[LandmarkCache]) -> None:
-        self.model, self.chance, self.caches, self.rows = model, chance, caches, rows
+    def __init__(
+        self, model: Any, rows: int, chance: random.Random, caches: list[LandmarkCache]
+    ) -> None:
+        self.model = model
+        self.chance = chance
+        self.caches = caches
+        self.rows = rows
         self.columns = 0
         self.compared = 0
 
@@ -63,8 +80,14 @@ class Histories:
 
     def call(self, caches: list[LandmarkCache], tokens: int) -> None:
         ids = torch.randint(1, models.VOCAB, (self.rows, tokens))
-        mask = torch.ones_like(ids) if self.chance.random() < 0.5 else (torch.rand(ids.shape) < 0.8).long()
-        logits = [self.model(ids, attention_mask=mask, past_key_values=cache).logits for cache in caches]
+        mask = (
+            torch.ones_like(ids)
+            if self.chance.random() < 0.5
+            else (torch.rand(ids.shape) < 0.8).long()
+        )
+        logits = [
+            self.model(ids, attention_mask=mask, past_key_values=cache).logits for cache in caches
+        ]
         for each in logits[1:]:
             assert torch.equal(each[mask == 1], logits[0][mask == 1])
             self.compared += 1
@@ -126,12 +149,17 @@ def draw(chance: random.Random) -> LandmarkConfig:
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=() if seed in ALWAYS else pytest.mark.full) for seed in range(CASES)]
+    "seed",
+    [pytest.param(seed, marks=() if seed in ALWAYS else pytest.mark.full) for seed in range(CASES)],
 )
 @torch.no_grad()
-def test_every_tier_computes_the_same_bits(seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_tier_computes_the_same_bits(
+    seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     chance = random.Random(seed)
-    settings, family, kv_heads = draw(chance), chance.choice(models.FAMILIES), chance.choice((1, 2, 4))
+    settings = draw(chance)
+    family = chance.choice(models.FAMILIES)
+    kv_heads = chance.choice((1, 2, 4))
     monkeypatch.setitem(layer.SLAB_BYTES, "cpu", chance.choice((1, 20_000, 2**26)))
     monkeypatch.setattr(shelf, "EXTENT_BYTES", chance.choice((1, 3_000, 20_000)))
     monkeypatch.setattr(extents, "MAPPED_BYTES", chance.choice((1, 2**24)))
@@ -145,7 +173,9 @@ def test_every_tier_computes_the_same_bits(seed: int, monkeypatch: pytest.Monkey
     history = Histories(model, chance.randint(1, 3), chance, caches)
     history.feed()
     for _ in range(chance.randint(4, 13)):
-        getattr(history, chance.choice(("feed", "feed", "feed", "crop", "reorder", "fork", "fail")))()
+        getattr(
+            history, chance.choice(("feed", "feed", "feed", "crop", "reorder", "fork", "fail"))
+        )()
     history.feed()
     assert history.compared >= 6
     assert list(tmp_path.iterdir()) == []
@@ -170,7 +200,9 @@ class Counted:
         for block in old:
             if block in held:
                 self.frames[held[block]] = (block, now)
-        return [block for block in old if block in held], [block for block in old if block not in held]
+        return [block for block in old if block in held], [
+            block for block in old if block not in held
+        ]
 
     def admit(self, blocks: list[int], now: int) -> None:
         for block in blocks:
@@ -180,26 +212,42 @@ class Counted:
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("tier", ["host", "disk"])
-def test_counters_and_contents_against_plain_loops(seed: int, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    chance, unit = random.Random(seed), 2 * SIZE * DIM * 4
+def test_counters_and_contents_against_plain_loops(
+    seed: int, tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(seed)
+    unit = 2 * SIZE * DIM * 4
     monkeypatch.setattr(shelf, "EXTENT_BYTES", chance.choice((1, 5 * unit)))
-    rows, hot, config = chance.randint(1, 3), chance.randint(1, 4), LandmarkConfig(block_size=SIZE, local_blocks=1)
-    blocks = BlockStore(SIZE, local_blocks=1, tiers=Tiers(tier, device_bytes=hot * rows * HEADS * unit))
+    rows = chance.randint(1, 3)
+    hot = chance.randint(1, 4)
+    config = LandmarkConfig(block_size=SIZE, local_blocks=1)
+    blocks = BlockStore(
+        SIZE, local_blocks=1, tiers=Tiers(tier, device_bytes=hot * rows * HEADS * unit)
+    )
     counted = {(row, head): Counted(hot) for row in range(rows) for head in range(HEADS)}
     written: dict[tuple[int, int], torch.Tensor] = {}  # (2, G, D) of a row's slot
-    starts, finished, hits, misses, now = [0] * rows, 0, 0, 0, 0
+    starts = [0] * rows
+    finished = 0
+    hits = 0
+    misses = 0
+    now = 0
     for _ in range(20):
         lengths = [chance.choice((1, 1, 2, chance.randint(0, 20))) for _ in range(rows)]
-        plan, width = make_plan(starts, lengths, config), max(*lengths, 1)
+        plan = make_plan(starts, lengths, config)
+        width = max(*lengths, 1)
         key, value = torch.rand(2, rows, HEADS, width, DIM)
         blocks.reserve(plan.blocks, key)
         blocks.open(plan)
         blocks.write(key, value, plan.writes)
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             for column in range(length):
-                written[row, start + column] = torch.stack((key[row, :, column], value[row, :, column]))
+                written[row, start + column] = torch.stack(
+                    (key[row, :, column], value[row, :, column])
+                )
         ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-        finished += sum(end // SIZE - start // SIZE for start, end in zip(starts, ends, strict=True))
+        finished += sum(
+            end // SIZE - start // SIZE for start, end in zip(starts, ends, strict=True)
+        )
         latest = [max(start, end - 1) // SIZE for start, end in zip(starts, ends, strict=True)]
         span = max(last - start // SIZE for last, start in zip(latest, starts, strict=True)) + 2
         for (row, _), each in counted.items():
@@ -208,15 +256,23 @@ def test_counters_and_contents_against_plain_loops(seed: int, tier: str, monkeyp
             count = chance.randint(1, 5)
             whole = [max(1, end // SIZE) for end in ends]
             places = torch.tensor(
-                [[[chance.randrange(whole[row]) for _ in range(count)] for _ in range(HEADS)] for row in range(rows)]
+                [
+                    [[chance.randrange(whole[row]) for _ in range(count)] for _ in range(HEADS)]
+                    for row in range(rows)
+                ]
             )
             keys, values, frames = blocks.fetch(places)
-            now, asked = now + 1, {}
+            now = now + 1
+            asked = {}
             for (row, head), each in counted.items():
                 asked[row, head] = each.ask(set(places[row, head].tolist()), now)
-                for place, frame in zip(places[row, head].tolist(), frames[row, head].tolist(), strict=True):
+                for place, frame in zip(
+                    places[row, head].tolist(), frames[row, head].tolist(), strict=True
+                ):
                     for slot in range(SIZE):
-                        found = torch.stack((keys[row, head, frame, slot], values[row, head, frame, slot]))
+                        found = torch.stack(
+                            (keys[row, head, frame, slot], values[row, head, frame, slot])
+                        )
                         expected = written.get((row, place * SIZE + slot))
                         assert expected is None or torch.equal(found, expected[:, head])
             hits += sum(len(each[0]) for each in asked.values())
@@ -237,15 +293,22 @@ def settings() -> LandmarkConfig:
     return LandmarkConfig(block_size=4, top_k=2, local_blocks=1, chunk_tokens=30)
 
 
-@pytest.mark.parametrize("budgets", [{"tier": "host"}, {"tier": "disk"}, {"tier": "disk", "host_bytes": 2**15}])
-def test_the_device_holds_no_more_when_the_memory_grows(budgets: dict[str, Any], monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    "budgets", [{"tier": "host"}, {"tier": "disk"}, {"tier": "disk", "host_bytes": 2**15}]
+)
+def test_the_device_holds_no_more_when_the_memory_grows(
+    budgets: dict[str, Any], monkeypatch: Any
+) -> None:
     """But for landmarks; and the host no more than its budget."""
     monkeypatch.setattr(shelf, "EXTENT_BYTES", 2**12)
     model = models.landmark_model("llama", settings())
-    cache, held = LandmarkCache(model.config, **budgets), []
+    cache = LandmarkCache(model.config, **budgets)
+    held = []
     for _ in range(10):
         model.read(models.text(300)[None], cache=cache)
-        marks = sum(memory.store.landmark_keys.nbytes for memory in cache.memories if memory is not None)
+        marks = sum(
+            memory.store.landmark_keys.nbytes for memory in cache.memories if memory is not None
+        )
         held.append((cache.nbytes("device") - marks, cache.nbytes("host"), cache.nbytes("disk")))
     device, host, disk = zip(*held, strict=True)
     assert len(set(device)) == 1
@@ -276,8 +339,11 @@ def test_what_a_long_call_needed_near_is_given_back() -> None:
 def test_addresses_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told piece by piece of what moved, a shelf gives the addresses that it would give at once."""
     monkeypatch.setattr(shelf, "EXTENT_BYTES", 2 * HEADS * 2 * SIZE * DIM * 4)
-    chance, rows, blocks = random.Random(seed), 2, 0
-    made, cpu = Shelf(Tiers("host"), Traffic()), torch.device("cpu")
+    chance = random.Random(seed)
+    rows = 2
+    blocks = 0
+    made = Shelf(Tiers("host"), Traffic())
+    cpu = torch.device("cpu")
     forks = []
     for _ in range(30):
         do = chance.choice(("write", "write", "write", "again", "drop", "rows", "fork"))
@@ -287,18 +353,26 @@ def test_addresses_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
                 made.write(torch.tensor([row]), torch.tensor([blocks]), data, rows)
             blocks += 1
         elif do == "again":
-            made.write(torch.tensor([0]), torch.tensor([blocks - 1]), torch.randn(1, HEADS, 2, SIZE, DIM), rows)
+            made.write(
+                torch.tensor([0]),
+                torch.tensor([blocks - 1]),
+                torch.randn(1, HEADS, 2, SIZE, DIM),
+                rows,
+            )
         elif do == "drop":
             made.drop(blocks // 2)
         elif do == "rows":
             rows = chance.choice((1, 2, 3))
-            made.select_rows(torch.tensor([chance.randrange(len(made.held[0].rows)) for _ in range(rows)]))
+            made.select_rows(
+                torch.tensor([chance.randrange(len(made.held[0].rows)) for _ in range(rows)])
+            )
         else:
             forks.append(made)
             made = copy.deepcopy(made)
         other = copy.deepcopy(made)
         other._move_all()
-        found, right = made.addresses(cpu), other.addresses(cpu)
+        found = made.addresses(cpu)
+        right = other.addresses(cpu)
         assert found is not None and right is not None
         assert torch.equal(found[list(made.held)], right[list(made.held)])
     assert max(made.held) > 4
@@ -310,7 +384,9 @@ def test_extents_in_order_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> N
     model = models.landmark_model("llama", settings())
     for budgets in ({"tier": "host"}, {"tier": "disk"}, {"tier": "disk", "host_bytes": 2**13}):
         cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, **budgets))
-        rows = [each.rows for memory in cache.made() for each in memory.store.near.shelf.held.values()]
+        rows = [
+            each.rows for memory in cache.made() for each in memory.store.near.shelf.held.values()
+        ]
         assert len(rows) > 100 and len({each.data_ptr() for each in rows}) == 1
 
 
@@ -336,7 +412,9 @@ def test_neighbouring_steps_choose_what_is_near() -> None:
 
 def test_a_fork_writes_nothing_into_the_files_of_its_origin(tmp_path: Path) -> None:
     model = models.landmark_model("llama", settings())
-    cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", spill_folder=tmp_path))
+    cache = model.read(
+        models.text(200)[None], cache=LandmarkCache(model.config, "disk", spill_folder=tmp_path)
+    )
     before = {handle: content(handle) for handle in handles(cache)}
     fork = cache.fork()
     fork.crop(-50)
@@ -356,7 +434,9 @@ def content(handle: int) -> bytes:
 
 def test_files_go_with_the_last_cache_that_reads_them(tmp_path: Path) -> None:
     model = models.landmark_model("llama", settings())
-    cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", spill_folder=tmp_path))
+    cache = model.read(
+        models.text(200)[None], cache=LandmarkCache(model.config, "disk", spill_folder=tmp_path)
+    )
     files = {handle: os.fstat(handle).st_ino for handle in handles(cache)}
     fork = cache.fork()
     del cache
@@ -385,14 +465,17 @@ def test_a_killed_process_leaves_no_file(named: bool, tmp_path: Path) -> None:
 
         model = models.landmark_model("llama", LandmarkConfig(block_size=4))
         folder = {"spill_folder": sys.argv[1]} if len(sys.argv) > 1 else {}
-        cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, "disk", **folder))
+        cache = LandmarkCache(model.config, "disk", **folder)
+        model.read(models.text(200)[None], cache=cache)
         fork = cache.fork()
         model.read(models.text(200)[None], cache=fork)
         print(cache.nbytes("disk"), fork.nbytes("disk"), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     where = [str(tmp_path)] if named else []
-    paths = os.pathsep.join(map(str, (Path(store.__file__).parents[2], Path(models.__file__).parent)))
+    paths = os.pathsep.join(
+        map(str, (Path(store.__file__).parents[2], Path(models.__file__).parent))
+    )
     environment = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", textwrap.dedent(code), *where]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -404,10 +487,15 @@ def test_a_killed_process_leaves_no_file(named: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tier", ["host", "disk"])
 @pytest.mark.parametrize("forked_goes_back", [True, False])
 @torch.no_grad()
-def test_a_fork_and_its_origin_go_back_without_the_other(tier: str, forked_goes_back: bool, monkeypatch: Any) -> None:
-    """What was finished is rewritten by one of them, while the other goes on reading it: no frames hide it."""
+def test_a_fork_and_its_origin_go_back_without_the_other(
+    tier: str, forked_goes_back: bool, monkeypatch: Any
+) -> None:
+    """What was finished is rewritten by one of them, while the other goes on reading it: no frames
+    hide it.
+    """
     monkeypatch.setattr(frames, "HOT_BLOCKS", 1)
-    model, found = models.landmark_model("llama", settings()), []
+    model = models.landmark_model("llama", settings())
+    found = []
     for each in ("device", tier):
         origin = model.read(models.text(200)[None], cache=LandmarkCache(model.config, each))
         fork = origin.fork()
@@ -419,7 +507,8 @@ def test_a_fork_and_its_origin_go_back_without_the_other(tier: str, forked_goes_
 
 
 def test_more_rows_stay_within_the_budget() -> None:
-    model, block = models.landmark_model("llama", settings()), 2 * 2 * 4 * 8 * 8
+    model = models.landmark_model("llama", settings())
+    block = 2 * 2 * 4 * 8 * 8
     cache = LandmarkCache(model.config, "host", device_bytes=LAYERS * 4 * block)
     model.read(models.text(200)[None], cache=cache)
     found = []
@@ -434,10 +523,15 @@ def test_more_rows_stay_within_the_budget() -> None:
 
 def test_places_of_a_file_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``max_blocks`` a memory that goes on for ever takes no more of the disk."""
-    for module, name, value in ((shelf, "EXTENT_BYTES", 1), (store, "EVICTION_STEP", 1), (store, "SPARE_BLOCKS", 0)):
+    for module, name, value in (
+        (shelf, "EXTENT_BYTES", 1),
+        (store, "EVICTION_STEP", 1),
+        (store, "SPARE_BLOCKS", 0),
+    ):
         monkeypatch.setattr(module, name, value)
     model = models.landmark_model("llama", settings().replace(max_blocks=3))
-    cache, sizes = LandmarkCache(model.config, "disk"), []
+    cache = LandmarkCache(model.config, "disk")
+    sizes = []
     for _ in range(5):
         model.read(models.text(100)[None], cache=cache)
         sizes.append([os.fstat(handle).st_size for handle in handles(cache)])
@@ -461,7 +555,8 @@ class Steps:
     def entered(self, frame: Any, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(self.folder):
             return None
-        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        frame.f_trace_lines = False
+        frame.f_trace_opcodes = True
         return self.stepped
 
     def stepped(self, frame: Any, event: str, argument: Any) -> Any:
@@ -477,10 +572,13 @@ EVICTING = [{"tier": "host"}, {"tier": "disk"}, {"tier": "disk", "host_bytes": 2
 def test_a_block_costs_the_same_however_many_came_before(
     budgets: dict[str, Any], asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With ``max_blocks``, counted in steps of the interpreter; also where a kernel asks for addresses in between."""
+    """With ``max_blocks``, counted in steps of the interpreter; also where a kernel asks for
+    addresses in between.
+    """
     monkeypatch.setattr(shelf, "EXTENT_BYTES", 1)
     config = LandmarkConfig(block_size=2, local_blocks=1, max_blocks=20)
-    blocks, taken = BlockStore(2, local_blocks=1, tiers=Tiers(**budgets)), []
+    blocks = BlockStore(2, local_blocks=1, tiers=Tiers(**budgets))
+    taken = []
     for begin in range(0, 800, 16):
         plan = make_plan([2 * begin], [2 * 16], config)
         key = torch.full((1, 1, 2 * 16, 2), float(begin))
@@ -492,7 +590,8 @@ def test_a_block_costs_the_same_however_many_came_before(
             if asked:
                 blocks.near.shelf.addresses(torch.device("cpu"))
         taken.append(steps.taken)
-    early, late = sum(taken[10:20]), sum(taken[-10:])
+    early = sum(taken[10:20])
+    late = sum(taken[-10:])
     assert early > 0 and late < 1.05 * early
     kept = blocks.near.shelf.held
     assert len(kept) < 20 + 16 + store.SPARE_BLOCKS + 16 + 2 and blocks.first > 700
@@ -500,7 +599,9 @@ def test_a_block_costs_the_same_however_many_came_before(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_lies_on_disk_is_not_resident() -> None:
-    """300 MiB written and read again, in a process of its own: neither pages written nor pages read stay."""
+    """300 MiB written and read again, in a process of its own: neither pages written nor pages read
+    stay.
+    """
     code = """
         import re, torch
         from landmark import LandmarkConfig
@@ -537,13 +638,17 @@ def limited(size: int) -> None:
 
 
 @torch.no_grad()
-def test_a_full_disk_leaves_the_memory_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_memory_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The system's own refusal, by a limit on the size of files."""
     monkeypatch.setattr(shelf, "EXTENT_BYTES", 2**13)
     model = models.landmark_model("llama", settings())
     ids = models.text(400)[None]
     expected = model(ids).logits[:, 100:]
-    cache = model.read(ids[:, :100], cache=LandmarkCache(model.config, "disk", spill_folder=tmp_path))
+    cache = model.read(
+        ids[:, :100], cache=LandmarkCache(model.config, "disk", spill_folder=tmp_path)
+    )
     limited(2**14 + 2**12)
     try:
         with pytest.raises(ValueError, match=f"no room for .* bytes of blocks in '{tmp_path}'"):
@@ -552,4 +657,6 @@ def test_a_full_disk_leaves_the_memory_as_it_was(tmp_path: Path, monkeypatch: py
     finally:
         limited(resource.RLIM_INFINITY)
     cache.crop(100)
-    torch.testing.assert_close(model(ids[:, 100:], past_key_values=cache).logits, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        model(ids[:, 100:], past_key_values=cache).logits, expected, rtol=0, atol=1e-9
+    )

@@ -15,7 +15,9 @@ def random_rows(rng, rows, length):
     """Random ``starts``, ``segments`` and ``landmarks``, each often absent."""
     options = {}
     if rng.random() < 0.4:
-        options["starts"] = torch.tensor([rng.choice([0, rng.randint(0, length)]) for _ in range(rows)])
+        options["starts"] = torch.tensor(
+            [rng.choice([0, rng.randint(0, length)]) for _ in range(rows)]
+        )
     if rng.random() < 0.3:
         options["segments"] = (torch.rand(rows, length) < rng.choice([0.03, 0.2])).cumsum(1)
     if rng.random() < 0.35:
@@ -29,14 +31,19 @@ def random_call(seed):
     """Query, key, value and options of one call."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    rows, groups, dim = rng.randint(1, 3), rng.randint(1, 3), rng.choice([1, 2, 3, 5, 8, 16])
-    heads, length = groups * rng.randint(1, 3), rng.choice([rng.randint(1, 12), rng.randint(13, 90)])
+    rows = rng.randint(1, 3)
+    groups = rng.randint(1, 3)
+    dim = rng.choice([1, 2, 3, 5, 8, 16])
+    heads = groups * rng.randint(1, 3)
+    length = rng.choice([rng.randint(1, 12), rng.randint(13, 90)])
     if rng.random() < 0.05:
         length = 150
     options = {"block_size": rng.choice(BLOCK_SIZES), **random_rows(rng, rows, length)}
     queries = rng.randint(1, min(length, 24))
     if "segments" not in options and rng.random() < 0.5:
-        options["query_start"] = rng.choice([rng.randint(0, length), length, length + rng.randint(0, 40)])
+        options["query_start"] = rng.choice(
+            [rng.randint(0, length), length, length + rng.randint(0, 40)]
+        )
         queries = rng.randint(1, 24)
     if rng.random() < 0.5:
         options["top_k"] = rng.randint(1, 5)
@@ -57,13 +64,17 @@ def random_tiles(monkeypatch, seed):
 
 
 def results(attention, query, key, value, options, seed=0):
-    """Output, log-sum-exp and the gradients of a random function of both, the same one in every dtype."""
+    """Output, log-sum-exp and the gradients of a random function of both, the same one in every
+    dtype.
+    """
     leaves = [each.detach().clone().requires_grad_() for each in (query, key, value)]
     out, lse = attention(*leaves, **options)
     weights, lse_weights = random_weights(out, lse, seed)
     total = (out * weights).sum() + torch.where(lse > -torch.inf, lse, 0.0).mul(lse_weights).sum()
     gradients = torch.autograd.grad(total, leaves)
-    return dict(zip(("out", "lse", "d_query", "d_key", "d_value"), (out, lse, *gradients), strict=True))
+    return dict(
+        zip(("out", "lse", "d_query", "d_key", "d_value"), (out, lse, *gradients), strict=True)
+    )
 
 
 def random_weights(out, lse, seed=0):

@@ -1,4 +1,5 @@
-"""Compiles the kernels for a GPU that need not be there; prints the shared memory that each takes, in bytes.
+"""Compiles the kernels for a GPU that need not be there; prints the shared memory that each takes,
+in bytes.
 
     python tests/ops/compile_kernels.py 86
 
@@ -36,15 +37,50 @@ from landmark.ops.triton.forward import forward_kernel
 from landmark.ops.triton.select import choice_kernel
 
 KERNELS = (forward_kernel, query_gradient_kernel, key_value_gradient_kernel)
-BY_DESCRIPTOR = {"forward_kernel": ("p_key", "p_value"), "query_gradient_kernel": ("p_key", "p_value")}
-ABSENT = ("p_start", "p_origin", "p_end", "p_chosen", "p_listed", "p_counts", "p_tiles", "p_borders")
+BY_DESCRIPTOR = {
+    "forward_kernel": ("p_key", "p_value"),
+    "query_gradient_kernel": ("p_key", "p_value"),
+}
+ABSENT = (
+    "p_start",
+    "p_origin",
+    "p_end",
+    "p_chosen",
+    "p_listed",
+    "p_counts",
+    "p_tiles",
+    "p_borders",
+)
 MEMORY = (memory.choice_kernel, memory.shared_kernel, memory.chosen_kernel)
 BRING = (bring.place_kernel, bring.copy_kernel)
 DECODE = (decode.score_kernel, decode.best_kernel, decode.read_kernel, filing.file_kernel)
 IN_INT64 = {each: ("p_own", "p_first", "p_offset") for each in DECODE}
-IN_INT64 |= dict.fromkeys(BRING, ("p_own", "p_recent", "p_hot", "p_asked", "p_counted", "p_address"))
-IN_INT32 = ("p_own", "p_first", "p_distance", "p_chosen", "p_shared", "p_offset", "p_arrived", "p_frame", "p_missing")
-IN_FLOAT32 = ("p_score", "p_peak", "p_recent", "p_lse", "p_delta", "p_lse_grad", "p_cos", "p_sin", "p_part", "p_gate")
+IN_INT64 |= dict.fromkeys(
+    BRING, ("p_own", "p_recent", "p_hot", "p_asked", "p_counted", "p_address")
+)
+IN_INT32 = (
+    "p_own",
+    "p_first",
+    "p_distance",
+    "p_chosen",
+    "p_shared",
+    "p_offset",
+    "p_arrived",
+    "p_frame",
+    "p_missing",
+)
+IN_FLOAT32 = (
+    "p_score",
+    "p_peak",
+    "p_recent",
+    "p_lse",
+    "p_delta",
+    "p_lse_grad",
+    "p_cos",
+    "p_sin",
+    "p_part",
+    "p_gate",
+)
 BRING_TILES = configs.Tiles(LEAST_ROWS, MARKS, WARPS, 3)  # of which only the warps count
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOP_K = 64
@@ -53,7 +89,14 @@ TOP_K = 64
 def constants(kernel, tiles, dim, block_size):
     padded = triton.next_power_of_2(block_size)
     width = min(padded, tiles.keys)
-    shape = {"BLOCK": block_size, "DIM": dim, "PADDED": dim, "ROWS": tiles.rows, "WIDTH": width, "TMA": tiles.tma}
+    shape = {
+        "BLOCK": block_size,
+        "DIM": dim,
+        "PADDED": dim,
+        "ROWS": tiles.rows,
+        "WIDTH": width,
+        "TMA": tiles.tma,
+    }
     shape |= {"BLOCKS": max(1, tiles.keys // padded), "PIECES": triton.cdiv(block_size, width)}
     shape |= {"STARTS": False, "SEGMENTS": False, "TOP_K": 0, "KEPT": 0, **dict.fromkeys(ABSENT)}
     if kernel is choice_kernel:
@@ -63,9 +106,24 @@ def constants(kernel, tiles, dim, block_size):
 
 
 def memory_constants(kernel, dtype, dim, block_size, rows):
-    shape = {"BLOCK": block_size, "WIDTH": triton.next_power_of_2(block_size), "DIM": dim, "PADDED": dim}
-    kept = dict.fromkeys(("TOP_K", "KEPT", "RECENT"), FUSED_TOP_K if kernel is memory.choice_kernel else TOP_K)
-    shape |= {"TURNED": dim, "PAIRS": False, "ROWS": rows, "MARKS": MARKS, "EQUAL": False, "KEEP_FIRST": True, **kept}
+    shape = {
+        "BLOCK": block_size,
+        "WIDTH": triton.next_power_of_2(block_size),
+        "DIM": dim,
+        "PADDED": dim,
+    }
+    kept = dict.fromkeys(
+        ("TOP_K", "KEPT", "RECENT"), FUSED_TOP_K if kernel is memory.choice_kernel else TOP_K
+    )
+    shape |= {
+        "TURNED": dim,
+        "PAIRS": False,
+        "ROWS": rows,
+        "MARKS": MARKS,
+        "EQUAL": False,
+        "KEEP_FIRST": True,
+        **kept,
+    }
     shape |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32x3"}
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
@@ -74,13 +132,28 @@ def variants(kernel, dtype):
     """Landmarks at exact positions are turned, in float32; read blocks may have been fetched."""
     if kernel in (decode.read_kernel, filing.file_kernel):
         return ("", " fetched")
-    return ("", " turned") if kernel in (memory.choice_kernel, decode.score_kernel) and dtype == "bf16" else ("",)
+    return (
+        ("", " turned")
+        if kernel in (memory.choice_kernel, decode.score_kernel) and dtype == "bf16"
+        else ("",)
+    )
 
 
 def decode_constants(kernel, dtype, dim, block_size, variant):
     shape = {"SHARED": True, **memory_constants(kernel, dtype, dim, block_size, LEAST_ROWS)}
-    shape |= {"TOP_K": FUSED_TOP_K, "KEPT": FUSED_TOP_K, "RECENT": FUSED_TOP_K, "STINGY": True, "PEAKS": PEAKS[1]}
-    shape |= {"ITEMS": 2 * FUSED_TOP_K, "FETCHED": variant == " fetched", "PAIRS": False, "KEEP_FIRST": True}
+    shape |= {
+        "TOP_K": FUSED_TOP_K,
+        "KEPT": FUSED_TOP_K,
+        "RECENT": FUSED_TOP_K,
+        "STINGY": True,
+        "PEAKS": PEAKS[1],
+    }
+    shape |= {
+        "ITEMS": 2 * FUSED_TOP_K,
+        "FETCHED": variant == " fetched",
+        "PAIRS": False,
+        "KEEP_FIRST": True,
+    }
     shape |= {"EQUAL": False, "QUERIES": LEAST_ROWS}
     if kernel is decode.score_kernel and dtype == "bf16" and not variant:
         shape |= {"PRECISION": "parts", "QUERIES": LEAST_ROWS // PARTS}
@@ -92,13 +165,19 @@ def decode_tiles(kernel, dim, block_size, dtype, marks):
     if kernel is decode.score_kernel:
         stages = stages_of_marks(decode.CHUNK.value * dim * marks.itemsize)
     if kernel is decode.read_kernel:
-        return configs.Tiles(LEAST_ROWS, MARKS, read_warps(block_size * dim * dtype.itemsize), READ_STAGES)
-    return configs.Tiles(LEAST_ROWS, MARKS, FILE_WARPS if kernel is filing.file_kernel else WARPS, stages)
+        return configs.Tiles(
+            LEAST_ROWS, MARKS, read_warps(block_size * dim * dtype.itemsize), READ_STAGES
+        )
+    return configs.Tiles(
+        LEAST_ROWS, MARKS, FILE_WARPS if kernel is filing.file_kernel else WARPS, stages
+    )
 
 
 def bring_constants(kernel, dim, block_size, wanted, hot):
     shape = {"TOP_K": FUSED_TOP_K, "WIDTH": triton.next_power_of_2(block_size * dim)}
-    shape["SIZE"] = block_size * dim if kernel is bring.copy_kernel else triton.next_power_of_2(wanted + hot)
+    shape["SIZE"] = (
+        block_size * dim if kernel is bring.copy_kernel else triton.next_power_of_2(wanted + hot)
+    )
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
@@ -106,7 +185,8 @@ def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None,
     fixed = fixed or constants(kernel, tiles, dim, block_size)
     described = BY_DESCRIPTOR.get(kernel.__name__, ("p_query", "p_grad")) if tiles.tma else ()
     rows = tiles.rows if "p_query" in described else fixed.get("BLOCKS", 0) * fixed.get("WIDTH", 0)
-    types, aligned = {}, {}
+    types = {}
+    aligned = {}
     for index, name in enumerate(kernel.arg_names):
         types[name] = "i32"
         if name in fixed:
@@ -114,16 +194,26 @@ def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None,
         elif name in described:
             types[name] = f"tensordesc<{dtype}[1, 1, {rows}, {dim}]>"
         elif name.startswith("p_"):
-            types[name] = "*fp32" if name in IN_FLOAT32 else "*i32" if name in IN_INT32 else f"*{dtype}"
+            types[name] = (
+                "*fp32" if name in IN_FLOAT32 else "*i32" if name in IN_INT32 else f"*{dtype}"
+            )
             types[name] = f"*{marks}" if marks and name == "p_mark" else types[name]
-            types[name] = "*i64" if name in IN_INT64.get(kernel, ()) else "*i1" if name == "p_valid" else types[name]
+            types[name] = (
+                "*i64"
+                if name in IN_INT64.get(kernel, ())
+                else "*i1"
+                if name == "p_valid"
+                else types[name]
+            )
         elif name in ("scale", "factor"):
             types[name] = "fp32"
         if types[name].startswith("*") or name.endswith(("_stride", "_batch", "_head", "_group")):
             aligned[(index,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     source = ASTSource(kernel, types, fixed, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options=options
+    ).metadata.shared
 
 
 def pipelined_memory(dtype, dim):
@@ -131,7 +221,8 @@ def pipelined_memory(dtype, dim):
 
     from landmark.ops.triton.hopper import LAYOUT, pipelined_kernel
 
-    types, aligned = {}, {}
+    types = {}
+    aligned = {}
     for index, name in enumerate(pipelined_kernel.arg_names):
         types[name] = "i32"
         if name == "STAGES":
@@ -142,10 +233,14 @@ def pipelined_memory(dtype, dim):
             types[name] = "*fp32" if name in IN_FLOAT32 else f"*{dtype}"
         elif name == "factor":
             types[name] = "fp32"
-        if types[name].startswith("*") or name.startswith(("out_", "query_batch", "query_head", "query_stride")):
+        if types[name].startswith("*") or name.startswith(
+            ("out_", "query_batch", "query_head", "query_stride")
+        ):
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(pipelined_kernel, types, {"STAGES": configs.PIPELINED_STAGES}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).metadata.shared
+    return triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}
+    ).metadata.shared
 
 
 def main(capability):
@@ -155,7 +250,13 @@ def main(capability):
             for dim in configs.PIPELINED_DIMS:
                 found[f"pipelined_kernel {dtype} {dim}"] = pipelined_memory(dtype, dim)
     for dtype, exact in DTYPES.items():
-        table = configs.FLOAT32 if dtype == "fp32" else configs.HOPPER if capability == 90 else configs.SAFE
+        table = (
+            configs.FLOAT32
+            if dtype == "fp32"
+            else configs.HOPPER
+            if capability == 90
+            else configs.SAFE
+        )
         for dim, config in table.items():
             chosen = (choice_kernel, configs.tiles_of_choice(exact, dim))
             for block_size in (64, 200) if dtype == "bf16" else (64,):
@@ -172,17 +273,25 @@ def main(capability):
                     fixed = memory_constants(kernel, dtype, dim, block_size, rows)
                     for variant in variants(kernel, dtype):
                         marks = "fp32" if variant else dtype
-                        stages = stages_of_marks(MARKS * dim * (DTYPES[marks].itemsize + 4)) if chooses else 3
+                        stages = (
+                            stages_of_marks(MARKS * dim * (DTYPES[marks].itemsize + 4))
+                            if chooses
+                            else 3
+                        )
                         tiles = configs.Tiles(rows, MARKS, WARPS, stages)
                         name = f"memory {kernel.__name__} {dtype} {dim} {block_size}{variant}"
-                        found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed, marks)
+                        found[name] = shared_memory(
+                            kernel, tiles, dtype, dim, block_size, capability, fixed, marks
+                        )
                 for kernel in DECODE:
                     for variant in variants(kernel, dtype):
                         marks = "fp32" if variant == " turned" else dtype
                         fixed = decode_constants(kernel, dtype, dim, block_size, variant)
                         tiles = decode_tiles(kernel, dim, block_size, DTYPES[dtype], DTYPES[marks])
                         name = f"decode {kernel.__name__} {dtype} {dim} {block_size}{variant}"
-                        found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed, marks)
+                        found[name] = shared_memory(
+                            kernel, tiles, dtype, dim, block_size, capability, fixed, marks
+                        )
                 copied = bring_constants(bring.copy_kernel, dim, block_size, 0, 0)
                 found[f"bring copy_kernel {dtype} {dim} {block_size}"] = shared_memory(
                     bring.copy_kernel, BRING_TILES, dtype, dim, block_size, capability, copied
@@ -190,7 +299,9 @@ def main(capability):
     for wanted, hot in ((64, 128), (128, 128), (128, MOST_HOT_BLOCKS)):
         fixed = bring_constants(bring.place_kernel, 0, 0, wanted, hot)
         name = f"bring place_kernel {wanted} {hot}"
-        found[name] = shared_memory(bring.place_kernel, BRING_TILES, "bf16", 0, 0, capability, fixed)
+        found[name] = shared_memory(
+            bring.place_kernel, BRING_TILES, "bf16", 0, 0, capability, fixed
+        )
     print(json.dumps(found))
 
 

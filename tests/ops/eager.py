@@ -1,7 +1,8 @@
-"""Landmark attention in plain PyTorch, every step rounded to the dtype of its inputs: it judges a kernel's error.
+"""Landmark attention in plain PyTorch, every step rounded to the dtype of its inputs: it judges a
+kernel's error.
 
-One document at a time, on whole blocks. It shares the loop's geometry and nothing with the package. Blocks are chosen
-by scores in float64: what a rounding does to a choice is no matter of tolerance.
+One document at a time, on whole blocks. It shares the loop's geometry and nothing with the package.
+Blocks are chosen by scores in float64: what a rounding does to a choice is no matter of tolerance.
 """
 
 import torch
@@ -13,29 +14,54 @@ NEVER = -3e4  # fits float16
 
 
 def eager_attention(
-    query, key, value, *, block_size, scale=None, query_start=None, starts=None, segments=None, top_k=None
+    query,
+    key,
+    value,
+    *,
+    block_size,
+    scale=None,
+    query_start=None,
+    starts=None,
+    segments=None,
+    top_k=None,
 ):
     """Output (B, H, T, D) and log-sum-exp (B, H, T)."""
-    (rows, heads, queries, dim), (_, groups, length, _) = query.shape, key.shape
+    (rows, heads, queries, dim) = query.shape
+    (_, groups, length, _) = key.shape
     scale = dim**-0.5 if scale is None else scale
     query_start = length - queries if query_start is None else query_start
     key, value = (each.repeat_interleave(heads // groups, dim=1) for each in (key, value))
-    outs, sums = [], []
+    outs = []
+    sums = []
     for row in range(rows):
         start = 0 if starts is None else int(starts[row])
         row_segments = None if segments is None else segments[row].tolist()
         documents = blocks_of_row(length, block_size, start, row_segments)
-        unseen = (key[row].sum() + value[row].sum()) * 0  # a gradient of zeros where nothing is seen
-        out, lse = query[row] * 0 + unseen, query[row, ..., 0] * 0 + unseen - torch.inf
+        unseen = (
+            key[row].sum() + value[row].sum()
+        ) * 0  # a gradient of zeros where nothing is seen
+        out = query[row] * 0 + unseen
+        lse = query[row, ..., 0] * 0 + unseen - torch.inf
         for number, document in enumerate(documents):
             first = document[0][0][0]
-            end = length + query_start + queries if number == len(documents) - 1 else documents[number + 1][0][0][0]
-            low, high = max(first - query_start, 0), min(end - query_start, queries)
+            end = (
+                length + query_start + queries
+                if number == len(documents) - 1
+                else documents[number + 1][0][0][0]
+            )
+            low = max(first - query_start, 0)
+            high = min(end - query_start, queries)
             if low < high:
                 part = slice(first, min(end, length))
                 slots = torch.arange(low, high, device=query.device) + query_start - first
                 each = one_document(
-                    query[row, :, low:high], key[row, :, part], value[row, :, part], slots, block_size, scale, top_k
+                    query[row, :, low:high],
+                    key[row, :, part],
+                    value[row, :, part],
+                    slots,
+                    block_size,
+                    scale,
+                    top_k,
                 )
                 out = torch.cat([out[:, :low], each[0], out[:, high:]], dim=1)
                 lse = torch.cat([lse[:, :low], each[1], lse[:, high:]], dim=1)
@@ -51,13 +77,18 @@ def one_document(query, key, value, slots, block_size, scale, top_k):
     key, value = (F.pad(each, (0, 0, 0, blocks * block_size - length)) for each in (key, value))
     scores = (scale * (query @ key.transpose(-1, -2))).unflatten(-1, (blocks, block_size))
     place = torch.arange(blocks * block_size, device=query.device).view(blocks, block_size)
-    number, own = torch.arange(blocks, device=query.device), (slots // block_size)[:, None]
-    text = (place % block_size != block_size - 1) & (place < length) & (place <= slots[:, None, None])
+    number = torch.arange(blocks, device=query.device)
+    own = (slots // block_size)[:, None]
+    text = (
+        (place % block_size != block_size - 1) & (place < length) & (place <= slots[:, None, None])
+    )
     inner = scores.masked_fill(~text, NEVER)
     sums = inner.logsumexp(-1)
     past = (number < own) & (number < length // block_size)
     if top_k is not None:
-        past = kept(scale * (query.double() @ key.double()[:, block_size - 1 :: block_size].mT), past, top_k)
+        past = kept(
+            scale * (query.double() @ key.double()[:, block_size - 1 :: block_size].mT), past, top_k
+        )
     seen = past | ((number == own) & text.any(-1))
     gate = torch.where(past, scores[..., -1], sums).masked_fill(~seen, NEVER)
     anything = seen.any(-1)
@@ -67,19 +98,33 @@ def one_document(query, key, value, slots, block_size, scale, top_k):
 
 
 def kept(scores, past, top_k):
-    """Which past blocks (H, T, N) are among the ``top_k`` of highest score, the lower first among equals."""
-    order = scores.detach().masked_fill(~past, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    """Which past blocks (H, T, N) are among the ``top_k`` of highest score, the lower first among
+    equals.
+    """
+    order = (
+        scores.detach()
+        .masked_fill(~past, -torch.inf)
+        .sort(dim=-1, descending=True, stable=True)
+        .indices
+    )
     rank = order.argsort(dim=-1)
     return past & (rank < top_k)
 
 
 def smallest_gap(query, key, options):
-    """Least distance in float64 of two different landmark scores of a query, over the spread of all scores."""
-    size, groups = options["block_size"], key.shape[1]
+    """Least distance in float64 of two different landmark scores of a query, over the spread of all
+    scores.
+    """
+    size = options["block_size"]
+    groups = key.shape[1]
     starts = options.get("starts", torch.zeros(1, dtype=torch.long)).tolist() * len(query)
     gaps = [1.0]
     for row, start in zip(range(len(query)), starts, strict=False):
-        marks = key[row, :, start + size - 1 :: size].double().repeat_interleave(query.shape[1] // groups, dim=0)
+        marks = (
+            key[row, :, start + size - 1 :: size]
+            .double()
+            .repeat_interleave(query.shape[1] // groups, dim=0)
+        )
         scores = (query[row].double() @ marks.mT).sort(dim=-1).values
         gap = scores.diff(dim=-1)
         gap = gap[gap > 0]

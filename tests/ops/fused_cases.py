@@ -1,4 +1,6 @@
-"""Random calls for the fused kernels: a *variant* is what a kernel is compiled for, a case is a call of it."""
+"""Random calls for the fused kernels: a *variant* is what a kernel is compiled for, a case is a
+call of it.
+"""
 
 import random
 from typing import NamedTuple
@@ -33,7 +35,10 @@ def random_call(variant, seed, longest, device="cpu", most=2):
             break
     else:
         raise AssertionError(f"no call of {variant} without near ties")
-    on_device = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in options.items()}
+    on_device = {
+        name: each.to(device) if isinstance(each, torch.Tensor) else each
+        for name, each in options.items()
+    }
     return [each.to(device) for each in tensors], on_device
 
 
@@ -41,14 +46,19 @@ def any_call(variant, seed, longest, most):
     """As ``random_call``, near ties or not."""
     rng = random.Random(f"{variant} {seed}")
     noise = torch.Generator().manual_seed(rng.randrange(2**31))
-    rows, groups, repeats = rng.randint(1, most), rng.randint(1, most), rng.choice([1, 1, 2, most + 1])
+    rows = rng.randint(1, most)
+    groups = rng.randint(1, most)
+    repeats = rng.choice([1, 1, 2, most + 1])
     keys = rng.choice([rng.randint(1, longest // 4), rng.randint(longest // 4, longest)])
-    queries, options = keys, {"block_size": variant.block_size}
+    queries = keys
+    options = {"block_size": variant.block_size}
     if rng.random() < 0.3:
         options["scale"] = rng.choice([0.3, -0.2, 0.0, 1.0]) / variant.dim**0.5
     if variant.rows == "starts":
         starts = torch.tensor([[rng.choice([0, rng.randint(0, keys)])] * 2 for _ in range(rows)])
-        options["starts"] = rng.choice([starts[:, 0], starts.int()[:, 0], starts[:1, 0].int().expand(rows)])
+        options["starts"] = rng.choice(
+            [starts[:, 0], starts.int()[:, 0], starts[:1, 0].int().expand(rows)]
+        )
     if variant.rows == "segments":
         documents = min(rng.choice([1, 4, 20]), keys // 4)
         options["segments"] = (torch.rand(rows, keys, generator=noise) < documents / keys).cumsum(1)
@@ -58,11 +68,15 @@ def any_call(variant, seed, longest, most):
         options["top_k"] = variant.top_k
     if variant.rows == "blocks":
         options["query_start"] = rng.randrange(0, keys, variant.block_size)
-        queries = rng.choice([keys - options["query_start"], rng.randint(1, keys - options["query_start"])])
+        queries = rng.choice(
+            [keys - options["query_start"], rng.randint(1, keys - options["query_start"])]
+        )
     elif rng.random() < 0.5:
         queries = rng.randint(1, keys)
         if variant.rows != "segments":
-            options["query_start"] = rng.choice([rng.randint(0, keys), keys, keys + rng.randint(0, 2 * longest)])
+            options["query_start"] = rng.choice(
+                [rng.randint(0, keys), keys, keys + rng.randint(0, 2 * longest)]
+            )
     shape = rows, groups * repeats, queries, variant.dim
     tensors = [strided(rng, noise, shape, variant.dtype, rng.choice([0.5, 2.0]))]
     for _ in range(2):
@@ -71,7 +85,8 @@ def any_call(variant, seed, longest, most):
 
 
 def strided(rng, noise, shape, dtype, spread):
-    """A random tensor (B, H, T, D): contiguous, laid out as transformers hands it, or part of a wider one.
+    """A random tensor (B, H, T, D): contiguous, laid out as transformers hands it, or part of a
+    wider one.
 
     Parts of a wider one are aligned to 16 bytes or not, and heads may be one and the same.
     """

@@ -1,6 +1,8 @@
-"""Landmark attention as a loop over rows, heads and queries in float64, written from the definition.
+"""Landmark attention as a loop over rows, heads and queries in float64, written from the
+definition.
 
-It uses nothing of the package. Blocks are lists of slots; gradients come from autograd through short vectors.
+It uses nothing of the package. Blocks are lists of slots; gradients come from autograd through
+short vectors.
 """
 
 import math
@@ -9,8 +11,11 @@ import torch
 
 
 def blocks_of_row(length, block_size, start=0, segments=None, landmarks=None):
-    """Documents of a row as lists of blocks; a block is ``(text slots, landmark slot or None)``, in order."""
-    documents, previous = [], None
+    """Documents of a row as lists of blocks; a block is ``(text slots, landmark slot or None)``, in
+    order.
+    """
+    documents = []
+    previous = None
     for slot in range(start, length):
         identity = None if segments is None else segments[slot]
         if slot == start or identity != previous:
@@ -20,7 +25,9 @@ def blocks_of_row(length, block_size, start=0, segments=None, landmarks=None):
         blocks = documents[-1]
         if blocks[-1][1] is not None:
             blocks.append(([], None))
-        is_landmark = (slot - origin) % block_size == block_size - 1 if landmarks is None else landmarks[slot]
+        is_landmark = (
+            (slot - origin) % block_size == block_size - 1 if landmarks is None else landmarks[slot]
+        )
         if is_landmark:
             blocks[-1] = (blocks[-1][0], slot)
         else:
@@ -59,26 +66,35 @@ def loop_attention(
     landmarks=None,
 ):
     """Output (B, H, T, D) and log-sum-exp (B, H, T)."""
-    query, key, value = query.double(), key.double(), value.double()
-    (rows, heads, queries, dim), (_, groups, length, _) = query.shape, key.shape
+    query = query.double()
+    key = key.double()
+    value = value.double()
+    (rows, heads, queries, dim) = query.shape
+    (_, groups, length, _) = key.shape
     scale = dim**-0.5 if scale is None else scale
     query_start = length - queries if query_start is None else query_start
-    outputs, sums = [], []
+    outputs = []
+    sums = []
     for row in range(rows):
         start = 0 if starts is None else int(starts[row])
         row_segments = None if segments is None else segments[row].tolist()
         row_landmarks = None if landmarks is None else landmarks[row].tolist()
         documents = blocks_of_row(length, block_size, start, row_segments, row_landmarks)
         for head in range(heads):
-            keys, values = key[row, head * groups // heads], value[row, head * groups // heads]
+            keys = key[row, head * groups // heads]
+            values = value[row, head * groups // heads]
             for index in range(queries):
                 slot = query_start + index
-                place = place_of_query(slot, documents, length, block_size, start, landmarks is not None)
+                place = place_of_query(
+                    slot, documents, length, block_size, start, landmarks is not None
+                )
                 scores = scale * (keys @ query[row, head, index])
                 out, lse = attend(slot, place, scores, values, top_k)
                 outputs.append(out)
                 sums.append(lse)
-    return torch.stack(outputs).view(rows, heads, queries, dim), torch.stack(sums).view(rows, heads, queries)
+    return torch.stack(outputs).view(rows, heads, queries, dim), torch.stack(sums).view(
+        rows, heads, queries
+    )
 
 
 def attend(slot, place, scores, values, top_k):

@@ -10,7 +10,9 @@ from landmark.ops import choice, chunked, reference
 from ops.bad_inputs import CASES
 
 
-@pytest.mark.parametrize(("refused", "message"), [pytest.param(*each[1:], id=each[0]) for each in CASES])
+@pytest.mark.parametrize(
+    ("refused", "message"), [pytest.param(*each[1:], id=each[0]) for each in CASES]
+)
 def test_bad_inputs(refused, message):
     with pytest.raises(ValueError, match=message) as caught:
         refused()
@@ -40,7 +42,10 @@ class Device(NamedTuple):
         (Device(9, 0, 232448), None),
         (Device(8, 6, 101376), None),
         (Device(7, 5, 65536), "expected a GPU of compute capability 8.0 or later, got 7.5"),
-        (Device(8, 0, 49152), "expected 98304 bytes of shared memory for a block of threads, got 49152"),
+        (
+            Device(8, 0, 49152),
+            "expected 98304 bytes of shared memory for a block of threads, got 49152",
+        ),
     ],
 )
 def test_a_gpu_that_cannot_run_the_kernels_is_named(monkeypatch, device, reason):
@@ -78,6 +83,8 @@ def test_a_named_implementation_runs_itself(monkeypatch):
 
 def test_scale_and_query_start_have_their_defaults():
     torch.manual_seed(0)
-    query, key, value = torch.randn(1, 2, 3, 16), torch.randn(1, 1, 9, 16), torch.randn(1, 1, 9, 16)
+    query = torch.randn(1, 2, 3, 16)
+    key = torch.randn(1, 1, 9, 16)
+    value = torch.randn(1, 1, 9, 16)
     expected = landmark_attention(query, key, value, block_size=4, scale=0.25, query_start=6)
     assert torch.equal(landmark_attention(query, key, value, block_size=4), expected)

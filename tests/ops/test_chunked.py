@@ -1,4 +1,6 @@
-"""What is particular to ``chunked``: its ways through a call, low precision, compilation, and the memory it takes."""
+"""What is particular to ``chunked``: its ways through a call, low precision, compilation, and the
+memory it takes.
+"""
 
 import subprocess
 import sys
@@ -23,12 +25,17 @@ def run(impl):
 
 
 def plain(query, key, value, block_size):
-    """Landmark attention on whole blocks, one line for each step, all in the dtype of its inputs."""
+    """Landmark attention on whole blocks, one line for each step, all in the dtype of its
+    inputs.
+    """
     length = query.shape[2]
-    scores = (query.shape[3] ** -0.5 * (query @ key.transpose(-1, -2))).unflatten(-1, (-1, block_size))
+    scores = (query.shape[3] ** -0.5 * (query @ key.transpose(-1, -2))).unflatten(
+        -1, (-1, block_size)
+    )
     slot = torch.arange(length)
     text = (slot % block_size != block_size - 1) & (slot <= slot[:, None])
-    number, block = torch.arange(length // block_size), (slot // block_size)[:, None]
+    number = torch.arange(length // block_size)
+    block = (slot // block_size)[:, None]
     inner = scores.masked_fill(~text.unflatten(-1, (-1, block_size)), -1e4)
     sums = inner.logsumexp(-1)
     gate = torch.where(number == block, sums, scores[..., -1]).masked_fill(number > block, -1e4)
@@ -49,7 +56,11 @@ def one_tile(monkeypatch):
 @pytest.mark.parametrize("seed", range(12))
 def test_one_tile_equals_reference(one_tile, seed):
     query, key, value, options = random_call(2000 + seed)
-    options = {name: each for name, each in options.items() if name in ("block_size", "query_start", "scale")}
+    options = {
+        name: each
+        for name, each in options.items()
+        if name in ("block_size", "query_start", "scale")
+    }
     expected = results(run("reference"), query, key, value, options)
     assert_same(results(run("chunked"), query, key, value, options), expected, REORDERED)
 
@@ -60,7 +71,8 @@ def low_precision_case(dtype):
 
 
 def assert_within_low_precision(dtype):
-    tensors, options = low_precision_case(dtype), {"block_size": 16}
+    tensors = low_precision_case(dtype)
+    options = {"block_size": 16}
     exact = results(plain, *(each.double() for each in tensors), options)
     ordinary = results(plain, *tensors, options)
     ours = results(run("chunked"), *tensors, options)
@@ -90,7 +102,9 @@ def test_large_scores_do_not_overflow():
     query, key, value = (torch.randn(1, 2, 40, 8) for _ in range(3))
     for impl in ("reference", "chunked"):
         found = results(run(impl), 300 * query, key, value, {"block_size": 8})
-        exact = results(run("reference"), 300 * query.double(), key.double(), value.double(), {"block_size": 8})
+        exact = results(
+            run("reference"), 300 * query.double(), key.double(), value.double(), {"block_size": 8}
+        )
         assert all(each.isfinite().all() for each in found.values())
         assert error(found["out"], exact["out"]) < 1e-3
 
@@ -132,9 +146,11 @@ def test_layout_stays_linear_where_blocks_differ_widely():
 
 
 def peak_mebibytes(queries, keys, options="", groups=1, heads=1, backward=True):
-    """Peak memory that one call adds, operands included, in a fresh process that has made a small call before.
+    """Peak memory that one call adds, operands included, in a fresh process that has made a small
+    call before.
 
-    ``VmHWM`` is the peak of this process alone; ``ru_maxrss`` would start at the peak of the process that started it.
+    ``VmHWM`` is the peak of this process alone; ``ru_maxrss`` would start at the peak of the
+    process that started it.
     """
     code = f"""
         import re, torch
@@ -142,7 +158,8 @@ def peak_mebibytes(queries, keys, options="", groups=1, heads=1, backward=True):
 
         def call(queries, keys):
             query = torch.randn(1, {heads}, queries, 64, requires_grad={backward})
-            key, value = (torch.randn(1, {groups}, keys, 64, requires_grad={backward}) for _ in range(2))
+            shape = (1, {groups}, keys, 64)
+            key, value = (torch.randn(shape, requires_grad={backward}) for _ in range(2))
             out = landmark_attention(query, key, value, block_size=64, {options})
             if {backward}:
                 out.sum().backward()
@@ -156,7 +173,9 @@ def peak_mebibytes(queries, keys, options="", groups=1, heads=1, backward=True):
         call({queries}, {keys})
         print(peak() - before)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
     return int(done.stdout) / 2**10
 
 

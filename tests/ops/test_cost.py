@@ -31,10 +31,14 @@ def test_long_texts_approach_dense_causal_attention():
     cost = forward_cost(1, 16, 16, 4096, 4096, 128, block_size=64)
     dense = 4 * 16 * 4096 * 4096 * 128 / 2
     assert 0.95 * dense < cost.flops < dense
-    assert backward_cost(1, 16, 16, 4096, 4096, 128, block_size=64).flops / cost.flops == pytest.approx(2.5, abs=0.01)
+    assert backward_cost(
+        1, 16, 16, 4096, 4096, 128, block_size=64
+    ).flops / cost.flops == pytest.approx(2.5, abs=0.01)
 
 
 def test_one_decoded_token_by_hand():
-    """8 finished blocks of 4 and no own key: 8 landmarks and 2 * 3 text tokens, for 2 heads on one key/value head."""
+    """8 finished blocks of 4 and no own key: 8 landmarks and 2 * 3 text tokens, for 2 heads on one
+    key/value head.
+    """
     cost = forward_cost(1, 2, 1, 1, 32, 10, block_size=4, top_k=2, query_start=32)
     assert cost == Cost(flops=2 * 2 * 10 * (2 * 6 + 8), bytes=2 * 10 * (2 * 2 + 8 + 2 * 12) + 4 * 2)

@@ -10,7 +10,8 @@ from numerics import EXACT, REORDERED, assert_close
 from ops.cases import IMPLS, assert_same, random_call, random_tiles, results
 from ops.loop import loop_attention
 
-FAST, FULL = 40, 400
+FAST = 40
+FULL = 400
 
 
 def run(impl):
@@ -26,7 +27,9 @@ def compare(seed, monkeypatch):
     loop = results(loop_attention, query, key, value, options)
     reference = results(run("reference"), query, key, value, options)
     assert_same(reference, loop, EXACT, "reference against the loop:")
-    assert_same(results(run("chunked"), query, key, value, options), reference, REORDERED, "chunked:")
+    assert_same(
+        results(run("chunked"), query, key, value, options), reference, REORDERED, "chunked:"
+    )
 
 
 @pytest.mark.parametrize("seed", range(FAST))
@@ -66,17 +69,24 @@ def test_gradcheck(impl, seed, monkeypatch):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("cuts", [(8,), (24,), (25,), (27,), (8, 16, 26)])
 def test_parts_merge_by_their_log_sum_exp(impl, cuts):
-    """Cuts at block borders, and anywhere inside the queries' own block; the gradients of the whole come out too."""
+    """Cuts at block borders, and anywhere inside the queries' own block; the gradients of the whole
+    come out too.
+    """
     torch.manual_seed(sum(cuts))
-    block_size, length, start = 8, 29, 27
+    block_size = 8
+    length = 29
+    start = 27
     query = torch.randn(2, 4, length - start, 5, dtype=torch.float64)
     key, value = (torch.randn(2, 2, length, 5, dtype=torch.float64) for _ in range(2))
     landmarks = (torch.arange(length) % block_size == block_size - 1).expand(2, -1)
 
     def part(query, key, value, low, high):
         places = {"landmarks": landmarks[:, low:high]} if low % block_size else {}
-        key, value = key[:, :, low:high], value[:, :, low:high]
-        return run(impl)(query, key, value, block_size=block_size, query_start=start - low, **places)
+        key = key[:, :, low:high]
+        value = value[:, :, low:high]
+        return run(impl)(
+            query, key, value, block_size=block_size, query_start=start - low, **places
+        )
 
     def merged(query, key, value):
         ends = itertools.pairwise((0, *cuts, length))
@@ -89,9 +99,14 @@ def test_parts_merge_by_their_log_sum_exp(impl, cuts):
 
 
 def test_lse_dtype_and_shape():
-    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2):
+    for dtype, wide in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32,) * 2,
+        (torch.float64,) * 2,
+    ):
         for impl in IMPLS:
-            query, key = torch.randn(2, 4, 3, 8, dtype=dtype), torch.randn(2, 2, 9, 8, dtype=dtype)
+            query = torch.randn(2, 4, 3, 8, dtype=dtype)
+            key = torch.randn(2, 2, 9, 8, dtype=dtype)
             out, lse = run(impl)(query, key, key, block_size=4)
             assert (out.dtype, lse.dtype, lse.shape) == (dtype, wide, (2, 4, 3))
             assert_close(landmark_attention(query, key, key, block_size=4, impl=impl), out, 0)

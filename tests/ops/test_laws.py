@@ -16,7 +16,9 @@ BLOCK = 8
 
 @pytest.fixture(params=[*IMPLS, "chunked, small tiles", "chunked, gathering"])
 def attention(request, monkeypatch):
-    """Output and log-sum-exp by each implementation; ``chunked`` also in many tiles, and gathering every choice."""
+    """Output and log-sum-exp by each implementation; ``chunked`` also in many tiles, and gathering
+    every choice.
+    """
     if request.param.endswith("tiles"):
         monkeypatch.setattr(chunked, "CPU_TILE", 500)
         monkeypatch.setattr(chunked, "CPU_GATHER", 10**9)
@@ -25,7 +27,9 @@ def attention(request, monkeypatch):
     impl = request.param.split(",")[0]
 
     def run(query, key, value, block_size=BLOCK, **options):
-        return landmark_attention(query, key, value, block_size=block_size, impl=impl, return_lse=True, **options)
+        return landmark_attention(
+            query, key, value, block_size=block_size, impl=impl, return_lse=True, **options
+        )
 
     return run
 
@@ -52,7 +56,9 @@ def test_top_k_of_all_past_blocks_is_no_top_k(attention, options):
     query, key, value = tensors()
     whole = attention(query, key, value, **options)
     for top_k in (5, 6, 100):
-        for each, expected in zip(attention(query, key, value, top_k=top_k, **options), whole, strict=True):
+        for each, expected in zip(
+            attention(query, key, value, top_k=top_k, **options), whole, strict=True
+        ):
             assert_close(each, expected, EXACT)
 
 
@@ -77,11 +83,14 @@ def test_top_k_keeps_the_blocks_of_highest_landmark_score(attention):
 def test_text_of_a_block_not_retrieved_changes_nothing(attention):
     query, key, value = tensors(queries=5)
     before = attention(query, key, value, top_k=2)
-    scores = torch.einsum("bgrtd,bgnd->bgrtn", query.unflatten(1, (2, 2)), key[:, :, BLOCK - 1 :: BLOCK])
+    scores = torch.einsum(
+        "bgrtd,bgnd->bgrtn", query.unflatten(1, (2, 2)), key[:, :, BLOCK - 1 :: BLOCK]
+    )
     kept = scores.topk(2).indices
     for block in range(5):
         slots = slice(block * BLOCK, block * BLOCK + BLOCK - 1)
-        other_key, other_value = key.clone(), value.clone()
+        other_key = key.clone()
+        other_value = value.clone()
         other_key[:, :, slots] += 3
         other_value[:, :, slots] = 1e6
         after = attention(query, other_key, other_value, top_k=2)
@@ -95,7 +104,8 @@ def test_text_of_a_block_not_retrieved_changes_nothing(attention):
 def test_equal_landmark_scores_are_taken_from_the_lower_block(attention):
     """Small integers, so that every implementation finds the same ties."""
     query, key, value = tensors(length=88, queries=3, rows=1, heads=2, groups=1)
-    query, key = query.round(), key.round()
+    query = query.round()
+    key = key.round()
     key[:, :, BLOCK - 1 :: BLOCK] = 1.0
     key[:, :, 3 * BLOCK + BLOCK - 1] = 1.0 + query[0, 0, 0].sign()
     query[:] = query[0, 0, 0]
@@ -127,9 +137,12 @@ def test_weights_sum_to_one(attention):
 def test_nothing_behind_a_query_is_seen(attention):
     query, key, value = tensors()
     out, lse = attention(query, key, value)
-    key[:, :, 30:], value[:, :, 30:] = 50.0, 1e9
+    key[:, :, 30:] = 50.0
+    value[:, :, 30:] = 1e9
     again, lse_again = attention(query, key, value)
-    assert torch.equal(out[:, :, :30], again[:, :, :30]) and torch.equal(lse[:, :, :30], lse_again[:, :, :30])
+    assert torch.equal(out[:, :, :30], again[:, :, :30]) and torch.equal(
+        lse[:, :, :30], lse_again[:, :, :30]
+    )
     part, _ = attention(query[:, :, :30], key, value, query_start=0)
     assert_close(part, out[:, :, :30], EXACT)
 
@@ -140,7 +153,8 @@ def test_padding_changes_nothing(attention):
     for pads in ([3, 0], [BLOCK, 13], [45, 2]):
         width = max(pads)
         padded = [
-            torch.full((2, each.shape[1], 45 + width, 5), 7.0, dtype=torch.float64) for each in (query, key, value)
+            torch.full((2, each.shape[1], 45 + width, 5), 7.0, dtype=torch.float64)
+            for each in (query, key, value)
         ]
         starts = torch.tensor([width - (width - pad) for pad in pads])
         for row, pad in enumerate(pads):
@@ -220,7 +234,12 @@ def test_a_query_that_sees_nothing_gives_zeros(attention, top_k):
     assert (lse[0] == -torch.inf).all() and lse[1, :, 4:].isfinite().all()
     gradients = torch.autograd.grad(out.sum() + lse.exp().sum(), (query, key, value))
     for each in gradients:
-        assert each.isfinite().all() and not each[0].any() and not each[1, :, :4].any() and each[1, :, 4:9].any()
+        assert (
+            each.isfinite().all()
+            and not each[0].any()
+            and not each[1, :, :4].any()
+            and each[1, :, 4:9].any()
+        )
 
 
 def test_no_keys_and_no_queries(attention):

@@ -22,7 +22,10 @@ def run(impl):
 def test_equals_the_reference_on_cpu(impl, seed):
     *tensors, options = random_call(seed)
     expected = results(run("reference"), *tensors, options)
-    on_gpu = {name: each.cuda() if isinstance(each, torch.Tensor) else each for name, each in options.items()}
+    on_gpu = {
+        name: each.cuda() if isinstance(each, torch.Tensor) else each
+        for name, each in options.items()
+    }
     found = results(run(impl), *(each.cuda() for each in tensors), on_gpu)
     assert_same({name: each.cpu() for name, each in found.items()}, expected, REORDERED)
 

@@ -1,4 +1,6 @@
-"""The fused kernels against float64: small calls through Triton's interpreter, or many on a GPU (``make test-gpu``)."""
+"""The fused kernels against float64: small calls through Triton's interpreter, or many on a GPU
+(``make test-gpu``).
+"""
 
 import json
 import os
@@ -19,10 +21,15 @@ from ops.fused_cases import ROWS, Variant, random_call
 
 pytest.importorskip("triton")
 configs = pytest.importorskip("landmark.ops.triton.configs")
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here: make test-gpu")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the kernels run on the GPU here: make test-gpu"
+)
 
-FAST, FULL, LONGEST = 60, 160, 256
-CASES, PARTS = 12, 3
+FAST = 60
+FULL = 160
+LONGEST = 256
+CASES = 12
+PARTS = 3
 VARIANTS = [
     Variant(dtype, dim, block_size, rows)
     for dtype, dim, block_size in (
@@ -75,11 +82,13 @@ def poisoned(monkeypatch):
 
 
 def rounded_output(tensors, options, exact):
-    """How far the gradients (query, key) move because ``delta`` and what it is subtracted from were rounded.
+    """How far the gradients (query, key) move because ``delta`` and what it is subtracted from were
+    rounded.
 
-    ``delta`` is the product of the output, rounded to its dtype, with the gradient; it and the products of the gradient
-    with the values are sums in float32. A backward pass takes all that only where it subtracts the gradient of the
-    log-sum-exp too: the shift is the gradient of the log-sum-exp, weighed by these roundings.
+    ``delta`` is the product of the output, rounded to its dtype, with the gradient; it and the
+    products of the gradient with the values are sums in float32. A backward pass takes all that
+    only where it subtracts the gradient of the log-sum-exp too: the shift is the gradient of the
+    log-sum-exp, weighed by these roundings.
     """
     leaves = [each.double().requires_grad_() for each in tensors]
     _, lse = reference(*leaves, **options)
@@ -92,10 +101,12 @@ def rounded_output(tensors, options, exact):
 
 
 def check(tensors, options):
-    """Results within twice the error of eager PyTorch in the same dtype, and what a kernel rounds beside that.
+    """Results within twice the error of eager PyTorch in the same dtype, and what a kernel rounds
+    beside that.
 
-    That is the result, the weights that are computed again, and the output that the gradients are made from (twice the
-    shift of an exact output, as the kernel's own lies up to twice as far from it as eager's).
+    That is the result, the weights that are computed again, and the output that the gradients are
+    made from (twice the shift of an exact output, as the kernel's own lies up to twice as far from
+    it as eager's).
     """
     exact = results(reference, *(each.double() for each in tensors), options)
     moved = rounded_output(tensors, options, exact)
@@ -115,9 +126,13 @@ def check(tensors, options):
 def small_case(seed, monkeypatch):
     """A small call, and tiles of any kind for it."""
     rng = random.Random(seed)
-    tiles = [configs.Tiles(rng.choice([32, 64]), rng.choice([32, 64]), 4, 1, rng.random() < 0.5) for _ in range(3)]
+    tiles = [
+        configs.Tiles(rng.choice([32, 64]), rng.choice([32, 64]), 4, 1, rng.random() < 0.5)
+        for _ in range(3)
+    ]
     monkeypatch.setattr(configs, "INTERPRETED", configs.Config(*tiles))
-    dtype, dim = rng.choice([torch.float32, torch.float16]), rng.choice([32, 40, 64, 80, 96])
+    dtype = rng.choice([torch.float32, torch.float16])
+    dim = rng.choice([32, 40, 64, 80, 96])
     block_size = rng.choice([16, 16, 17, 20, 32, 51, 64, 100, 128, 256])
     longest = LONGEST if rng.random() < 0.06 else 48
     rows = rng.choice(ROWS)
@@ -143,13 +158,18 @@ PIPELINED = [Variant(dtype, 128, 64, "blocks") for dtype in (torch.bfloat16, tor
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="not Hopper")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="not Hopper"
+)
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("variant", PIPELINED, ids=str)
 def test_pipelined_within_the_budget_on_a_gpu(variant, part, monkeypatch):
-    """The forward pass in Gluon, which no interpreter runs, ran wherever tensors can be described."""
+    """The forward pass in Gluon, which no interpreter runs, ran wherever tensors can be
+    described.
+    """
     launch = pytest.importorskip("landmark.ops.triton.launch")
-    ran, run = [], launch.run_pipelined
+    ran = []
+    run = launch.run_pipelined
     monkeypatch.setattr(launch, "run_pipelined", lambda *args: (ran.append(1), run(*args)))
     expected = 0
     for seed in range(part, 4 * CASES, PARTS):
@@ -175,7 +195,9 @@ def test_within_the_budget_on_a_gpu(variant, part):
 
 def test_there_are_as_many_cases_as_promised():
     assert len(VARIANTS) <= 60 and len(VARIANTS) * CASES >= 500
-    kinds = [set(random_call(variant, seed, 64)[1]) for variant in VARIANTS[:3] for seed in range(40)]
+    kinds = [
+        set(random_call(variant, seed, 64)[1]) for variant in VARIANTS[:3] for seed in range(40)
+    ]
     for name in ("starts", "segments", "query_start", "scale"):
         assert sum(name in kind for kind in kinds) > 10, name
 
@@ -195,13 +217,16 @@ def small_tensors(dtype=torch.float32):
 def test_operators_keep_the_rules_of_torch(options, monkeypatch):
     op = pytest.importorskip("landmark.ops.triton.op")
     monkeypatch.undo()  # the rules compare outputs with those of a second call, poison included
-    starts, segments = options.get("starts"), options.get("segments")
+    starts = options.get("starts")
+    segments = options.get("segments")
     origins, ends = (None, None) if segments is None else op.documents_of(segments, None)
     starts = None if starts is None else starts.int()
     leaves = [each.requires_grad_() for each in small_tensors()]
     choice = (None,) * 5
     if segments is None:
-        torch.library.opcheck(op.choose, (leaves[0].detach(), leaves[1].detach(), starts, 16, 0, 0.2, 2))
+        torch.library.opcheck(
+            op.choose, (leaves[0].detach(), leaves[1].detach(), starts, 16, 0, 0.2, 2)
+        )
         choice = op.choose(leaves[0].detach(), leaves[1].detach(), starts, 16, 0, 0.2, 2)
     torch.library.opcheck(op.attention, (*leaves, starts, origins, ends, *(None,) * 5, 16, 0, 0.2))
     torch.library.opcheck(op.attention, (*leaves, starts, origins, ends, *choice, 16, 0, 0.2))
@@ -217,17 +242,23 @@ def test_gradcheck(options):
         out, lse = fused(*leaves, block_size=16, **options)
         return out, torch.where(lse > -torch.inf, lse, 0.0)
 
-    assert torch.autograd.gradcheck(function, leaves, eps=1e-2, atol=2e-3, rtol=2e-2, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        function, leaves, eps=1e-2, atol=2e-3, rtol=2e-2, fast_mode=True
+    )
 
 
 @interpreted
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("shape", [(1, 2, 5, 0), (1, 2, 0, 20), (0, 2, 20, 20)])
 def test_nothing_to_compute(shape, top_k, monkeypatch):
-    by_descriptor = configs.Tiles(32, 32, 4, 1, tma=True)  # of which there is none of an empty tensor
+    by_descriptor = configs.Tiles(
+        32, 32, 4, 1, tma=True
+    )  # of which there is none of an empty tensor
     monkeypatch.setattr(configs, "INTERPRETED", configs.Config(*[by_descriptor] * 3))
     rows, heads, queries, keys = shape
-    leaves = [torch.randn(rows, heads, length, 32, requires_grad=True) for length in (queries, keys, keys)]
+    leaves = [
+        torch.randn(rows, heads, length, 32, requires_grad=True) for length in (queries, keys, keys)
+    ]
     out, lse = fused(*leaves, block_size=16, top_k=top_k, query_start=0)
     assert out.shape == (rows, heads, queries, 32) and not out.any() and (lse == -torch.inf).all()
     for gradient in torch.autograd.grad(out.sum() + lse.exp().sum(), leaves):
@@ -245,13 +276,17 @@ def test_memory_that_overlaps_and_scales_that_vanish():
 @interpreted
 @pytest.mark.parametrize("top_k", [None, 1])
 def test_the_very_first_call_may_be_a_compiled_one(top_k):
-    """In a fresh process: one graph, forward and backward, and the results of the uncompiled call."""
+    """In a fresh process: one graph, forward and backward, and the results of the uncompiled
+    call.
+    """
     code = f"""
         import torch
         from landmark import landmark_attention
 
         def attend(query, key, value):
-            return landmark_attention(query, key, value, block_size=16, top_k={top_k}, impl="triton")
+            return landmark_attention(
+                query, key, value, block_size=16, top_k={top_k}, impl="triton"
+            )
 
         tensors = [torch.randn(1, heads, 40, 32, requires_grad=True) for heads in (2, 1, 1)]
         out = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")(*tensors)
@@ -266,7 +301,9 @@ def test_the_very_first_call_may_be_a_compiled_one(top_k):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_auto_is_compiled_into_one_graph(device):
-    """In a fresh process, whichever implementation ``auto`` chooses there, with and without ``top_k``."""
+    """In a fresh process, whichever implementation ``auto`` chooses there, with and without
+    ``top_k``.
+    """
     code = f"""
         import torch
         from landmark import landmark_attention

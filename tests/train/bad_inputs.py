@@ -85,13 +85,33 @@ def tear(checkpoint: Path) -> None:
 CASES = [
     ("no steps", setting(steps=0), "steps: expected an integer from 1 to .*, got 0"),
     ("half a batch", setting(batch=2.5), r"batch: expected an integer from 1 to .*, got 2\.5"),
-    ("more episodes than rows", setting(episodes=1.5), r"episodes: expected a number from 0 to 1, got 1\.5"),
-    ("unknown precision", setting(precision="int4"), "precision: expected one of auto, bf16, fp32, got 'int4'"),
+    (
+        "more episodes than rows",
+        setting(episodes=1.5),
+        r"episodes: expected a number from 0 to 1, got 1\.5",
+    ),
+    (
+        "unknown precision",
+        setting(precision="int4"),
+        "precision: expected one of auto, bf16, fp32, got 'int4'",
+    ),
     ("unknown setting", setting(learning_rate=1.0), "unknown landmark settings.*learning_rate"),
     ("block size 1", setting(block_size=1), "block_size: expected an integer of at least 2, got 1"),
-    ("recipe that is no JSON", recipe_file("steps: 3"), r"recipe\.json: expected JSON, got something else"),
-    ("recipe that is deep", recipe_file("[" * 100_000), r"recipe\.json: expected JSON that Python can read"),
-    ("recipe with a list for a name", recipe_file('{"data": {"field": []}}'), r"field: expected a string, got \[\]"),
+    (
+        "recipe that is no JSON",
+        recipe_file("steps: 3"),
+        r"recipe\.json: expected JSON, got something else",
+    ),
+    (
+        "recipe that is deep",
+        recipe_file("[" * 100_000),
+        r"recipe\.json: expected JSON that Python can read",
+    ),
+    (
+        "recipe with a list for a name",
+        recipe_file('{"data": {"field": []}}'),
+        r"field: expected a string, got \[\]",
+    ),
     (
         "recipe with a word for a rate",
         recipe_file('{"optimiser": {"beta1": "x"}}'),
@@ -102,7 +122,11 @@ CASES = [
         recipe_file('{"tokenizer": {"vocab_size": "x"}}'),
         "vocab_size: expected an integer",
     ),
-    ("recipe with a number for layers", recipe_file('{"landmark": {"layers": 5}}'), "layers: expected a list.*got 5"),
+    (
+        "recipe with a number for layers",
+        recipe_file('{"landmark": {"layers": 5}}'),
+        "layers: expected a list.*got 5",
+    ),
     (
         "recipe of endless steps",
         lambda: Recipe().override(steps=10**20),
@@ -114,9 +138,21 @@ CASES = [
         recipe_file('{"optimizer": {}}'),
         r"recipe\.json: unknown section \['optimizer'\]",
     ),
-    ("recipe with an unknown setting", recipe_file('{"data": {"shares": 1}}'), r"unknown setting of data \['shares'\]"),
-    ("recipe with a number for a section", recipe_file('{"data": 3}'), "data: expected an object with settings, got 3"),
-    ("no recipe there", lambda folder: load_recipe(folder / "none.json"), r"none\.json: no such recipe; pass"),
+    (
+        "recipe with an unknown setting",
+        recipe_file('{"data": {"shares": 1}}'),
+        r"unknown setting of data \['shares'\]",
+    ),
+    (
+        "recipe with a number for a section",
+        recipe_file('{"data": 3}'),
+        "data: expected an object with settings, got 3",
+    ),
+    (
+        "no recipe there",
+        lambda folder: load_recipe(folder / "none.json"),
+        r"none\.json: no such recipe; pass",
+    ),
     (
         "unknown model type",
         lambda folder: run(folder, recipe=Recipe.from_dict({"model": {"model_type": "lama"}})),
@@ -133,8 +169,16 @@ CASES = [
         "one row.*add text",
     ),
     ("a run is there already", a_run_is_there, "already there; pass --resume.* or another --out"),
-    ("resume without a run", lambda folder: run(folder, resume=True), rf"{RECIPE}: .*no readable file; train anew"),
-    ("resume without a checkpoint", no_checkpoint, "no checkpoint to resume from; train without --resume"),
+    (
+        "resume without a run",
+        lambda folder: run(folder, resume=True),
+        rf"{RECIPE}: .*no readable file; train anew",
+    ),
+    (
+        "resume without a checkpoint",
+        no_checkpoint,
+        "no checkpoint to resume from; train without --resume",
+    ),
     (
         "damaged checkpoint",
         lambda folder: halted(folder, tear),
@@ -145,11 +189,23 @@ CASES = [
         lambda folder: halted(folder, lambda checkpoint: (checkpoint / "optimizer.pt").unlink()),
         r"checkpoint-2: expected a complete checkpoint.*optimizer\.pt",
     ),
-    ("resume with other settings", lambda folder: halted(folder, lambda _: None, lr=1.0), r"other \['optimiser\.lr'\]"),
-    ("LoRA without a model", lambda folder: run(folder, lora=4), "lora: expected a model to adapt.*pass --model"),
+    (
+        "resume with other settings",
+        lambda folder: halted(folder, lambda _: None, lr=1.0),
+        r"other \['optimiser\.lr'\]",
+    ),
+    (
+        "LoRA without a model",
+        lambda folder: run(folder, lora=4),
+        "lora: expected a model to adapt.*pass --model",
+    ),
     ("LoRA of rank 0", without("wandb", lora=0), "lora: expected a rank of at least 1, got 0"),
     ("LoRA without peft", without("peft", lora=4), r"pip install landmark-attention\[peft\]"),
-    ("a landmark model trained plain", plain_landmark, "expected a model without landmarks.*landmark_llama"),
+    (
+        "a landmark model trained plain",
+        plain_landmark,
+        "expected a model without landmarks.*landmark_llama",
+    ),
     ("another block size", another_block_size, "block_size is fixed at 16, got 8; convert anew"),
     ("a model folder without a config", foreign_model, "config.json|no model there|model_type"),
     (
@@ -157,7 +213,15 @@ CASES = [
         lambda folder: run(folder, model=str(folder / "none")),
         "none: no tokenizer there|none.*no model",
     ),
-    ("train without text", ["train", "--data", "none.txt", "--out", "never"], r"none\.txt: no such file"),
-    ("train with a bad option", ["train", "--data", "x", "--out", "y", "--steps", "many"], "'--steps'.*integer"),
+    (
+        "train without text",
+        ["train", "--data", "none.txt", "--out", "never"],
+        r"none\.txt: no such file",
+    ),
+    (
+        "train with a bad option",
+        ["train", "--data", "x", "--out", "y", "--steps", "many"],
+        "'--steps'.*integer",
+    ),
     ("train without --out", ["train", "--data", "x"], "--out"),
 ]

@@ -22,36 +22,55 @@ def test_trains_saves_and_reloads(twin, books, tmp_path):
     start = before.model.landmark_embedding.weight.clone()
     merged = landmark.load(tmp_path)
     adapted = peft.PeftModel.from_pretrained(before, tmp_path / "adapter").eval()
-    ids = AutoTokenizer.from_pretrained(tmp_path)("The old man said the river was long. " * 20, return_tensors="pt")
+    ids = AutoTokenizer.from_pretrained(tmp_path)(
+        "The old man said the river was long. " * 20, return_tensors="pt"
+    )
     with torch.no_grad():
-        ours, theirs = merged(**ids).logits, adapted(**ids).logits
+        ours = merged(**ids).logits
+        theirs = adapted(**ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not torch.equal(merged.model.landmark_embedding.weight, start)
     assert merged.landmark.landmark_trained
 
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert {name.split(".")[-3] for name in saved if "lora_A" in name} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {name.split(".")[-3] for name in saved if "lora_A" in name} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
     assert any("landmark_embedding" in name for name in saved)
     stock = landmark.convert(str(folder), block_size=16)
     for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
         assert torch.equal(merged.get_parameter(name), stock.get_parameter(name))
     assert not torch.equal(
-        merged.model.layers[0].self_attn.q_proj.weight, stock.model.layers[0].self_attn.q_proj.weight
+        merged.model.layers[0].self_attn.q_proj.weight,
+        stock.model.layers[0].self_attn.q_proj.weight,
     )
 
 
 def test_resumed_adapter_has_the_same_losses(twin, books, tmp_path):
     import shutil
 
-    options = {"recipe": toy_recipe(steps=4, save_every=2), "model": str(twin[0]), "lora": 2, "report": silent}
+    options = {
+        "recipe": toy_recipe(steps=4, save_every=2),
+        "model": str(twin[0]),
+        "lora": 2,
+        "report": silent,
+    }
     expected = train(str(books), tmp_path / "whole", **options)
     halted = tmp_path / "halted" / "checkpoints"
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-2", halted / "checkpoint-2")
     shutil.copy(tmp_path / "whole" / "recipe.json", tmp_path / "halted")
-    assert train(str(books), tmp_path / "halted", resume=True, **options)["losses"] == expected["losses"]
+    assert (
+        train(str(books), tmp_path / "halted", resume=True, **options)["losses"]
+        == expected["losses"]
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projections_are_those_of_the_attention(family):
     names = attention_projections(stock_model(family))
-    assert names and not any("gate" in name or "up" in name or "down" in name or "4h" in name for name in names)
+    assert names and not any(
+        "gate" in name or "up" in name or "down" in name or "4h" in name for name in names
+    )

@@ -60,17 +60,27 @@ def test_without_answers_in_the_batch(batch):
 def test_parts_add_up_to_the_whole(batch):
     """Text and answers are averaged over all parts."""
     logits, labels, answers = batch
-    items, asked = (labels != -100).sum(), answers.sum()
+    items = (labels != -100).sum()
+    asked = answers.sum()
     parts = [
-        answer_weighted_loss(logits[i : i + 1], labels[i : i + 1], answers[i : i + 1], 0.3, items, asked)
+        answer_weighted_loss(
+            logits[i : i + 1], labels[i : i + 1], answers[i : i + 1], 0.3, items, asked
+        )
         for i in range(3)
     ]
     torch.testing.assert_close(sum(parts), answer_weighted_loss(logits, labels, answers, 0.3))
 
 
 def test_weight_zero_is_the_loss_of_the_stock_model():
-    fields = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields, num_attention_heads=2))
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+    }
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **fields, num_attention_heads=2)
+    )
     ids = torch.arange(20).view(2, 10) % VOCAB
     output = model(input_ids=ids, labels=ids)
     ours = answer_weighted_loss(output.logits, ids, torch.ones_like(ids, dtype=torch.bool), 0.0)

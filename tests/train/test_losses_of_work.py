@@ -1,4 +1,6 @@
-"""No run is lost: what can fail in the end is asked for in the beginning, and what was trained is kept."""
+"""No run is lost: what can fail in the end is asked for in the beginning, and what was trained is
+kept.
+"""
 
 import json
 from pathlib import Path
@@ -40,14 +42,24 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("plain", [False, True])
-def test_a_recipe_of_no_model_is_refused_before_anything_is_computed(tmp_path, monkeypatch, capsys, name, plain):
+def test_a_recipe_of_no_model_is_refused_before_anything_is_computed(
+    tmp_path, monkeypatch, capsys, name, plain
+):
     monkeypatch.chdir(tmp_path)
-    Path("r.json").write_text(json.dumps({"model": {**MODEL, **MODELS[name]}, "landmark": {"block_size": 16}}))
+    Path("r.json").write_text(
+        json.dumps({"model": {**MODEL, **MODELS[name]}, "landmark": {"block_size": 16}})
+    )
     Path("a.txt").write_text(sentences(400))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", "--data", "a.txt", "--out", "o", "--config", "r.json", *["--plain"] * plain])
+        cli.main(
+            ["train", "--data", "a.txt", "--out", "o", "--config", "r.json", *["--plain"] * plain]
+        )
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.splitlines()[-1].startswith("error: r.json: model: ") and len(said) < 400
+    assert (
+        ended.value.code == 2
+        and said.splitlines()[-1].startswith("error: r.json: model: ")
+        and len(said) < 400
+    )
     assert not Path("o").exists()
 
 
@@ -61,13 +73,19 @@ def test_a_short_text_is_trained_on_without_evaluation(tmp_path):
         report=said.append,
     )
     assert summary["steps"] == 1 and summary["evaluations"] == []
-    assert any(line.startswith("nothing is evaluated: the text has fewer than 40 rows") for line in said)
+    assert any(
+        line.startswith("nothing is evaluated: the text has fewer than 40 rows") for line in said
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("wandb", ModuleNotFoundError, "report_to: wandb needs a package that is not here: pip install wandb, or"),
+        (
+            "wandb",
+            ModuleNotFoundError,
+            "report_to: wandb needs a package that is not here: pip install wandb, or",
+        ),
         ("bogus", ValueError, "report_to: expected none or one of .*wandb.*, got 'bogus'"),
     ],
 )
@@ -89,7 +107,13 @@ def test_a_run_that_cannot_be_saved_is_kept_elsewhere(twin, books, tmp_path, mon
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
     monkeypatch.setattr(run.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ValueError, match=r"No space left.* what was trained is in ") as caught:
-        train(str(books), tmp_path / "o", recipe=toy_recipe(steps=1), model=str(twin[0]), report=silent)
+        train(
+            str(books),
+            tmp_path / "o",
+            recipe=toy_recipe(steps=1),
+            model=str(twin[0]),
+            report=silent,
+        )
     kept = Path(str(caught.value).rpartition(" ")[2])
     assert kept.parent == tmp_path and landmark.load(kept).landmark.landmark_trained
     assert not list((tmp_path / "o").glob("*.safetensors")) and (kept / "tokenizer.json").is_file()
@@ -97,11 +121,21 @@ def test_a_run_that_cannot_be_saved_is_kept_elsewhere(twin, books, tmp_path, mon
 
 def test_a_checkpoint_that_cannot_be_saved_does_not_end_the_run(books, tmp_path, monkeypatch):
     def save(self, *arguments, **more):
-        (tmp_path / "o" / "checkpoints" / f"checkpoint-{self.state.global_step}").mkdir(parents=True)
+        (tmp_path / "o" / "checkpoints" / f"checkpoint-{self.state.global_step}").mkdir(
+            parents=True
+        )
         raise SafetensorError(FULL)
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", save)
-    with pytest.warns(UserWarning, match=r"checkpoint-1: no checkpoint, as it cannot be written \(Error while ser"):
-        summary = train(str(books), tmp_path / "o", recipe=toy_recipe(steps=2, save_every=1), plain=True, report=silent)
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-1: no checkpoint, as it cannot be written \(Error while ser"
+    ):
+        summary = train(
+            str(books),
+            tmp_path / "o",
+            recipe=toy_recipe(steps=2, save_every=1),
+            plain=True,
+            report=silent,
+        )
     assert summary["steps"] == 2 and (tmp_path / "o" / "model.safetensors").is_file()
     assert list((tmp_path / "o" / "checkpoints").iterdir()) == []

@@ -21,24 +21,35 @@ def test_shipped_recipes_load(path):
 def test_the_bundled_recipe_is_what_the_model_card_says():
     recipe = load_recipe(RECIPES / "bundled.json")
     tokenizer = train_tokenizer(["text"], 300)
-    tokenizer.__class__ = type("Sized", (type(tokenizer),), {"__len__": lambda self: recipe.tokenizer.vocab_size})
+    tokenizer.__class__ = type(
+        "Sized", (type(tokenizer),), {"__len__": lambda self: recipe.tokenizer.vocab_size}
+    )
     plain = new_model(recipe, tokenizer, plain=True)
     marked = new_model(recipe, tokenizer, plain=False)
     weights = sum(weight.numel() for weight in plain.parameters())
     assert 12.0e6 < weights < 12.4e6
-    assert sum(weight.numel() for weight in marked.parameters()) == weights + recipe.model["hidden_size"]
+    assert (
+        sum(weight.numel() for weight in marked.parameters())
+        == weights + recipe.model["hidden_size"]
+    )
     assert text_tokens(recipe.data.length, marked.landmark.block_size) == 504
     assert recipe.warmup == 200 and recipe.decay == 1920
 
 
-@pytest.mark.parametrize(("length", "block_size"), [(512, 64), (500, 64), (512, 51), (63, 64), (20, 2)])
+@pytest.mark.parametrize(
+    ("length", "block_size"), [(512, 64), (500, 64), (512, 51), (63, 64), (20, 2)]
+)
 def test_text_tokens_fill_the_positions(length, block_size):
     """Counted one by one: every ``block_size``-th position is a landmark."""
-    assert text_tokens(length, block_size) == sum(p % block_size != block_size - 1 for p in range(length))
+    assert text_tokens(length, block_size) == sum(
+        p % block_size != block_size - 1 for p in range(length)
+    )
 
 
 def test_override_finds_the_section():
-    recipe = Recipe().override(steps=10, episodes=0.25, top_k=2, vocab_size=300, dtype="bfloat16", seed=None)
+    recipe = Recipe().override(
+        steps=10, episodes=0.25, top_k=2, vocab_size=300, dtype="bfloat16", seed=None
+    )
     assert (recipe.optimiser.steps, recipe.data.episodes, recipe.landmark["top_k"]) == (10, 0.25, 2)
     assert (recipe.tokenizer.vocab_size, recipe.save.dtype, recipe.run.seed) == (300, "bfloat16", 1)
 

@@ -11,7 +11,8 @@ from landmark.train.run import train
 
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "landmark"])
 def test_resumed_equals_uninterrupted(books, scratch, tmp_path, plain):
-    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    whole = tmp_path / "whole"
+    halted = tmp_path / "halted"
     options = {
         "recipe": toy_recipe(steps=6, save_every=3),
         "plain": plain,
@@ -26,5 +27,6 @@ def test_resumed_equals_uninterrupted(books, scratch, tmp_path, plain):
     resumed = train(str(books), halted, resume=True, **options)
     assert resumed["losses"] == expected["losses"]
     assert resumed["steps"] == 6
-    weights, others = load_file(whole / "model.safetensors"), load_file(halted / "model.safetensors")
+    weights = load_file(whole / "model.safetensors")
+    others = load_file(halted / "model.safetensors")
     assert all(weights[name].equal(others[name]) for name in weights)

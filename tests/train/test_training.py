@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from toy import silent, toy_recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Qwen3Config,
+)
 
 import landmark
 from landmark.data.tokenizer import load_tokenizer
@@ -25,22 +31,39 @@ def losses(summary):
 
 def test_saved_model_retrieves_and_knows_its_length(scratch):
     out, _ = scratch
-    model, tokenizer = landmark.load(out), AutoTokenizer.from_pretrained(out)
+    model = landmark.load(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
     settings = model.landmark
-    assert (settings.mode, settings.landmark_trained, settings.trained_length) == ("retrieval", True, 160)
+    assert (settings.mode, settings.landmark_trained, settings.trained_length) == (
+        "retrieval",
+        True,
+        160,
+    )
     assert (settings.block_size, settings.top_k, settings.position_gap) == (16, 4, 8)
     assert model.dtype == torch.bfloat16 and len(list(out.glob("*.safetensors"))) > 1
     assert model.config.use_cache is True and model.config.eos_token_id == tokenizer.eos_token_id
     prompt = tokenizer("The old man went over the river. " * 30, return_tensors="pt")
-    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] == prompt["input_ids"].shape[1] + 3
+    assert (
+        model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1]
+        == prompt["input_ids"].shape[1] + 3
+    )
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config, GPTNeoXConfig])
 def test_layers_share_one_compiled_graph(kind):
-    """Also more of them than torch compiles one function for; losses are those of the model as it is."""
-    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
+    """Also more of them than torch compiles one function for; losses are those of the model as it
+    is.
+    """
+    shape = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 48,
+    }
     torch.manual_seed(0)
-    model = landmark.convert(AutoModelForCausalLM.from_config(kind(vocab_size=61, num_hidden_layers=10, **shape)))
+    model = landmark.convert(
+        AutoModelForCausalLM.from_config(kind(vocab_size=61, num_hidden_layers=10, **shape))
+    )
     model.configure_landmark(mode="all")
     model.train()
     ids = torch.arange(200).view(2, 100) * 7 % 61
@@ -58,11 +81,19 @@ def test_summary(scratch, books):
     assert (summary["steps"], summary["tokens"]) == (4, 4 * 4 * 150)
     assert [entry["step"] for entry in summary["losses"]] == [1, 2, 3, 4]
     assert [entry["step"] for entry in summary["evaluations"]] == [2, 4]
-    assert set(summary["evaluations"][0]) == {"step", "text_loss", "episodes_loss", "episodes_accuracy"}
+    assert set(summary["evaluations"][0]) == {
+        "step",
+        "text_loss",
+        "episodes_loss",
+        "episodes_accuracy",
+    }
     assert [text["sha256"] for text in summary["texts"]] == [
         hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(books.glob("*.txt"))
     ]
-    assert summary["landmark"]["mode"] == "retrieval" and summary["versions"]["torch"] == torch.__version__
+    assert (
+        summary["landmark"]["mode"] == "retrieval"
+        and summary["versions"]["torch"] == torch.__version__
+    )
     saved = json.loads((out / "recipe.json").read_text())
     assert summary["recipe"] == {name: saved[name] for name in saved if name != "arguments"}
     assert summary["seconds"] > summary["evaluation_seconds"] > 0
@@ -75,7 +106,9 @@ def test_twin_is_a_stock_model_on_the_same_rows(twin, scratch, books, tmp_path):
     assert summary["tokens"] == scratch[1]["tokens"] and summary["texts"] == scratch[1]["texts"]
     assert (out / "tokenizer.json").read_bytes() == (scratch[0] / "tokenizer.json").read_bytes()
     rows = [
-        prepare_rows(str(books), tmp_path / folder.name, toy_recipe(), load_tokenizer(folder), tokens=150).train
+        prepare_rows(
+            str(books), tmp_path / folder.name, toy_recipe(), load_tokenizer(folder), tokens=150
+        ).train
         for folder in (out, scratch[0])
     ]
     assert all((rows[0][index].input_ids == rows[1][index].input_ids).all() for index in range(16))
@@ -83,7 +116,9 @@ def test_twin_is_a_stock_model_on_the_same_rows(twin, scratch, books, tmp_path):
 
 def test_losses_follow_from_the_seed(twin, books, tmp_path):
     again = train(str(books), tmp_path / "again", recipe=toy_recipe(), plain=True, report=silent)
-    other = train(str(books), tmp_path / "other", recipe=toy_recipe(seed=6), plain=True, report=silent)
+    other = train(
+        str(books), tmp_path / "other", recipe=toy_recipe(seed=6), plain=True, report=silent
+    )
     assert losses(again) == losses(twin[1]) != losses(other)
 
 
@@ -97,7 +132,9 @@ def test_training_lowers_the_loss(books, tmp_path, scratch):
 @pytest.mark.parametrize("episodes", [0.0, 0.5])
 @pytest.mark.parametrize("plain", [True, False])
 def test_micro_batches_change_nothing(books, scratch, tmp_path, plain, episodes):
-    """Means are over all text and all answers of a step, however its rows are cut (without random gaps)."""
+    """Means are over all text and all answers of a step, however its rows are cut (without random
+    gaps).
+    """
     found = []
     for micro in (4, 1):
         recipe = toy_recipe(episodes=episodes, micro_batch=micro, position_gap=0)
@@ -109,7 +146,14 @@ def test_micro_batches_change_nothing(books, scratch, tmp_path, plain, episodes)
 def test_the_learning_rate_rises_stays_and_falls(books, scratch, tmp_path):
     recipe = toy_recipe(steps=10, warmup=2, lr=1e-3)
     lines = []
-    train(str(books), tmp_path, recipe=recipe, plain=True, tokenizer=str(scratch[0]), report=lines.append)
+    train(
+        str(books),
+        tmp_path,
+        recipe=recipe,
+        plain=True,
+        tokenizer=str(scratch[0]),
+        report=lines.append,
+    )
     rates = [float(line.split("lr ")[1].split()[0]) for line in lines if " lr " in line]
     assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
     assert all("tokens/s" in line for line in lines if " lr " in line)
@@ -117,7 +161,14 @@ def test_the_learning_rate_rises_stays_and_falls(books, scratch, tmp_path):
 
 def test_stops_after_max_seconds(books, scratch, tmp_path):
     recipe = toy_recipe(steps=1000)
-    summary = train(str(books), tmp_path, recipe=recipe, tokenizer=str(scratch[0]), max_seconds=0.5, report=silent)
+    summary = train(
+        str(books),
+        tmp_path,
+        recipe=recipe,
+        tokenizer=str(scratch[0]),
+        max_seconds=0.5,
+        report=silent,
+    )
     assert 1 <= summary["steps"] < 1000 and landmark.load(tmp_path).landmark.landmark_trained
 
 
@@ -127,20 +178,30 @@ def test_only_matrices_decay(books, scratch, tmp_path, monkeypatch):
     made = []
     stock = run._trainer
     monkeypatch.setattr(run, "_trainer", lambda *args: made.append(stock(*args)) or made[-1])
-    train(str(books), tmp_path, recipe=toy_recipe(steps=1), tokenizer=str(scratch[0]), report=silent)
+    train(
+        str(books), tmp_path, recipe=toy_recipe(steps=1), tokenizer=str(scratch[0]), report=silent
+    )
     names = dict(made[0].model.named_parameters())
     decayed = set(made[0].get_decay_parameter_names(made[0].model))
-    assert {name for name in names if "norm" in name or "landmark_embedding" in name} == set(names) - decayed
-    decays = {len(group["params"]): group["weight_decay"] for group in made[0].optimizer.param_groups}
+    assert {name for name in names if "norm" in name or "landmark_embedding" in name} == set(
+        names
+    ) - decayed
+    decays = {
+        len(group["params"]): group["weight_decay"] for group in made[0].optimizer.param_groups
+    }
     assert decays == {len(decayed): 0.1, len(names) - len(decayed): 0.0}
 
 
 def test_plain_model_gets_landmarks_and_is_trained_further(twin, books, tmp_path):
     folder, _ = twin
     summary = train(str(books), tmp_path, recipe=toy_recipe(), model=str(folder), report=silent)
-    model, before = landmark.load(tmp_path), AutoModelForCausalLM.from_pretrained(folder)
+    model = landmark.load(tmp_path)
+    before = AutoModelForCausalLM.from_pretrained(folder)
     assert model.landmark.landmark_trained and model.landmark.block_size == 16
-    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+        == AutoTokenizer.from_pretrained(folder).get_vocab()
+    )
     assert not torch.equal(model.model.embed_tokens.weight, before.model.embed_tokens.weight)
     assert len(summary["losses"]) == 4 and summary["arguments"]["model"] == str(folder)
 
@@ -158,7 +219,9 @@ def test_held_out_text_is_not_trained_on(books, scratch, tmp_path):
     unseen = prepared.held_out["text"]
     assert len(unseen) >= 2
     end = len(prepared.train.windows.ids)
-    whole = prepare_rows(str(books), tmp_path, toy_recipe(), tokenizer, tokens=150).train.windows.ids.base
+    whole = prepare_rows(
+        str(books), tmp_path, toy_recipe(), tokenizer, tokens=150
+    ).train.windows.ids.base
     assert (unseen[0].input_ids == whole[end : end + 150]).all()
 
 
@@ -180,8 +243,12 @@ def test_two_devices_train_as_one(books, scratch, tmp_path):
     script = tmp_path / "two.py"
     paths = [str(here), str(here.parent)]
     out = tmp_path / "two"
-    script.write_text(TWO_DEVICES.format(paths=paths, data=str(books), out=str(out), tokenizer=str(scratch[0])))
+    script.write_text(
+        TWO_DEVICES.format(paths=paths, data=str(books), out=str(out), tokenizer=str(scratch[0]))
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    assert losses(json.loads((out / "training_summary.json").read_text())) == pytest.approx(expected, rel=1e-5)
+    assert losses(json.loads((out / "training_summary.json").read_text())) == pytest.approx(
+        expected, rel=1e-5
+    )

@@ -23,7 +23,10 @@ MODEL = {
 def toy_recipe(**changes: Any) -> Recipe:
     """Rows of 150 text tokens in 10 blocks of 15 + 1, half of them episodes."""
     recipe = dataclasses.replace(
-        Recipe(model=MODEL, landmark={"block_size": 16, "top_k": 4, "local_blocks": 1, "position_gap": 8}),
+        Recipe(
+            model=MODEL,
+            landmark={"block_size": 16, "top_k": 4, "local_blocks": 1, "position_gap": 8},
+        ),
     )
     defaults = {
         "vocab_size": 400,

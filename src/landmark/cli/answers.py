@@ -13,7 +13,9 @@ CHARACTERS = 240  # shown of a passage
 
 
 def show_answer(explanation: Explanation) -> None:
-    """Prints the question with its answer, and below it share, file, line and text of each passage."""
+    """Prints the question with its answer, and below it share, file, line and text of each
+    passage.
+    """
     say_text(f"{explanation.question.strip()}{explanation.answer.rstrip()}")
     for passage in explanation.passages():
         text = " ".join(passage.text.split())

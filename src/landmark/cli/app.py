@@ -18,7 +18,14 @@ from landmark.cli.explain import explain
 from landmark.cli.generate import generate
 from landmark.cli.index import index
 from landmark.cli.info import info
-from landmark.cli.output import flush, in_line, print_no_more, say, say_error, show_what_the_terminal_can
+from landmark.cli.output import (
+    flush,
+    in_line,
+    print_no_more,
+    say,
+    say_error,
+    show_what_the_terminal_can,
+)
 from landmark.cli.passages import passages
 from landmark.cli.passkey import passkey
 from landmark.cli.perplexity import perplexity
@@ -34,7 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 evaluation = typer.Typer(
-    help="Evaluate a model: pass key, named facts, perplexity, ranking, index.", add_completion=False
+    help="Evaluate a model: pass key, named facts, perplexity, ranking, index.",
+    add_completion=False,
 )
 app.add_typer(evaluation, name="eval")
 memories = typer.Typer(help="Look at a saved memory: info, verify, compact.", add_completion=False)
@@ -68,7 +76,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Landmark attention: random access to an unbounded context for RoPE language models."""
@@ -77,14 +86,18 @@ def options(
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits.
 
-    Codes: 0 done, 1 the command says no or nobody reads what it says, 2 a wrong input, 130 interrupted.
+    Codes: 0 done, 1 the command says no or nobody reads what it says, 2 a wrong input, 130
+    interrupted.
     """
     warnings.formatwarning = lambda message, *rest, **more: f"warning: {in_line(str(message))}\n"
     show_what_the_terminal_can()
     try:
         code = app(arguments, standalone_mode=False)
         flush()
-    except (BrokenPipeError, SystemExit) as error:  # typer and rich make the second of the first, with code 1
+    except (
+        BrokenPipeError,
+        SystemExit,
+    ) as error:  # typer and rich make the second of the first, with code 1
         if BrokenPipeError not in (type(error), type(error.__context__)):
             raise
         print_no_more()
@@ -95,8 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
         if "index out of range in self" not in str(error):  # of torch's embedding
             raise
         _fail(
-            "expected token ids that the model's embedding has rows for, got a greater one; use the model's own "
-            "tokenizer, or resize the embedding (resize_token_embeddings)"
+            "expected token ids that the model's embedding has rows for, got a greater one; use "
+            "the model's own tokenizer, or resize the embedding (resize_token_embeddings)"
         )
     except (ValueError, ModuleNotFoundError) as error:
         _fail(str(error))
@@ -104,7 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
         if not _is_out_of_memory(error):
             raise
         said = first_line(error)
-        _fail(f"expected the run to fit the memory: {said}; pass less text, a smaller batch or --dtype bfloat16")
+        _fail(
+            f"expected the run to fit the memory: {said}; pass less text, a smaller batch or "
+            "--dtype bfloat16"
+        )
     except _USAGE_ERROR as error:
         _fail(f"{error.format_message()} See landmark --help.")
     except (typer.Abort, KeyboardInterrupt):

@@ -18,11 +18,18 @@ from landmark.data.characters import from_arguments
 
 
 def ask(
-    memory: Annotated[Path, typer.Argument(help="The folder of a memory made by landmark remember.")],
+    memory: Annotated[
+        Path, typer.Argument(help="The folder of a memory made by landmark remember.")
+    ],
     question: Annotated[
-        str | None, typer.Argument(callback=text, help="What the model goes on from; it ends where the answer begins.")
+        str | None,
+        typer.Argument(
+            callback=text, help="What the model goes on from; it ends where the answer begins."
+        ),
     ] = None,
-    interactive: Annotated[bool, typer.Option("--interactive", help="Ask line by line, until an empty one.")] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Ask line by line, until an empty one.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="At most so many tokens.")] = 16,
     tier: Tier = "disk",
     spill_folder: SpillFolder = None,
@@ -33,7 +40,9 @@ def ask(
     """Ask a MEMORY; below the answer stand the passages that were read. Asking changes nothing."""
     if (question is None) != interactive:
         found = "neither" if question is None else "both"
-        raise ValueError(f"QUESTION: expected a question or --interactive, got {found}; ask one, or line by line")
+        raise ValueError(
+            f"QUESTION: expected a question or --interactive, got {found}; ask one, or line by line"
+        )
     with Shown() as progress:
         from landmark.eval.subjects import load, quiet
         from landmark.library import Library, model_of

@@ -14,23 +14,33 @@ from landmark.data.characters import require_utf8
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Folder or hub name of a causal language model with RoPE.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub name of a causal language model with RoPE.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the landmark model and its tokenizer.")],
     block_size: Annotated[int, typer.Option(help="Positions of a block, landmark included.")] = 64,
     top_k: Annotated[int, typer.Option(help="Retrieved blocks of a query.")] = 4,
-    granularity: Annotated[str, typer.Option(help="token_head, head, token or group.")] = "token_head",
+    granularity: Annotated[
+        str, typer.Option(help="token_head, head, token or group.")
+    ] = "token_head",
     positions: Annotated[str, typer.Option(help="stingy or exact.")] = "stingy",
-    local_blocks: Annotated[int, typer.Option(help="Finished blocks before its own that a query sees.")] = 2,
+    local_blocks: Annotated[
+        int, typer.Option(help="Finished blocks before its own that a query sees.")
+    ] = 2,
     max_blocks: Annotated[
         int | None, typer.Option(help="Retrieve from the latest so many only. By default all.")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers that retrieve, with commas. By default all.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers that retrieve, with commas. By default all.")
+    ] = None,
     chunk_tokens: Annotated[int, typer.Option(help="Text tokens computed at once.")] = 1008,
     trained_length: Annotated[
         int | None, typer.Option(help="Trained positions. By default the model's maximum.")
     ] = None,
 ) -> None:
-    """Make a landmark model of a causal language model with RoPE, and save it with its tokenizer."""
+    """Make a landmark model of a causal language model with RoPE, and save it with its
+    tokenizer.
+    """
     with Shown() as progress:
         import landmark
         from landmark.data import outputs
@@ -61,4 +71,7 @@ def convert(
         parts = [converted] if tokenizer is None else [tokenizer, converted]
         outputs.write_folder(out, lambda folder: [part.save_pretrained(folder) for part in parts])
     has = "without a tokenizer: the source has none" if tokenizer is None else "with its tokenizer"
-    say(f"{type(converted).__name__} saved in {out} {has}. Its landmark is not trained yet: landmark train")
+    say(
+        f"{type(converted).__name__} saved in {out} {has}. Its landmark is not trained yet: "
+        "landmark train"
+    )

@@ -25,7 +25,9 @@ SHOWN_CHARACTERS = 150
 
 
 def demo(
-    text: Annotated[Path | None, typer.Option(help="Your own text. By default Python's language reference.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Your own text. By default Python's language reference.")
+    ] = None,
     model: Model = None,
     out: Annotated[Path, typer.Option(help="Picture.")] = Path("out/demo.png"),
     dense: Annotated[bool, typer.Option(help="Also run the same weights densely, once.")] = True,
@@ -33,7 +35,9 @@ def demo(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Find pass keys in a long real text, show what was read for each, reopen a memory, compare with a dense run."""
+    """Find pass keys in a long real text, show what was read for each, reopen a memory, compare
+    with a dense run.
+    """
     begun = time.perf_counter()
     with Shown() as progress:
         from rich.console import Console
@@ -52,9 +56,10 @@ def demo(
         settings = subject.model.landmark
         progress.rest()
         say(
-            f"Model {subject.name}: trained on {subject.trained_length} positions, retrieves {settings.top_k} blocks. "
-            f"Text {filler.name}: {len(filler.ids):,} tokens. In each part of it, a pass key and {work.DISTRACTORS} "
-            "other codes at random places. Documents are read without retrieval; the question retrieves."
+            f"Model {subject.name}: trained on {subject.trained_length} positions, retrieves "
+            f"{settings.top_k} blocks. Text {filler.name}: {len(filler.ids):,} tokens. In each "
+            f"part of it, a pass key and {work.DISTRACTORS} other codes at random places. "
+            "Documents are read without retrieval; the question retrieves."
         )
         say("")
         trials = []
@@ -74,8 +79,8 @@ def demo(
     twin = work.recorded_twin(work.DENSE_LENGTH) if model is None else None
     if twin is not None:
         console.print(
-            f"Recorded: the plain-attention twin, trained identically, finds {twin.accuracy:.0%} of {twin.trials} "
-            f"keys at {twin.length:,} tokens ({twin.filler} filler)."
+            f"Recorded: the plain-attention twin, trained identically, finds {twin.accuracy:.0%} "
+            f"of {twin.trials} keys at {twin.length:,} tokens ({twin.filler} filler)."
         )
     try:
         work.draw(trials, compared, out)
@@ -91,7 +96,9 @@ def demo(
 def _print_trial(console: Console, number: int, trial: Trial) -> None:
     from rich.markup import escape
 
-    verdict = "[green]right[/green]" if trial.right else f"[red]wrong[/red], the key is {trial.expected}"
+    verdict = (
+        "[green]right[/green]" if trial.right else f"[red]wrong[/red], the key is {trial.expected}"
+    )
     console.print(
         f"[bold]{number}. {trial.length:,} tokens[/bold], key at {trial.place / trial.length:.0%}: "
         f"What is the pass key? [bold]{escape(in_line(trial.answer))}[/bold] ({verdict}) "
@@ -108,12 +115,15 @@ def _print_trial(console: Console, number: int, trial: Trial) -> None:
 def _print_reopened(console: Console, found: Reopened) -> None:
     from rich.markup import escape
 
-    verdict = "[green]the same answer[/green]" if found.same else "[red]another answer than before[/red]"
+    verdict = (
+        "[green]the same answer[/green]" if found.same else "[red]another answer than before[/red]"
+    )
     console.print(
-        f"  [bold]Saved and opened again[/bold]: {found.saved_bytes / 2**20:,.0f} MiB on the disk in "
-        f"{found.save_seconds:.1f} s, opened in {found.open_seconds * 1e3:,.0f} ms without reading its blocks\n"
-        f"  Asked on a fork: [bold]{escape(in_line(found.answer))}[/bold] ({verdict}) in {found.answer_seconds:.2f} s, "
-        f"{found.fetched_bytes / 2**20:,.0f} MiB of blocks read for it"
+        f"  [bold]Saved and opened again[/bold]: {found.saved_bytes / 2**20:,.0f} MiB on the disk "
+        f"in {found.save_seconds:.1f} s, opened in {found.open_seconds * 1e3:,.0f} ms without "
+        f"reading its blocks\n  Asked on a fork: [bold]{escape(in_line(found.answer))}[/bold] "
+        f"({verdict}) in {found.answer_seconds:.2f} s, {found.fetched_bytes / 2**20:,.0f} MiB of "
+        "blocks read for it"
     )
 
 
@@ -122,9 +132,13 @@ def _cut(text: str, wanted: str) -> str:
     if len(text) <= SHOWN_CHARACTERS:
         return text
     found = text.find(wanted)
-    start = 0 if found < 0 else max(0, min(found - SHOWN_CHARACTERS // 2, len(text) - SHOWN_CHARACTERS))
+    start = (
+        0 if found < 0 else max(0, min(found - SHOWN_CHARACTERS // 2, len(text) - SHOWN_CHARACTERS))
+    )
     cut = text[start : start + SHOWN_CHARACTERS]
-    return ("... " if start else "") + cut + (" ..." if start + SHOWN_CHARACTERS < len(text) else "")
+    return (
+        ("... " if start else "") + cut + (" ..." if start + SHOWN_CHARACTERS < len(text) else "")
+    )
 
 
 def _print_dense(trial: Trial, dense: DenseRun) -> None:
@@ -133,7 +147,15 @@ def _print_dense(trial: Trial, dense: DenseRun) -> None:
     from landmark.cli.tables import cell, show
 
     table = Table(title=f"The same weights at {dense.length:,} tokens")
-    for name in ("", "read", "question and answer", "peak memory", "memory of the text", "keys per query", "answer"):
+    for name in (
+        "",
+        "read",
+        "question and answer",
+        "peak memory",
+        "memory of the text",
+        "keys per query",
+        "answer",
+    ):
         table.add_column(name, justify="right" if name else "left")
     for label, run in (("landmark", trial), ("dense (every token to every earlier one)", dense)):
         table.add_row(

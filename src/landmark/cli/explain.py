@@ -15,9 +15,15 @@ from landmark.config import GREATEST
 
 
 def explain(
-    files: Annotated[list[Path], typer.Argument(help="Text files or folders of .txt files, read one after the other.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Text files or folders of .txt files, read one after the other."),
+    ],
     question: Annotated[
-        str, typer.Option(callback=text, help="What the model goes on from; it ends where the answer begins.")
+        str,
+        typer.Option(
+            callback=text, help="What the model goes on from; it ends where the answer begins."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("out/explain.html"),
     max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="At most so many tokens.")] = 16,
@@ -25,7 +31,9 @@ def explain(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Ask about FILES, and show as an HTML page which passages were read for each token of the answer."""
+    """Ask about FILES, and show as an HTML page which passages were read for each token of the
+    answer.
+    """
     with Shown() as progress:
         from landmark.data import outputs
         from landmark.eval.explain import explain_sources, file_sources
@@ -37,7 +45,12 @@ def explain(
         subject = load(model, device, dtype)
         require_landmark(subject)
         explanation = explain_sources(
-            subject.model, subject.tokenizer, sources, question, max_new_tokens=max_new_tokens, progress=progress
+            subject.model,
+            subject.tokenizer,
+            sources,
+            question,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
         )
     try:
         show_answer(explanation)

@@ -17,8 +17,12 @@ def generate(
     prompt: Annotated[str, typer.Argument(callback=text, help="Text to go on from.")],
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="At most so many tokens.")] = 64,
-    file: Annotated[Path | None, typer.Option(help="A text of any length that is read before the prompt.")] = None,
-    read: Annotated[str, typer.Option(help="Read the file without retrieval (local) or with (retrieve).")] = "local",
+    file: Annotated[
+        Path | None, typer.Option(help="A text of any length that is read before the prompt.")
+    ] = None,
+    read: Annotated[
+        str, typer.Option(help="Read the file without retrieval (local) or with (retrieve).")
+    ] = "local",
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     seed: Seed = 0,
     device: Device = "auto",

@@ -16,17 +16,27 @@ from landmark.config import GREATEST
 def index(
     model: Model = None,
     landmarks: Annotated[str, typer.Option(help="Numbers of landmarks, with commas.")] = "1000",
-    index: Annotated[str, typer.Option(help="Kinds, with commas.")] = "exact,faiss-flat,faiss-ivf,faiss-hnsw",
+    index: Annotated[
+        str, typer.Option(help="Kinds, with commas.")
+    ] = "exact,faiss-flat,faiss-ivf,faiss-hnsw",
     data: Annotated[
         str | None,
-        typer.Option(help="Folder of .txt, .txt or .jsonl file, data set of the hub. By default Python's reference."),
+        typer.Option(
+            help="Folder of .txt, .txt or .jsonl file, data set of the hub. By default Python's "
+            "reference."
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="Part of a divided data set.")] = "test",
     max_tokens: Annotated[
-        int | None, typer.Option(max=GREATEST, help="Read so many; more landmarks are noisy copies.")
+        int | None,
+        typer.Option(max=GREATEST, help="Read so many; more landmarks are noisy copies."),
     ] = None,
-    layer: Annotated[int | None, typer.Option(help="Whose landmarks. By default the middle one.")] = None,
-    queries: Annotated[int, typer.Option(max=GREATEST, help="Positions of text whose queries look.")] = 256,
+    layer: Annotated[
+        int | None, typer.Option(help="Whose landmarks. By default the middle one.")
+    ] = None,
+    queries: Annotated[
+        int, typer.Option(max=GREATEST, help="Positions of text whose queries look.")
+    ] = 256,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -42,7 +52,11 @@ def index(
 
         numbers = integers("--landmarks", landmarks)
         task = task_module.IndexTask(numbers, words(index), layer, queries, max_tokens, seed)
-        texts = iter([pydoc_text()]) if data is None else (each.text for each in read_documents(data, split=split))
+        texts = (
+            iter([pydoc_text()])
+            if data is None
+            else (each.text for each in read_documents(data, split=split))
+        )
         name = "pydoc" if data is None else f"{Path(data).name}, {split}"
         subjects.quiet()
         subject = subjects.load(model, device, dtype)

@@ -1,4 +1,6 @@
-"""``landmark memory``: what a saved memory holds, whether it is what was written, what an interrupted writer left."""
+"""``landmark memory``: what a saved memory holds, whether it is what was written, what an
+interrupted writer left.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +21,26 @@ def info(folder: Folder) -> None:
     from landmark.memory.manifest import manifest_of, sources_of
 
     archive = Archive.open(folder)
-    manifest, lengths = manifest_of(archive), archive.streams()
+    manifest = manifest_of(archive)
+    lengths = archive.streams()
     model = manifest["model"]
     settings = ", ".join(f"{name} {value}" for name, value in manifest["settings"].items())
     notes = manifest["notes"]
     tokenizer = str(notes.get("tokenizer", "not known"))[:12]
     for line in (
-        f"{manifest['tokens']:,} tokens, saved {archive.commits} times, {sum(lengths.values()):,} bytes",
-        f"model {model['type']} {model['fingerprint'][:12]}, {manifest['dtype']}; tokenizer {tokenizer}",
+        f"{manifest['tokens']:,} tokens, saved {archive.commits} times, {sum(lengths.values()):,} "
+        "bytes",
+        f"model {model['type']} {model['fingerprint'][:12]}, {manifest['dtype']}; tokenizer "
+        f"{tokenizer}",
         f"settings {settings}",
-        f"versions {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}",
+        "versions "
+        f"{', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}",
         *(f"source {name}: {count:,} characters" for name, count in sources_of(notes) or ()),
         *(f"{name}: {length:,} bytes" for name, length in lengths.items()),
-        *(f"{name}: {extra:,} bytes that do not count" for name, extra in archive.leftover().items()),
+        *(
+            f"{name}: {extra:,} bytes that do not count"
+            for name, extra in archive.leftover().items()
+        ),
     ):
         say(line)
     if archive.leftover():

@@ -12,15 +12,24 @@ from landmark.data.characters import from_arguments
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Folder or hub name; `twin` is the bundled plain-attention twin. By default the bundled model."),
+    typer.Option(
+        help="Folder or hub name; `twin` is the bundled plain-attention twin. By default the "
+        "bundled model."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
-    str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16, float16, float64.")
+    str,
+    typer.Option(
+        help="auto (bfloat16 on a GPU, else float32), float32, bfloat16, float16, float64."
+    ),
 ]
 Tier = Annotated[str, typer.Option(help="Where blocks live: device, host or disk.")]
 SpillFolder = Annotated[
-    Path | None, typer.Option(help="Folder for temporary files of tier disk. By default the system's, mostly /tmp.")
+    Path | None,
+    typer.Option(
+        help="Folder for temporary files of tier disk. By default the system's, mostly /tmp."
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=GREATEST, help="Of all random choices.")]
 
@@ -40,10 +49,13 @@ def integers(option: str, text: str) -> tuple[int, ...]:
         found = tuple(int(part.replace("_", "")) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"{option}: expected integers separated by commas, got {text!r}; write for example {option} 2,4"
+            f"{option}: expected integers separated by commas, got {text!r}; write for example "
+            f"{option} 2,4"
         ) from None
     if any(abs(number) > GREATEST for number in found):
-        raise ValueError(f"{option}: expected integers of at most {GREATEST}, got {text!r}; pass smaller ones")
+        raise ValueError(
+            f"{option}: expected integers of at most {GREATEST}, got {text!r}; pass smaller ones"
+        )
     return found
 
 
@@ -67,7 +79,7 @@ def rope_factor(text: str | None) -> float | None:
         found = 0.0
     if not 1 <= found <= GREATEST:
         raise ValueError(
-            f"--rope: expected dynamic or dynamic:FACTOR, the factor from 1 to {GREATEST}, got {text!r}; write for "
-            "example --rope dynamic:2"
+            f"--rope: expected dynamic or dynamic:FACTOR, the factor from 1 to {GREATEST}, got "
+            f"{text!r}; write for example --rope dynamic:2"
         )
     return found

@@ -1,4 +1,6 @@
-"""What commands print; the one place that makes it safe for a terminal, whatever names, texts and models say."""
+"""What commands print; the one place that makes it safe for a terminal, whatever names, texts and
+models say.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,14 @@ def say_error(message: str) -> None:
 
 
 def show_what_the_terminal_can() -> None:
-    """Makes stdout and stderr replace what their encoding lacks, and stdin keep what is no text in it."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+    """Makes stdout and stderr replace what their encoding lacks, and stdin keep what is no text in
+    it.
+    """
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "replace"),
+        (sys.stderr, "backslashreplace"),
+    ):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
 

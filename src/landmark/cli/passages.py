@@ -14,15 +14,26 @@ from landmark.config import GREATEST
 
 
 def passages(
-    data: Annotated[str, typer.Option(help="Folder of .txt, .txt or .jsonl file, or a data set of the hub.")],
+    data: Annotated[
+        str, typer.Option(help="Folder of .txt, .txt or .jsonl file, or a data set of the hub.")
+    ],
     model: Model = None,
-    passages: Annotated[int, typer.Option(max=GREATEST, help="How many, drawn evenly from the documents.")] = 200,
-    passage_tokens: Annotated[int, typer.Option(max=GREATEST, help="Text tokens of a passage.")] = 126,
+    passages: Annotated[
+        int, typer.Option(max=GREATEST, help="How many, drawn evenly from the documents.")
+    ] = 200,
+    passage_tokens: Annotated[
+        int, typer.Option(max=GREATEST, help="Text tokens of a passage.")
+    ] = 126,
     max_tokens: Annotated[
-        int | None, typer.Option(max=GREATEST, help="Only each document's first tokens. By default all.")
+        int | None,
+        typer.Option(max=GREATEST, help="Only each document's first tokens. By default all."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Part of a divided data set that passages are drawn from.")] = "test",
-    among: Annotated[str, typer.Option(help="Further parts whose documents are searched, with commas.")] = "",
+    split: Annotated[
+        str, typer.Option(help="Part of a divided data set that passages are drawn from.")
+    ] = "test",
+    among: Annotated[
+        str, typer.Option(help="Further parts whose documents are searched, with commas.")
+    ] = "",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -37,7 +48,9 @@ def passages(
 
         task = task_module.PassageTask(passages, passage_tokens, max_tokens, seed)
         documents = list(read_documents(data, split=split))
-        others = [document for part in words(among) for document in read_documents(data, split=part)]
+        others = [
+            document for part in words(among) for document in read_documents(data, split=part)
+        ]
         subjects.quiet()
         subject = subjects.load(model, device, dtype)
 

@@ -14,10 +14,16 @@ from landmark.config import GREATEST
 
 
 def perplexity(
-    data: Annotated[str, typer.Option(help="Folder of .txt, .txt or .jsonl file, or a data set of the hub.")],
+    data: Annotated[
+        str, typer.Option(help="Folder of .txt, .txt or .jsonl file, or a data set of the hub.")
+    ],
     model: Model = None,
-    lengths: Annotated[str, typer.Option(help="Evaluation lengths, text tokens, with commas.")] = "512,2048,4096",
-    local: Annotated[str, typer.Option(help="Text tokens of a chunk (scheme paper), with commas.")] = "250",
+    lengths: Annotated[
+        str, typer.Option(help="Evaluation lengths, text tokens, with commas.")
+    ] = "512,2048,4096",
+    local: Annotated[
+        str, typer.Option(help="Text tokens of a chunk (scheme paper), with commas.")
+    ] = "250",
     blocks: Annotated[int | None, typer.Option(help="Memory blocks kept. By default all.")] = None,
     top_k: Annotated[
         str, typer.Option(help="Retrieved blocks, with commas; 0 for none at equal attention size.")
@@ -25,14 +31,21 @@ def perplexity(
     scheme: Annotated[
         str, typer.Option(help="paper: the whole chunk is local; blocks: local by block index.")
     ] = "paper",
-    local_blocks: Annotated[str, typer.Option(help="Local blocks (scheme blocks), with commas.")] = "2",
+    local_blocks: Annotated[
+        str, typer.Option(help="Local blocks (scheme blocks), with commas.")
+    ] = "2",
     granularity: Annotated[
         str | None, typer.Option(help="token_head, head, token, group. By default the model's own.")
     ] = None,
     compare: Annotated[str | None, typer.Option(help="Second model, landmark or plain.")] = None,
-    window: Annotated[int | None, typer.Option(help="Plain models also with the first 64 and the latest N.")] = None,
-    rope: Annotated[str | None, typer.Option(help="Plain models also with dynamic[:FACTOR] RoPE scaling.")] = None,
-    max_tokens: Annotated[int, typer.Option(max=GREATEST, help="How much text is measured.")] = 1 << 18,
+    window: Annotated[
+        int | None, typer.Option(help="Plain models also with the first 64 and the latest N.")
+    ] = None,
+    rope: Annotated[
+        str | None, typer.Option(help="Plain models also with dynamic[:FACTOR] RoPE scaling.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(max=GREATEST, help="How much text is measured.")] = 1
+    << 18,
     split: Annotated[str, typer.Option(help="Part of a divided data set.")] = "test",
     seed: Seed = 0,
     device: Device = "auto",
@@ -40,7 +53,9 @@ def perplexity(
     out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture: perplexity over length.")] = None,
 ) -> None:
-    """Measure perplexity in the columns of the paper's Table 1, on the same text at every evaluation length."""
+    """Measure perplexity in the columns of the paper's Table 1, on the same text at every
+    evaluation length.
+    """
     counts = {
         "lengths": integers("--lengths", lengths),
         "local": integers("--local", local),
@@ -73,7 +88,9 @@ def perplexity(
             note(f"{row.model} {row.attention} {row.length} k={row.top_k}: {row.perplexity:.2f}")
 
         report = results.Recorder(out, tested[0].device, tell)
-        rows = task_module.run(tested, task, documents, f"{Path(data).name}, {split}", report, progress)
+        rows = task_module.run(
+            tested, task, documents, f"{Path(data).name}, {split}", report, progress
+        )
     try:
         show(perplexity_table(rows))
     finally:  # wherever nobody takes the table

@@ -1,4 +1,6 @@
-"""How far long work has come, on stderr: a bar on a terminal, plain lines elsewhere; short work says nothing."""
+"""How far long work has come, on stderr: a bar on a terminal, plain lines elsewhere; short work
+says nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ CHECKED = 0.25  # seconds between two states of a bar
 
 
 class Shown:
-    """Shows from its ``with`` block on what it was told last, until it ``rest``s; it begins with loading.
+    """Shows from its ``with`` block on what it was told last, until it ``rest``s; it begins with
+    loading.
 
-    It is a ``Progress`` of ``landmark.data.encoding``. A thread shows it, so that work in one long step is seen too.
+    It is a ``Progress`` of ``landmark.data.encoding``. A thread shows it, so that work in one long
+    step is seen too.
     """
 
     def __init__(self) -> None:
@@ -33,7 +37,9 @@ class Shown:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Takes what is being done, how much of it is done, and how much there is (0: not known)."""
+        """Takes what is being done, how much of it is done, and how much there is (0: not
+        known).
+        """
         if self._latest is None:
             self._due = time.perf_counter() + FIRST
         self._latest = (what, done, total)
@@ -51,7 +57,10 @@ class Shown:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._over.set()
         self._thread.join()
@@ -59,7 +68,10 @@ class Shown:
 
     def _run(self) -> None:
         while not self._over.wait(CHECKED):
-            with self._lock, contextlib.suppress(OSError, ValueError):  # a closed stderr is no reason to stop working
+            with (
+                self._lock,
+                contextlib.suppress(OSError, ValueError),
+            ):  # a closed stderr is no reason to stop working
                 now = time.perf_counter()
                 if self._latest is not None and now >= self._due:
                     self._due = now if self._console is not None else now + EVERY
@@ -74,7 +86,9 @@ class Shown:
             self._bar = _bar(self._console)
             self._bar.start()
         for task in self._bar.tasks:
-            self._bar.update(task.id, description=in_line(f"{what}{count}"), completed=done, total=total or None)
+            self._bar.update(
+                task.id, description=in_line(f"{what}{count}"), completed=done, total=total or None
+            )
 
 
 def _terminal() -> Any:
@@ -91,6 +105,8 @@ def _bar(console: Any) -> Any:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    bar = Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+    )
     bar.add_task("", total=None)
     return bar

@@ -13,16 +13,25 @@ from landmark.cli.progress import Shown
 
 
 def remember(
-    files: Annotated[list[Path], typer.Argument(help="Text files or folders of .txt files, read one after the other.")],
-    out: Annotated[Path, typer.Option(help="The memory's folder; where there is one, reading goes on.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Text files or folders of .txt files, read one after the other."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The memory's folder; where there is one, reading goes on.")
+    ],
     tier: Tier = "disk",
     spill_folder: SpillFolder = None,
-    retrieve: Annotated[bool, typer.Option("--retrieve", help="Read with retrieval: much slower.")] = False,
+    retrieve: Annotated[
+        bool, typer.Option("--retrieve", help="Read with retrieval: much slower.")
+    ] = False,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Read FILES into a memory on disk; the same command goes on with what was interrupted, and adds further files."""
+    """Read FILES into a memory on disk; the same command goes on with what was interrupted, and
+    adds further files.
+    """
     with Shown() as watch:
         from landmark.data.outputs import require_folder
         from landmark.eval.subjects import load, quiet
@@ -30,7 +39,9 @@ def remember(
         from landmark.library import remember as remembered
 
         def show(found: Progress) -> None:
-            sizes = ", ".join(f"{tier} {size / 2**20:,.0f} MiB" for tier, size in found.nbytes.items() if size)
+            sizes = ", ".join(
+                f"{tier} {size / 2**20:,.0f} MiB" for tier, size in found.nbytes.items() if size
+            )
             speed = found.read / max(found.seconds, 1e-9)
             watch.rest()
             say(f"{found.tokens:,} of {found.total:,} tokens  {speed:,.0f} tokens/s  {sizes}")
@@ -48,4 +59,6 @@ def remember(
             watch=watch,
             spill_folder=spill_folder,
         )
-    say(f"{library.tokens:,} tokens of {len(library.reading.sources)} texts are remembered in {out}")
+    say(
+        f"{library.tokens:,} tokens of {len(library.reading.sources)} texts are remembered in {out}"
+    )

@@ -30,7 +30,9 @@ def show(table: Table) -> None:
 
 
 def cell(value: object) -> Text:
-    """Returns a cell that shows a value as it stands: no markup, no control characters; a dash for ``None``."""
+    """Returns a cell that shows a value as it stands: no markup, no control characters; a dash for
+    ``None``.
+    """
     return Text("-" if value is None else in_line(str(value)))
 
 
@@ -56,7 +58,10 @@ def passkey_table(rows: Sequence[PasskeyRow]) -> Table:
     )
     for name in columns:
         table.add_column(
-            name, justify="right" if name in {"k", "facts", "length", "right", "accuracy", "s/trial"} else "left"
+            name,
+            justify="right"
+            if name in {"k", "facts", "length", "right", "accuracy", "s/trial"}
+            else "left",
         )
     table.add_column("note")
     for row in rows:
@@ -107,7 +112,9 @@ def ranking_table(lines: Sequence[Line]) -> Table:
     """Returns documents as they were ranked, the passage cut to one line."""
     table = Table(title="Documents by their highest landmark score")
     for name in ("rank", "file", "score", "passage"):
-        table.add_column(name, justify="right" if name in {"rank", "score"} else "left", no_wrap=True)
+        table.add_column(
+            name, justify="right" if name in {"rank", "score"} else "left", no_wrap=True
+        )
     for place, line in enumerate(lines, 1):
         passage = textwrap.shorten(line.passage, PASSAGE, placeholder=" ...")
         table.add_row(str(place), cell(line.title), f"{line.score:.3f}", cell(passage))
@@ -116,7 +123,9 @@ def ranking_table(lines: Sequence[Line]) -> Table:
 
 def rank_table(rows: Sequence[RankRow]) -> Table:
     """Returns how often passages led to their documents, by ranker."""
-    table = Table(title=_title(f"A passage's document, {rows[0].data}" if rows else "A passage's document"))
+    table = Table(
+        title=_title(f"A passage's document, {rows[0].data}" if rows else "A passage's document")
+    )
     for name in ("ranker", "model", "text"):
         table.add_column(name)
     for name in ("documents", "tokens", "passages", "recall@1", "nDCG@10", "s"):
@@ -138,10 +147,24 @@ def rank_table(rows: Sequence[RankRow]) -> Table:
 
 def index_table(rows: Sequence[IndexRow]) -> Table:
     """Returns what each kind of index found, and how fast."""
-    title = f"{rows[0].model}, layer {rows[0].layer}, top {rows[0].top_k}, {rows[0].data}" if rows else ""
+    title = (
+        f"{rows[0].model}, layer {rows[0].layer}, top {rows[0].top_k}, {rows[0].data}"
+        if rows
+        else ""
+    )
     table = Table(title=_title(f"Index over landmarks: {title}"))
     table.add_column("index")
-    for name in ("landmarks", "recorded", "heads", "recall", "ms a step", "ms a chunk", "s to build", "MB", "settings"):
+    for name in (
+        "landmarks",
+        "recorded",
+        "heads",
+        "recall",
+        "ms a step",
+        "ms a chunk",
+        "s to build",
+        "MB",
+        "settings",
+    ):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(

@@ -34,17 +34,28 @@ def _computation(text: str) -> Any:
     return typer.Option(help=text, rich_help_panel="Computation")
 
 
-Data = Annotated[str, typer.Option(help="Folder of .txt files, .txt or .jsonl file, or hub data set (name:config).")]
+Data = Annotated[
+    str,
+    typer.Option(help="Folder of .txt files, .txt or .jsonl file, or hub data set (name:config)."),
+]
 Out = Annotated[Path, typer.Option(help="Folder of the trained model.")]
 Model = Annotated[
-    str | None, typer.Option(help="Train this further; without landmarks it gets them. Also: landmark, twin.")
+    str | None,
+    typer.Option(help="Train this further; without landmarks it gets them. Also: landmark, twin."),
 ]
-Config = Annotated[Path | None, typer.Option(help="Recipe (JSON), or the config.json of a model from scratch.")]
+Config = Annotated[
+    Path | None, typer.Option(help="Recipe (JSON), or the config.json of a model from scratch.")
+]
 Plain = Annotated[bool, typer.Option("--plain", help="Without landmarks, on the same rows.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer of a model from scratch; else one is trained.")]
-Tokens = Annotated[Path | None, typer.Option(help="Folder of the token files; OUT/tokens by default.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Tokenizer of a model from scratch; else one is trained.")
+]
+Tokens = Annotated[
+    Path | None, typer.Option(help="Folder of the token files; OUT/tokens by default.")
+]
 Lora = Annotated[
-    int | None, typer.Option(max=GREATEST, help="Rank of LoRA adapters, trained with the landmark embedding.")
+    int | None,
+    typer.Option(max=GREATEST, help="Rank of LoRA adapters, trained with the landmark embedding."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")]
 MaxSeconds = Annotated[float | None, typer.Option(help="Stop after so many seconds of training.")]
@@ -120,14 +131,18 @@ def train(
 
         def tell(line: str) -> None:
             progress.rest()
-            with contextlib.suppress(OSError):  # the run goes on where nobody reads; the last line tells
+            with contextlib.suppress(
+                OSError
+            ):  # the run goes on where nobody reads; the last line tells
                 say(line)
 
         quiet()
         base = load_recipe(config) if config else fine_tuning() if model else Recipe()
         if config and not model:
             require_model_settings(base, plain=plain, name=f"{config}: model")
-        recipe = base.override(**{name: value for name, value in given.items() if name not in OF_THE_RUN})
+        recipe = base.override(
+            **{name: value for name, value in given.items() if name not in OF_THE_RUN}
+        )
         where = {name: given[name] for name in OF_THE_RUN if name != "config"}
         summary = run(**where, recipe=recipe, report=tell, progress=progress)
     speed = summary["tokens_per_second"] or 0

@@ -1,7 +1,8 @@
-"""Texts of any length to token ids: as the tokenizer would give them for the whole text, and nothing around them.
+"""Texts of any length to token ids: as the tokenizer would give them for the whole text, and
+nothing around them.
 
-No special token is added here; what a row begins with is ``row_start``. A text that goes on from another one gets no
-prefix either, such as the space that many tokenizers put before a text.
+No special token is added here; what a row begins with is ``row_start``. A text that goes on from
+another one gets no prefix either, such as the space that many tokenizers put before a text.
 """
 
 from __future__ import annotations
@@ -46,34 +47,43 @@ class Encoded:
 
 
 class TextEncoder:
-    """Encodes texts with a tokenizer of the package ``tokenizers``; it neither truncates nor pads from then on."""
+    """Encodes texts with a tokenizer of the package ``tokenizers``; it neither truncates nor pads
+    from then on.
+    """
 
     def __init__(self, core: Tokenizer) -> None:
         core.no_truncation()
         core.no_padding()
         self.core = core
         self._bare = _without_prefix(core)
-        self._added = {number: token.content for number, token in core.get_added_tokens_decoder().items()}
+        self._added = {
+            number: token.content for number, token in core.get_added_tokens_decoder().items()
+        }
 
     @property
     def prefixes(self) -> bool:
         """Whether the tokenizer may put something before a text."""
         return self._bare is not None
 
-    def encode(self, text: str, *, continues: bool = False, progress: Progress | None = None) -> Encoded:
+    def encode(
+        self, text: str, *, continues: bool = False, progress: Progress | None = None
+    ) -> Encoded:
         """Returns the tokens of a text, none of them special but those that are written in it.
 
-        A long text is encoded in pieces that overlap. Two of them are joined where they agree; where they do not,
-        longer pieces are tried, in the end the whole text.
+        A long text is encoded in pieces that overlap. Two of them are joined where they agree;
+        where they do not, longer pieces are tried, in the end the whole text.
 
         Args:
             text: its characters.
-            continues: it goes on from a text before it: what the tokenizer puts before a text is left out.
+            continues: it goes on from a text before it: what the tokenizer puts before a text is
+                left out.
             progress: called after some pieces.
         """
-        piece, overlap = PIECE, OVERLAP
+        piece = PIECE
+        overlap = OVERLAP
         while (found := self._in_pieces(text, piece, overlap, continues, progress)) is None:
-            piece, overlap = 2 * piece, 2 * overlap
+            piece = 2 * piece
+            overlap = 2 * overlap
         return found
 
     def _in_pieces(
@@ -95,21 +105,25 @@ class TextEncoder:
                     return None
                 done[-1:] = [done[-1][: seam[0]], found[seam[1] :]]
             if progress is not None:
-                progress("characters tokenised", min(len(text), some[-1] + piece + overlap), len(text))
+                progress(
+                    "characters tokenised", min(len(text), some[-1] + piece + overlap), len(text)
+                )
         return _joined(done)
 
     def _batch(self, texts: list[str]) -> list[Encoding]:
         found: list[Encoding] = self.core.encode_batch(texts, add_special_tokens=False)
         return found
 
-    def _seam(self, before: Encoded, after: Encoded, limit: int, run: int) -> tuple[int, int] | None:
+    def _seam(
+        self, before: Encoded, after: Encoded, limit: int, run: int
+    ) -> tuple[int, int] | None:
         """Where two overlapping pieces may be joined.
 
         Returns:
-            how many tokens of each end by the character ``limit``; ``None`` unless the last of them are the same in
-            both for at least ``run`` characters, a border of words among them: words do not depend on each other. In
-            one word, byte pairs are merged the same way wherever the same tokens stand side by side; other models
-            weigh the whole word.
+            how many tokens of each end by the character ``limit``; ``None`` unless the last of them
+            are the same in both for at least ``run`` characters, a border of words among them:
+            words do not depend on each other. In one word, byte pairs are merged the same way
+            wherever the same tokens stand side by side; other models weigh the whole word.
         """
         left, right = (
             int(np.searchsorted(np.maximum.accumulate(each.spans[:, 1]), limit, side="right"))
@@ -117,8 +131,12 @@ class TextEncoder:
         )
         bordered = isinstance(self.core.model, models.BPE)
         for back in range(1, min(left, right) + 1):
-            ours, theirs = left - back, right - back
-            if before.ids[ours] != after.ids[theirs] or (before.spans[ours] != after.spans[theirs]).any():
+            ours = left - back
+            theirs = right - back
+            if (
+                before.ids[ours] != after.ids[theirs]
+                or (before.spans[ours] != after.spans[theirs]).any()
+            ):
                 return None
             bordered |= bool(before.begins[ours] and after.begins[theirs])
             if bordered and before.spans[ours, 0] <= limit - run:
@@ -126,20 +144,33 @@ class TextEncoder:
         return None
 
     def _continued(self, text: str, encoding: Encoding) -> Encoded:
-        """Leaves the prefix out: up to a border of words that both have, the tokens are those found without it."""
+        """Leaves the prefix out: up to a border of words that both have, the tokens are those found
+        without it.
+        """
         whole = _encoded(encoding)
         if self._bare is None:
             return whole
-        special = next((index for index in range(len(whole)) if self._is_written(text, whole[index : index + 1])), None)
-        special, end = (len(whole), len(text)) if special is None else (special, int(whole.spans[special, 0]))
+        special = next(
+            (
+                index
+                for index in range(len(whole))
+                if self._is_written(text, whole[index : index + 1])
+            ),
+            None,
+        )
+        special, end = (
+            (len(whole), len(text)) if special is None else (special, int(whole.spans[special, 0]))
+        )
         bare = _encoded(self._bare.encode(text[:end], add_special_tokens=False))
-        ours, theirs = {**_borders(bare), end: len(bare)}, {**_borders(whole), end: special}
+        ours = {**_borders(bare), end: len(bare)}
+        theirs = {**_borders(whole), end: special}
         border = min(place for place in theirs if place in ours and (place > 0 or place == end))
         return _joined([bare[: ours[border]], whole[theirs[border] :]])
 
     def _is_written(self, text: str, token: Encoded) -> bool:
         """Whether one token stands in the text by its name; no unknown word does."""
-        name, (begin, end) = self._added.get(int(token.ids[0])), token.spans[0]
+        name = self._added.get(int(token.ids[0]))
+        (begin, end) = token.spans[0]
         return name is not None and name in text[begin:end]
 
 
@@ -164,8 +195,12 @@ def _borders(text: Encoded) -> dict[int, int]:
 
 
 def _without_prefix(core: Tokenizer) -> Tokenizer | None:
-    """A tokenizer of the same words that puts nothing before a text; ``None`` where this one does not either."""
-    frame = Tokenizer(models.WordLevel({}, unk_token=""))  # the parts alone: a vocabulary would be written out
+    """A tokenizer of the same words that puts nothing before a text; ``None`` where this one does
+    not either.
+    """
+    frame = Tokenizer(
+        models.WordLevel({}, unk_token="")
+    )  # the parts alone: a vocabulary would be written out
     for part in ("normalizer", "pre_tokenizer", "post_processor"):
         if getattr(core, part) is not None:
             setattr(frame, part, getattr(core, part))

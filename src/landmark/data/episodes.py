@@ -1,8 +1,9 @@
 """Synthetic retrieval episodes: a text in which something said earlier is asked for later.
 
-Three kinds: a *pass key* among named codes, *named facts* that must be told apart, and a *passage quoted again*. The
-filler is taken from a corpus, in a fifth of the rows a short snippet of it repeated. Facts are dropped at any token's
-place, so also across block borders. What a row holds follows from the seed and its index alone.
+Three kinds: a *pass key* among named codes, *named facts* that must be told apart, and a *passage
+quoted again*. The filler is taken from a corpus, in a fifth of the rows a short snippet of it
+repeated. Facts are dropped at any token's place, so also across block borders. What a row holds
+follows from the seed and its index alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from landmark.data.encoding import TextEncoder
 from landmark.data.tokens import Ids
 
 IGNORED = -100
-KEY_SHARE, FACTS_SHARE = 0.40, 0.45
+KEY_SHARE = 0.40
+FACTS_SHARE = 0.45
 REPEATED_SHARE = 0.2
 INTRODUCTION_SHARE = 0.15
 TRIES = 4
@@ -39,8 +41,8 @@ class Row:
 
     Attributes:
         input_ids: int64 ``(tokens,)``.
-        labels: int64 ``(tokens,)``, the ids again, -100 where no loss is taken: at the first token, which nothing
-            predicts, and where a code is first mentioned.
+        labels: int64 ``(tokens,)``, the ids again, -100 where no loss is taken: at the first token,
+            which nothing predicts, and where a code is first mentioned.
         answers: bool ``(tokens,)``, the tokens of codes that were asked for.
     """
 
@@ -88,14 +90,21 @@ class Episodes:
         ValueError: the corpus is shorter than a row, or a row has fewer than 128 tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, ids: Ids, *, tokens: int, seed: int, prefix: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, ids: Ids, *, tokens: int, seed: int, prefix: Sequence[int] = ()
+    ) -> None:
         if len(ids) <= tokens:
-            raise ValueError(f"expected a text of more than {tokens} tokens (one row), got {len(ids)}; add text")
+            raise ValueError(
+                f"expected a text of more than {tokens} tokens (one row), got {len(ids)}; add text"
+            )
         if tokens < 2 * TAIL:
             raise ValueError(
-                f"expected rows of at least {2 * TAIL} tokens for episodes, got {tokens}; lengthen the rows"
+                f"expected rows of at least {2 * TAIL} tokens for episodes, got {tokens}; "
+                "lengthen the rows"
             )
-        self.encoder, self.ids, self.seed = TextEncoder(tokenizer), ids, seed
+        self.encoder = TextEncoder(tokenizer)
+        self.ids = ids
+        self.seed = seed
         self.prefix = list(prefix)
         self.tokens = tokens - len(self.prefix)
         self.ends_sentence = _sentence_ends(tokenizer)
@@ -108,7 +117,9 @@ class Episodes:
             segments = self._key(rng) if kind < KEY_SHARE else self._facts(rng)
             taken = sum(len(segment.ids) for segment in segments)
             if taken <= self._room:
-                return self._row(self._spread(rng, self._introduction(rng, self._room - taken) + segments))
+                return self._row(
+                    self._spread(rng, self._introduction(rng, self._room - taken) + segments)
+                )
         return self._quote(rng)
 
     def _key(self, rng: random.Random) -> list[_Segment]:
@@ -134,9 +145,17 @@ class Episodes:
         ]
         wording = _plain_or(rng, FACT_STATEMENTS) if rng.random() < 0.7 else None
         asked = min(len(facts), 1 + _below(rng, 4))
-        statements = [self._say(rng, wording or _plain_or(rng, FACT_STATEMENTS), fact, "secret") for fact in facts]
-        questions = [self._say(rng, _plain_or(rng, FACT_QUESTIONS), fact, "answer") for fact in facts[:asked]]
-        while sum(len(s.ids) for s in statements[: len(questions)] + questions) > self._room and len(questions) > 1:
+        statements = [
+            self._say(rng, wording or _plain_or(rng, FACT_STATEMENTS), fact, "secret")
+            for fact in facts
+        ]
+        questions = [
+            self._say(rng, _plain_or(rng, FACT_QUESTIONS), fact, "answer") for fact in facts[:asked]
+        ]
+        while (
+            sum(len(s.ids) for s in statements[: len(questions)] + questions) > self._room
+            and len(questions) > 1
+        ):
             questions.pop()
         kept = self._fitting(statements, questions, needed=len(questions))
         pairs = list(zip(kept, questions, strict=False))
@@ -154,8 +173,12 @@ class Episodes:
     def _room(self) -> int:
         return self.tokens - self.tokens // 16
 
-    def _fitting(self, statements: list[_Segment], questions: list[_Segment], *, needed: int) -> list[_Segment]:
-        """Returns the first ``needed`` statements and as many of the others as leave some room for filler."""
+    def _fitting(
+        self, statements: list[_Segment], questions: list[_Segment], *, needed: int
+    ) -> list[_Segment]:
+        """Returns the first ``needed`` statements and as many of the others as leave some room for
+        filler.
+        """
         left = self._room - sum(len(segment.ids) for segment in questions + statements[:needed])
         kept = statements[:needed]
         for segment in statements[needed:]:
@@ -172,17 +195,24 @@ class Episodes:
         return [_Segment(ids, [], [])] if len(ids) <= room else []
 
     def _say(self, rng: random.Random, wording: Parsed, fact: _Fact, role: str) -> _Segment:
-        """Words a fact; its code's first mention is secret in a statement, the answer in a question."""
+        """Words a fact; its code's first mention is secret in a statement, the answer in a
+        question.
+        """
         before, after = _pick(rng, wordings.JOINTS)
-        text, begin, end = before, -1, -1
+        text = before
+        begin = -1
+        end = -1
         for literal, field in wording:
             text += literal
             if field == "value" and begin < 0:
-                begin, end = len(text), len(text) + len(fact.value)
+                begin = len(text)
+                end = len(text) + len(fact.value)
             text += getattr(fact, field) if field else ""
         encoded = self.encoder.encode(text + after, continues=True)
         code = [i for i, (a, b) in enumerate(encoded.spans.tolist()) if a < end and b > begin]
-        return _Segment(encoded.ids.tolist(), code if role == "secret" else [], code if role == "answer" else [])
+        return _Segment(
+            encoded.ids.tolist(), code if role == "secret" else [], code if role == "answer" else []
+        )
 
     def _spread(self, rng: random.Random, segments: list[_Segment]) -> list[_Segment]:
         """Puts filler before, between and after the segments; the last gap is often short."""
@@ -190,7 +220,8 @@ class Episodes:
         tail = min(budget, _below(rng, TAIL)) if rng.random() < 0.5 else _below(rng, budget + 1)
         cuts = sorted(_below(rng, budget - tail + 1) for _ in segments)
         filler = self._filler(rng, budget)
-        laid, position = [], 0
+        laid = []
+        position = 0
         for cut, segment in zip(cuts, segments, strict=True):
             laid += [_Segment(filler[position:cut], [], []), segment]
             position = cut
@@ -208,22 +239,34 @@ class Episodes:
         ends = np.flatnonzero(self.ends_sentence[window])
         first = _below(rng, max(1, len(ends) - 1))
         last = min(first + 1 + _below(rng, 5), len(ends) - 1)
-        snippet = window[ends[first] + 1 : ends[last] + 1] if last > first else window[: 8 + _below(rng, 32)]
+        snippet = (
+            window[ends[first] + 1 : ends[last] + 1]
+            if last > first
+            else window[: 8 + _below(rng, 32)]
+        )
         repeated: list[int] = np.resize(snippet[: TAIL + TAIL // 2], tokens).tolist()
         return repeated
 
     def _quote(self, rng: random.Random) -> Row:
-        opening = self.encoder.encode(_pick(rng, wordings.QUOTE_OPENINGS), continues=True).ids.tolist()
+        opening = self.encoder.encode(
+            _pick(rng, wordings.QUOTE_OPENINGS), continues=True
+        ).ids.tolist()
         length = self.tokens // 32 + _below(rng, self.tokens // 8)
         filler = self._window(rng, self.tokens - len(opening) - length).tolist()
-        tail = min(_below(rng, TAIL), len(filler) - length) if rng.random() < 0.5 else _below(rng, len(filler) - length)
+        tail = (
+            min(_below(rng, TAIL), len(filler) - length)
+            if rng.random() < 0.5
+            else _below(rng, len(filler) - length)
+        )
         place = len(filler) - tail
         start = _below(rng, place - length + 1)
         passage = filler[start : start + length]
         return self._row([_Segment([*filler[:place], *opening, *passage, *filler[place:]], [], [])])
 
     def _row(self, segments: list[_Segment]) -> Row:
-        ids, secret, answer = list(self.prefix), [], []
+        ids = list(self.prefix)
+        secret = []
+        answer = []
         for segment in segments:
             secret += [len(ids) + place for place in segment.secret]
             answer += [len(ids) + place for place in segment.answer]
@@ -269,7 +312,9 @@ def _values(rng: random.Random, count: int) -> list[str]:
 
 
 def _names(rng: random.Random, count: int) -> list[str]:
-    """Returns different names; in a third of the calls from so few words that many of them share one."""
+    """Returns different names; in a third of the calls from so few words that many of them share
+    one.
+    """
     few = rng.random() < 1 / 3
     kinds = [_pick(rng, wordings.KINDS) for _ in range(3)] if few else wordings.KINDS
     things = [_pick(rng, wordings.THINGS) for _ in range(5)] if few else wordings.THINGS
@@ -279,7 +324,8 @@ def _names(rng: random.Random, count: int) -> list[str]:
     while len(names) < count:
         tries += 1
         if tries > 20 * count:
-            kinds, things = wordings.KINDS, wordings.THINGS
+            kinds = wordings.KINDS
+            things = wordings.THINGS
         draw = rng.random()
         if draw < people:
             name = _pick(rng, wordings.PEOPLE)

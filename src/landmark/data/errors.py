@@ -10,8 +10,14 @@ LONGEST = 200  # characters of what other packages say
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of what an error says that is not empty; the error's kind where it says nothing."""
-    return _cut(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__))
+    """Returns the first line of what an error says that is not empty; the error's kind where it
+    says nothing.
+    """
+    return _cut(
+        next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,6 @@
-"""Files and folders that commands write: asked for before anything is computed, written whole or not at all."""
+"""Files and folders that commands write: asked for before anything is computed, written whole or
+not at all.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from pathlib import Path
 from landmark.data.errors import first_line
 
 NEW = ".landmark-new"  # where a folder's files are written first
-PIECE = 1 << 20  # of a file in which room is asked for, where the system cannot be asked for all at once
+PIECE = (
+    1 << 20
+)  # of a file in which room is asked for, where the system cannot be asked for all at once
 
 
 def require_writable(path: str | Path, name: str) -> None:
@@ -35,7 +39,8 @@ def require_writable(path: str | Path, name: str) -> None:
                 _new(path).unlink()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name}: expected a file that can be written, got {path} ({_reason(error)}); name another"
+            f"{name}: expected a file that can be written, got {path} ({_reason(error)}); name "
+            "another"
         ) from None
 
 
@@ -45,12 +50,16 @@ def require_folder(path: str | Path, name: str) -> None:
         with _made(Path(path)):
             require_writable(Path(path) / ".landmark", name)
     except OSError as error:
-        raise ValueError(f"{name}: expected a folder, got {path} ({_reason(error)}); name another") from None
+        raise ValueError(
+            f"{name}: expected a folder, got {path} ({_reason(error)}); name another"
+        ) from None
 
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Inside a ``with``, the folder is there; afterwards those are gone that were not there before."""
+    """Inside a ``with``, the folder is there; afterwards those are gone that were not there
+    before.
+    """
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,8 +112,8 @@ def require_room(folder: str | Path, nbytes: int, name: str) -> None:
                 (folder / NEW).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(
-            f"{name}: expected room for a file of {nbytes:,} bytes in {folder}, got none ({_reason(error)}); make room "
-            "there or name another folder"
+            f"{name}: expected room for a file of {nbytes:,} bytes in {folder}, got none "
+            f"({_reason(error)}); make room there or name another folder"
         ) from None
 
 
@@ -118,17 +127,21 @@ def _take_room(path: Path, nbytes: int) -> None:
 
 
 def write_folder(folder: str | Path, save: Callable[[Path], object]) -> None:
-    """Adds files to a folder, all of them or none: those that are there stay until the new ones are whole.
+    """Adds files to a folder, all of them or none: those that are there stay until the new ones are
+    whole.
 
     Args:
         folder: there or not yet.
-        save: writes into the folder that it is given. Weights of a model that was there are replaced, all of them.
+        save: writes into the folder that it is given. Weights of a model that was there are
+            replaced, all of them.
 
     Raises:
         ValueError: they cannot be written.
     """
     folder = Path(folder)
-    new = folder / NEW / os.path.basename(os.path.abspath(folder))  # a model's files name their folder
+    new = (
+        folder / NEW / os.path.basename(os.path.abspath(folder))
+    )  # a model's files name their folder
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         shutil.rmtree(folder / NEW, ignore_errors=True)  # left by a process that was killed
@@ -151,19 +164,27 @@ def write_folder(folder: str | Path, save: Callable[[Path], object]) -> None:
         if not is_of_the_disk(error):
             raise
         raise ValueError(
-            f"{folder}: expected room for all its files, got none ({first_line(error)}); make room there or name "
-            "another folder; nothing was written"
+            f"{folder}: expected room for all its files, got none ({first_line(error)}); make "
+            "room there or name another folder; nothing was written"
         ) from None
 
 
 def _is_weights(file: Path) -> bool:
-    return file.name.startswith("model") and file.name.endswith((".safetensors", ".safetensors.index.json"))
+    return file.name.startswith("model") and file.name.endswith(
+        (".safetensors", ".safetensors.index.json")
+    )
 
 
 def is_of_the_disk(error: BaseException) -> bool:
-    """Whether a file could not be written; safetensors and torch have kinds of their own for that."""
+    """Whether a file could not be written; safetensors and torch have kinds of their own for
+    that.
+    """
     kind = type(error)
-    return isinstance(error, OSError) or kind.__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
+    return (
+        isinstance(error, OSError)
+        or kind.__name__ == "SafetensorError"
+        or "PytorchStreamWriter" in str(error)
+    )
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -1,4 +1,6 @@
-"""The rows a model is trained on: corpus windows and retrieval episodes, each decided by the seed and its index."""
+"""The rows a model is trained on: corpus windows and retrieval episodes, each decided by the seed
+and its index.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ Batch = dict[str, torch.Tensor]
 
 
 class Windows:
-    """Cuts a stream of ids into rows; every pass over the text cuts at other places and visits in another order.
+    """Cuts a stream of ids into rows; every pass over the text cuts at other places and visits in
+    another order.
 
     Args:
         ids: the stream, ``(tokens,)``.
@@ -31,14 +34,20 @@ class Windows:
     """
 
     def __init__(self, ids: Ids, *, tokens: int, seed: int, prefix: Sequence[int] = ()) -> None:
-        self.ids, self.seed, self.prefix = ids, seed, list(prefix)
+        self.ids = ids
+        self.seed = seed
+        self.prefix = list(prefix)
         self.tokens = tokens - len(self.prefix)
         if len(ids) < self.tokens:
-            raise ValueError(f"expected a text of at least {tokens} tokens (one row), got {len(ids)}; add text")
+            raise ValueError(
+                f"expected a text of at least {tokens} tokens (one row), got {len(ids)}; add text"
+            )
         self.per_pass = max(1, len(ids) // self.tokens - 1)
 
     def __call__(self, index: int) -> Row:
-        """Returns row ``index``; rows ``n * per_pass .. (n + 1) * per_pass - 1`` are one pass over the text."""
+        """Returns row ``index``; rows ``n * per_pass .. (n + 1) * per_pass - 1`` are one pass over
+        the text.
+        """
         turn, number = divmod(index, self.per_pass)
         spare = len(self.ids) - self.per_pass * self.tokens
         start = random.Random(f"{self.seed}:{turn}").randrange(spare + 1)
@@ -57,15 +66,23 @@ class Rows(Dataset[Row]):
         seed: decides which rows are episodes.
     """
 
-    def __init__(self, windows: Windows, episodes: Episodes | None, *, share: float, count: int, seed: int) -> None:
-        self.windows, self.episodes, self.share = windows, episodes, share
-        self.count, self.seed = count, seed
+    def __init__(
+        self, windows: Windows, episodes: Episodes | None, *, share: float, count: int, seed: int
+    ) -> None:
+        self.windows = windows
+        self.episodes = episodes
+        self.share = share
+        self.count = count
+        self.seed = seed
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Row:
-        if self.episodes is not None and random.Random(f"{self.seed}/{index}").random() < self.share:
+        if (
+            self.episodes is not None
+            and random.Random(f"{self.seed}/{index}").random() < self.share
+        ):
             return self.episodes(index)
         return self.windows(index)
 
@@ -92,7 +109,9 @@ def plain_row(ids: Ids, prefix: Sequence[int] = ()) -> Row:
 
 
 def stack(rows: Sequence[Row], *, answers: bool) -> Batch:
-    """Stacks rows to ``input_ids``, ``labels`` (int64) and, if asked for, ``answers`` (bool), all ``(B, tokens)``."""
+    """Stacks rows to ``input_ids``, ``labels`` (int64) and, if asked for, ``answers`` (bool), all
+    ``(B, tokens)``.
+    """
     batch = {
         "input_ids": torch.from_numpy(np.stack([row.input_ids for row in rows])),
         "labels": torch.from_numpy(np.stack([row.labels for row in rows])),

@@ -27,7 +27,9 @@ class Source:
     text: str
 
     def line(self, place: int) -> int:
-        """Returns the line, counted from 1, of the character ``place``; lines end in LF, CR LF or CR."""
+        """Returns the line, counted from 1, of the character ``place``; lines end in LF, CR LF or
+        CR.
+        """
         ends = self.text.count("\n", 0, place) + self.text.count("\r", 0, place)
         return ends - self.text.count("\r\n", 0, place + 1) + 1
 
@@ -39,8 +41,9 @@ class Reading:
     Attributes:
         sources: what is read; characters are counted over all of them, nothing between two.
         ids: ``(n,)`` int64 text tokens, those that the tokenizer begins every text with included.
-        spans: ``(n, 2)`` int64, first character of each token and the one after its last; equal for a special token.
-            Tokens that share a character, as byte-level tokenizers make them, have it both.
+        spans: ``(n, 2)`` int64, first character of each token and the one after its last; equal for
+            a special token. Tokens that share a character, as byte-level tokenizers make them, have
+            it both.
     """
 
     sources: tuple[Source, ...]
@@ -53,14 +56,18 @@ class Reading:
         return tuple(itertools.accumulate((len(source.text) for source in self.sources), initial=0))
 
     def of_block(self, block: int, text_per_block: int) -> tuple[int, int]:
-        """Returns the first character of a block and the one after its last; equal where it holds no source's text."""
+        """Returns the first character of a block and the one after its last; equal where it holds
+        no source's text.
+        """
         spans = self.spans[block * text_per_block : (block + 1) * text_per_block]
         if len(spans) == 0:
             return self.starts[-1], self.starts[-1]
         return int(spans[:, 0].min()), int(spans[:, 1].max())
 
 
-def read_sources(sources: Sequence[Source], tokenizer: Any, progress: Progress | None = None) -> Reading:
+def read_sources(
+    sources: Sequence[Source], tokenizer: Any, progress: Progress | None = None
+) -> Reading:
     """Tokenises sources of any length; each goes on from the one before it.
 
     Args:
@@ -69,13 +76,17 @@ def read_sources(sources: Sequence[Source], tokenizer: Any, progress: Progress |
         progress: called while a long source is tokenised.
 
     Raises:
-        ValueError: no text, none that the tokenizer finds a token in, or a tokenizer that does not know the characters
-            of its tokens.
+        ValueError: no text, none that the tokenizer finds a token in, or a tokenizer that does not
+            know the characters of its tokens.
     """
     if not any(source.text for source in sources):
-        raise ValueError(f"text: expected at least one character, got {len(sources)} empty texts; pass a text")
+        raise ValueError(
+            f"text: expected at least one character, got {len(sources)} empty texts; pass a text"
+        )
     begin = row_start(tokenizer)
-    ids, spans, at = [torch.tensor(begin, dtype=torch.long)], [torch.zeros(len(begin), 2, dtype=torch.long)], 0
+    ids = [torch.tensor(begin, dtype=torch.long)]
+    spans = [torch.zeros(len(begin), 2, dtype=torch.long)]
+    at = 0
     for source in sources:
         found = encode(tokenizer, source.text, continues=any(map(len, ids[1:])), progress=progress)
         ids.append(torch.from_numpy(found.ids))
@@ -83,7 +94,8 @@ def read_sources(sources: Sequence[Source], tokenizer: Any, progress: Progress |
         at += len(source.text)
     if not any(map(len, ids[1:])):
         raise ValueError(
-            f"text: expected at least one token, got none in {', '.join(source.name for source in sources[:3])}: the "
-            "tokenizer drops all of its characters; pass another text"
+            "text: expected at least one token, got none in "
+            f"{', '.join(source.name for source in sources[:3])}: the tokenizer drops all of its "
+            "characters; pass another text"
         )
     return Reading(tuple(sources), torch.cat(ids), torch.cat(spans))

@@ -1,7 +1,8 @@
-"""Texts to read, train and evaluate on: folders of .txt files, single files, JSON rows, and data sets of the hub.
+"""Texts to read, train and evaluate on: folders of .txt files, single files, JSON rows, and data
+sets of the hub.
 
-This is where bytes become text: UTF-8, with or without a byte order mark, lines that end in LF, CR LF or CR. Half a
-character in a JSON string (a lone surrogate) becomes U+FFFD.
+This is where bytes become text: UTF-8, with or without a byte order mark, lines that end in LF, CR
+LF or CR. Half a character in a JSON string (a lone surrogate) becomes U+FFFD.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from landmark.data.characters import from_arguments, without_surrogates
 from landmark.data.errors import first_line, names
 
 SPLITS = ("train", "validation", "test")
-SHOWN_KEYS, SHOWN_CHARACTERS = 5, 40  # of what a message quotes
+SHOWN_KEYS = 5
+SHOWN_CHARACTERS = 40  # of what a message quotes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Document:
     Attributes:
         title: what names it: the title in the folder's MANIFEST.tsv, else its file name or row.
         text: its characters.
-        sha256: hash of the file's bytes (of the UTF-8 text for rows of JSONL files and hub data sets).
+        sha256: hash of the file's bytes (of the UTF-8 text for rows of JSONL files and hub data
+            sets).
     """
 
     title: str
@@ -38,44 +41,64 @@ class Document:
     sha256: str
 
 
-def read_documents(source: str | Path, *, split: str = "train", field: str = "text") -> Iterator[Document]:
+def read_documents(
+    source: str | Path, *, split: str = "train", field: str = "text"
+) -> Iterator[Document]:
     """Reads the documents of a source, in an order that does not depend on the machine.
 
     Args:
-        source: a folder (all ``.txt`` files below it, by relative path; of its subfolder ``split`` where it has
-            ``train``, ``validation`` or ``test`` subfolders), a text file, a ``.jsonl`` file with an object in each
-            line, a ``.json`` file (the same, or one object, or an array of them), a pipe with text, or ``name`` or
-            ``name:config`` of a data set of the hub.
+        source: a folder (all ``.txt`` files below it, by relative path; of its subfolder ``split``
+            where it has ``train``, ``validation`` or ``test`` subfolders), a text file, a
+            ``.jsonl`` file with an object in each line, a ``.json`` file (the same, or one object,
+            or an array of them), a pipe with text, or ``name`` or ``name:config`` of a data set of
+            the hub.
         split: which part to read; single files have no parts and are read whole.
         field: the key of the text in JSONL rows and data sets.
 
     Raises:
         FileNotFoundError: there is no such file, folder, split or data set.
         ModuleNotFoundError: a hub name without the package ``datasets``.
-        ValueError: a file that is empty or not text, a row without the field, no text at all, or a device.
+        ValueError: a file that is empty or not text, a row without the field, no text at all, or a
+            device.
     """
-    path, name = Path(source), str(source)
+    path = Path(source)
+    name = str(source)
     if path.is_dir():
         return _read_folder(split_folder(path, split))
     if path.is_file() or path.is_fifo():
-        return _read_rows(path, field) if path.suffix in (".jsonl", ".json") else iter([_read_file(path, path.name)])
+        return (
+            _read_rows(path, field)
+            if path.suffix in (".jsonl", ".json")
+            else iter([_read_file(path, path.name)])
+        )
     if path.exists():
         raise ValueError(
-            f"{name}: expected a file, a folder or a pipe, got a device or socket; write the text to a file"
+            f"{name}: expected a file, a folder or a pipe, got a device or socket; write the text "
+            "to a file"
         )
-    if path.is_absolute() or name.startswith(".") or path.suffix in (".txt", ".jsonl") or len(path.parts) > 2:
-        raise FileNotFoundError(f"{name}: no such file or folder; pass a folder of .txt files, a .txt or a .jsonl file")
+    if (
+        path.is_absolute()
+        or name.startswith(".")
+        or path.suffix in (".txt", ".jsonl")
+        or len(path.parts) > 2
+    ):
+        raise FileNotFoundError(
+            f"{name}: no such file or folder; pass a folder of .txt files, a .txt or a .jsonl file"
+        )
     return _read_hub(name, split, field)
 
 
 def split_folder(folder: Path, split: str) -> Path:
-    """Returns the subfolder of a split, or the folder itself where it is not divided into splits."""
+    """Returns the subfolder of a split, or the folder itself where it is not divided into
+    splits.
+    """
     present = [name for name in SPLITS if (folder / name).is_dir()]
     if not present:
         return folder
     if split not in present:
         raise FileNotFoundError(
-            f"{folder}: expected a subfolder {split!r}, found {present}; add it or name another split"
+            f"{folder}: expected a subfolder {split!r}, found {present}; add it or name another "
+            "split"
         )
     return folder / split
 
@@ -88,7 +111,10 @@ def has_split(source: str | Path, split: str) -> bool:
 def _read_folder(folder: Path) -> Iterator[Document]:
     files = text_files(folder)
     if not files:
-        raise ValueError(f"{folder}: expected .txt files, found none; pass a folder that holds them or a .jsonl file")
+        raise ValueError(
+            f"{folder}: expected .txt files, found none; pass a folder that holds them or a "
+            ".jsonl file"
+        )
     titles = _manifest_titles(folder)
     for file in files:
         name = file.relative_to(folder).as_posix()
@@ -96,7 +122,9 @@ def _read_folder(folder: Path) -> Iterator[Document]:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Returns the ``.txt`` files below a folder, by relative path; no pipes or devices, which may never end."""
+    """Returns the ``.txt`` files below a folder, by relative path; no pipes or devices, which may
+    never end.
+    """
     found = (file for file in folder.rglob("*.txt") if file.is_file() or not file.exists())
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
@@ -108,13 +136,22 @@ def _manifest_titles(folder: Path) -> dict[str, str]:
             continue
         try:
             with names(manifest), manifest.open(encoding="utf-8-sig", newline="") as lines:
-                rows = [row for row in csv.DictReader(lines, delimiter="\t") if row.get("file") and row.get("title")]
+                rows = [
+                    row
+                    for row in csv.DictReader(lines, delimiter="\t")
+                    if row.get("file") and row.get("title")
+                ]
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{manifest}: expected UTF-8 columns file, title, author, with tabs, got {error}; remove it"
+                f"{manifest}: expected UTF-8 columns file, title, author, with tabs, got {error}; "
+                "remove it"
             ) from None
         start = "" if base == folder else f"{folder.name}/"
-        return {row["file"].removeprefix(start): _full_title(row) for row in rows if row["file"].startswith(start)}
+        return {
+            row["file"].removeprefix(start): _full_title(row)
+            for row in rows
+            if row["file"].startswith(start)
+        }
     return {}
 
 
@@ -137,21 +174,30 @@ def _empty(path: Path) -> ValueError:
 
 def _decode(raw: bytes, where: str) -> str:
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{where}: expected UTF-8 text, got UTF-16 (by its byte order mark); convert it to UTF-8")
+        raise ValueError(
+            f"{where}: expected UTF-8 text, got UTF-16 (by its byte order mark); convert it to "
+            "UTF-8"
+        )
     if b"\0" in raw:
-        raise ValueError(f"{where}: expected UTF-8 text, got binary data (a zero byte); remove the file or convert it")
+        raise ValueError(
+            f"{where}: expected UTF-8 text, got binary data (a zero byte); remove the file or "
+            "convert it"
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{where}: expected UTF-8 text, got byte 0x{raw[error.start]:02x} at {error.start}; convert it to UTF-8"
+            f"{where}: expected UTF-8 text, got byte 0x{raw[error.start]:02x} at {error.start}; "
+            "convert it to UTF-8"
         ) from None
 
 
 def _read_rows(path: Path, field: str) -> Iterator[Document]:
     found = False
     with names(path), path.open("rb") as opened:
-        rows = _whole_rows(path, opened.read()) if path.suffix == ".json" else _line_rows(path, opened)
+        rows = (
+            _whole_rows(path, opened.read()) if path.suffix == ".json" else _line_rows(path, opened)
+        )
         for where, row in rows:
             for document in _from_row(row, field, f"{path.name}, {where}"):
                 found = True
@@ -161,7 +207,9 @@ def _read_rows(path: Path, field: str) -> Iterator[Document]:
 
 
 def _whole_rows(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
-    """The rows of a file that is one JSON value, an object or an array of them; else those of its lines."""
+    """The rows of a file that is one JSON value, an object or an array of them; else those of its
+    lines.
+    """
     try:
         value = _parse(_decode(raw, str(path)), str(path)) if raw.strip() else []
     except json.JSONDecodeError:
@@ -172,7 +220,9 @@ def _whole_rows(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
 
 
 def _line_rows(path: Path, parts: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
-    lines = itertools.chain.from_iterable(part.splitlines() for part in parts)  # a CR alone ends a line as well
+    lines = itertools.chain.from_iterable(
+        part.splitlines() for part in parts
+    )  # a CR alone ends a line as well
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         try:
@@ -180,8 +230,8 @@ def _line_rows(path: Path, parts: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", _parse(_decode(line, where), where)
         except json.JSONDecodeError:
             raise ValueError(
-                f"{where}: expected one JSON object per line, got {line[:SHOWN_CHARACTERS]!r}; write each object in a "
-                "line of its own, or all of them as a .json file"
+                f"{where}: expected one JSON object per line, got {line[:SHOWN_CHARACTERS]!r}; "
+                "write each object in a line of its own, or all of them as a .json file"
             ) from None
 
 
@@ -197,11 +247,15 @@ def read_json(path: Path) -> Any:
             raw = path.read_bytes()
         return _parse(_decode(raw, str(path)), str(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got something else ({error}); mend it or name another") from None
+        raise ValueError(
+            f"{path}: expected JSON, got something else ({error}); mend it or name another"
+        ) from None
 
 
 def _parse(text: str, where: str) -> Any:
-    """Returns a JSON value; raises ``JSONDecodeError``, or ``ValueError`` for one that Python's parser refuses."""
+    """Returns a JSON value; raises ``JSONDecodeError``, or ``ValueError`` for one that Python's
+    parser refuses.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -210,7 +264,9 @@ def _parse(text: str, where: str) -> Any:
         reason = "arrays or objects in too many others"
     except ValueError:  # Python's limit on the digits of an integer
         reason = "an integer of too many digits"
-    raise ValueError(f"{where}: expected JSON that Python can read, got {reason}; leave that part out")
+    raise ValueError(
+        f"{where}: expected JSON that Python can read, got {reason}; leave that part out"
+    )
 
 
 def _read_hub(name: str, split: str, field: str) -> Iterator[Document]:
@@ -218,13 +274,15 @@ def _read_hub(name: str, split: str, field: str) -> Iterator[Document]:
         from datasets import load_dataset  # type: ignore[attr-defined, unused-ignore]
     except ImportError:
         raise ModuleNotFoundError(
-            f"{name}: no such file or folder here, and reading it from the hub needs the package datasets: "
-            "pip install landmark-attention[train]"
+            f"{name}: no such file or folder here, and reading it from the hub needs the package "
+            "datasets: pip install landmark-attention[train]"
         ) from None
     repository, _, config = name.partition(":")
     try:
         rows = load_dataset(repository, config or None, split=split)
-    except Exception as error:  # the package raises many kinds: no such data set, split or connection
+    except (
+        Exception
+    ) as error:  # the package raises many kinds: no such data set, split or connection
         raise FileNotFoundError(
             f"{name}: neither a file or folder here nor a data set of the hub ({first_line(error)})"
         ) from None
@@ -247,6 +305,9 @@ def _kind(row: Any, field: str) -> str:
         return f"{type(row).__name__}; write an object"
     if field in row:
         return f"{type(row[field]).__name__} there; name the key of the text"
-    keys = [key if len(key) <= SHOWN_CHARACTERS else f"{key[:SHOWN_CHARACTERS]}..." for key in sorted(row)[:SHOWN_KEYS]]
+    keys = [
+        key if len(key) <= SHOWN_CHARACTERS else f"{key[:SHOWN_CHARACTERS]}..."
+        for key in sorted(row)[:SHOWN_KEYS]
+    ]
     more = f" and {len(row) - SHOWN_KEYS} more keys" if len(row) > SHOWN_KEYS else ""
     return f"{keys}{more}; name the key of the text"

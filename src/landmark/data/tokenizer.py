@@ -1,4 +1,5 @@
-"""Tokenizers: what a row begins with, a text's ids, and a byte-level BPE in which every digit is its own token.
+"""Tokenizers: what a row begins with, a text's ids, and a byte-level BPE in which every digit is
+its own token.
 
 So codes are read and written digit by digit.
 """
@@ -29,11 +30,13 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE; no token holds two digits, or a digit and anything else.
 
-    ``<|endoftext|>`` begins and ends documents (bos and eos), ``<|pad|>`` pads; neither is added by encoding.
+    ``<|endoftext|>`` begins and ends documents (bos and eos), ``<|pad|>`` pads; neither is added by
+    encoding.
 
     Args:
         texts: what to learn merges from; the first 200 million characters are used.
-        vocab_size: tokens at most, special tokens included (fewer when the texts are too short for so many).
+        vocab_size: tokens at most, special tokens included (fewer when the texts are too short for
+            so many).
         progress: called after every text that merges are learnt from.
 
     Raises:
@@ -41,11 +44,14 @@ def train_tokenizer(
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
-            f"vocab_size: expected at least {SMALLEST_VOCABULARY} (bytes, special tokens), got {vocab_size}; raise it"
+            f"vocab_size: expected at least {SMALLEST_VOCABULARY} (bytes, special tokens), got "
+            f"{vocab_size}; raise it"
         )
     core = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
-    core.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     core.decoder = decoders.ByteLevel()
     core.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
@@ -56,7 +62,11 @@ def train_tokenizer(
     )
     core.train_from_iterator(_sample(texts, progress), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=END, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -75,7 +85,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
-            f"{path}: expected a fast tokenizer, got {type(tokenizer).__name__}; save it with tokenizer.json"
+            f"{path}: expected a fast tokenizer, got {type(tokenizer).__name__}; save it with "
+            "tokenizer.json"
         )
     return tokenizer
 
@@ -91,15 +102,16 @@ def require_savable(tokenizer: Any, name: str) -> None:
             tokenizer.save_pretrained(folder)
         except Exception as error:  # of the json module, of tokenizers, of transformers
             raise ValueError(
-                f"{name}: expected a tokenizer that can be saved, got one that cannot ({first_line(error)}); mend its "
-                "tokenizer_config.json"
+                f"{name}: expected a tokenizer that can be saved, got one that cannot "
+                f"({first_line(error)}); mend its tokenizer_config.json"
             ) from None
 
 
 def require_rows(tokenizer: Any, model: Any, name: str, used: int = 0) -> None:
     """Raises ``ValueError`` where texts get token ids that a model's embedding has no row for.
 
-    Further special tokens do no harm unless a text names them: many a tokenizer has one for padding.
+    Further special tokens do no harm unless a text names them: many a tokenizer has one for
+    padding.
 
     Args:
         tokenizer: of transformers; nothing is known of a slow one.
@@ -112,12 +124,15 @@ def require_rows(tokenizer: Any, model: Any, name: str, used: int = 0) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     unused = special - {*row_start(tokenizer), tokenizer.eos_token_id}
-    greatest = max((number for number in tokenizer.get_vocab().values() if number not in unused), default=0)
+    greatest = max(
+        (number for number in tokenizer.get_vocab().values() if number not in unused), default=0
+    )
     greatest = max(greatest, used)
     if greatest >= rows:
         raise ValueError(
-            f"{name}: expected an embedding with a row for each token of the tokenizer, got {rows} rows and token ids "
-            f"up to {greatest}; use the model's own tokenizer, or resize the embedding (resize_token_embeddings)"
+            f"{name}: expected an embedding with a row for each token of the tokenizer, got "
+            f"{rows} rows and token ids up to {greatest}; use the model's own tokenizer, or "
+            "resize the embedding (resize_token_embeddings)"
         )
 
 
@@ -138,12 +153,14 @@ def require_fast(tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"tokenizer: expected a fast one, which knows the characters of its tokens, "
-            f"got {type(tokenizer).__name__}; load it with AutoTokenizer from a folder with tokenizer.json"
+            f"got {type(tokenizer).__name__}; load it with AutoTokenizer from a folder with "
+            "tokenizer.json"
         )
 
 
 def row_start(tokenizer: Any) -> list[int]:
-    """Returns the ids that the tokenizer puts before every text, its bos token for example, without those behind.
+    """Returns the ids that the tokenizer puts before every text, its bos token for example, without
+    those behind.
 
     Raises:
         ValueError: as ``require_fast``.
@@ -158,7 +175,8 @@ def row_start(tokenizer: Any) -> list[int]:
 
 
 def continuation(tokenizer: Any, ids: Sequence[int], before: Sequence[int], **options: Any) -> str:
-    """Returns the text of ids that go on from others: many a tokenizer leaves out the space that a text begins with.
+    """Returns the text of ids that go on from others: many a tokenizer leaves out the space that a
+    text begins with.
 
     Args:
         tokenizer: of transformers.
@@ -185,7 +203,9 @@ def encoder_of(tokenizer: Any) -> TextEncoder:
     return TextEncoder(core)
 
 
-def encode(tokenizer: Any, text: str, *, continues: bool = False, progress: Progress | None = None) -> Encoded:
+def encode(
+    tokenizer: Any, text: str, *, continues: bool = False, progress: Progress | None = None
+) -> Encoded:
     """Encodes a text as ``TextEncoder.encode`` does; raises as ``encoder_of``."""
     return encoder_of(tokenizer).encode(text, continues=continues, progress=progress)
 

@@ -1,7 +1,8 @@
 """Token files: texts tokenised once into one stream of ids, memory-mapped from then on.
 
-``NAME.bin`` holds the ids (little-endian uint16 or uint32), ``NAME.json`` beside it what they are: the tokenizer's
-hash, the documents' titles, hashes and places, and the hash of the ids. Both can be moved together.
+``NAME.bin`` holds the ids (little-endian uint16 or uint32), ``NAME.json`` beside it what they are:
+the tokenizer's hash, the documents' titles, hashes and places, and the hash of the ids. Both can be
+moved together.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A document's place in the stream: its ``tokens`` ids begin at ``start``, the separator after them not counted."""
+    """A document's place in the stream: its ``tokens`` ids begin at ``start``, the separator after
+    them not counted.
+    """
 
     title: str
     sha256: str
@@ -76,10 +79,12 @@ def tokenize(
 ) -> TokenFile:
     """Returns the token file of the documents, from ``folder`` where it fits, made anew otherwise.
 
-    It fits when tokenizer and documents (by SHA-256, in order) are the same. Documents are separated by eos.
+    It fits when tokenizer and documents (by SHA-256, in order) are the same. Documents are
+    separated by eos.
 
     Args:
-        documents: gives the documents from the first on, each time it is called (they are never held all at once).
+        documents: gives the documents from the first on, each time it is called (they are never
+            held all at once).
         tokenizer: a fast tokenizer.
         folder: where ``name.bin`` and ``name.json`` lie.
         name: usually the split.
@@ -110,18 +115,22 @@ def open_tokens(sidecar: str | Path) -> TokenFile:
     for file in (sidecar, binary):
         if not file.is_file():
             raise FileNotFoundError(
-                f"{file}: missing; a token file is a .json and a .bin: delete the other and tokenise anew"
+                f"{file}: missing; a token file is a .json and a .bin: delete the other and "
+                "tokenise anew"
             )
     try:
         header = read_json(sidecar)
         if header["format"] != FORMAT:
             raise KeyError
         documents = [Place(**place) for place in header["documents"]]
-        tokens, dtype = int(header["tokens"]), np.dtype({"uint16": "<u2", "uint32": "<u4"}[header["dtype"]])
-        digest, tokenizer = str(header["sha256"]), str(header["tokenizer"])
+        tokens = int(header["tokens"])
+        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[header["dtype"]])
+        digest = str(header["sha256"])
+        tokenizer = str(header["tokenizer"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{sidecar}: expected the header of a {FORMAT} file, got something else; name another folder"
+            f"{sidecar}: expected the header of a {FORMAT} file, got something else; name another "
+            "folder"
         ) from None
     if binary.stat().st_size != tokens * dtype.itemsize:
         raise ValueError(
@@ -131,20 +140,25 @@ def open_tokens(sidecar: str | Path) -> TokenFile:
     ids = np.memmap(binary, dtype=dtype, mode="r")
     if _digest(ids) != digest:
         raise ValueError(
-            f"{binary}: its ids are not those that were written; delete it with {sidecar.name} and tokenise anew"
+            f"{binary}: its ids are not those that were written; delete it with {sidecar.name} "
+            "and tokenise anew"
         )
     return TokenFile(binary, ids, documents, tokenizer)
 
 
 def _write(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, sidecar: Path, progress: Progress | None
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    sidecar: Path,
+    progress: Progress | None,
 ) -> TokenFile:
     sidecar.parent.mkdir(parents=True, exist_ok=True)
     unfinished = sidecar.with_suffix(".unfinished")
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     places: list[Place] = []
-    position, digest = 0, hashlib.sha256()
+    position = 0
+    digest = hashlib.sha256()
     try:
         with names(unfinished), unfinished.open("wb") as binary:
             for document, ids in _encode(iter(documents), tokenizer, progress):
@@ -156,7 +170,9 @@ def _write(
                 if progress is not None:
                     progress(f"tokens, of {len(places):,} documents", position, 0)
         if not places:
-            raise ValueError(f"{sidecar.stem}: expected at least one document, got none; pass a source with text")
+            raise ValueError(
+                f"{sidecar.stem}: expected at least one document, got none; pass a source with text"
+            )
         header = {
             "format": FORMAT,
             "dtype": dtype,

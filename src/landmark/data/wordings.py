@@ -1,15 +1,16 @@
-"""The wordings of synthetic retrieval episodes: how a code is stated, asked for, and what it belongs to.
+"""The wordings of synthetic retrieval episodes: how a code is stated, asked for, and what it
+belongs to.
 
-``{value}`` is the code, ``{label}`` what kind of code it is, ``{name}`` what it belongs to. A wording's first entry is
-the plainest one and is drawn more often than the others.
+``{value}`` is the code, ``{label}`` what kind of code it is, ``{name}`` what it belongs to. A
+wording's first entry is the plainest one and is drawn more often than the others.
 """
 
 from __future__ import annotations
 
 KEY_LABELS = (
-    "pass key", "passkey", "pass key", "pass key", "secret code", "access code", "secret number", "password",
-    "magic number", "key", "hidden number", "code word in figures", "special number", "code", "number to remember",
-    "pin", "combination",
+    "pass key", "passkey", "pass key", "pass key", "secret code", "access code", "secret number",
+    "password", "magic number", "key", "hidden number", "code word in figures", "special number",
+    "code", "number to remember", "pin", "combination",
 )  # fmt: skip
 
 KEY_STATEMENTS = (
@@ -47,8 +48,9 @@ KEY_QUESTIONS = (
 )
 
 FACT_LABELS = (
-    "code", "code", "code", "number", "secret code", "access code", "password", "key", "pass key", "combination",
-    "secret number", "entry code", "lock code", "pin", "register number", "magic number", "call number",
+    "code", "code", "code", "number", "secret code", "access code", "password", "key", "pass key",
+    "combination", "secret number", "entry code", "lock code", "pin", "register number",
+    "magic number", "call number",
 )  # fmt: skip
 
 FACT_STATEMENTS = (
@@ -81,45 +83,59 @@ FACT_QUESTIONS = (
 
 INTRODUCTIONS = (
     "Somewhere in this text there is an important piece of information. Find it and remember it.",
-    "There is important information hidden inside a lot of irrelevant text. Find it and memorize it. "
-    "I will ask you about it.",
+    "There is important information hidden inside a lot of irrelevant text. Find it and memorize "
+    "it. I will ask you about it.",
     "Read the following text and keep every code in mind.",
     "Below is a long text. Remember the numbers that are given in it.",
     "A question about a number in this text follows at its end.",
 )
 
 QUOTE_OPENINGS = (
-    "", "", "\n\nTo quote it again: ", "\n\nAs was said before: ", '\n\n"', "\n\nOnce more: ", "\n\nThe passage read: ",
-    "\n\nI repeat the words: ", " He said again: ",
+    "", "", "\n\nTo quote it again: ", "\n\nAs was said before: ", '\n\n"', "\n\nOnce more: ",
+    "\n\nThe passage read: ", "\n\nI repeat the words: ", " He said again: ",
 )  # fmt: skip
 
-JOINTS = ((" ", " "), ("\n", "\n"), ("\n\n", "\n\n"), ("", ""), (" ", ""), ("\n", " "), ("\n\n", "\n"))
+JOINTS = (
+    (" ", " "),
+    ("\n", "\n"),
+    ("\n\n", "\n\n"),
+    ("", ""),
+    (" ", ""),
+    ("\n", " "),
+    ("\n\n", "\n"),
+)
 
 KINDS = (
-    "north", "south", "east", "west", "upper", "lower", "inner", "outer", "old", "new", "red", "green", "blue", "white",
-    "black", "yellow", "grey", "brown", "golden", "silver", "iron", "wooden", "stone", "broken", "hidden", "narrow",
-    "wide", "long", "short", "tall", "small", "great", "dark", "bright", "quiet", "empty", "second", "third", "last",
-    "left", "right", "front", "back", "royal", "public", "private", "eastern", "western", "northern", "southern",
-    "abandoned", "ancient", "winter", "summer", "night", "morning", "glass", "copper", "crooked", "round", "square",
-    "frozen", "burning", "silent", "distant", "central", "main", "secret", "painted", "foreign", "little", "heavy",
+    "north", "south", "east", "west", "upper", "lower", "inner", "outer", "old", "new", "red",
+    "green", "blue", "white", "black", "yellow", "grey", "brown", "golden", "silver", "iron",
+    "wooden", "stone", "broken", "hidden", "narrow", "wide", "long", "short", "tall", "small",
+    "great", "dark", "bright", "quiet", "empty", "second", "third", "last", "left", "right",
+    "front", "back", "royal", "public", "private", "eastern", "western", "northern", "southern",
+    "abandoned", "ancient", "winter", "summer", "night", "morning", "glass", "copper", "crooked",
+    "round", "square", "frozen", "burning", "silent", "distant", "central", "main", "secret",
+    "painted", "foreign", "little", "heavy",
 )  # fmt: skip
 
 THINGS = (
-    "gate", "door", "tower", "bridge", "mill", "house", "garden", "harbour", "station", "library", "cellar", "kitchen",
-    "office", "archive", "vault", "safe", "chest", "box", "drawer", "cabinet", "room", "hall", "chapel", "church",
-    "school", "market", "warehouse", "barn", "stable", "farm", "field", "forest", "lake", "river", "well", "road",
-    "street", "square", "wall", "window", "stair", "attic", "roof", "yard", "court", "palace", "castle", "prison",
-    "hospital", "inn", "theatre", "museum", "shop", "bakery", "workshop", "factory", "engine", "train", "ship", "boat",
-    "carriage", "locker", "suitcase", "desk", "clock", "lamp", "mirror", "piano", "book", "letter", "map", "painting",
-    "statue", "fountain", "lighthouse", "island", "valley", "mountain", "cave", "mine", "tunnel", "gallery", "terminal",
-    "server", "printer", "laboratory", "account", "reservoir", "depot", "platform", "ferry", "observatory", "nursery",
+    "gate", "door", "tower", "bridge", "mill", "house", "garden", "harbour", "station", "library",
+    "cellar", "kitchen", "office", "archive", "vault", "safe", "chest", "box", "drawer", "cabinet",
+    "room", "hall", "chapel", "church", "school", "market", "warehouse", "barn", "stable", "farm",
+    "field", "forest", "lake", "river", "well", "road", "street", "square", "wall", "window",
+    "stair", "attic", "roof", "yard", "court", "palace", "castle", "prison", "hospital", "inn",
+    "theatre", "museum", "shop", "bakery", "workshop", "factory", "engine", "train", "ship", "boat",
+    "carriage", "locker", "suitcase", "desk", "clock", "lamp", "mirror", "piano", "book", "letter",
+    "map", "painting", "statue", "fountain", "lighthouse", "island", "valley", "mountain", "cave",
+    "mine", "tunnel", "gallery", "terminal", "server", "printer", "laboratory", "account",
+    "reservoir", "depot", "platform", "ferry", "observatory", "nursery",
 )  # fmt: skip
 
 PEOPLE = (
-    "Anna", "Peter", "Maria", "John", "Clara", "Henry", "Alice", "George", "Emma", "Thomas", "Lucy", "Charles", "Rose",
-    "Edward", "Helen", "Robert", "Sophia", "William", "Grace", "Arthur", "Julia", "Samuel", "Laura", "David", "Ruth",
-    "Martin", "Nora", "Paul", "Edith", "Frank", "Ida", "Simon", "Vera", "Hugo", "Olga", "Victor", "Agnes", "Oscar",
-    "Mrs. Harris", "Mr. Brown", "Captain Reed", "Doctor Moss", "Professor Lang", "Miss Gray", "Mr. Wood", "Lady Ashton",
-    "Sir James", "Colonel Finch", "Mrs. Cole", "Mr. Patel", "Father Brennan", "Aunt Sarah", "Uncle Ben", "Judge Hale",
-    "Mei", "Ahmed", "Fatima", "Carlos", "Ingrid", "Yuki", "Ivan", "Leila", "Kofi", "Priya", "Dmitri", "Amara", "Pablo",
+    "Anna", "Peter", "Maria", "John", "Clara", "Henry", "Alice", "George", "Emma", "Thomas", "Lucy",
+    "Charles", "Rose", "Edward", "Helen", "Robert", "Sophia", "William", "Grace", "Arthur", "Julia",
+    "Samuel", "Laura", "David", "Ruth", "Martin", "Nora", "Paul", "Edith", "Frank", "Ida", "Simon",
+    "Vera", "Hugo", "Olga", "Victor", "Agnes", "Oscar", "Mrs. Harris", "Mr. Brown", "Captain Reed",
+    "Doctor Moss", "Professor Lang", "Miss Gray", "Mr. Wood", "Lady Ashton", "Sir James",
+    "Colonel Finch", "Mrs. Cole", "Mr. Patel", "Father Brennan", "Aunt Sarah", "Uncle Ben",
+    "Judge Hale", "Mei", "Ahmed", "Fatima", "Carlos", "Ingrid", "Yuki", "Ivan", "Leila", "Kofi",
+    "Priya", "Dmitri", "Amara", "Pablo",
 )  # fmt: skip

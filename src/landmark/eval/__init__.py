@@ -1,1 +1,3 @@
-"""Evaluation: pass key, named facts and perplexity as typed results, their pictures, and the demo."""
+"""Evaluation: pass key, named facts and perplexity as typed results, their pictures, and the
+demo.
+"""

@@ -7,7 +7,8 @@ from typing import Any
 
 
 class Bm25:
-    """An index of documents with bm25s' own settings: Lucene's variant, lower case, English stop words left out.
+    """An index of documents with bm25s' own settings: Lucene's variant, lower case, English stop
+    words left out.
 
     Args:
         texts: the documents.
@@ -22,7 +23,8 @@ class Bm25:
         words = self._words(texts)
         if not any(words):
             raise ValueError(
-                f"BM25: expected documents with words, got {len(texts)} without; pass documents that hold text"
+                f"BM25: expected documents with words, got {len(texts)} without; pass documents "
+                "that hold text"
             )
         self._index = self._bm25s.BM25()
         self._index.index(words, show_progress=False)
@@ -56,6 +58,7 @@ def require_bm25s() -> Any:
         import bm25s
     except ImportError:
         raise ModuleNotFoundError(
-            "BM25: expected the package bm25s, which is not installed: pip install 'landmark-attention[rank]'"
+            "BM25: expected the package bm25s, which is not installed: pip install "
+            "'landmark-attention[rank]'"
         ) from None
     return bm25s

@@ -1,4 +1,5 @@
-"""The main job shown: a long real text, keys hidden in it, answers, and the text that was read for each of them.
+"""The main job shown: a long real text, keys hidden in it, answers, and the text that was read for
+each of them.
 
 One of the memories is saved, opened again and asked once more.
 """
@@ -92,8 +93,10 @@ class Trial:
         answer_seconds: reading the question and writing the answer.
         peak_bytes: see ``Measure``.
         cache_bytes: keys and values remembered.
-        keys_per_query: most keys that one query is compared with in each layer and head, landmarks included.
-        reopened: what its memory did after it was saved and opened; ``None`` where that was not asked for.
+        keys_per_query: most keys that one query is compared with in each layer and head, landmarks
+            included.
+        reopened: what its memory did after it was saved and opened; ``None`` where that was not
+            asked for.
     """
 
     length: int
@@ -118,11 +121,13 @@ def load_text(path: Path | None, tokenizer: Any, progress: Progress | None = Non
         ValueError: empty, no UTF-8 text, or too short to hide keys in.
     """
     text = pydoc_text() if path is None else file_text(path, "--text")
-    filler = made_filler("pydoc" if path is None else str(path), text, tokenizer, progress, "--text")
+    filler = made_filler(
+        "pydoc" if path is None else str(path), text, tokenizer, progress, "--text"
+    )
     if len(filler.ids) < LENGTHS[0]:
         raise ValueError(
-            f"--text: expected a text of at least {LENGTHS[0]} tokens, got {len(filler.ids)} in {filler.name}; "
-            "pass a longer one"
+            f"--text: expected a text of at least {LENGTHS[0]} tokens, got {len(filler.ids)} in "
+            f"{filler.name}; pass a longer one"
         )
     return filler
 
@@ -132,33 +137,47 @@ def lengths_for(filler: Filler) -> tuple[int, ...]:
     return tuple(min(length, len(filler.ids)) for length in LENGTHS)
 
 
-def run_trials(subject: Subject, filler: Filler, seed: int, progress: Progress | None = None) -> Iterator[Trial]:
-    """Hides a pass key among distractor codes at a random place and asks for it, ten times; reopens one memory."""
+def run_trials(
+    subject: Subject, filler: Filler, seed: int, progress: Progress | None = None
+) -> Iterator[Trial]:
+    """Hides a pass key among distractor codes at a random place and asks for it, ten times; reopens
+    one memory.
+    """
     subject.model.read(filler.ids[None, :_WARM_UP].to(subject.device), retrieve=False)
     for number in range(len(LENGTHS)):
         document = build_document(subject, filler, number, seed)
-        yield run_trial(subject, document, reopen=number == compared_number(filler), progress=progress)
+        yield run_trial(
+            subject, document, reopen=number == compared_number(filler), progress=progress
+        )
 
 
 def compared_number(filler: Filler) -> int:
-    """Returns which of the ten documents is reopened and run densely: the one nearest to 32k tokens."""
+    """Returns which of the ten documents is reopened and run densely: the one nearest to 32k
+    tokens.
+    """
     lengths = lengths_for(filler)
     return min(range(len(lengths)), key=lambda number: abs(lengths[number] - DENSE_LENGTH))
 
 
 def build_document(subject: Subject, filler: Filler, number: int, seed: int) -> Episode:
-    """Returns document ``number`` of the ten: one pass key and some named codes at random places of the text."""
-    rng, length = random.Random(f"{seed} {number}"), lengths_for(filler)[number]
+    """Returns document ``number`` of the ten: one pass key and some named codes at random places of
+    the text.
+    """
+    rng = random.Random(f"{seed} {number}")
+    length = lengths_for(filler)[number]
     codes = named_codes(rng, DISTRACTORS, digits=5)
     return build_episode(rng, subject.tokenizer, filler, length, [pass_key(rng)], codes)
 
 
 @torch.no_grad()
-def run_trial(subject: Subject, episode: Episode, *, reopen: bool = False, progress: Progress | None = None) -> Trial:
+def run_trial(
+    subject: Subject, episode: Episode, *, reopen: bool = False, progress: Progress | None = None
+) -> Trial:
     """Reads a document without retrieval, then answers its question with retrieval.
 
     Raises:
-        ValueError: the memory is to be reopened, and there is no room for it in the folder of temporary files.
+        ValueError: the memory is to be reopened, and there is no room for it in the folder of
+            temporary files.
     """
     (question,) = episode.questions
     known = len(question.ids) - question.answered
@@ -171,10 +190,15 @@ def run_trial(subject: Subject, episode: Episode, *, reopen: bool = False, progr
         cache.record = True
         written = _write(subject.model, prompt, cache, question.answered)
     expected = question.ids[known:]
-    length, settings = len(episode.document), subject.model.landmark
-    slots = [slot_of(index, settings.block_size) for index in range(length + known - 1, length + len(question.ids) - 1)]
+    length = len(episode.document)
+    settings = subject.model.landmark
+    slots = [
+        slot_of(index, settings.block_size)
+        for index in range(length + known - 1, length + len(question.ids) - 1)
+    ]
     blocks = tuple(_blocks_read(subject, episode, cache.retrievals, slots))
-    cache.record, cache.retrievals = False, []
+    cache.record = False
+    cache.retrievals = []
     cache.crop(length)
     return Trial(
         length=length,
@@ -194,8 +218,11 @@ def run_trial(subject: Subject, episode: Episode, *, reopen: bool = False, progr
 
 
 @torch.no_grad()
-def reopened(subject: Subject, cache: LandmarkCache, prompt: Tensor, written: list[int]) -> Reopened:
-    """Saves a memory to a folder of temporary files, opens it on tier ``disk`` and asks it on a fork.
+def reopened(
+    subject: Subject, cache: LandmarkCache, prompt: Tensor, written: list[int]
+) -> Reopened:
+    """Saves a memory to a folder of temporary files, opens it on tier ``disk`` and asks it on a
+    fork.
 
     Args:
         subject: the model that it was made by.
@@ -245,7 +272,8 @@ def _blocks_read(
     per_block = subject.model.landmark.block_size - 1
     place = episode.places[0]
     for block in sorted(weights, key=lambda index: -weights[index]):
-        first, last = block * per_block, (block + 1) * per_block
+        first = block * per_block
+        last = (block + 1) * per_block
         text = subject.tokenizer.decode(episode.document[first:last].tolist())
         middle = (first + last) / 2 / len(episode.document)
         has_fact = first < place.stop and place.start < last
@@ -253,7 +281,9 @@ def _blocks_read(
 
 
 def recorded_twin(length: int) -> PasskeyRow | None:
-    """Returns the bundled twin's recorded pass-key row at the length nearest to ``length``, if there is one."""
+    """Returns the bundled twin's recorded pass-key row at the length nearest to ``length``, if
+    there is one.
+    """
     path = model_path() / FIGURES
     if not path.is_file():
         return None
@@ -272,19 +302,42 @@ def draw(trials: Sequence[Trial], dense: DenseRun | None, path: Path) -> None:
     for row, trial in enumerate(trials):
         left.barh(row, 1.0, height=0.7, color="0.92")
         for block in trial.blocks:
-            left.plot(block.place, row, "o", color="tab:blue", alpha=0.6, markersize=3 + 12 * block.share**0.5)
+            left.plot(
+                block.place,
+                row,
+                "o",
+                color="tab:blue",
+                alpha=0.6,
+                markersize=3 + 12 * block.share**0.5,
+            )
         color = "tab:green" if trial.right else "tab:red"
-        left.plot(trial.place / trial.length, row, "|", color=color, markersize=18, markeredgewidth=2)
+        left.plot(
+            trial.place / trial.length, row, "|", color=color, markersize=18, markeredgewidth=2
+        )
     left.set_yticks(range(len(trials)), [f"{trial.length:,}" for trial in trials])
     left.invert_yaxis()
     left.set(xlabel="place in the document", ylabel="text tokens", xlim=(-0.02, 1.02))
     left.set_title("bar: the key (green: answered right); dots: blocks that were read")
     lengths = [trial.length for trial in trials]
-    right.plot(lengths, [trial.read_seconds for trial in trials], "o-", label="landmark: read the document")
-    right.plot(lengths, [trial.answer_seconds for trial in trials], "o-", label="landmark: question and answer")
+    right.plot(
+        lengths, [trial.read_seconds for trial in trials], "o-", label="landmark: read the document"
+    )
+    right.plot(
+        lengths,
+        [trial.answer_seconds for trial in trials],
+        "o-",
+        label="landmark: question and answer",
+    )
     if dense is not None:
-        right.plot(dense.length, dense.read_seconds, "s", label="same weights, dense: read the document")
-        right.plot(dense.length, dense.answer_seconds, "D", label="same weights, dense: question and answer")
+        right.plot(
+            dense.length, dense.read_seconds, "s", label="same weights, dense: read the document"
+        )
+        right.plot(
+            dense.length,
+            dense.answer_seconds,
+            "D",
+            label="same weights, dense: question and answer",
+        )
     right.set(xscale="log", yscale="log", xlabel="text tokens", ylabel="seconds")
     right.set_title("time")
     right.grid(alpha=0.3)

@@ -40,13 +40,17 @@ class DenseRun:
 
 
 def dense_model(model: Any) -> Any:
-    """Returns the stock model of a landmark model's family with the same weights (shared, not copied)."""
+    """Returns the stock model of a landmark model's family with the same weights (shared, not
+    copied).
+    """
     stock: Any = family(model.config.model_type.removeprefix(PREFIX)).stock_causal_lm
     fields = model.config.to_dict()
     for name in ("landmark", "model_type", "architectures", "auto_map", "dtype"):
         fields.pop(name, None)
     dense = stock(stock.config_class.from_dict(fields))
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name in dense.state_dict()}
+    weights = {
+        name: tensor for name, tensor in model.state_dict().items() if name in dense.state_dict()
+    }
     dense.load_state_dict(weights, assign=True)
     dense.tie_weights()
     return dense.to(model.device).eval()
@@ -64,7 +68,12 @@ def run_dense(subject: Subject, episode: Episode) -> DenseRun:
     written: list[int] = []
     with measured(subject.device) as whole:
         with measured(subject.device) as reading:
-            dense(episode.document[None].to(subject.device), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+            dense(
+                episode.document[None].to(subject.device),
+                **{CACHE: cache},
+                use_cache=True,
+                logits_to_keep=1,
+            )
         cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         ids = torch.tensor([question.ids[:known]], device=subject.device)
         while len(written) < question.answered:

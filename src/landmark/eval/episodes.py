@@ -1,4 +1,6 @@
-"""Documents with facts dropped into a filler at random token places, and the questions about them."""
+"""Documents with facts dropped into a filler at random token places, and the questions about
+them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from landmark.eval.fillers import Filler
 BUCKETS = 10
 _NAMES = (
     "north south east west old new red blue green white black upper lower inner outer great",
-    "gate tower bridge harbour garden library chapel mill stable cellar market school lodge barn quay forge",
+    "gate tower bridge harbour garden library chapel mill stable cellar market school lodge barn "
+    "quay forge",
 )
 
 
@@ -54,7 +57,10 @@ def named_codes(rng: random.Random, count: int, digits: int = 4) -> list[Fact]:
     qualities, things = (words.split() for words in _NAMES)
     names = [f"{quality} {thing}" for quality in qualities for thing in things]
     if count > len(names):
-        raise ValueError(f"named codes: expected at most {len(names)} in one document, got {count}; ask for fewer")
+        raise ValueError(
+            f"named codes: expected at most {len(names)} in one document, got {count}; ask for "
+            "fewer"
+        )
     codes = rng.sample(range(10 ** (digits - 1), 10**digits), count)
     return [
         Fact(
@@ -117,15 +123,18 @@ def build_episode(
     room = length - len(start_ids) - sum(map(len, statements))
     if room < 0:
         raise ValueError(
-            f"--lengths: expected at least {length - room} text tokens for {len(statements)} facts, got {length}; "
-            "pass greater lengths or fewer facts"
+            f"--lengths: expected at least {length - room} text tokens for {len(statements)} "
+            f"facts, got {length}; pass greater lengths or fewer facts"
         )
     cuts = [rng.randint(0, room) for _ in statements]
     if bucket is not None:
         cuts[0] = min(room, int((bucket + rng.random()) / BUCKETS * (room + 1)))
     order = sorted(range(len(statements)), key=lambda index: cuts[index])
     stream = filler.take(0 if filler.name == "paper" else rng.randrange(len(filler.ids)), room)
-    parts, places, done, at = [torch.tensor(start_ids, dtype=torch.long)], {}, 0, len(start_ids)
+    parts = [torch.tensor(start_ids, dtype=torch.long)]
+    places = {}
+    done = 0
+    at = len(start_ids)
     for index in order:
         parts += [stream[done : cuts[index]], torch.tensor(statements[index], dtype=torch.long)]
         places[index] = range(at + cuts[index], at + cuts[index] + len(statements[index]))

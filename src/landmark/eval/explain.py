@@ -31,7 +31,8 @@ def explain(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Explanation:
-    """Reads a text without retrieval, asks a question with it, and says what was read for each token of the answer.
+    """Reads a text without retrieval, asks a question with it, and says what was read for each
+    token of the answer.
 
     Args:
         model: a landmark model.
@@ -44,9 +45,14 @@ def explain(
         ValueError: a plain model, no text, an empty question, no new tokens, or a slow tokenizer.
     """
     if not hasattr(model, "landmark"):
-        raise ValueError(f"model: expected a landmark model, got {type(model).__name__}; use landmark.convert")
+        raise ValueError(
+            f"model: expected a landmark model, got {type(model).__name__}; use landmark.convert"
+        )
     named = [("text", text)] if isinstance(text, str) else text
-    sources = [Source(without_surrogates(name), without_surrogates(characters)) for name, characters in named]
+    sources = [
+        Source(without_surrogates(name), without_surrogates(characters))
+        for name, characters in named
+    ]
     return explain_sources(model, tokenizer, sources, question, max_new_tokens=max_new_tokens)
 
 
@@ -74,7 +80,9 @@ def explain_sources(
     """
     asked = _question_ids(tokenizer, question, max_new_tokens)
     reading = read_sources(sources, tokenizer, progress)
-    cache = read_reporting(model, reading.ids[None].to(model.device), retrieve=False, progress=progress)
+    cache = read_reporting(
+        model, reading.ids[None].to(model.device), retrieve=False, progress=progress
+    )
     if progress is not None:
         progress("answering", 0, 0)
     return _explained(model, tokenizer, cache, reading, question, asked, max_new_tokens)
@@ -105,17 +113,22 @@ def explain_memory(
     length = len(reading.ids)
     if memory.tokens != [length] or memory.get_seq_length() != length:
         raise ValueError(
-            f"memory: expected one row of the {length} text tokens of the reading, without padding, got rows of "
-            f"{memory.tokens} in {memory.get_seq_length()} columns; pass what was read into it, and nothing more"
+            f"memory: expected one row of the {length} text tokens of the reading, without "
+            f"padding, got rows of {memory.tokens} in {memory.get_seq_length()} columns; pass "
+            "what was read into it, and nothing more"
         )
     asked = _question_ids(tokenizer, question, max_new_tokens)
     return _explained(model, tokenizer, memory.fork(), reading, question, asked, max_new_tokens)
 
 
 def _question_ids(tokenizer: Any, question: str, most: int) -> Tensor:
-    """The tokens of a question that goes on from the texts; checks what is asked for, before anything is read."""
+    """The tokens of a question that goes on from the texts; checks what is asked for, before
+    anything is read.
+    """
     if most < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {most}; pass for example {MAX_NEW_TOKENS}")
+        raise ValueError(
+            f"max_new_tokens: expected at least 1, got {most}; pass for example {MAX_NEW_TOKENS}"
+        )
     ids = torch.from_numpy(encode(tokenizer, without_surrogates(question), continues=True).ids)
     if len(ids) == 0:
         raise ValueError("question: expected at least one token, got an empty text; ask something")
@@ -123,33 +136,48 @@ def _question_ids(tokenizer: Any, question: str, most: int) -> Tensor:
 
 
 def _explained(
-    model: Any, tokenizer: Any, cache: LandmarkCache, reading: Reading, question: str, asked: Tensor, most: int
+    model: Any,
+    tokenizer: Any,
+    cache: LandmarkCache,
+    reading: Reading,
+    question: str,
+    asked: Tensor,
+    most: int,
 ) -> Explanation:
-    cache.record, cache.retrievals = True, []
+    cache.record = True
+    cache.retrievals = []
     ids = torch.cat((reading.ids, asked))[None].to(model.device)
     with torch.no_grad():
         whole = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=most, do_sample=False
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=most,
+            do_sample=False,
         )
     written = _without_end(whole[0, ids.shape[1] :].tolist(), model.generation_config.eos_token_id)
     texts = list(token_texts(tokenizer, written, asked.tolist()))
     size = model.landmark.block_size
     slots = [slot_of(ids.shape[1] - 1 + index, size) for index in range(len(written))]
     shares = block_shares(cache.retrievals, slots)
-    steps = (Step(text, spans_of(share, reading, size - 1)) for text, share in zip(texts, shares, strict=True))
+    steps = (
+        Step(text, spans_of(share, reading, size - 1))
+        for text, share in zip(texts, shares, strict=True)
+    )
     return Explanation(reading.sources, question, "".join(texts), tuple(steps))
 
 
 def block_shares(retrievals: Iterable[Retrieval], slots: Sequence[int]) -> list[dict[int, float]]:
-    """Returns the share of the attention that each retrieved block got from the queries at some slots.
+    """Returns the share of the attention that each retrieved block got from the queries at some
+    slots.
 
     Args:
         retrievals: what a cache of one row recorded.
         slots: of the queries; the token after a query is what it gave.
 
     Returns:
-        for each slot the blocks, by index, and the mean of their gate weights over layers and heads (layers that
-        retrieve nothing are counted).
+        for each slot the blocks, by index, and the mean of their gate weights over layers and heads
+        (layers that retrieve nothing are counted).
     """
     index = {slot: number for number, slot in enumerate(slots)}
     sums: list[dict[int, float]] = [{} for _ in slots]
@@ -160,7 +188,10 @@ def block_shares(retrievals: Iterable[Retrieval], slots: Sequence[int]) -> list[
                 number = index[slot]
                 readers[number] += retrieval.blocks.shape[1]
                 _add(sums[number], retrieval.blocks[0, :, column], retrieval.weights[0, :, column])
-    return [{block: total / count for block, total in of.items()} for of, count in zip(sums, readers, strict=True)]
+    return [
+        {block: total / count for block, total in of.items()}
+        for of, count in zip(sums, readers, strict=True)
+    ]
 
 
 def _add(sums: dict[int, float], blocks: Tensor, weights: Tensor) -> None:
@@ -174,14 +205,18 @@ def _add(sums: dict[int, float], blocks: Tensor, weights: Tensor) -> None:
 
 def spans_of(shares: dict[int, float], reading: Reading, text_per_block: int) -> tuple[Span, ...]:
     """Returns the blocks, by place, that hold text of the sources, with their characters."""
-    spans = (Span(block, *reading.of_block(block, text_per_block), shares[block]) for block in sorted(shares))
+    spans = (
+        Span(block, *reading.of_block(block, text_per_block), shares[block])
+        for block in sorted(shares)
+    )
     return tuple(span for span in spans if span.begin < span.end)
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> Iterator[str]:
     """Yields the text of each token; joined, they are what ``continuation`` returns.
 
-    A token whose bytes make a character only with those of the next has none, the last of them has the character.
+    A token whose bytes make a character only with those of the next has none, the last of them has
+    the character.
     """
     done = 0
     for end in range(1, len(ids) + 1):
@@ -199,7 +234,8 @@ def _without_end(ids: list[int], end: int | list[int] | None) -> list[int]:
 
 
 def file_sources(files: Iterable[Path], progress: Progress | None = None) -> list[Source]:
-    """Returns text files by their paths: those named, those below folders (.txt), each row of JSONL files.
+    """Returns text files by their paths: those named, those below folders (.txt), each row of JSONL
+    files.
 
     Args:
         files: files and folders.
@@ -212,7 +248,9 @@ def file_sources(files: Iterable[Path], progress: Progress | None = None) -> lis
     found: list[Path] = []
     for file in files:
         if not file.exists():
-            raise FileNotFoundError(f"FILES: expected text files or folders of .txt files, got {file}: no such file")
+            raise FileNotFoundError(
+                f"FILES: expected text files or folders of .txt files, got {file}: no such file"
+            )
         found += (sorted(text_files(file)) if file.is_dir() else []) or [file]
     return [
         Source(from_arguments(str(file.parent / each.title)), each.text)

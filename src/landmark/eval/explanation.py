@@ -33,7 +33,8 @@ class Step:
     """What was retrieved by the query that gave one token.
 
     Attributes:
-        token: text of the token; empty where its bytes make a character only with those of the next.
+        token: text of the token; empty where its bytes make a character only with those of the
+            next.
         spans: retrieved blocks that hold text of the sources, by place.
     """
 
@@ -42,7 +43,9 @@ class Step:
 
     @property
     def rest(self) -> float:
-        """Share of what is seen without retrieval: the nearest text, the question and the answer so far."""
+        """Share of what is seen without retrieval: the nearest text, the question and the answer so
+        far.
+        """
         return max(0.0, 1.0 - sum(span.weight for span in self.spans))
 
 
@@ -56,9 +59,9 @@ class Passage:
         begin: its first character, counted over all sources.
         end: the one after its last.
         text: its characters.
-        weight: share of the attention of its strongest block, so that many weak blocks do not outweigh the one that was
-            read. A block across the border of two sources is part of a passage in both: which part was read is not
-            known.
+        weight: share of the attention of its strongest block, so that many weak blocks do not
+            outweigh the one that was read. A block across the border of two sources is part of a
+            passage in both: which part was read is not known.
     """
 
     source: str
@@ -90,7 +93,9 @@ class Explanation:
         sums: dict[int, Span] = {}
         for span in itertools.chain.from_iterable(step.spans for step in self.steps):
             before = sums[span.block].weight if span.block in sums else 0.0
-            sums[span.block] = Span(span.block, span.begin, span.end, before + span.weight / len(self.steps))
+            sums[span.block] = Span(
+                span.block, span.begin, span.end, before + span.weight / len(self.steps)
+            )
         return tuple(sums[block] for block in sorted(sums))
 
     def passages(self, step: int | None = None, count: int = PASSAGES) -> tuple[Passage, ...]:
@@ -106,7 +111,9 @@ class Explanation:
         return tuple(sorted(passages, key=lambda passage: -passage.weight))
 
     def html(self) -> str:
-        """Returns a page that shows the text with its heat, token by token; it needs nothing but itself."""
+        """Returns a page that shows the text with its heat, token by token; it needs nothing but
+        itself.
+        """
         from landmark.eval.heat import page
 
         return page(self)
@@ -117,10 +124,15 @@ def _passages(spans: Sequence[Span], sources: Sequence[Source]) -> Iterator[Pass
     for source in sources:
         end = start + len(source.text)
         inside = [span for span in spans if span.begin < end and span.end > start]
-        for _, group in itertools.groupby(enumerate(inside), key=lambda pair: pair[1].block - pair[0]):
+        for _, group in itertools.groupby(
+            enumerate(inside), key=lambda pair: pair[1].block - pair[0]
+        ):
             run = [span for _, span in group]
-            first, last = max(run[0].begin, start) - start, min(run[-1].end, end) - start
+            first = max(run[0].begin, start) - start
+            last = min(run[-1].end, end) - start
             weight = max(span.weight for span in run)
             text = source.text[first:last]
-            yield Passage(source.name, source.line(first), start + first, start + last, text, weight)
+            yield Passage(
+                source.name, source.line(first), start + first, start + last, text, weight
+            )
         start = end

@@ -23,7 +23,8 @@ class Filler:
     Attributes:
         name: ``paper``, ``pydoc`` or a path.
         ids: ``(n,)`` int64, the first round, as it begins a row.
-        again: ``(m,)`` int64, every further round, as it goes on from the one before; ``None`` for the same.
+        again: ``(m,)`` int64, every further round, as it goes on from the one before; ``None`` for
+            the same.
     """
 
     name: str
@@ -41,8 +42,8 @@ def load_filler(name: str, tokenizer: Any, progress: Progress | None = None) -> 
     """Tokenises a filler once.
 
     Args:
-        name: ``paper`` (the paper's sentence), ``pydoc`` (the Python language reference that every Python carries), or
-            a text file or folder of .txt files.
+        name: ``paper`` (the paper's sentence), ``pydoc`` (the Python language reference that every
+            Python carries), or a text file or folder of .txt files.
         tokenizer: of transformers, a fast one.
         progress: called while a long text is tokenised.
 
@@ -70,7 +71,10 @@ def made_filler(
     """
     first = tokenize(text, tokenizer, progress=progress)
     if len(first) == 0:
-        raise ValueError(f"{option}: expected a text of at least one token, got none in {name}; pass another text")
+        raise ValueError(
+            f"{option}: expected a text of at least one token, got none in {name}; pass another "
+            "text"
+        )
     if not encoder_of(tokenizer).prefixes:
         return Filler(name, first)
     return Filler(name, first, tokenize(text, tokenizer, continues=True, progress=progress))
@@ -84,7 +88,8 @@ def pydoc_text() -> str:
 
 
 def file_text(path: Path, option: str) -> str:
-    """Returns the text of a file or of a folder of .txt files (of its ``test`` part, where it is divided).
+    """Returns the text of a file or of a folder of .txt files (of its ``test`` part, where it is
+    divided).
 
     Raises:
         FileNotFoundError: nothing there; the message begins with ``option``.
@@ -93,11 +98,16 @@ def file_text(path: Path, option: str) -> str:
     if not path.exists():
         others = "paper, pydoc, " if option == "--filler" else ""
         raise FileNotFoundError(
-            f"{option}: expected {others}a text file or a folder of .txt files, got {path}, which does not exist"
+            f"{option}: expected {others}a text file or a folder of .txt files, got {path}, which "
+            "does not exist"
         )
     return "\n\n".join(document.text for document in read_documents(path, split="test"))
 
 
-def tokenize(text: str, tokenizer: Any, *, continues: bool = False, progress: Progress | None = None) -> Tensor:
-    """Returns the token ids of a text of any length ``(n,)`` as ``landmark.data.tokenizer.encode`` does."""
+def tokenize(
+    text: str, tokenizer: Any, *, continues: bool = False, progress: Progress | None = None
+) -> Tensor:
+    """Returns the token ids of a text of any length ``(n,)`` as ``landmark.data.tokenizer.encode``
+    does.
+    """
     return torch.from_numpy(encode(tokenizer, text, continues=continues, progress=progress).ids)

@@ -14,7 +14,8 @@ from landmark.eval.passkey import READS
 from landmark.eval.reading import read_reporting
 from landmark.eval.subjects import Subject
 
-COLDEST, HOTTEST = 1e-4, 1e4  # of sampling; beyond, probabilities are no numbers
+COLDEST = 1e-4
+HOTTEST = 1e4  # of sampling; beyond, probabilities are no numbers
 
 
 def continue_text(
@@ -34,7 +35,8 @@ def continue_text(
         subject: the model.
         prompt: text to go on from, not empty.
         file: text of any length that comes before the prompt.
-        read: ``local`` reads the file without retrieval, ``retrieve`` with; the prompt always retrieves.
+        read: ``local`` reads the file without retrieval, ``retrieve`` with; the prompt always
+            retrieves.
         max_new_tokens: at most so many tokens.
         temperature: of sampling; 0 takes the most probable token.
         seed: of sampling.
@@ -45,21 +47,30 @@ def continue_text(
         FileNotFoundError: no such file.
     """
     if read not in READS:
-        raise ValueError(f"--read: expected one of {', '.join(READS)}, got {read!r}; pass --read local")
+        raise ValueError(
+            f"--read: expected one of {', '.join(READS)}, got {read!r}; pass --read local"
+        )
     if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens: expected at least 1, got {max_new_tokens}; pass for example 64")
+        raise ValueError(
+            f"--max-new-tokens: expected at least 1, got {max_new_tokens}; pass for example 64"
+        )
     if temperature != 0 and not COLDEST <= temperature <= HOTTEST:
         raise ValueError(
-            f"--temperature: expected at least 0, and for sampling {COLDEST:g} to {HOTTEST:g}, got {temperature}; 0 "
-            "takes the most probable token"
+            f"--temperature: expected at least 0, and for sampling {COLDEST:g} to {HOTTEST:g}, "
+            f"got {temperature}; 0 takes the most probable token"
         )
     tokenizer = subject.tokenizer
     document = torch.tensor(row_start(tokenizer), dtype=torch.long)
     question = tokenize(prompt, tokenizer, continues=file is not None)
     if len(question) == 0 and (file is not None or len(document) == 0):
-        raise ValueError("PROMPT: expected a text of at least one token, got an empty one; write where to go on from")
+        raise ValueError(
+            "PROMPT: expected a text of at least one token, got an empty one; write where to go "
+            "on from"
+        )
     if file is not None:
-        document = torch.cat((document, tokenize(file_text(file, "--file"), tokenizer, progress=progress)))
+        document = torch.cat(
+            (document, tokenize(file_text(file, "--file"), tokenizer, progress=progress))
+        )
     ids = torch.cat((document, question))[None].to(subject.device)
     arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
@@ -75,4 +86,6 @@ def continue_text(
     with torch.no_grad():
         written = subject.model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
     row = written[0].tolist()
-    return continuation(tokenizer, row[ids.shape[1] :], row[: ids.shape[1]], skip_special_tokens=True)
+    return continuation(
+        tokenizer, row[ids.shape[1] :], row[: ids.shape[1]], skip_special_tokens=True
+    )

@@ -20,7 +20,8 @@ LEAST = 0.0005  # shares below it are left out of the page
 def page(explanation: Explanation) -> str:
     """Returns the page; its look and its script are in ``heat.html`` beside this file.
 
-    The text is cut wherever a block that was read begins or ends, so that a page is not much larger than its text.
+    The text is cut wherever a block that was read begins or ends, so that a page is not much larger
+    than its text.
     """
     cuts = _cuts(explanation)
     parts = {
@@ -28,8 +29,15 @@ def page(explanation: Explanation) -> str:
         "text": "".join(_sections(explanation.sources, cuts)),
         "data": json.dumps(_data(explanation, cuts), separators=(",", ":")).replace("<", "\\u003c"),
     }
-    before = resources.files("landmark.eval").joinpath("heat.html").read_text(encoding="utf-8").split("@@")
-    return "".join(parts.get(part, part) if number % 2 else part for number, part in enumerate(before))
+    before = (
+        resources.files("landmark.eval")
+        .joinpath("heat.html")
+        .read_text(encoding="utf-8")
+        .split("@@")
+    )
+    return "".join(
+        parts.get(part, part) if number % 2 else part for number, part in enumerate(before)
+    )
 
 
 def _cuts(explanation: Explanation) -> list[int]:
@@ -45,7 +53,9 @@ def _cuts(explanation: Explanation) -> list[int]:
 def _sections(sources: Sequence[Source], cuts: Sequence[int]) -> Iterable[str]:
     start = 0
     for source in sources:
-        inside = cuts[bisect.bisect_left(cuts, start) : bisect.bisect_right(cuts, start + len(source.text))]
+        inside = cuts[
+            bisect.bisect_left(cuts, start) : bisect.bisect_right(cuts, start + len(source.text))
+        ]
         ends = [cut - start for cut in inside]
         pieces = (_escaped(source.text[a:b]) for a, b in itertools.pairwise(ends))
         yield f"<section><h2>{_escaped(source.name)}</h2>\n<div class='text' dir='auto'>"
@@ -55,7 +65,8 @@ def _sections(sources: Sequence[Source], cuts: Sequence[int]) -> Iterable[str]:
 
 
 def _escaped(text: str) -> str:
-    """Text as HTML; a carriage return by its number, as the parser of a page would make a line end of it.
+    """Text as HTML; a carriage return by its number, as the parser of a page would make a line end
+    of it.
 
     Other control characters become U+FFFD, as many characters as there were.
     """
@@ -64,7 +75,9 @@ def _escaped(text: str) -> str:
 
 
 def _data(explanation: Explanation, cuts: Sequence[int]) -> dict[str, Any]:
-    """What the script knows: the tokens and, for the whole answer and then for each of them, what was read."""
+    """What the script knows: the tokens and, for the whole answer and then for each of them, what
+    was read.
+    """
     count = len(explanation.steps)
     spans = [explanation.spans(), *(step.spans for step in explanation.steps)]
     passages = [explanation.passages(), *(explanation.passages(step) for step in range(count))]
@@ -87,4 +100,8 @@ def _data(explanation: Explanation, cuts: Sequence[int]) -> dict[str, Any]:
 
 def _placed(part: Span | Passage, cuts: Sequence[int]) -> list[Any]:
     """First piece, the one after the last, and the share."""
-    return [bisect.bisect_left(cuts, part.begin), bisect.bisect_left(cuts, part.end), round(part.weight, 4)]
+    return [
+        bisect.bisect_left(cuts, part.begin),
+        bisect.bisect_left(cuts, part.end),
+        round(part.weight, 4),
+    ]

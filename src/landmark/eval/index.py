@@ -1,7 +1,8 @@
-"""What an index finds among the landmarks of one layer, and how fast: recall and time beside scoring every one.
+"""What an index finds among the landmarks of one layer, and how fast: recall and time beside
+scoring every one.
 
-Landmarks and queries are recorded while a model reads text. Where more landmarks are asked for than were recorded, the
-rest are copies of these with noise, and the time alone is measured.
+Landmarks and queries are recorded while a model reads text. Where more landmarks are asked for than
+were recorded, the rest are copies of these with noise, and the time alone is measured.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from landmark.ops.select import best_of
 
 NOISE = 0.1
 ARRIVING = 1024  # landmarks that are added at once
-SECONDS, LEAST = 2.0, 5  # a time is the median of so many seconds of trials, of so many at least
+SECONDS = 2.0
+LEAST = 5  # a time is the median of so many seconds of trials, of so many at least
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,15 @@ class IndexTask:
         }
         for name, values in numbers.items():
             if not values or min(values) < 1:
-                raise ValueError(f"{name}: expected integers of at least 1, got {list(values)}; pass for example 256")
+                raise ValueError(
+                    f"{name}: expected integers of at least 1, got {list(values)}; pass for "
+                    "example 256"
+                )
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds:
-            raise ValueError(f"--index: expected some of {', '.join(KINDS)}, got {list(self.kinds)}")
+            raise ValueError(
+                f"--index: expected some of {', '.join(KINDS)}, got {list(self.kinds)}"
+            )
         if set(self.kinds) != {"exact"}:
             require_faiss()
 
@@ -78,7 +85,8 @@ class Recorded:
 
     Attributes:
         keys: ``(G, N, D)`` landmark keys.
-        query: ``(G, R, Q, D)`` queries of the text behind them, scaled, turned to where old landmarks are scored.
+        query: ``(G, R, Q, D)`` queries of the text behind them, scaled, turned to where old
+            landmarks are scored.
     """
 
     keys: Tensor
@@ -92,9 +100,15 @@ class _RecordingMemory(LayerMemory):
     query: Tensor | None = None
     wanted = 1
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scale: float, **rest: Any) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scale: float, **rest: Any
+    ) -> Any:
         """Attends as ``LayerMemory.attend`` does."""
-        turned = old_queries(self, query[:, :, -self.wanted :], _last(plan, self.wanted), scale)[0].float().cpu()
+        turned = (
+            old_queries(self, query[:, :, -self.wanted :], _last(plan, self.wanted), scale)[0]
+            .float()
+            .cpu()
+        )
         latest = turned if self.query is None else torch.cat((self.query, turned), dim=1)
         self.query = latest[:, -self.wanted :]
         done = super().attend(query, key, value, plan, scale=scale, **rest)
@@ -110,18 +124,22 @@ def _last(plan: Plan, wanted: int) -> Plan:
 class _RecordingCache(LandmarkCache):
     def __init__(self, config: Any, layer: int, wanted: int) -> None:
         super().__init__(config)
-        self._layer, self._wanted = layer, wanted
+        self._layer = layer
+        self._wanted = wanted
 
     def memory(self, layer: int, tables: RotationTables) -> LayerMemory:
         """Returns layer ``layer``'s memory, made at its first use."""
         if layer == self._layer and self.memories[layer] is None:
             made = self.memories[layer] = _RecordingMemory(self.settings, tables, layer)
-            made.keys, made.wanted = [], self._wanted
+            made.keys = []
+            made.wanted = self._wanted
         return super().memory(layer, tables)
 
 
 @torch.no_grad()
-def record(subject: Subject, ids: Tensor, layer: int, queries: int, progress: Progress | None = None) -> Recorded:
+def record(
+    subject: Subject, ids: Tensor, layer: int, queries: int, progress: Progress | None = None
+) -> Recorded:
     """Reads a text without retrieval and records landmarks that are old for the queries of its end.
 
     Args:
@@ -135,17 +153,21 @@ def record(subject: Subject, ids: Tensor, layer: int, queries: int, progress: Pr
         ValueError: no landmark model, or a text too short for one landmark.
     """
     config = subject.model.landmark
-    with subject.configured(mode="retrieval", positions="stingy", local="blocks", layers=(), max_blocks=None):
+    with subject.configured(
+        mode="retrieval", positions="stingy", local="blocks", layers=(), max_blocks=None
+    ):
         cache = _RecordingCache(subject.model.config, layer, queries)
-        read_into_memory(subject, ids[None].to(subject.device), retrieve=False, cache=cache, progress=progress)
+        read_into_memory(
+            subject, ids[None].to(subject.device), retrieve=False, cache=cache, progress=progress
+        )
     memory = cache.memories[layer]
     assert isinstance(memory, _RecordingMemory) and memory.query is not None
     keys = torch.cat(memory.keys, dim=1)
     old = keys.shape[1] - config.local_blocks - config.top_k - -(-queries // config.block_size)
     if old < 1:
         raise ValueError(
-            f"--data: expected a text longer than the {queries} queries and what is local to them, got {len(ids)} "
-            "tokens; pass a longer text or fewer --queries"
+            f"--data: expected a text longer than the {queries} queries and what is local to "
+            f"them, got {len(ids)} tokens; pass a longer text or fewer --queries"
         )
     return Recorded(keys[:, :old], torch.unflatten(memory.query, 0, (len(keys), -1)))
 
@@ -169,27 +191,41 @@ def run(
         progress: called while texts are tokenised and read, and before each index.
 
     Raises:
-        ValueError: no landmark model, a layer that it has not or whose landmarks are all equal, or too short a text.
+        ValueError: no landmark model, a layer that it has not or whose landmarks are all equal, or
+            too short a text.
     """
     require_landmark(subject)
     layer = _layer(subject, task.layer)
     config = subject.model.landmark
-    blocks = max(task.landmarks) + config.local_blocks + config.top_k + -(-task.queries // config.block_size)
+    blocks = (
+        max(task.landmarks)
+        + config.local_blocks
+        + config.top_k
+        + -(-task.queries // config.block_size)
+    )
     needed = blocks * config.text_per_block
     most = needed if task.max_tokens is None else min(needed, task.max_tokens)
     ids = _tokens(texts, subject.tokenizer, most, progress)
     if len(ids) == 0:
-        raise ValueError(f"--data: expected a text of at least one token, got none in {data}; pass another text")
+        raise ValueError(
+            f"--data: expected a text of at least one token, got none in {data}; pass another text"
+        )
     recorded = record(subject, ids, layer, task.queries, progress)
     rows = []
     for landmarks in sorted(task.landmarks):
         real = min(landmarks, recorded.keys.shape[1])
         found = recorded if real == landmarks else with_copies(recorded, landmarks, task.seed)
-        right = None if real < landmarks else exact(found.query, found.keys[:, :landmarks], config.top_k)
+        right = (
+            None
+            if real < landmarks
+            else exact(found.query, found.keys[:, :landmarks], config.top_k)
+        )
         for kind in task.kinds:
             if progress is not None:
                 progress(f"measuring {kind} with {landmarks:,} landmarks", 0, 0)
-            measured = _measure(kind, Recorded(found.keys[:, :landmarks], found.query), config.top_k, right)
+            measured = _measure(
+                kind, Recorded(found.keys[:, :landmarks], found.query), config.top_k, right
+            )
             rows.append(
                 IndexRow(
                     index=kind,
@@ -213,7 +249,8 @@ def run(
 
 
 def _tokens(texts: Iterable[str], tokenizer: Any, most: int, progress: Progress | None) -> Tensor:
-    parts, count = [torch.empty(0, dtype=torch.long)], 0
+    parts = [torch.empty(0, dtype=torch.long)]
+    count = 0
     for text in texts:
         parts.append(tokenize(text, tokenizer, continues=count > 0, progress=progress))
         count += len(parts[-1])
@@ -227,14 +264,16 @@ def _layer(subject: Subject, layer: int | None) -> int:
     layers = subject.model.config.num_hidden_layers
     if layer is not None and not 1 <= layer < layers:
         raise ValueError(
-            f"--layer: expected 1 to {layers - 1}, got {layer}; the landmarks of layer 0 are all equal, no index "
-            "serves it"
+            f"--layer: expected 1 to {layers - 1}, got {layer}; the landmarks of layer 0 are all "
+            "equal, no index serves it"
         )
     return layers // 2 if layer is None else layer
 
 
 def with_copies(recorded: Recorded, landmarks: int, seed: int) -> Recorded:
-    """Returns one head with copies of its landmarks, up to so many, the noise in each column that of the column."""
+    """Returns one head with copies of its landmarks, up to so many, the noise in each column that
+    of the column.
+    """
     keys = recorded.keys[0]
     copies = keys[torch.arange(landmarks) % len(keys)]
     spread = NOISE * keys.std(0, unbiased=False)
@@ -246,16 +285,21 @@ def with_copies(recorded: Recorded, landmarks: int, seed: int) -> Recorded:
 
 
 def exact(query: Tensor, keys: Tensor, top_k: int) -> Tensor:
-    """The ``top_k`` best of ``keys (G, N, D)`` for ``query (G, R, Q, D)`` as a memory finds them, ``(G, R, Q, K)``."""
+    """The ``top_k`` best of ``keys (G, N, D)`` for ``query (G, R, Q, D)`` as a memory finds them,
+    ``(G, R, Q, K)``.
+    """
     flat = query.flatten(1, 2)
     at_once = max(1, SLAB_BYTES["cpu"] // (COPIES * 4 * flat.shape[0] * flat.shape[1]))
-    found = best_of(lambda i, j: flat @ keys[:, i:j].transpose(-1, -2), keys.shape[1], top_k, at_once)[1]
+    found = best_of(
+        lambda i, j: flat @ keys[:, i:j].transpose(-1, -2), keys.shape[1], top_k, at_once
+    )[1]
     return found.view(*query.shape[:3], -1)
 
 
 def _measure(kind: str, recorded: Recorded, top_k: int, right: Tensor | None) -> dict[str, Any]:
     """The fields of a row that are measured."""
-    query, keys = recorded.query, recorded.keys
+    query = recorded.query
+    keys = recorded.keys
     begin = time.perf_counter()
     indexes = [] if kind == "exact" else [_build(kind, head) for head in keys]
     built = time.perf_counter() - begin
@@ -263,7 +307,10 @@ def _measure(kind: str, recorded: Recorded, top_k: int, right: Tensor | None) ->
     def search(part: Tensor) -> Tensor:
         if kind == "exact":
             return exact(part, keys, top_k)
-        found = [index.search(each.flatten(0, 1), top_k)[1] for index, each in zip(indexes, part, strict=True)]
+        found = [
+            index.search(each.flatten(0, 1), top_k)[1]
+            for index, each in zip(indexes, part, strict=True)
+        ]
         return torch.stack(found).view(*part.shape[:3], -1)
 
     recall = None if right is None else _recall(search(query), right)

@@ -31,7 +31,9 @@ _PACKAGES = (
 
 
 def version_lines() -> list[str]:
-    """Returns a line for each package, missing optional ones included, and one for the commit of a checkout."""
+    """Returns a line for each package, missing optional ones included, and one for the commit of a
+    checkout.
+    """
     found = versions(*_PACKAGES)
     commit = found.pop("commit")
     lines = [f"{name} {version or 'not installed'}" for name, version in found.items()]
@@ -50,14 +52,20 @@ def device_lines() -> list[str]:
 
 
 def attention_lines() -> list[str]:
-    """Returns which implementation ``impl="auto"`` chooses for bfloat16 here, and why none of the others."""
+    """Returns which implementation ``impl="auto"`` chooses for bfloat16 here, and why none of the
+    others.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     choice = explain_impl(torch.empty(1, 1, 1, 64, device=device, dtype=torch.bfloat16))
-    return [f"{choice.chosen}: chosen"] + [f"{name}: not chosen, {why}" for name, why in choice.refused.items()]
+    return [f"{choice.chosen}: chosen"] + [
+        f"{name}: not chosen, {why}" for name, why in choice.refused.items()
+    ]
 
 
 def bundled_rows() -> list[tuple[str, str]]:
-    """Returns what the bundled model is and its headline figures, as (name, value); its model card has the others."""
+    """Returns what the bundled model is and its headline figures, as (name, value); its model card
+    has the others.
+    """
     try:
         folder = model_path()
     except (FileNotFoundError, ModuleNotFoundError) as error:
@@ -83,7 +91,8 @@ def _headlines(rows: Sequence[Row], settings: LandmarkConfig) -> list[tuple[str,
     asked = [row for row in rows if isinstance(row, PasskeyRow) and _is_own(row.settings, settings)]
     keys = _longest([row for row in asked if row.task == "passkey"])
     if keys:
-        right, trials = sum(row.correct for row in keys), sum(row.asked for row in keys)
+        right = sum(row.correct for row in keys)
+        trials = sum(row.asked for row in keys)
         found.append(("pass key", f"{right} of {trials} right at {keys[0].length:,} tokens"))
     facts = _longest([row for row in asked if row.task == "facts"])
     if facts:
@@ -92,8 +101,12 @@ def _headlines(rows: Sequence[Row], settings: LandmarkConfig) -> list[tuple[str,
     measured = [row for row in rows if isinstance(row, PerplexityRow)]
     own = _longest([row for row in measured if _is_own(row.settings, settings)])
     for row in own[:1]:
-        plain = [each for each in measured if each.attention == "full" and each.length == row.length]
-        beside = f" (plain attention, trained identically: {plain[0].perplexity:.2f})" if plain else ""
+        plain = [
+            each for each in measured if each.attention == "full" and each.length == row.length
+        ]
+        beside = (
+            f" (plain attention, trained identically: {plain[0].perplexity:.2f})" if plain else ""
+        )
         found.append(("perplexity", f"{row.perplexity:.2f} at {row.length:,} tokens{beside}"))
     return found
 

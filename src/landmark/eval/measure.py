@@ -18,8 +18,9 @@ class Measure:
 
     Attributes:
         seconds: wall time, the device's queue drained.
-        peak_bytes: on a GPU the peak of allocated device memory, weights included; on a CPU the peak of what the
-            process held beyond what it held at the start (sampled every 10 ms, Linux only); ``None`` when unknown.
+        peak_bytes: on a GPU the peak of allocated device memory, weights included; on a CPU the
+            peak of what the process held beyond what it held at the start (sampled every 10 ms,
+            Linux only); ``None`` when unknown.
     """
 
     seconds: float = 0.0

@@ -1,4 +1,6 @@
-"""Given a passage, find the document it comes from: ranking by landmarks beside BM25, on the same text."""
+"""Given a passage, find the document it comes from: ranking by landmarks beside BM25, on the same
+text.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class PassageTask:
     Attributes:
         passages: how many, drawn evenly from the documents, without overlap.
         passage_tokens: text tokens of a passage.
-        max_tokens: text tokens of a document that are searched and drawn from, its first; ``None`` for all.
+        max_tokens: text tokens of a document that are searched and drawn from, its first; ``None``
+            for all.
         seed: of the choice of passages.
 
     Raises:
@@ -47,9 +50,14 @@ class PassageTask:
     def __post_init__(self) -> None:
         for name, value in (("passages", self.passages), ("passage-tokens", self.passage_tokens)):
             if value < 1:
-                raise ValueError(f"--{name}: expected at least 1, got {value}; leave --{name} out for the default")
+                raise ValueError(
+                    f"--{name}: expected at least 1, got {value}; leave --{name} out for the "
+                    "default"
+                )
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"--max-tokens: expected at least 1, got {self.max_tokens}; leave it out for all")
+            raise ValueError(
+                f"--max-tokens: expected at least 1, got {self.max_tokens}; leave it out for all"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,9 @@ class Passage:
 
 @dataclass(frozen=True)
 class _Ranker:
-    """Scores of all searched documents for a passage, and the fields of a row that say what gives them."""
+    """Scores of all searched documents for a passage, and the fields of a row that say what gives
+    them.
+    """
 
     scores: Callable[[Tensor], Sequence[float]]
     fields: dict[str, Any]
@@ -78,7 +88,8 @@ def run(
     report: Callable[[RankRow], None],
     progress: Progress | None = None,
 ) -> list[RankRow]:
-    """Ranks the documents for every passage: first with all passages cut out of their documents, then whole.
+    """Ranks the documents for every passage: first with all passages cut out of their documents,
+    then whole.
 
     Args:
         subject: a landmark model.
@@ -95,10 +106,16 @@ def run(
     """
     require_landmark(subject)
     require_bm25s()
-    ids, more = ([_head(subject, document, task, progress) for document in some] for some in (documents, others))
+    ids, more = (
+        [_head(subject, document, task, progress) for document in some]
+        for some in (documents, others)
+    )
     passages = draw_passages(ids, task)
     with measured(subject.device) as reading:
-        known = [read_document(subject, other, progress) for other in counted("documents read", more, progress)]
+        known = [
+            read_document(subject, other, progress)
+            for other in counted("documents read", more, progress)
+        ]
     rows = []
     for text in TEXTS:
         searched = [*(ids if text == "whole" else cut_out(ids, passages)), *more]
@@ -115,17 +132,28 @@ def run(
     return rows
 
 
-def _head(subject: Subject, document: Document, task: PassageTask, progress: Progress | None) -> Tensor:
+def _head(
+    subject: Subject, document: Document, task: PassageTask, progress: Progress | None
+) -> Tensor:
     return tokenize(document.text, subject.tokenizer, progress=progress)[: task.max_tokens]
 
 
 def _landmarks(
-    subject: Subject, searched: Sequence[Tensor], known: Sequence[TextRead], progress: Progress | None
+    subject: Subject,
+    searched: Sequence[Tensor],
+    known: Sequence[TextRead],
+    progress: Progress | None,
 ) -> _Ranker:
     """By landmarks; the last of the documents are ``known`` already."""
     new = searched[: len(searched) - len(known)]
     library = build_library(
-        [*(read_document(subject, document, progress) for document in counted("documents read", new, progress)), *known]
+        [
+            *(
+                read_document(subject, document, progress)
+                for document in counted("documents read", new, progress)
+            ),
+            *known,
+        ]
     )
     with subject.configured(**SETTINGS):
         settings = subject.settings()
@@ -136,11 +164,17 @@ def _landmarks(
         "dtype": subject.dtype,
         "library_bytes": library.nbytes(),
     }
-    return _Ranker(lambda passage: [found.score for found in search(library, read_text(subject, passage))], fields)
+    return _Ranker(
+        lambda passage: [found.score for found in search(library, read_text(subject, passage))],
+        fields,
+    )
 
 
 def _bm25(
-    subject: Subject, searched: Sequence[Tensor], known: Sequence[TextRead], progress: Progress | None
+    subject: Subject,
+    searched: Sequence[Tensor],
+    known: Sequence[TextRead],
+    progress: Progress | None,
 ) -> _Ranker:
     """By BM25 on the text of the same tokens."""
     index = Bm25([subject.tokenizer.decode(document.tolist()) for document in searched])
@@ -186,14 +220,20 @@ def draw_passages(ids: Sequence[Tensor], task: PassageTask) -> list[Passage]:
         ValueError: no document, or one of which the passages would take more than half.
     """
     if not ids:
-        raise ValueError("--data: expected documents to draw passages from, got none; pass a folder with .txt files")
-    rng, size, found = random.Random(task.seed), task.passage_tokens, []
+        raise ValueError(
+            "--data: expected documents to draw passages from, got none; pass a folder with .txt "
+            "files"
+        )
+    rng = random.Random(task.seed)
+    size = task.passage_tokens
+    found = []
     for index, document in enumerate(ids):
         count = task.passages // len(ids) + (index < task.passages % len(ids))
         if len(document) < 2 * count * size:
             raise ValueError(
-                f"--passages: expected documents of at least {2 * count * size} tokens for {count} passages of {size} "
-                f"from each, got one of {len(document)}; pass fewer or shorter passages"
+                f"--passages: expected documents of at least {2 * count * size} tokens for "
+                f"{count} passages of {size} from each, got one of {len(document)}; pass fewer or "
+                "shorter passages"
             )
         gaps = sorted(rng.choices(range(len(document) - count * size + 1), k=count))
         starts = [gap + number * size for number, gap in enumerate(gaps)]
@@ -210,7 +250,9 @@ def cut_out(ids: Sequence[Tensor], passages: Sequence[Passage]) -> list[Tensor]:
 
 
 def rank_of(scores: Sequence[float], wanted: int) -> int:
-    """Returns the place of document ``wanted`` by falling score, from 1; equal scores count against it."""
+    """Returns the place of document ``wanted`` by falling score, from 1; equal scores count against
+    it.
+    """
     return sum(score >= scores[wanted] for score in scores)
 
 
@@ -220,5 +262,7 @@ def recall(ranks: Sequence[int]) -> float:
 
 
 def ndcg(ranks: Sequence[int]) -> float:
-    """Returns the mean of ``1 / log2(1 + rank)``, 0 beyond rank 10: nDCG@10 where one document is relevant."""
+    """Returns the mean of ``1 / log2(1 + rank)``, 0 beyond rank 10: nDCG@10 where one document is
+    relevant.
+    """
     return sum(1 / math.log2(1 + rank) for rank in ranks if rank <= CUTOFF) / len(ranks)

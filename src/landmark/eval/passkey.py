@@ -1,7 +1,7 @@
 """Pass key and named facts: is a fact found wherever it lies in a document of any length?
 
-A greedy exact match is read off one forward: the answer is teacher-forced, and it equals the greedy continuation when
-each of its tokens was the most probable one.
+A greedy exact match is read off one forward: the answer is teacher-forced, and it equals the greedy
+continuation when each of its tokens was the most probable one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class PasskeyTask:
         fillers: ``paper``, ``pydoc`` or paths.
         facts: numbers of named facts, each all asked; none for the pass key.
         distractors: named codes beside what is asked for.
-        read: ``local`` reads the document without retrieval, ``retrieve`` with; questions always retrieve.
+        read: ``local`` reads the document without retrieval, ``retrieve`` with; questions always
+            retrieve.
         top_k: settings of landmark models, each tried; ``None`` keeps the model's own.
         granularity: as ``top_k``.
         seed: of the documents.
@@ -59,16 +60,30 @@ class PasskeyTask:
     plain_limit: int = 32768
 
     def __post_init__(self) -> None:
-        for name, values in (("--lengths", self.lengths), ("--facts", self.facts), ("--trials", (self.trials,))):
+        for name, values in (
+            ("--lengths", self.lengths),
+            ("--facts", self.facts),
+            ("--trials", (self.trials,)),
+        ):
             if any(value < 1 for value in values) or (name == "--lengths" and not values):
-                raise ValueError(f"{name}: expected integers of at least 1, got {list(values)}; pass for example 8")
+                raise ValueError(
+                    f"{name}: expected integers of at least 1, got {list(values)}; pass for "
+                    "example 8"
+                )
         if not self.fillers or self.granularity == ():
             option = "--granularity" if self.fillers else "--filler"
-            raise ValueError(f"{option}: expected some, with commas, got none; leave {option} out for the default")
+            raise ValueError(
+                f"{option}: expected some, with commas, got none; leave {option} out for the "
+                "default"
+            )
         if self.distractors < 0:
-            raise ValueError(f"--distractors: expected at least 0, got {self.distractors}; pass --distractors 0")
+            raise ValueError(
+                f"--distractors: expected at least 0, got {self.distractors}; pass --distractors 0"
+            )
         if self.read not in READS:
-            raise ValueError(f"--read: expected one of {', '.join(READS)}, got {self.read!r}; pass --read local")
+            raise ValueError(
+                f"--read: expected one of {', '.join(READS)}, got {self.read!r}; pass --read local"
+            )
 
 
 def run(
@@ -118,21 +133,33 @@ def _settings(subject: Subject, task: PasskeyTask) -> Iterator[dict[str, Any]]:
 
 
 def _row(
-    subject: Subject, task: PasskeyTask, filler: Filler, length: int, facts: int | None, progress: Progress | None
+    subject: Subject,
+    task: PasskeyTask,
+    filler: Filler,
+    length: int,
+    facts: int | None,
+    progress: Progress | None,
 ) -> PasskeyRow:
-    episodes = [_episode(subject, task, filler, length, facts, trial) for trial in range(task.trials)]
+    episodes = [
+        _episode(subject, task, filler, length, facts, trial) for trial in range(task.trials)
+    ]
     size = max(1, _BATCH_TOKENS.get(torch.device(subject.device).type, 1 << 13) // length)
-    asked, correct = [0] * BUCKETS, [0] * BUCKETS
+    asked = [0] * BUCKETS
+    correct = [0] * BUCKETS
     with measured(subject.device) as measure:
         for start in range(0, len(episodes), size):
             batch = episodes[start : start + size]
             if progress is not None:
                 progress(f"documents of {length:,} tokens asked", start, len(episodes))
-            for episode, answers in zip(batch, answers_right(subject, batch, task.read, progress), strict=True):
+            for episode, answers in zip(
+                batch, answers_right(subject, batch, task.read, progress), strict=True
+            ):
                 for place, right in zip(episode.places, answers, strict=True):
                     asked[bucket_of(place.start, length)] += 1
                     correct[bucket_of(place.start, length)] += right
-    longest = length + max(len(question.ids) for episode in episodes for question in episode.questions)
+    longest = length + max(
+        len(question.ids) for episode in episodes for question in episode.questions
+    )
     settings = subject.settings()
     return PasskeyRow(
         task="passkey" if facts is None else "facts",
@@ -168,14 +195,19 @@ def _episode(
     rng = random.Random(f"{task.seed} {length} {facts} {trial}")
     if facts is None:
         codes = named_codes(rng, task.distractors, digits=5)
-        return build_episode(rng, subject.tokenizer, filler, length, [pass_key(rng)], codes, bucket=trial % BUCKETS)
+        return build_episode(
+            rng, subject.tokenizer, filler, length, [pass_key(rng)], codes, bucket=trial % BUCKETS
+        )
     codes = named_codes(rng, facts + task.distractors)
     return build_episode(rng, subject.tokenizer, filler, length, codes[:facts], codes[facts:])
 
 
 @torch.no_grad()
 def answers_right(
-    subject: Subject, episodes: Sequence[Episode], read: str = "local", progress: Progress | None = None
+    subject: Subject,
+    episodes: Sequence[Episode],
+    read: str = "local",
+    progress: Progress | None = None,
 ) -> list[list[bool]]:
     """Asks every question of documents of one length.
 
@@ -201,20 +233,31 @@ def answers_right(
             cache.crop(-ids.shape[1])
         else:
             logits = subject.logits(torch.cat((documents, ids), dim=1), keep=ids.shape[1])
-        best, ids = logits.argmax(-1).cpu(), ids.cpu()
+        best = logits.argmax(-1).cpu()
+        ids = ids.cpu()
         for row, question in enumerate(questions):
-            first, last = len(question.ids) - question.answered, len(question.ids)
+            first = len(question.ids) - question.answered
+            last = len(question.ids)
             right[row].append(bool((best[row, first - 1 : last - 1] == ids[row, first:last]).all()))
     return right
 
 
 def read_into_memory(
-    subject: Subject, documents: Tensor, *, retrieve: bool, cache: Any = None, progress: Progress | None = None
+    subject: Subject,
+    documents: Tensor,
+    *,
+    retrieve: bool,
+    cache: Any = None,
+    progress: Progress | None = None,
 ) -> Any:
-    """Reads ``documents (B, T)`` into a cache, a new one for ``None``, in larger chunks on a GPU (rounding only)."""
+    """Reads ``documents (B, T)`` into a cache, a new one for ``None``, in larger chunks on a GPU
+    (rounding only).
+    """
     large = documents.is_cuda and subject.model.landmark.local == "blocks"
     with subject.configured(**({"chunk_tokens": _LARGE_CHUNK} if large else {})):
-        return read_reporting(subject.model, documents, retrieve=retrieve, cache=cache, progress=progress)
+        return read_reporting(
+            subject.model, documents, retrieve=retrieve, cache=cache, progress=progress
+        )
 
 
 def _padded(rows: Sequence[list[int]]) -> Tensor:

@@ -1,7 +1,7 @@
 """Perplexity over segments of several evaluation lengths, in the columns of the paper's Table 1.
 
-The same spans of text are measured at every evaluation length: spans of the greatest length are chosen once and cut
-into segments. Each segment is read on its own; its first token is context only.
+The same spans of text are measured at every evaluation length: spans of the greatest length are
+chosen once and cut into segments. Each segment is read on its own; its first token is context only.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ class PerplexityTask:
 
     Attributes:
         lengths: evaluation lengths, text tokens of a segment.
-        scheme: ``paper`` (chunks of ``local`` tokens are local, all before is memory) or ``blocks``.
+        scheme: ``paper`` (chunks of ``local`` tokens are local, all before is memory) or
+            ``blocks``.
         local: text tokens of a chunk, each tried (scheme ``paper``).
-        local_blocks: finished blocks before a query's own that it sees, each tried (scheme ``blocks``).
+        local_blocks: finished blocks before a query's own that it sees, each tried (scheme
+            ``blocks``).
         blocks: memory blocks kept, ``None`` for all.
-        top_k: retrieved blocks, each tried. 0 is local context and block 0 alone, with local blocks added until a query
-            attends to as much as with the other values.
+        top_k: retrieved blocks, each tried. 0 is local context and block 0 alone, with local blocks
+            added until a query attends to as much as with the other values.
         granularity: of the retrieval, ``None`` for the model's own.
         max_tokens: how much text is measured.
         seed: of the choice of spans.
@@ -59,21 +61,30 @@ class PerplexityTask:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks = (("--lengths", self.lengths, 2), ("--local", self.local, 1), ("--local-blocks", self.local_blocks, 0))
+        checks = (
+            ("--lengths", self.lengths, 2),
+            ("--local", self.local, 1),
+            ("--local-blocks", self.local_blocks, 0),
+        )
         for name, values, least in (*checks, ("--top-k", self.top_k, 0)):
             if not values or any(value < least for value in values):
                 raise ValueError(
-                    f"{name}: expected integers of at least {least}, got {list(values)}; pass {max(least, 1)}"
+                    f"{name}: expected integers of at least {least}, got {list(values)}; pass "
+                    f"{max(least, 1)}"
                 )
         greatest = max(self.lengths)
         odd = [length for length in self.lengths if greatest % length]
         if odd:
             raise ValueError(
-                f"--lengths: expected lengths that divide the greatest, {greatest}, so that all rows measure the same "
-                f"text, got {odd}; pass for example {greatest // 4},{greatest}"
+                f"--lengths: expected lengths that divide the greatest, {greatest}, so that all "
+                f"rows measure the same text, got {odd}; pass for example "
+                f"{greatest // 4},{greatest}"
             )
         if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"--blocks: expected at least 1 block, got {self.blocks}; leave --blocks out to keep all")
+            raise ValueError(
+                f"--blocks: expected at least 1 block, got {self.blocks}; leave --blocks out to "
+                "keep all"
+            )
         if self.scheme not in SCHEMES:
             raise ValueError(f"--scheme: expected one of {', '.join(SCHEMES)}, got {self.scheme!r}")
         if self.max_tokens < max(self.lengths):
@@ -106,7 +117,8 @@ def run(
     """Measures every model at every length in every asked way.
 
     Args:
-        subjects: the models, of one vocabulary: perplexities of different tokens are not comparable.
+        subjects: the models, of one vocabulary: perplexities of different tokens are not
+            comparable.
         task: what is measured.
         documents: texts.
         data: their name, for the rows.
@@ -114,19 +126,22 @@ def run(
         progress: called while texts are tokenised, and before each row.
 
     Raises:
-        ValueError: models with different vocabularies, no document as long as the greatest evaluation length, or
-            settings that a model refuses.
+        ValueError: models with different vocabularies, no document as long as the greatest
+            evaluation length, or settings that a model refuses.
     """
     vocabulary = subjects[0].tokenizer.get_vocab()
     other = [subject.name for subject in subjects if subject.tokenizer.get_vocab() != vocabulary]
     if other:
         raise ValueError(
-            f"--compare: expected the vocabulary of {subjects[0].name}, got another in {other[0]}: perplexities of "
-            "different tokens are not comparable; measure each model in a run of its own"
+            f"--compare: expected the vocabulary of {subjects[0].name}, got another in "
+            f"{other[0]}: perplexities of different tokens are not comparable; measure each model "
+            "in a run of its own"
         )
     rows = []
     for subject in subjects:
-        spans = choose_spans(documents, subject.tokenizer, max(task.lengths), task.max_tokens, task.seed, progress)
+        spans = choose_spans(
+            documents, subject.tokenizer, max(task.lengths), task.max_tokens, task.seed, progress
+        )
         for length in task.lengths:
             for way in _ways(subject, task, length):
                 if progress is not None:
@@ -169,8 +184,8 @@ def choose_spans(
             break
     if not chosen:
         raise ValueError(
-            f"--lengths: expected documents of at least {length} tokens, got {len(documents)} shorter ones; "
-            "pass smaller lengths or longer documents"
+            f"--lengths: expected documents of at least {length} tokens, got {len(documents)} "
+            "shorter ones; pass smaller lengths or longer documents"
         )
     return torch.stack((chosen + spare)[:wanted])
 
@@ -186,7 +201,11 @@ def _ways(subject: Subject, task: PerplexityTask, length: int) -> Iterator[_Way]
     without = set()
     for first in task.local if task.scheme == "paper" else task.local_blocks:
         for top_k in retrieving:
-            way = _paper(config, first, top_k, task) if task.scheme == "paper" else _blocks(config, first, top_k, task)
+            way = (
+                _paper(config, first, top_k, task)
+                if task.scheme == "paper"
+                else _blocks(config, first, top_k, task)
+            )
             yield _Way(**{**way.__dict__, "changes": {**way.changes, "granularity": granularity}})
             without.add(math.ceil(way.attention_size / config.text_per_block) - 2)
         if not retrieving:
@@ -237,7 +256,9 @@ def _without_retrieval(config: LandmarkConfig, local_blocks: int) -> _Way:
     return _Way("blocks", local, None, 0, local + config.text_per_block, changes)
 
 
-def _row(subject: Subject, task: PerplexityTask, spans: Tensor, length: int, way: _Way, data: str) -> PerplexityRow:
+def _row(
+    subject: Subject, task: PerplexityTask, spans: Tensor, length: int, way: _Way, data: str
+) -> PerplexityRow:
     segments = spans[:, : spans.shape[1] // length * length].reshape(-1, length)
     with measured(subject.device) as measure:
         loss = mean_loss(subject, segments)
@@ -267,8 +288,12 @@ def _row(subject: Subject, task: PerplexityTask, spans: Tensor, length: int, way
 
 
 def mean_loss(subject: Subject, segments: Tensor) -> float:
-    """Returns the mean loss in nats over all tokens of ``segments (n, length)`` but each segment's first."""
-    size = max(1, _BATCH_TOKENS.get(torch.device(subject.device).type, 1 << 12) // segments.shape[1])
+    """Returns the mean loss in nats over all tokens of ``segments (n, length)`` but each segment's
+    first.
+    """
+    size = max(
+        1, _BATCH_TOKENS.get(torch.device(subject.device).type, 1 << 12) // segments.shape[1]
+    )
     total = 0.0
     for batch in torch.split(segments, size):
         ids = batch.to(subject.device)

@@ -13,7 +13,8 @@ from landmark.eval.results import PasskeyRow, PerplexityRow
 
 
 def plot_passkey(rows: Sequence[PasskeyRow], path: str | Path) -> None:
-    """Draws accuracy over length, a line for each model and setting, and a heat map over length and depth.
+    """Draws accuracy over length, a line for each model and setting, and a heat map over length and
+    depth.
 
     The heat map adds up all landmark rows (all rows where there are none).
 
@@ -23,8 +24,18 @@ def plot_passkey(rows: Sequence[PasskeyRow], path: str | Path) -> None:
     figure, (left, right) = subplots(2, (12.0, 4.8))
     for label, series in _series(rows).items():
         series.sort(key=lambda row: row.length)
-        left.plot([row.length for row in series], [100 * row.accuracy for row in series], marker="o", label=label)
-    left.set(xscale="log", xlabel="text tokens of the document", ylabel="answers right, %", ylim=(-3, 103))
+        left.plot(
+            [row.length for row in series],
+            [100 * row.accuracy for row in series],
+            marker="o",
+            label=label,
+        )
+    left.set(
+        xscale="log",
+        xlabel="text tokens of the document",
+        ylabel="answers right, %",
+        ylim=(-3, 103),
+    )
     left.set_title("accuracy over length")
     left.grid(alpha=0.3)
     left.legend(fontsize=7)
@@ -33,7 +44,8 @@ def plot_passkey(rows: Sequence[PasskeyRow], path: str | Path) -> None:
 
 
 def plot_perplexity(rows: Sequence[PerplexityRow], path: str | Path) -> None:
-    """Draws perplexity over evaluation length, a line for each model and setting; hollow beyond the trained length.
+    """Draws perplexity over evaluation length, a line for each model and setting; hollow beyond the
+    trained length.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
@@ -44,11 +56,15 @@ def plot_perplexity(rows: Sequence[PerplexityRow], path: str | Path) -> None:
         groups.setdefault(_label(_perplexity_label(row)), []).append(row)
     for label, series in groups.items():
         series.sort(key=lambda row: row.length)
-        (line,) = axes.plot([row.length for row in series], [row.perplexity for row in series], label=label)
+        (line,) = axes.plot(
+            [row.length for row in series], [row.perplexity for row in series], label=label
+        )
         for row in series:
             fill = "white" if row.beyond_trained else line.get_color()
             axes.plot(row.length, row.perplexity, "o", color=line.get_color(), markerfacecolor=fill)
-    axes.set(xscale="log", yscale="log", xlabel="evaluation length, text tokens", ylabel="perplexity")
+    axes.set(
+        xscale="log", yscale="log", xlabel="evaluation length, text tokens", ylabel="perplexity"
+    )
     axes.set_title("perplexity over length (hollow: beyond the trained length)")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
@@ -77,12 +93,14 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "pictures: expected matplotlib, which is not installed; run pip install 'landmark-attention[viz]'"
+            "pictures: expected matplotlib, which is not installed; run pip install "
+            "'landmark-attention[viz]'"
         ) from None
 
 
 def require_picture(path: str | Path, name: str) -> None:
-    """Checks that a picture can be drawn and written to ``path``, before anything is computed for it.
+    """Checks that a picture can be drawn and written to ``path``, before anything is computed for
+    it.
 
     Args:
         path: of the picture.
@@ -97,7 +115,10 @@ def require_picture(path: str | Path, name: str) -> None:
 
     known = sorted(FigureCanvasAgg.filetypes.keys() - {"pgf"})  # pgf runs LaTeX
     if _format(path) not in known:
-        raise ValueError(f"{name}: expected a picture named with .png, or {', '.join(known)}, got {path}; rename it")
+        raise ValueError(
+            f"{name}: expected a picture named with .png, or {', '.join(known)}, got {path}; "
+            "rename it"
+        )
     outputs.require_writable(path, name)
 
 
@@ -113,7 +134,9 @@ def _format(path: str | Path) -> str:
 
 
 def _label(text: str) -> str:
-    """A text as it stands: matplotlib reads formulas between dollars, and hides what begins with an underscore."""
+    """A text as it stands: matplotlib reads formulas between dollars, and hides what begins with an
+    underscore.
+    """
     return " ".join(printable(text).replace("$", r"\$").split()).removeprefix("_")
 
 
@@ -151,5 +174,7 @@ def _perplexity_label(row: PerplexityRow) -> str:
     if row.top_k is None:
         return f"{row.model}, {row.attention} attention"
     if row.top_k == 0:
-        return f"{row.model}, no retrieval, attention size {row.settings['local_blocks'] + 2} blocks"
+        return (
+            f"{row.model}, no retrieval, attention size {row.settings['local_blocks'] + 2} blocks"
+        )
     return f"{row.model}, {row.scheme}, local {row.local}, k={row.top_k}"

@@ -1,9 +1,10 @@
 """Documents ordered by their highest landmark scores: which of them would a query retrieve from?
 
-Of a document nothing is kept but its landmark keys, one vector for each block, layer and key/value head, and the mean
-of its queries. A query text is read by itself; the mean of its positions is scored against the landmarks of all
-documents as if these were old blocks before it. What is common to all positions and to all landmarks is taken out
-first, and landmarks are scaled to length 1: otherwise a few of them (of contents, of tables) lead for every query.
+Of a document nothing is kept but its landmark keys, one vector for each block, layer and key/value
+head, and the mean of its queries. A query text is read by itself; the mean of its positions is
+scored against the landmarks of all documents as if these were old blocks before it. What is common
+to all positions and to all landmarks is taken out first, and landmarks are scaled to length 1:
+otherwise a few of them (of contents, of tables) lead for every query.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ from landmark.memory.plan import Plan
 from landmark.memory.positions import RotationTables
 
 # Documents have no order: all their landmarks stand where old ones do, and none may be evicted.
-SETTINGS: dict[str, Any] = {"mode": "retrieval", "positions": "stingy", "local": "blocks", "max_blocks": None}
+SETTINGS: dict[str, Any] = {
+    "mode": "retrieval",
+    "positions": "stingy",
+    "local": "blocks",
+    "max_blocks": None,
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class TextRead:
 
     Attributes:
         keys: ``(G, N, D)`` landmark keys of its ``N`` finished blocks.
-        query: ``(G, R, D)`` float32 mean of its queries, scaled, turned to where old landmarks are scored.
+        query: ``(G, R, D)`` float32 mean of its queries, scaled, turned to where old landmarks are
+            scored.
     """
 
     keys: tuple[Tensor, ...]
@@ -59,8 +66,8 @@ class Library:
     """Documents that can be ranked.
 
     Attributes:
-        keys: for each layer ``(G, N, D)`` float32: the landmark keys of all documents, their mean taken out, of
-            length 1.
+        keys: for each layer ``(G, N, D)`` float32: the landmark keys of all documents, their mean
+            taken out, of length 1.
         query: for each layer ``(G, R, D)`` float32, the mean over all positions of all documents.
         borders: first block of each document, and ``N``.
     """
@@ -102,8 +109,13 @@ def old_queries(memory: LayerMemory, query: Tensor, plan: Plan, scale: float) ->
         ``(B, H, T, D)``, at least float32.
     """
     precise = torch.promote_types(query.dtype, torch.float32)
-    distance = torch.tensor(memory.config.top_k + 1 + memory.config.local_blocks, device=query.device)
-    turned = memory.tables.by_offset(plan.offsets, query.dtype)[:, None].rotate(query).to(precise) * scale
+    distance = torch.tensor(
+        memory.config.top_k + 1 + memory.config.local_blocks, device=query.device
+    )
+    turned = (
+        memory.tables.by_offset(plan.offsets, query.dtype)[:, None].rotate(query).to(precise)
+        * scale
+    )
     return memory.tables.by_blocks(distance, precise, int(distance)).rotate(turned)
 
 
@@ -112,7 +124,9 @@ class _QueryMemory(LayerMemory):
 
     total: Tensor | None = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: Any, *, scale: float, **rest: Any) -> Any:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Any, *, scale: float, **rest: Any
+    ) -> Any:
         """Attends as ``LayerMemory.attend`` does."""
         turned = old_queries(self, query, plan, scale)
         summed = torch.unflatten(turned[0].sum(1), 0, (key.shape[1], -1))
@@ -143,35 +157,45 @@ def read_text(subject: Subject, ids: Tensor, progress: Progress | None = None) -
         progress: called while it is read.
 
     Raises:
-        ValueError: no landmark model, no tokens, or a model of which no layer can tell documents apart.
+        ValueError: no landmark model, no tokens, or a model of which no layer can tell documents
+            apart.
     """
     require_landmark(subject)
     with subject.configured(**SETTINGS):
         cache = _QueryCache(subject.model.config)
-        read_into_memory(subject, ids[None].to(subject.device), retrieve=False, cache=cache, progress=progress)
-    (slots,), (tokens,) = cache.slots, cache.tokens
+        read_into_memory(
+            subject, ids[None].to(subject.device), retrieve=False, cache=cache, progress=progress
+        )
+    (slots,) = cache.slots
+    (tokens,) = cache.tokens
     memories = cache.deciding()
     if not memories:
         raise ValueError(
-            f"--model: expected a model that retrieves in some layer but the first, whose landmarks are all equal, got "
-            f"{subject.name}, which retrieves in none; pass another, or configure its layers"
+            "--model: expected a model that retrieves in some layer but the first, whose "
+            f"landmarks are all equal, got {subject.name}, which retrieves in none; pass another, "
+            "or configure its layers"
         )
     keys = tuple(memory.store.landmarks(slots - tokens)[0].clone() for memory in memories)
-    return TextRead(keys, tuple(memory.total / slots for memory in memories if memory.total is not None))
+    return TextRead(
+        keys, tuple(memory.total / slots for memory in memories if memory.total is not None)
+    )
 
 
 def read_document(subject: Subject, ids: Tensor, progress: Progress | None = None) -> TextRead:
     """Reads a document ``(T,)`` behind what the tokenizer puts before every text.
 
-    Its last block is filled up with its beginning, so that a landmark closes it. Warns where the landmark was never
-    trained.
+    Its last block is filled up with its beginning, so that a landmark closes it. Warns where the
+    landmark was never trained.
 
     Raises:
         ValueError: as ``read_text``.
     """
     require_landmark(subject)
     if not subject.model.landmark.landmark_trained:
-        warnings.warn("this model's landmark was never trained: fine-tune it first (landmark train)", stacklevel=2)
+        warnings.warn(
+            "this model's landmark was never trained: fine-tune it first (landmark train)",
+            stacklevel=2,
+        )
     ids = torch.cat((_start(subject), ids))
     per_block = subject.model.landmark.text_per_block
     whole = math.ceil(len(ids) / per_block) * per_block
@@ -187,7 +211,8 @@ def build_library(documents: Sequence[TextRead]) -> Library:
     borders = [0]
     for document in documents:
         borders.append(borders[-1] + document.blocks)
-    keys, queries = [], []
+    keys = []
+    queries = []
     for layer in range(len(documents[0].keys)):
         joined = torch.cat([document.keys[layer] for document in documents], dim=1)
         joined = joined.to(torch.promote_types(joined.dtype, torch.float32))
@@ -230,7 +255,9 @@ class Line:
     passage: str
 
 
-def rank_files(subject: Subject, query: str, files: Sequence[Path], progress: Progress | None = None) -> list[Line]:
+def rank_files(
+    subject: Subject, query: str, files: Sequence[Path], progress: Progress | None = None
+) -> list[Line]:
     """Ranks texts for a query, best first.
 
     Args:
@@ -245,10 +272,14 @@ def rank_files(subject: Subject, query: str, files: Sequence[Path], progress: Pr
     """
     require_landmark(subject)
     if not query.strip():
-        raise ValueError("QUERY: expected a text of at least one token, got an empty one; write what to look for")
+        raise ValueError(
+            "QUERY: expected a text of at least one token, got an empty one; write what to look for"
+        )
     wanted = tokenize(query, subject.tokenizer)
     if len(wanted) == 0:
-        raise ValueError("QUERY: expected a text of at least one token, got one of none; write what to look for")
+        raise ValueError(
+            "QUERY: expected a text of at least one token, got one of none; write what to look for"
+        )
     titles = []
     ids = []
     for document in (document for file in files for document in _documents(file)):
@@ -257,12 +288,19 @@ def rank_files(subject: Subject, query: str, files: Sequence[Path], progress: Pr
             titles.append(document.title)
             ids.append(found)
         else:
-            warnings.warn(f"{document.title}: not ranked, as the tokenizer finds no token in it", stacklevel=2)
+            warnings.warn(
+                f"{document.title}: not ranked, as the tokenizer finds no token in it", stacklevel=2
+            )
     if not ids:
         names = ", ".join(map(str, files[:3])) or "none"
-        raise ValueError(f"FILES: expected at least one text with a token, got {names}; name other files")
+        raise ValueError(
+            f"FILES: expected at least one text with a token, got {names}; name other files"
+        )
     library = build_library(
-        [read_document(subject, each, progress) for each in counted("documents read", ids, progress)]
+        [
+            read_document(subject, each, progress)
+            for each in counted("documents read", ids, progress)
+        ]
     )
     return [
         Line(titles[best.document], best.score, _text(subject, ids[best.document], best.block))
@@ -272,7 +310,8 @@ def rank_files(subject: Subject, query: str, files: Sequence[Path], progress: Pr
 
 def _text(subject: Subject, ids: Tensor, block: int) -> str:
     """Text of a block of a document ``(T,)``, in one line."""
-    size, before = subject.model.landmark.text_per_block, len(_start(subject))
+    size = subject.model.landmark.text_per_block
+    before = len(_start(subject))
     first = block * size - before
     return " ".join(subject.tokenizer.decode(ids[max(0, first) : first + size].tolist()).split())
 
@@ -280,6 +319,11 @@ def _text(subject: Subject, ids: Tensor, block: int) -> str:
 def _documents(file: Path) -> list[Document]:
     if file.is_dir() or not file.exists():
         what = "a folder" if file.is_dir() else "which does not exist"
-        raise FileNotFoundError(f"FILES: expected text files, got {file}, {what}; name the files, {file}/*.txt")
+        raise FileNotFoundError(
+            f"FILES: expected text files, got {file}, {what}; name the files, {file}/*.txt"
+        )
     found = read_documents(file)
-    return [replace(document, title=from_arguments(str(file.parent / document.title))) for document in found]
+    return [
+        replace(document, title=from_arguments(str(file.parent / document.title)))
+        for document in found
+    ]

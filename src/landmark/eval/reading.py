@@ -14,7 +14,12 @@ Item = TypeVar("Item")
 
 
 def read_reporting(
-    model: Any, ids: Tensor, *, retrieve: bool, cache: LandmarkCache | None = None, progress: Progress | None = None
+    model: Any,
+    ids: Tensor,
+    *,
+    retrieve: bool,
+    cache: LandmarkCache | None = None,
+    progress: Progress | None = None,
 ) -> LandmarkCache:
     """Reads ``ids (B, T)`` as ``model.read`` does, in the same chunks.
 
@@ -30,7 +35,8 @@ def read_reporting(
     """
     if progress is None:
         return model.read(ids, cache=cache, retrieve=retrieve)  # type: ignore[no-any-return]
-    length, chunk = ids.shape[1], model.landmark.chunk_tokens
+    length = ids.shape[1]
+    chunk = model.landmark.chunk_tokens
     progress("tokens read", 0, length)
     for begin in range(0, max(1, length), chunk):
         cache = model.read(ids[:, begin : begin + chunk], cache=cache, retrieve=retrieve)

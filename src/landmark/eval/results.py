@@ -22,7 +22,8 @@ class PasskeyRow:
     """Accuracy of one model, with one choice of settings, at one document length.
 
     Attributes:
-        task: ``passkey`` (one five-digit key a document) or ``facts`` (several named codes, all asked).
+        task: ``passkey`` (one five-digit key a document) or ``facts`` (several named codes, all
+            asked).
         model: name or path of the model.
         attention: ``landmark``, or for a plain model ``full``, ``window`` or ``dynamic``.
         length: text tokens of the document; the question comes on top.
@@ -31,14 +32,18 @@ class PasskeyRow:
         distractors: named codes in a document that are not asked for.
         trials: documents.
         asked: answers wanted in all, ``trials * facts``.
-        correct: answers whose every token was the most probable one (equal to a greedy exact match).
+        correct: answers whose every token was the most probable one (equal to a greedy exact
+            match).
         accuracy: ``correct / asked``.
-        depths: for each tenth of the document, ``{"from", "to", "asked", "correct"}`` of the facts placed there.
-        read: ``local`` (document read without retrieval), ``retrieve``, or ``full`` for plain models.
+        depths: for each tenth of the document, ``{"from", "to", "asked", "correct"}`` of the facts
+            placed there.
+        read: ``local`` (document read without retrieval), ``retrieve``, or ``full`` for plain
+            models.
         top_k: retrieved blocks; ``None`` for plain models.
         granularity: of the retrieval; ``None`` for plain models.
         settings: all settings of the attention.
-        beyond_trained: whether attention used positions beyond the trained length; ``None`` when that is unknown.
+        beyond_trained: whether attention used positions beyond the trained length; ``None`` when
+            that is unknown.
         seed: of the documents.
         dtype: of the weights.
         seconds: wall time of all trials.
@@ -76,7 +81,8 @@ class PerplexityRow:
         model: name or path of the model.
         attention: ``landmark``, or for a plain model ``full``, ``window`` or ``dynamic``.
         length: evaluation length, text tokens of a segment.
-        scheme: ``paper`` (the whole chunk is local), ``blocks`` (local by block index) or ``plain``.
+        scheme: ``paper`` (the whole chunk is local), ``blocks`` (local by block index) or
+            ``plain``.
         local: text tokens of local context: of a chunk, or of the own and the local blocks.
         blocks: memory blocks kept; ``None`` for all.
         top_k: retrieved blocks, 0 for local context and block 0 alone; ``None`` for plain models.
@@ -87,7 +93,8 @@ class PerplexityRow:
         tokens: predicted tokens.
         segments: segments of ``length`` tokens.
         settings: all settings of the attention.
-        beyond_trained: whether attention used positions beyond the trained length; ``None`` when that is unknown.
+        beyond_trained: whether attention used positions beyond the trained length; ``None`` when
+            that is unknown.
         seed: of the choice of segments.
         dtype: of the weights.
         seconds: wall time.
@@ -168,12 +175,15 @@ class IndexRow:
         layer: whose landmarks and queries they are.
         heads: key/value heads that were measured.
         landmarks: of each head.
-        recorded: so many of them were recorded while text was read; the others are copies of these with noise.
+        recorded: so many of them were recorded while text was read; the others are copies of these
+            with noise.
         noise: its standard deviation, in those of the recorded landmarks; 0 without copies.
         top_k: blocks that a query looks for.
         queries: positions of text whose queries look, in one chunk.
-        recall: share of the ``top_k`` best landmarks of each query that were found; ``None`` among copies.
-        step_ms: milliseconds of one decode step: the queries of one position in these heads; median.
+        recall: share of the ``top_k`` best landmarks of each query that were found; ``None`` among
+            copies.
+        step_ms: milliseconds of one decode step: the queries of one position in these heads;
+            median.
         chunk_ms: the same of all ``queries`` positions at once.
         build_seconds: time to build it as blocks arrive.
         nbytes: what it holds; for ``exact`` the landmarks.
@@ -210,11 +220,17 @@ Some = TypeVar("Some", PasskeyRow, PerplexityRow, RankRow, IndexRow)
 
 
 def made_with(device: str) -> dict[str, str | None]:
-    """Returns what the figures were made with: packages, Python, device name, and the commit of a checkout."""
+    """Returns what the figures were made with: packages, Python, device name, and the commit of a
+    checkout.
+    """
     import torch
 
     on_gpu = device.startswith("cuda")
-    name = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
+    name = (
+        torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"{platform.machine()}, {os.cpu_count()} cores"
+    )
     return {**versions("torch", "transformers"), "device": name}
 
 
@@ -225,7 +241,8 @@ def write(path: str | Path, rows: Sequence[Row], device: str) -> None:
 
 
 class Recorder(Generic[Some]):
-    """Takes rows one at a time and keeps the file complete, so that an interrupted run loses nothing.
+    """Takes rows one at a time and keeps the file complete, so that an interrupted run loses
+    nothing.
 
     Args:
         out: the file, ``None`` for none; what is there stays until the first row.
@@ -237,7 +254,8 @@ class Recorder(Generic[Some]):
     """
 
     def __init__(self, out: str | Path | None, device: str, tell: Callable[[Some], None]) -> None:
-        self.out, self.device = out, device
+        self.out = out
+        self.device = device
         self.tell: Callable[[Some], None] = tell
         self.rows: list[Some] = []
         if out is not None:
@@ -260,12 +278,15 @@ def read(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"results: expected a file made by `landmark eval`, got {path}, which does not exist")
+        raise FileNotFoundError(
+            f"results: expected a file made by `landmark eval`, got {path}, which does not exist"
+        )
     try:
         return [_row(fields) for fields in read_json(path)["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"results: expected JSON with versions and rows in {path}, got {error}; run `landmark eval`"
+            f"results: expected JSON with versions and rows in {path}, got {error}; run `landmark "
+            "eval`"
         ) from None
 
 

@@ -25,8 +25,19 @@ from landmark.hf.damage import ADAPTER
 from landmark.hf.families import PREFIX
 from landmark.hf.pretrained import find, read_weights
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,8 @@ class Subject:
         attention: ``landmark``; ``full``, ``window`` or ``dynamic`` for a plain model.
         window: latest tokens a query of a windowed plain model sees beside the first block.
         rope_factor: of dynamic RoPE scaling.
-        folder: where a model that was loaded from a folder lies, from the root; a bundled one has none.
+        folder: where a model that was loaded from a folder lies, from the root; a bundled one has
+            none.
     """
 
     name: str
@@ -80,7 +92,9 @@ class Subject:
         return {}
 
     def beyond_trained(self, length: int) -> bool | None:
-        """Whether an input of ``length`` text tokens makes attention use positions beyond the trained length."""
+        """Whether an input of ``length`` text tokens makes attention use positions beyond the
+        trained length.
+        """
         trained = self.trained_length
         if trained is None:
             return None
@@ -104,14 +118,17 @@ class Subject:
 
     @torch.no_grad()
     def logits(self, ids: Tensor, keep: int = 0) -> Tensor:
-        """Returns the logits ``(B, keep, V)`` of the last ``keep`` tokens of ``ids (B, T)``, of all for 0."""
+        """Returns the logits ``(B, keep, V)`` of the last ``keep`` tokens of ``ids (B, T)``, of all
+        for 0.
+        """
         arguments: dict[str, Any] = {"logits_to_keep": keep}
         if self.attention != "landmark":
             arguments["use_cache"] = False
         if self.attention == "window":
             assert self.window is not None
             with window_attention(self.model, self.window) as extra:
-                return self.model(ids, **arguments, **extra(ids)).logits  # type: ignore[no-any-return]
+                logits: Tensor = self.model(ids, **arguments, **extra(ids)).logits
+                return logits
         return self.model(ids, **arguments).logits  # type: ignore[no-any-return]
 
     @contextmanager
@@ -140,7 +157,8 @@ def pick_device(device: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"--device: expected auto, cpu or an available cuda device, got {device!r} ({first_line(error)})"
+            f"--device: expected auto, cpu or an available cuda device, got {device!r} "
+            f"({first_line(error)})"
         ) from None
     return device
 
@@ -162,7 +180,8 @@ def load(name: str | None, device: str = "auto", dtype: str = "auto") -> Subject
     """Loads a landmark or plain causal language model with its tokenizer.
 
     Args:
-        name: folder, hub name, ``landmark`` or ``twin`` (the bundled ones); ``None`` is ``landmark``.
+        name: folder, hub name, ``landmark`` or ``twin`` (the bundled ones); ``None`` is
+            ``landmark``.
         device: ``auto``, ``cpu`` or a cuda device.
         dtype: ``auto`` or a dtype's name.
 
@@ -180,19 +199,29 @@ def load(name: str | None, device: str = "auto", dtype: str = "auto") -> Subject
     except ModuleNotFoundError:
         raise
     except Exception as error:  # transformers raises many kinds for what is missing or damaged
-        raise ValueError(f"--model: expected a model of transformers, got {folder} ({first_line(error)})") from None
+        raise ValueError(
+            f"--model: expected a model of transformers, got {folder} ({first_line(error)})"
+        ) from None
     model_type = source.config.model_type
     if source.adapter is not None and not str(model_type).startswith(PREFIX):
         raise ValueError(
-            f"--model: expected an adapter of a landmark model, got {folder}, one of the plain {model_type} in "
-            f"{source.path}; merge it into its base and convert that"
+            f"--model: expected an adapter of a landmark model, got {folder}, one of the plain "
+            f"{model_type} in {source.path}; merge it into its base and convert that"
         )
     found = build(name or "landmark", folder, source.config, where, precision)
-    return replace(found, folder=os.path.abspath(folder)) if folder == name and os.path.isdir(folder) else found
+    return (
+        replace(found, folder=os.path.abspath(folder))
+        if folder == name and os.path.isdir(folder)
+        else found
+    )
 
 
-def build(name: str, folder: str, config: Any, device: str, dtype: torch.dtype, rope: float | None = None) -> Subject:
-    """Loads the weights in ``folder`` under ``config`` (see ``load``); ``rope`` is a factor of dynamic scaling."""
+def build(
+    name: str, folder: str, config: Any, device: str, dtype: torch.dtype, rope: float | None = None
+) -> Subject:
+    """Loads the weights in ``folder`` under ``config`` (see ``load``); ``rope`` is a factor of
+    dynamic scaling.
+    """
     from transformers import AutoTokenizer
 
     is_landmark = str(config.model_type).startswith(PREFIX)
@@ -204,32 +233,46 @@ def build(name: str, folder: str, config: Any, device: str, dtype: torch.dtype, 
         raise
     except Exception as error:  # transformers raises many kinds for what is missing or damaged
         raise ValueError(
-            f"--model: expected weights and a tokenizer of transformers in {folder}, got {first_line(error)}; "
-            "save both with save_pretrained"
+            f"--model: expected weights and a tokenizer of transformers in {folder}, got "
+            f"{first_line(error)}; save both with save_pretrained"
         ) from None
     attention = "landmark" if is_landmark else "full" if rope is None else "dynamic"
     return Subject(name, model.to(device).eval(), tokenizer, attention, rope_factor=rope)
 
 
 def tokenizer_folder(folder: str, base: str) -> str:
-    """Returns where the tokenizer of a model is: an adapter has that of its base unless it was saved with its own."""
+    """Returns where the tokenizer of a model is: an adapter has that of its base unless it was
+    saved with its own.
+    """
     has_own = (Path(folder) / "tokenizer_config.json").is_file()
     return folder if has_own or not (Path(folder) / ADAPTER).is_file() else base
 
 
 def load_all(
-    model: str | None, compare: str | None, device: str, dtype: str, window: int | None, rope: float | None
+    model: str | None,
+    compare: str | None,
+    device: str,
+    dtype: str,
+    window: int | None,
+    rope: float | None,
 ) -> list[Subject]:
-    """Loads one model or two; each plain one in all its variants (see ``load`` and ``plain_variants``).
+    """Loads one model or two; each plain one in all its variants (see ``load`` and
+    ``plain_variants``).
 
     Raises:
-        ValueError, FileNotFoundError: as these do, and for a window or scaling without a plain model.
+        ValueError, FileNotFoundError: as these do, and for a window or scaling without a plain
+            model.
     """
-    loaded = [load(model, device, dtype)] + ([load(compare, device, dtype)] if compare is not None else [])
+    loaded = [load(model, device, dtype)] + (
+        [load(compare, device, dtype)] if compare is not None else []
+    )
     plain = [subject for subject in loaded if subject.attention != "landmark"]
     if not plain and (window is not None or rope is not None):
         option = "--rope" if window is None else "--window"
-        raise ValueError(f"{option}: expected a plain model, got landmark models only; add for example --compare twin")
+        raise ValueError(
+            f"{option}: expected a plain model, got landmark models only; add for example "
+            "--compare twin"
+        )
     tested = [subject for subject in loaded if subject.attention == "landmark"]
     for subject in plain:
         tested += plain_variants(subject, window, rope)
@@ -237,7 +280,8 @@ def load_all(
 
 
 def plain_variants(subject: Subject, window: int | None, rope: float | None) -> list[Subject]:
-    """Returns a plain model as it is and, where asked for, with a window and with dynamic RoPE scaling.
+    """Returns a plain model as it is and, where asked for, with a window and with dynamic RoPE
+    scaling.
 
     Args:
         subject: a plain model.
@@ -250,11 +294,19 @@ def plain_variants(subject: Subject, window: int | None, rope: float | None) -> 
     variants = [subject]
     if window is not None:
         if not 1 <= window < 2**31:
-            raise ValueError(f"--window: expected 1 to {2**31 - 1} tokens, got {window}; pass for example --window 384")
-        variants.append(Subject(subject.name, subject.model, subject.tokenizer, "window", window=window))
+            raise ValueError(
+                f"--window: expected 1 to {2**31 - 1} tokens, got {window}; pass for example "
+                "--window 384"
+            )
+        variants.append(
+            Subject(subject.name, subject.model, subject.tokenizer, "window", window=window)
+        )
     if rope is not None:
         if not 1 <= rope < math.inf:
-            raise ValueError(f"--rope: expected a factor of at least 1, got {rope}; pass for example --rope dynamic:2")
+            raise ValueError(
+                f"--rope: expected a factor of at least 1, got {rope}; pass for example --rope "
+                "dynamic:2"
+            )
         config = type(subject.model.config).from_dict(subject.model.config.to_dict())
         old = getattr(config, "rope_parameters", None) or {}
         config.rope_parameters = {**old, "rope_type": "dynamic", "factor": rope}
@@ -275,8 +327,8 @@ def require_landmark(subject: Subject) -> None:
     """Raises ``ValueError`` for a plain model."""
     if subject.attention != "landmark":
         raise ValueError(
-            f"--model: expected a landmark model, got the plain {type(subject.model).__name__} in {subject.name}; "
-            "convert it with landmark convert and train it with landmark train"
+            f"--model: expected a landmark model, got the plain {type(subject.model).__name__} in "
+            f"{subject.name}; convert it with landmark convert and train it with landmark train"
         )
 
 
@@ -295,23 +347,26 @@ def tokenizer_of(source: str, option: str) -> Any:
         if not here and isinstance(error, (OSError, ValueError, KeyError)):
             return None
         raise ValueError(
-            f"{option}: expected a tokenizer of transformers in {source}, got a damaged one ({', '.join(here)}: "
-            f"{first_line(error)}); save it again, or remove its files to convert without"
+            f"{option}: expected a tokenizer of transformers in {source}, got a damaged one "
+            f"({', '.join(here)}: {first_line(error)}); save it again, or remove its files to "
+            "convert without"
         ) from None
     require_savable(tokenizer, f"{option} {source}")
     return tokenizer
 
 
 def require_model(folder: str, option: str = "--model") -> None:
-    """Raises ``FileNotFoundError`` when ``folder`` is written as a path and is no folder with a config.json."""
+    """Raises ``FileNotFoundError`` when ``folder`` is written as a path and is no folder with a
+    config.json.
+    """
     path = Path(folder)
     looks_local = path.is_absolute() or folder.startswith((".", "~")) or folder.count("/") != 1
     if path.is_dir() and any((path / file).is_file() for file in MODEL_FILES):
         return
     if path.exists() or looks_local:
         raise FileNotFoundError(
-            f"{option}: expected a folder with a config.json or a hub name like org/model, got {folder}; "
-            "save a model there with save_pretrained"
+            f"{option}: expected a folder with a config.json or a hub name like org/model, got "
+            f"{folder}; save a model there with save_pretrained"
         )
 
 

@@ -1,8 +1,9 @@
 """A plain model with a window: every query attends to the first block and to the latest tokens.
 
-The comparison that a landmark model has to beat. The first block stays because it serves as attention sink; distances
-to it are capped at what fits the window, so no position beyond ``SINK + window`` is used (Xiao et al., "Efficient
-Streaming Language Models with Attention Sinks", 2309.17453). Memory is linear in the length.
+The comparison that a landmark model has to beat. The first block stays because it serves as
+attention sink; distances to it are capped at what fits the window, so no position beyond ``SINK +
+window`` is used (Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
+2309.17453). Memory is linear in the length.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def window_attention(model: Any, window: int) -> Iterator[Callable[[Tensor], dic
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if rotary is None:
         raise ValueError(
-            f"--window: expected a model with rotary position embedding, got {type(model).__name__}; leave --window out"
+            "--window: expected a model with rotary position embedding, got "
+            f"{type(model).__name__}; leave --window out"
         )
     AttentionInterface.register(_NAME, _attend)
     before = model.config._attn_implementation
@@ -63,10 +65,18 @@ def window_attention(model: Any, window: int) -> Iterator[Callable[[Tensor], dic
 
 
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, sink_window: _Window, **rest: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    *,
+    sink_window: _Window,
+    **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers: unrotated ``(B, H, T, D)`` in, ``(B, T, H, D)`` out."""
-    length, window = query.shape[2], sink_window.size
+    length = query.shape[2]
+    window = sink_window.size
     scale = rest.get("scaling") or query.shape[-1] ** -0.5
     places = torch.arange(length, device=query.device)
     sink = min(SINK, length)
@@ -77,7 +87,8 @@ def _attend(
     for start in range(0, length, _QUERIES):
         stop = min(start + _QUERIES, length)
         first = max(0, start - window + 1)
-        queries, keys = places[start:stop, None], places[None, first:stop]
+        queries = places[start:stop, None]
+        keys = places[None, first:stop]
         latest = (keys <= queries) & (keys > queries - window) & (keys >= SINK)
         seen = torch.cat((places[None, :sink] <= queries, latest), dim=1)
         scores = torch.cat(

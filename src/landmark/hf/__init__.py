@@ -1,4 +1,6 @@
-"""Landmark models of transformers. Importing this package registers their classes with the Auto classes."""
+"""Landmark models of transformers. Importing this package registers their classes with the Auto
+classes.
+"""
 
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.convert import convert, from_config, load

@@ -12,7 +12,8 @@ from landmark.hf.cache import LandmarkCache
 
 @contextmanager
 def kept_on_failure(cache: LandmarkCache) -> Iterator[None]:
-    """Around a call: when it is refused, or fails before it has read anything, the memory is as it was.
+    """Around a call: when it is refused, or fails before it has read anything, the memory is as it
+    was.
 
     But what a mask has hidden stays hidden where some layers have read new text in its place.
     """

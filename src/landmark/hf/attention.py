@@ -28,13 +28,18 @@ class Call:
     layer_types: tuple[str | None, ...]
 
     def to(self, *args: Any, **kwargs: Any) -> Call:
-        """Returns itself: tensors follow each layer's device (accelerate moves arguments by calling this)."""
+        """Returns itself: tensors follow each layer's device (accelerate moves arguments by calling
+        this).
+        """
         return self
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         """Attends in the attention layer ``module``.
 
-        Takes un-rotated query ``(B, H, T, D)``, key and value ``(B, G, T, D)``; returns ``(B, T, H, D)``.
+        Takes un-rotated query ``(B, H, T, D)``, key and value ``(B, G, T, D)``; returns ``(B, T, H,
+        D)``.
         """
         raise NotImplementedError
 
@@ -46,18 +51,25 @@ class OnePass(Call):
     rotations: dict[str | None, Rotation]
     segments: Tensor | None
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         """Attends as ``Call.attend`` says."""
         rotation = self._rotation(module).to(query.device)
         segments = None if self.segments is None else self.segments.to(query.device)
         size = self.settings.block_size
-        query, key = rotation.rotate(query), rotation.rotate(key)
-        output = landmark_attention(query, key, value, block_size=size, scale=scale, segments=segments)
+        query = rotation.rotate(query)
+        key = rotation.rotate(key)
+        output = landmark_attention(
+            query, key, value, block_size=size, scale=scale, segments=segments
+        )
         assert isinstance(output, Tensor)
         return output.transpose(1, 2).contiguous()
 
     def _rotation(self, module: nn.Module) -> Rotation:
-        """The layer's rotation; where all have the same, its index is not looked at, so that one graph serves all."""
+        """The layer's rotation; where all have the same, its index is not looked at, so that one
+        graph serves all.
+        """
         if len(self.rotations) == 1:
             return next(iter(self.rotations.values()))
         return self.rotations[self.layer_types[_index(module)]]
@@ -72,7 +84,8 @@ class Remembered(Call):
         cache: the cache.
         plan: the geometry, on the CPU.
         retrieve: whether to retrieve.
-        dtype: of keys and values where nothing is remembered yet; under autocast, not what the layers compute in.
+        dtype: of keys and values where nothing is remembered yet; under autocast, not what the
+            layers compute in.
         prepared: whether every layer's memory was told of it by ``prepare``.
         plans: the geometry on each device.
     """
@@ -85,23 +98,30 @@ class Remembered(Call):
     prepared: bool = False
     plans: dict[torch.device, Plan] = field(default_factory=dict)
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         """Attends as ``Call.attend`` says."""
         if query.device not in self.plans:
             self.plans[query.device] = move(self.plan, query.device)
         layer = _index(module)
         memory = self.cache.memory(layer, self.tables[self.layer_types[layer]])
-        plan, record = self.plans[query.device], self.cache.record
+        plan = self.plans[query.device]
+        record = self.cache.record
         rest = {"retrieve": self.retrieve, "record": record, "prepared": self.prepared}
         dtype = memory.store.dtype or self.dtype
         with without_autocast(query.device):
-            output, found = memory.attend(query.to(dtype), key.to(dtype), value.to(dtype), plan, scale=scale, **rest)
+            output, found = memory.attend(
+                query.to(dtype), key.to(dtype), value.to(dtype), plan, scale=scale, **rest
+            )
         if found is not None:
             self.cache.retrievals.append(found)
         return output.to(value.dtype)
 
     def depends(self) -> tuple[Any, ...] | None:
-        """Prepares all memories and returns what a captured call depends on, ``None`` where it cannot be captured."""
+        """Prepares all memories and returns what a captured call depends on, ``None`` where it
+        cannot be captured.
+        """
         if self.cache.record or not self.retrieve:
             return None
         found: list[Any] = [self.plan.grid.local.shape]
@@ -113,7 +133,8 @@ class Remembered(Call):
         return tuple(found)
 
     def fixed(self, device: torch.device) -> Remembered:
-        """Returns the same call, prepared, with a geometry whose tensors on ``device`` later ones can be copied to.
+        """Returns the same call, prepared, with a geometry whose tensors on ``device`` later ones
+        can be copied to.
 
         It may choose among as many blocks as there are places for.
         """
@@ -133,11 +154,18 @@ def landmark_attention_forward(
     landmark: Call | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function registered as attention implementation ``landmark``; shapes as in ``Call.attend``."""
+    """The function registered as attention implementation ``landmark``; shapes as in
+    ``Call.attend``.
+    """
     if landmark is None:
-        raise ValueError("attention 'landmark' got no landmark context: it works in models made by landmark.convert")
+        raise ValueError(
+            "attention 'landmark' got no landmark context: it works in models made by "
+            "landmark.convert"
+        )
     if dropout:
-        raise ValueError(f"expected no attention dropout, got {dropout}: set config.attention_dropout = 0")
+        raise ValueError(
+            f"expected no attention dropout, got {dropout}: set config.attention_dropout = 0"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return landmark.attend(module, query, key, value, scale), None
 
@@ -147,14 +175,18 @@ def _index(module: nn.Module) -> int:
 
 
 def claim_attention(config: Any) -> None:
-    """Sets the attention of a model about to be built; raises ``ValueError`` where the config asks for another."""
+    """Sets the attention of a model about to be built; raises ``ValueError`` where the config asks
+    for another.
+    """
     if config._attn_implementation is not None:
         check_attention(config)
     config._attn_implementation = IMPLEMENTATION
 
 
 def check_attention(config: Any) -> None:
-    """Raises ``ValueError`` where a config asks for another attention, which would ignore the landmarks."""
+    """Raises ``ValueError`` where a config asks for another attention, which would ignore the
+    landmarks.
+    """
     if config._attn_implementation != IMPLEMENTATION:
         raise ValueError(
             f"a landmark model attends by {IMPLEMENTATION!r} only, got attn_implementation="

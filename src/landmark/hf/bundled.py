@@ -25,14 +25,18 @@ def model_path(name: str = "landmark") -> Path:
         raise ValueError(f"bundled model: expected one of {', '.join(NAMES)}, got {name!r}")
     folder = Path(str(resources.files("landmark"))) / "bundled" / name
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"this installation carries no bundled model {name!r}: reinstall, or pass --model")
+        raise FileNotFoundError(
+            f"this installation carries no bundled model {name!r}: reinstall, or pass --model"
+        )
     return folder
 
 
 def model_folder(name: str) -> str:
-    """Returns the folder of the bundled models ``landmark`` and ``twin``, any other folder or hub name as it is.
+    """Returns the folder of the bundled models ``landmark`` and ``twin``, any other folder or hub
+    name as it is.
 
-    A model's folder that is called so here comes first; another folder or file of that name is none.
+    A model's folder that is called so here comes first; another folder or file of that name is
+    none.
     """
     here = any((Path(name) / file).is_file() for file in MODEL_FILES)
     return str(model_path(name)) if name in NAMES and not here else name

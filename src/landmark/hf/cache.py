@@ -34,9 +34,11 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     Args:
         config: a landmark model's config (or the model itself).
         tier: ``device``, ``host`` or ``disk``: the lowest that blocks may move down to.
-        index: how a query finds its blocks: ``exact`` scores every landmark; ``faiss-flat``, ``faiss-ivf`` and
-            ``faiss-hnsw`` ask an index on the CPU. The last two miss some blocks, so that results change.
-        **budgets: ``device_bytes``, ``host_bytes`` and ``spill_folder`` of ``landmark.memory.tiers.Tiers``.
+        index: how a query finds its blocks: ``exact`` scores every landmark; ``faiss-flat``,
+            ``faiss-ivf`` and ``faiss-hnsw`` ask an index on the CPU. The last two miss some blocks,
+            so that results change.
+        **budgets: ``device_bytes``, ``host_bytes`` and ``spill_folder`` of
+            ``landmark.memory.tiers.Tiers``.
 
     Attributes:
         settings: the ``LandmarkConfig`` it was made with.
@@ -47,17 +49,23 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         rewound: whether something that was saved has been taken back.
 
     Raises:
-        ValueError: ``config`` is not that of a landmark model, settings that an index cannot serve, or as ``Tiers``.
+        ValueError: ``config`` is not that of a landmark model, settings that an index cannot serve,
+            or as ``Tiers``.
         FileNotFoundError: there is no such folder.
         ModuleNotFoundError: an index without the package faiss.
     """
 
-    def __init__(self, config: Any, tier: str = "device", *, index: str = "exact", **budgets: Any) -> None:
+    def __init__(
+        self, config: Any, tier: str = "device", *, index: str = "exact", **budgets: Any
+    ) -> None:
         super().__init__(layers=[])
         config = getattr(config, "config", config)
         fields = getattr(config, "landmark", None)
         if fields is None:
-            raise ValueError(f"expected a landmark model's config, got {type(config).__name__}; use landmark.convert")
+            raise ValueError(
+                f"expected a landmark model's config, got {type(config).__name__}; use "
+                "landmark.convert"
+            )
         self.settings = LandmarkConfig.from_dict(fields)
         check_index(index, self.settings)
         self.index = index
@@ -84,7 +92,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     def memory(self, layer: int, tables: RotationTables) -> LayerMemory:
         """Returns layer ``layer``'s memory, made at its first use."""
-        while len(self.memories) <= layer:  # early exit says fewer layers, and some architectures run all the same
+        while (
+            len(self.memories) <= layer
+        ):  # early exit says fewer layers, and some architectures run all the same
             self.memories.append(None)
         found = self.memories[layer]
         if found is None:
@@ -94,25 +104,32 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         return found
 
     def check(self, settings: LandmarkConfig, batch: int, decoder: Any) -> None:
-        """Raises ``ValueError`` unless a model with these settings can go on with ``batch`` rows."""
+        """Raises ``ValueError`` unless a model with these settings can go on with ``batch``
+        rows.
+        """
         self.check_settings(settings, "model")
         if self.is_initialized and self.batch_size != batch:
             raise ValueError(
-                f"expected {self.batch_size} rows as in the cache, got {batch}; repeat or choose its rows with "
-                "batch_repeat_interleave or batch_select_indices, or make a new LandmarkCache"
+                f"expected {self.batch_size} rows as in the cache, got {batch}; repeat or choose "
+                "its rows with batch_repeat_interleave or batch_select_indices, or make a new "
+                "LandmarkCache"
             )
         if self.is_initialized:
             require_reader(self.decoder, decoder)
-        elif self._rows != batch:  # a first call that failed, or a crop to nothing, left layers of other rows
+        elif (
+            self._rows != batch
+        ):  # a first call that failed, or a crop to nothing, left layers of other rows
             self.memories = [None] * len(self.memories)
         self._rows = batch
         self._decoder = weakref.ref(decoder)
 
-    def begin_with(self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, left_out: int = 0) -> None:
+    def begin_with(
+        self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, left_out: int = 0
+    ) -> None:
         """Makes ready to go on with a text that begins with all that was read.
 
-        Rows are repeated to as many as the text has. Where the text is exactly what was read, its last column is
-        removed, to be computed again.
+        Rows are repeated to as many as the text has. Where the text is exactly what was read, its
+        last column is removed, to be computed again.
 
         Args:
             text: ``(B, T)`` token ids, or ``(B, T, hidden)`` embeddings.
@@ -121,15 +138,16 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             left_out: columns read before the text, which goes on from there.
 
         Raises:
-            ValueError: the text begins otherwise, or its rows are not a multiple of those here; nothing is changed.
+            ValueError: the text begins otherwise, or its rows are not a multiple of those here;
+                nothing is changed.
         """
         if not self.is_initialized:
             return
         repeats, rest = divmod(len(text), self.batch_size)
         if rest:
             raise ValueError(
-                f"expected {self.batch_size} rows as in the cache, or a multiple, got {len(text)}; choose rows with "
-                "batch_select_indices, or make a new LandmarkCache"
+                f"expected {self.batch_size} rows as in the cache, or a multiple, got "
+                f"{len(text)}; choose rows with batch_select_indices, or make a new LandmarkCache"
             )
         if not left_out:
             self._columns.check_beginning(text, attention_mask, embedding, repeats)
@@ -157,15 +175,21 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self._hidden = False
 
     def ids(self, row: int = 0) -> Tensor:
-        """Returns a row's token ids ``(tokens,)`` int32, padding left out; -1 where only embeddings were given."""
+        """Returns a row's token ids ``(tokens,)`` int32, padding left out; -1 where only embeddings
+        were given.
+        """
         return self._columns.ids_of(row)
 
     def undo(self, retrieved: int) -> None:
-        """Forgets what a call that failed in some layer has filed, and what it retrieved after ``retrieved`` others."""
+        """Forgets what a call that failed in some layer has filed, and what it retrieved after
+        ``retrieved`` others.
+        """
         del self.retrievals[retrieved:]
         for memory in self.made():
             memory.undo()
-        if self._hidden:  # some layers hold other keys now where the hidden tokens were: these do not come back
+        if (
+            self._hidden
+        ):  # some layers hold other keys now where the hidden tokens were: these do not come back
             self._columns.changes += 1
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -179,7 +203,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             tokens_to_remove: ``-n`` removes ``n`` columns; a positive number is the length to keep.
 
         Raises:
-            ValueError: the blocks needed to go on from there were evicted (``max_blocks``); nothing is changed.
+            ValueError: the blocks needed to go on from there were evicted (``max_blocks``); nothing
+                is changed.
         """
         length = self.get_seq_length()
         keep = min(length, tokens_to_remove) if tokens_to_remove > 0 else length + tokens_to_remove
@@ -191,16 +216,19 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self._go_back(mask[:, :keep], ids[:, :keep])
 
     def hide(self, attention_mask: Tensor) -> None:
-        """Takes back the last tokens of each row that a mask leaves out; their columns count as padding from then on.
+        """Takes back the last tokens of each row that a mask leaves out; their columns count as
+        padding from then on.
 
-        So a row that ended early in a batch goes on behind its end, not behind the padding that ``generate`` wrote.
+        So a row that ended early in a batch goes on behind its end, not behind the padding that
+        ``generate`` wrote.
 
         Args:
-            attention_mask: ``(B, columns)`` of all columns read so far, 0 for those that do not count.
+            attention_mask: ``(B, columns)`` of all columns read so far, 0 for those that do not
+                count.
 
         Raises:
-            ValueError: another shape, a token that is followed by one that stays, a 1 over a column that was read as
-                padding, or as ``crop``; nothing is changed.
+            ValueError: another shape, a token that is followed by one that stays, a 1 over a column
+                that was read as padding, or as ``crop``; nothing is changed.
         """
         if not self.is_initialized:
             return
@@ -221,9 +249,16 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             self._columns.check_mask(wanted, len(wanted) // self.batch_size)
 
     def _go_back(self, mask: Tensor, ids: Tensor) -> None:
-        """Keeps the text that ``mask`` leaves, the first tokens of every row; raises as ``crop``."""
+        """Keeps the text that ``mask`` leaves, the first tokens of every row; raises as
+        ``crop``.
+        """
         tokens = mask.sum(1).tolist()
-        check_crop(self.made(), self.settings, self.slots, [slots_for(n, self.settings.block_size) for n in tokens])
+        check_crop(
+            self.made(),
+            self.settings,
+            self.slots,
+            [slots_for(n, self.settings.block_size) for n in tokens],
+        )
         self._note_change(tokens)
         self._columns.replace(mask, ids)
         for memory in self.made():
@@ -235,7 +270,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self._columns = TextColumns()
         self._hidden = False
         self.retrievals = []
-        self.saved, self.rewound = None, False
+        self.saved = None
+        self.rewound = False
 
     def fork(self) -> LandmarkCache:
         """Returns a copy that goes on independently; so do ``copy.copy`` and ``copy.deepcopy``."""
@@ -253,19 +289,21 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refused: a memory may lie in files, and belongs to a model."""
         raise ValueError(
-            "a LandmarkCache cannot be pickled, nor saved by torch.save: use cache.save(folder) and "
-            "LandmarkCache.open(folder, model), or cache.fork() for a copy"
+            "a LandmarkCache cannot be pickled, nor saved by torch.save: use cache.save(folder) "
+            "and LandmarkCache.open(folder, model), or cache.fork() for a copy"
         )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replaces row ``i`` by row ``beam_idx[i]``; raises ``ValueError`` for a row that is not there, or for none."""
+        """Replaces row ``i`` by row ``beam_idx[i]``; raises ``ValueError`` for a row that is not
+        there, or for none.
+        """
         if not self.is_initialized:
             return
         rows = beam_idx.cpu()
         if len(rows) == 0 or not 0 <= int(rows.min()) <= int(rows.max()) < self.batch_size:
             raise ValueError(
-                f"expected at least one of the rows 0 to {self.batch_size - 1}, got {rows.tolist()[:20]}; "
-                "choose among the rows of the cache"
+                f"expected at least one of the rows 0 to {self.batch_size - 1}, got "
+                f"{rows.tolist()[:20]}; choose among the rows of the cache"
             )
         self._select_rows(rows)
 
@@ -288,7 +326,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.reorder_cache(torch.arange(len(self._columns.tokens)).repeat_interleave(repeats))
 
     def nbytes(self, *tiers: str) -> int:
-        """Bytes of keys and values held, those of an index among them, in the given tiers or in all."""
+        """Bytes of keys and values held, those of an index among them, in the given tiers or in
+        all.
+        """
         return sum(memory.nbytes(tier) for memory in self.made() for tier in tiers or TIERS)
 
     @property
@@ -301,42 +341,55 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """The decoder that read last, ``None`` if there is none any more."""
         return None if self._decoder is None else self._decoder()
 
-    def save(self, folder: str | Path, *, notes: dict[str, Any] | None = None, streams: Streams | None = None) -> None:
-        """Saves the memory of one row to a folder, or to its own folder (opened from, saved to) what came since.
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        notes: dict[str, Any] | None = None,
+        streams: Streams | None = None,
+    ) -> None:
+        """Saves the memory of one row to a folder, or to its own folder (opened from, saved to)
+        what came since.
 
-        When this returns, all is on the disk; when it is interrupted, the folder holds what it held before.
+        When this returns, all is on the disk; when it is interrupted, the folder holds what it held
+        before.
 
         Args:
             folder: a new or empty one, or that of this memory.
             notes: JSON to keep beside it, instead of what was kept so far.
-            streams: bytes to keep beside it, by name: each is a function that is given how many bytes the folder keeps
-                of it so far, and returns those that come behind them.
+            streams: bytes to keep beside it, by name: each is a function that is given how many
+                bytes the folder keeps of it so far, and returns those that come behind them.
 
         Raises:
-            ValueError: several rows, a memory that was cropped since it was saved, a folder that holds something else
-                or cannot be written to, no room on the disk, or another writer.
+            ValueError: several rows, a memory that was cropped since it was saved, a folder that
+                holds something else or cannot be written to, no room on the disk, or another
+                writer.
             FileNotFoundError: its own folder is not there any more.
         """
         save(self, folder, notes, streams or {})
 
     @classmethod
     @torch.inference_mode(False)
-    def open(cls, folder: str | Path, model: Any, tier: str = "device", **budgets: Any) -> LandmarkCache:
-        """Opens a memory that was saved; on the tiers ``host`` and ``disk`` without reading its blocks.
+    def open(
+        cls, folder: str | Path, model: Any, tier: str = "device", **budgets: Any
+    ) -> LandmarkCache:
+        """Opens a memory that was saved; on the tiers ``host`` and ``disk`` without reading its
+        blocks.
 
         Everything that is read is checked; the blocks when they are fetched.
 
         Args:
             folder: where it was saved.
             model: the landmark model that made it.
-            tier: as for ``LandmarkCache``; ``disk`` reads from the folder, and writes what comes on top to files in
-                ``spill_folder``.
-            **budgets: likewise, and ``index``, which is not saved: it is built again at the first call.
+            tier: as for ``LandmarkCache``; ``disk`` reads from the folder, and writes what comes on
+                top to files in ``spill_folder``.
+            **budgets: likewise, and ``index``, which is not saved: it is built again at the first
+                call.
 
         Raises:
             FileNotFoundError: there is no memory in the folder.
-            ValueError: it was made with another model, dtype or other settings, or (``Damaged``) is not what was
-                written.
+            ValueError: it was made with another model, dtype or other settings, or (``Damaged``) is
+                not what was written.
         """
         return open_saved(folder, model, tier, budgets)
 
@@ -359,7 +412,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         return len(self.memories)
 
     def __repr__(self) -> str:
-        return f"LandmarkCache(tokens={self._columns.tokens}, settings={dataclasses.asdict(self.settings)})"
+        settings = dataclasses.asdict(self.settings)
+        return f"LandmarkCache(tokens={self._columns.tokens}, settings={settings})"
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Returns -1: there is no maximum."""
@@ -390,9 +444,14 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     @property
     def is_linear(self) -> list[bool]:
-        """False for every layer: transformers asks which keep a state of fixed size instead of keys."""
+        """False for every layer: transformers asks which keep a state of fixed size instead of
+        keys.
+        """
         return [False] * len(self.memories)
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: landmark layers file their keys themselves."""
-        raise ValueError("expected a landmark model with this cache, got a stock attention layer; use landmark.convert")
+        raise ValueError(
+            "expected a landmark model with this cache, got a stock attention layer; use "
+            "landmark.convert"
+        )

@@ -1,4 +1,6 @@
-"""The mixin that makes a landmark model of a stock causal language model; head, loss and generate stay stock code."""
+"""The mixin that makes a landmark model of a stock causal language model; head, loss and generate
+stay stock code.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from landmark.hf.graphs import repeating
 from landmark.hf.model import require_landmark_cache
 from landmark.hf.stub import PackagedMixin
 
-# What stock code hands from step to step: landmark models find positions by the mask and the memory.
+# What stock code hands from step to step: landmark models find positions by the mask and the
+# memory.
 NOT_FOR_FORWARD = ("position_ids", "cache_position", "next_sequence_length", "labels")
 
 
@@ -37,7 +40,9 @@ class Given:
     before: int = 0
 
     def without_candidates(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns text and mask of the first step without the tokens that an assistant has put behind them."""
+        """Returns text and mask of the first step without the tokens that an assistant has put
+        behind them.
+        """
         if self.columns is None or mask is None:
             return text[:, : self.columns], mask
         return text[:, : self.columns], mask[:, : self.before + self.columns]
@@ -63,7 +68,8 @@ class LandmarkCausalLMMixin(PackagedMixin):
         settings = self.landmark.replace(**changes)
         if settings.block_size != self.landmark.block_size:
             raise ValueError(
-                f"block_size is fixed at {self.landmark.block_size}, got {settings.block_size}; convert anew"
+                f"block_size is fixed at {self.landmark.block_size}, got {settings.block_size}; "
+                "convert anew"
             )
         check_layers(settings, self.config.num_hidden_layers)
         warn_beyond_trained(settings)
@@ -83,10 +89,11 @@ class LandmarkCausalLMMixin(PackagedMixin):
 
         Args:
             input_ids: ``(B, T)`` text token ids.
-            attention_mask: as for ``forward``: ``(B, T)``, or ``(B, past + T)`` with a memory; 0 for padding.
+            attention_mask: as for ``forward``: ``(B, T)``, or ``(B, past + T)`` with a memory; 0
+                for padding.
             cache: a memory to go on from.
-            retrieve: ``False`` reads with the local context and block 0 only: fast, and not what the model would
-                compute with retrieval; later calls retrieve from what was read.
+            retrieve: ``False`` reads with the local context and block 0 only: fast, and not what
+                the model would compute with retrieval; later calls retrieve from what was read.
 
         Returns:
             the memory, to be passed as ``past_key_values``.
@@ -95,19 +102,25 @@ class LandmarkCausalLMMixin(PackagedMixin):
             ValueError: as the model's ``forward``.
         """
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"expected input_ids of shape (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
+            raise ValueError(
+                "expected input_ids of shape (B, T) with T of at least 1, got "
+                f"{tuple(input_ids.shape)}"
+            )
         cache = LandmarkCache(self.config) if cache is None else require_landmark_cache(cache)
-        for _ in self.base_model.read_chunks(input_ids, attention_mask, cache, self.landmark, {}, retrieve=retrieve):
+        for _ in self.base_model.read_chunks(
+            input_ids, attention_mask, cache, self.landmark, {}, retrieve=retrieve
+        ):
             pass
         return cache
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates as stock code does; on an NVIDIA GPU, steps of one token are captured in a CUDA graph.
+        """Generates as stock code does; on an NVIDIA GPU, steps of one token are captured in a CUDA
+        graph.
 
-        With a memory (``past_key_values`` or ``cache``) the ids given begin with all that it has read. Where they are
-        exactly that, its last token is computed again. Ids of new text alone are taken together with an
-        ``attention_mask`` over all columns, those read before included. A memory of fewer rows is repeated for beams
-        and answers.
+        With a memory (``past_key_values`` or ``cache``) the ids given begin with all that it has
+        read. Where they are exactly that, its last token is computed again. Ids of new text alone
+        are taken together with an ``attention_mask`` over all columns, those read before included.
+        A memory of fewer rows is repeated for beams and answers.
 
         Raises:
             ValueError: ids that do not begin with what the memory has read, or as ``forward``.
@@ -116,7 +129,10 @@ class LandmarkCausalLMMixin(PackagedMixin):
         cache = kwargs.get(CACHE)
         token = _given.set(_what_is_given(args, kwargs))
         try:
-            with repeating(), kept_on_failure(cache) if isinstance(cache, LandmarkCache) else nullcontext():
+            with (
+                repeating(),
+                kept_on_failure(cache) if isinstance(cache, LandmarkCache) else nullcontext(),
+            ):
                 return super().generate(*args, **kwargs)
         finally:
             _given.reset(token)
@@ -129,19 +145,24 @@ class LandmarkCausalLMMixin(PackagedMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Returns what the next call of ``forward`` inside ``generate`` is given: the text behind the memory.
+        """Returns what the next call of ``forward`` inside ``generate`` is given: the text behind
+        the memory.
 
-        Stands in place of every family's own: those cut the text by other rules, or drop the cache where a RoPE of
-        other frequencies begins (longrope), which landmark models never switch to.
+        Stands in place of every family's own: those cut the text by other rules, or drop the cache
+        where a RoPE of other frequencies begins (longrope), which landmark models never switch to.
         """
         kwargs = cache_by_installed_name(kwargs)
         cache = kwargs.get(CACHE)
         rest = {name: value for name, value in kwargs.items() if name not in NOT_FOR_FORWARD}
         if getattr(self.config, "output_router_logits", False):
-            rest["output_router_logits"] = False  # nobody asks for the balancing loss of a generated token
-        name, text = "input_ids", input_ids
+            rest["output_router_logits"] = (
+                False  # nobody asks for the balancing loss of a generated token
+            )
+        name = "input_ids"
+        text = input_ids
         if is_first_iteration and inputs_embeds is not None:
-            name, text = "inputs_embeds", inputs_embeds
+            name = "inputs_embeds"
+            text = inputs_embeds
         new = text
         if cache is not None:
             given = _given.get(Given())
@@ -152,14 +173,19 @@ class LandmarkCausalLMMixin(PackagedMixin):
             if count < 1:  # behind embeddings, these are the ids alone that were generated
                 count = columns_of_step(kwargs)
             new = text[:, -count:]
-        return {**rest, name: new.clone(memory_format=torch.contiguous_format), "attention_mask": attention_mask}
+        return {
+            **rest,
+            name: new.clone(memory_format=torch.contiguous_format),
+            "attention_mask": attention_mask,
+        }
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} cannot hold landmarks: leave it unset"
+                f"cache_implementation={generation_config.cache_implementation!r} cannot hold "
+                "landmarks: leave it unset"
             )
         generation_config.prefill_chunk_size = None  # forward reads in chunks of its own
         cache = model_kwargs.get(CACHE)
@@ -168,31 +194,48 @@ class LandmarkCausalLMMixin(PackagedMixin):
                 model_kwargs[CACHE] = LandmarkCache(self.config)
         else:
             require_landmark_cache(cache)._is_user_defined = True
-            model_kwargs["use_cache"] = generation_config.use_cache = True  # a memory that is given is read on
+            model_kwargs["use_cache"] = generation_config.use_cache = (
+                True  # a memory that is given is read on
+            )
 
-    def _get_initial_cache_position(self, seq_length: int, device: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Adds the places of the columns that the memory has not read; called by transformers before 5.3."""
+    def _get_initial_cache_position(
+        self, seq_length: int, device: Any, model_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Adds the places of the columns that the memory has not read; called by transformers
+        before 5.3.
+        """
         given = _given.get(Given())
-        embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get(CACHE)
+        embeds = model_kwargs.get("inputs_embeds")
+        cache = model_kwargs.get(CACHE)
         columns = given.before + (seq_length if embeds is None else embeds.shape[1])
         read = 0 if cache is None else cache.get_seq_length()
-        model_kwargs["cache_position"] = torch.arange(min(read, columns - 1), columns, device=device)
+        model_kwargs["cache_position"] = torch.arange(
+            min(read, columns - 1), columns, device=device
+        )
         return model_kwargs
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         check_assisted(_given.get(Given()).before)
         return super()._assisted_decoding(*args, **kwargs)
 
-    def _prepare_generated_length(self, generation_config: Any, has_default_max_length: bool, **kwargs: Any) -> Any:
-        """Counts the default length as new tokens: stock code cuts it at ``max_position_embeddings``, text included."""
+    def _prepare_generated_length(
+        self, generation_config: Any, has_default_max_length: bool, **kwargs: Any
+    ) -> Any:
+        """Counts the default length as new tokens: stock code cuts it at
+        ``max_position_embeddings``, text included.
+        """
         if has_default_max_length and generation_config.max_new_tokens is None:
             generation_config.max_new_tokens = generation_config.max_length
         return super()._prepare_generated_length(
-            generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
+            generation_config=generation_config,
+            has_default_max_length=has_default_max_length,
+            **kwargs,
         )
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes out the reminder that the text is longer than ``max_position_embeddings``: it may be."""
+        """Takes out the reminder that the text is longer than ``max_position_embeddings``: it may
+        be.
+        """
         criteria = super()._get_stopping_criteria(*args, **kwargs)
         for each in criteria:
             if hasattr(each, "max_position_embeddings"):
@@ -202,7 +245,9 @@ class LandmarkCausalLMMixin(PackagedMixin):
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Refused but for ``landmark``: another attention would ignore the landmarks."""
         if attn_implementation != IMPLEMENTATION:
-            raise ValueError(f"a landmark model attends by {IMPLEMENTATION!r} only, got {attn_implementation!r}")
+            raise ValueError(
+                f"a landmark model attends by {IMPLEMENTATION!r} only, got {attn_implementation!r}"
+            )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching keeps keys in pages that know no landmarks."""
@@ -210,12 +255,14 @@ class LandmarkCausalLMMixin(PackagedMixin):
 
 
 def _what_is_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-    """Returns how much text ``generate`` was given: new text alone, where the mask says so by its width.
+    """Returns how much text ``generate`` was given: new text alone, where the mask says so by its
+    width.
 
     Raises:
         ValueError: a mask of another shape than the text, or over a memory that has read otherwise.
     """
-    cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+    cache = kwargs.get(CACHE)
+    mask = kwargs.get("attention_mask")
     inputs = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
     text = next((each for each in inputs if isinstance(each, Tensor) and each.ndim > 1), None)
     if text is None:
@@ -227,8 +274,9 @@ def _what_is_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     if shape not in ((batch, columns), (batch, read + columns)):
         raise ValueError(
-            f"attention_mask: expected shape ({batch}, {columns}) as the text, or ({batch}, {read + columns}) for new "
-            f"text behind the {read} columns that the cache has read, got {shape}"
+            f"attention_mask: expected shape ({batch}, {columns}) as the text, or ({batch}, "
+            f"{read + columns}) for new text behind the {read} columns that the cache has read, "
+            f"got {shape}"
         )
     if isinstance(cache, LandmarkCache) and mask.shape[1] >= read:
         cache.check_mask(mask[:, :read])  # here, as stock code drops a mask of ones
@@ -247,7 +295,11 @@ def warn_beyond_trained(settings: LandmarkConfig) -> None:
     largest = settings.largest_top_k
     if settings.positions != "stingy" or largest is None or settings.top_k <= largest:
         return
-    remedy = f"the largest top_k that fits is {largest}" if largest > 0 else "no top_k fits: use fewer local_blocks"
+    remedy = (
+        f"the largest top_k that fits is {largest}"
+        if largest > 0
+        else "no top_k fits: use fewer local_blocks"
+    )
     warnings.warn(
         f"stingy positions take {settings.stingy_positions} positions, the model was trained on "
         f"{settings.trained_length}: {remedy}",

@@ -1,4 +1,6 @@
-"""The text that a memory has read, in columns as the caller sees them: token ids and mask, padding included."""
+"""The text that a memory has read, in columns as the caller sees them: token ids and mask, padding
+included.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 COMPARED_COLUMNS = 4096  # embedded at once, to be compared with embeddings that were given
 SAME_EMBEDDING = 0.01  # relative difference of an embedding in another precision, at most
 SKETCH = 1 << 30  # sketches are integers from -SKETCH to -2
-# Of one embedding in two precisions: a cosine of 0.002, as bfloat16 moves an embedding by at most 2^-9 of its norm.
+# Of one embedding in two precisions: a cosine of 0.002, as bfloat16 moves an embedding by at most
+# 2^-9 of its norm.
 SAME_SKETCH = SKETCH // 1000
 
 
@@ -28,8 +31,12 @@ class TextColumns:
         self.tokens: list[int] = []
         self.changes = 0
         self._count = 0
-        self._masks: list[Tensor] = []  # (B, T) bool of some calls each, never written to; see `append`
-        self._ids: list[Tensor] = []  # (B, T) int32 likewise; for an embedding its sketch, -1 for neither
+        self._masks: list[
+            Tensor
+        ] = []  # (B, T) bool of some calls each, never written to; see `append`
+        self._ids: list[
+            Tensor
+        ] = []  # (B, T) int32 likewise; for an embedding its sketch, -1 for neither
 
     def __len__(self) -> int:
         return self._count
@@ -43,15 +50,23 @@ class TextColumns:
 
         Args:
             mask: ``(B, T)`` bool on the CPU, True for text.
-            ids: ``(B, T)`` token ids, or sketches where only embeddings are known, ``None`` for neither.
+            ids: ``(B, T)`` token ids, or sketches where only embeddings are known, ``None`` for
+                neither.
         """
         counts = mask.sum(1).tolist()
         self.tokens = [a + b for a, b in zip(self.tokens or [0] * len(mask), counts, strict=True)]
         self._masks.append(mask.clone())
-        known = torch.full(mask.shape, -1, dtype=torch.int32) if ids is None else ids.to("cpu", torch.int32, copy=True)
+        known = (
+            torch.full(mask.shape, -1, dtype=torch.int32)
+            if ids is None
+            else ids.to("cpu", torch.int32, copy=True)
+        )
         self._ids.append(known)
         while len(self._masks) > 1 and self._masks[-2].shape[1] <= 2 * self._masks[-1].shape[1]:
-            for each in (self._masks, self._ids):  # few parts: small tensors that stay scatter the memory of calls
+            for each in (
+                self._masks,
+                self._ids,
+            ):  # few parts: small tensors that stay scatter the memory of calls
                 each[-2:] = [torch.cat(each[-2:], dim=1)]
         self._count += mask.shape[1]
         self.changes += 1
@@ -80,11 +95,15 @@ class TextColumns:
         return self._masks[0], self._ids[0]
 
     def ids_of(self, row: int) -> Tensor:
-        """Returns a row's token ids ``(tokens,)`` int32, padding left out; -1 where only embeddings were given."""
+        """Returns a row's token ids ``(tokens,)`` int32, padding left out; -1 where only embeddings
+        were given.
+        """
         mask, ids = self.all()
         return ids[row, mask[row]].clamp(min=-1) if len(mask) else ids[0:0].flatten()
 
-    def check_beginning(self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, repeats: int) -> None:
+    def check_beginning(
+        self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, repeats: int
+    ) -> None:
         """Makes sure that a text begins with these columns.
 
         Args:
@@ -96,7 +115,9 @@ class TextColumns:
         Raises:
             ValueError: it does not; the message names the first column that differs.
         """
-        mask, ids = (each[:, : text.shape[1]].repeat_interleave(repeats, dim=0) for each in self.all())
+        mask, ids = (
+            each[:, : text.shape[1]].repeat_interleave(repeats, dim=0) for each in self.all()
+        )
         comparable = mask & (ids != -1)
         if attention_mask is not None and attention_mask.shape[1] == text.shape[1]:
             comparable = comparable & attention_mask[:, : ids.shape[1]].bool().cpu()
@@ -104,34 +125,47 @@ class TextColumns:
         found = differs.any(0).nonzero()
         if len(found) == 0 and text.shape[1] >= len(self):
             return
-        column, how = text.shape[1], "the text ends there"
+        column = text.shape[1]
+        how = "the text ends there"
         if len(found):
             column = int(found[0])
             row = int(differs[:, column].nonzero()[0])
             got = f"token {int(text[row, column])}" if text.ndim == 2 else "another embedding"
             known = int(ids[row, column])
-            how = f"row {row} has {got}, the cache {f'token {known}' if known >= 0 else 'an embedding'}"
+            held = f"token {known}" if known >= 0 else "an embedding"
+            how = f"row {row} has {got}, the cache {held}"
         raise ValueError(
-            f"expected a text that begins with the {len(self)} columns that the cache has read, got one that differs "
-            f"from column {column} on ({how}); pass the whole text, or new text with an attention_mask over all columns"
+            f"expected a text that begins with the {len(self)} columns that the cache has read, "
+            f"got one that differs from column {column} on ({how}); pass the whole text, or new "
+            "text with an attention_mask over all columns"
         )
 
     def are_read_with(self, mask: Tensor) -> bool:
-        """Whether a mask ``(B, columns)``, bool on the CPU, is that of all columns; nothing is copied."""
-        parts = torch.split(mask, [each.shape[1] for each in self._masks], dim=1) if mask.shape[1] == len(self) else ()
-        return len(parts) > 0 and all(torch.equal(*pair) for pair in zip(parts, self._masks, strict=True))
+        """Whether a mask ``(B, columns)``, bool on the CPU, is that of all columns; nothing is
+        copied.
+        """
+        parts = (
+            torch.split(mask, [each.shape[1] for each in self._masks], dim=1)
+            if mask.shape[1] == len(self)
+            else ()
+        )
+        return len(parts) > 0 and all(
+            torch.equal(*pair) for pair in zip(parts, self._masks, strict=True)
+        )
 
     def check_mask(self, wanted: Tensor, repeats: int = 1) -> None:
-        """Makes sure that a mask ``(B * repeats, columns)``, bool, takes back no more than the last tokens of rows.
+        """Makes sure that a mask ``(B * repeats, columns)``, bool, takes back no more than the last
+        tokens of rows.
 
         Raises:
-            ValueError: another shape, a 0 over a token that is followed by one that stays, or a 1 over padding.
+            ValueError: another shape, a 0 over a token that is followed by one that stays, or a 1
+                over padding.
         """
         mask = self.all()[0].repeat_interleave(repeats, dim=0)
         if wanted.shape != mask.shape:
             raise ValueError(
-                f"attention_mask: expected shape {tuple(mask.shape)} over the columns that were read, got "
-                f"{tuple(wanted.shape)}"
+                f"attention_mask: expected shape {tuple(mask.shape)} over the columns that were "
+                f"read, got {tuple(wanted.shape)}"
             )
         column = torch.arange(1, mask.shape[1] + 1)
         last = (wanted * column).amax(1, keepdim=True)
@@ -142,13 +176,14 @@ class TextColumns:
             if bool(wrong.any()):
                 row, place = wrong.nonzero()[0].tolist()
                 raise ValueError(
-                    f"attention_mask: expected the mask that row {row} was read with, or 0 from one of its tokens on, "
-                    f"got {what} (column {place}); read the text anew"
+                    f"attention_mask: expected the mask that row {row} was read with, or 0 from "
+                    f"one of its tokens on, got {what} (column {place}); read the text anew"
                 )
 
 
 def sketch_of(embeds: Tensor) -> Tensor:
-    """Returns an integer from -SKETCH to -2 for each embedding ``(..., hidden)``: others seldom have a near one.
+    """Returns an integer from -SKETCH to -2 for each embedding ``(..., hidden)``: others seldom
+    have a near one.
 
     It is the cosine to one fixed direction, so that rounding moves it little.
     """
@@ -156,12 +191,16 @@ def sketch_of(embeds: Tensor) -> Tensor:
     direction = torch.randn(embeds.shape[-1], generator=random).to(embeds.device)
     values = embeds.detach().float()
     cosine = (values * direction / direction.norm()).sum(-1) / values.norm(dim=-1).clamp(min=1e-30)
-    sketches: Tensor = (-SKETCH / 2 * (1 + cosine.cpu().double())).clamp(-SKETCH, -2).to(torch.int32)
+    sketches: Tensor = (
+        (-SKETCH / 2 * (1 + cosine.cpu().double())).clamp(-SKETCH, -2).to(torch.int32)
+    )
     return sketches
 
 
 def _is_other_text(text: Tensor, ids: Tensor, embedding: nn.Module) -> Tensor:
-    """Where a text ``(B, T)``, or its embeddings ``(B, T, hidden)``, is not that of ids or sketches, ``(B, T)``."""
+    """Where a text ``(B, T)``, or its embeddings ``(B, T, hidden)``, is not that of ids or
+    sketches, ``(B, T)``.
+    """
     if text.ndim == 2 and bool((ids >= -1).all()):
         return text.cpu() != ids
     parts = []
@@ -183,6 +222,8 @@ def _is_other_text(text: Tensor, ids: Tensor, embedding: nn.Module) -> Tensor:
 
 
 def device_of(embedding: nn.Module) -> torch.device:
-    """Returns where ids for an embedding may lie: by its first weight, anywhere if that is offloaded."""
+    """Returns where ids for an embedding may lie: by its first weight, anywhere if that is
+    offloaded.
+    """
     weight = next(itertools.chain(embedding.parameters(), embedding.buffers()), None)
     return torch.device("cpu") if weight is None or weight.is_meta else weight.device

@@ -41,20 +41,23 @@ def convert(
     """Makes a landmark model of a stock causal language model.
 
     Args:
-        model_or_path: a model instance (its weights are shared, not copied), or a hub name or folder.
-        block_size, top_k, granularity, positions, local_blocks, max_blocks, layers, local, mode, chunk_tokens,
-            position_gap: see ``LandmarkConfig``.
-        trained_length: positions the model was trained on; by default ``config.max_position_embeddings``; under
-            longrope, those up to which its frequencies for short texts were trained.
+        model_or_path: a model instance (its weights are shared, not copied), or a hub name or
+            folder.
+        block_size, top_k, granularity, positions, local_blocks, max_blocks, layers, local, mode,
+            chunk_tokens, position_gap: see ``LandmarkConfig``.
+        trained_length: positions the model was trained on; by default
+            ``config.max_position_embeddings``; under longrope, those up to which its frequencies
+            for short texts were trained.
         **loading: for ``from_pretrained`` where a path is given (``dtype``, ``device_map``, ...).
 
     Returns:
-        a model of class ``Landmark<Family>ForCausalLM``, a subclass of the stock class, in eval mode. Its landmark
+        a model of class ``Landmark<Family>ForCausalLM``, a subclass of the stock class, in eval
+        mode. Its landmark
         embedding is new: train it before relying on what is retrieved.
 
     Raises:
-        ValueError: an architecture that cannot be exact, a model that is a landmark model already, or settings outside
-            their ranges.
+        ValueError: an architecture that cannot be exact, a model that is a landmark model already,
+            or settings outside their ranges.
     """
     warn_untested()
     settings = {
@@ -74,17 +77,22 @@ def convert(
     if not isinstance(model_or_path, nn.Module):
         return _converted_folder(find(model_or_path, **loading), settings)
     if loading:
-        raise ValueError(f"{sorted(loading)} are for loading from a path, got a model: load it with them")
+        raise ValueError(
+            f"{sorted(loading)} are for loading from a path, got a model: load it with them"
+        )
     return _converted(model_or_path, settings)
 
 
 def _converted_folder(source: Source, settings: dict[str, Any]) -> Any:
-    """Loads the stock model and converts it; with the loading info where the caller is to be told."""
+    """Loads the stock model and converts it; with the loading info where the caller is to be
+    told.
+    """
     _settings(source.config, settings)  # before the weights are read
     if source.adapter is not None:
         raise ValueError(
-            f"{source.adapter.place} is an adapter of the plain model {source.path}: convert that one and train an "
-            "adapter on the landmark model, or merge both first (PeftModel.from_pretrained(...).merge_and_unload())"
+            f"{source.adapter.place} is an adapter of the plain model {source.path}: convert that "
+            "one and train an adapter on the landmark model, or merge both first "
+            "(PeftModel.from_pretrained(...).merge_and_unload())"
         )
     given, info = read_weights(source)
     model = _converted(given, settings)
@@ -92,9 +100,13 @@ def _converted_folder(source: Source, settings: dict[str, Any]) -> Any:
 
 
 def _settings(stock_config: Any, settings: dict[str, Any]) -> LandmarkConfig:
-    """Returns the landmark settings for a stock model; raises ``ValueError`` as ``convert`` does."""
+    """Returns the landmark settings for a stock model; raises ``ValueError`` as ``convert``
+    does.
+    """
     if stock_config.model_type.startswith(PREFIX):
-        raise ValueError("this is a landmark model already: use landmark.load and configure_landmark")
+        raise ValueError(
+            "this is a landmark model already: use landmark.load and configure_landmark"
+        )
     check_config(stock_config)
     trained = settings["trained_length"]
     if trained is None:
@@ -141,25 +153,36 @@ def load(path: Any = None, **loading: Any) -> Any:
         **loading: for ``from_pretrained`` (``dtype``, ``device_map``, ...).
 
     Raises:
-        ValueError: the folder holds no landmark model, settings or a config that ``convert`` would refuse, or damaged
-            weights.
+        ValueError: the folder holds no landmark model, settings or a config that ``convert`` would
+            refuse, or damaged weights.
         FileNotFoundError: there is no model, or the bundled one is not installed.
     """
     warn_untested()
     if "landmark" in loading:
-        raise ValueError("landmark= is no loading argument: load the model, then model.configure_landmark(top_k=...)")
+        raise ValueError(
+            "landmark= is no loading argument: load the model, then "
+            "model.configure_landmark(top_k=...)"
+        )
     source = find(model_path() if path is None else path, **loading)
     kind = source.config.model_type
     if not kind.startswith(PREFIX):
-        where = source.path if source.adapter is None else f"{source.adapter.place}: its base {source.path}"
-        raise ValueError(f"{where}: expected a landmark model, got model_type {kind!r}: use landmark.convert")
+        where = (
+            source.path
+            if source.adapter is None
+            else f"{source.adapter.place}: its base {source.path}"
+        )
+        raise ValueError(
+            f"{where}: expected a landmark model, got model_type {kind!r}: use landmark.convert"
+        )
     model, info = read_weights(source)
     assert isinstance(model, LandmarkCausalLMMixin)
     return (model, info) if source.told else model
 
 
 def _converted(given: Any, settings: dict[str, Any]) -> Any:
-    """Returns a checked landmark model around the modules of ``given``, with a landmark embedding of its own."""
+    """Returns a checked landmark model around the modules of ``given``, with a landmark embedding
+    of its own.
+    """
     _check_given(given)
     config = landmark_config(given.config, _settings(given.config, settings))
     model = model_around(given, family(given.config.model_type).causal_lm, config)
@@ -167,7 +190,9 @@ def _converted(given: Any, settings: dict[str, Any]) -> Any:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         embedding = decoder.get_input_embeddings()
         row = embedding(torch.zeros(1, dtype=torch.long, device=device_of(embedding)))
-        decoder.landmark_embedding = nn.Embedding(1, row.shape[1], device=row.device, dtype=row.dtype)
+        decoder.landmark_embedding = nn.Embedding(
+            1, row.shape[1], device=row.device, dtype=row.dtype
+        )
     _start_in_distribution(model)
     check_conversion(model, given)
     return model.eval()
@@ -177,8 +202,9 @@ def _check_given(given: Any) -> None:
     """Raises ``ValueError`` for a model in memory that is no plain model of a supported family."""
     if not isinstance(given, PreTrainedModel):
         raise ValueError(
-            f"expected a transformers model or a path, got {type(given).__name__}; pass the model inside it (compile, "
-            "wrap or adapt what comes out; merge an adapter of peft first, by merge_and_unload)"
+            f"expected a transformers model or a path, got {type(given).__name__}; pass the model "
+            "inside it (compile, wrap or adapt what comes out; merge an adapter of peft first, by "
+            "merge_and_unload)"
         )
     if given.config.model_type.startswith(PREFIX):
         return  # refused by its config
@@ -186,30 +212,35 @@ def _check_given(given: Any) -> None:
     for module, expected in ((given, made.stock_causal_lm), (given.base_model, made.stock_decoder)):
         if type(module) is not expected:
             raise ValueError(
-                f"expected a {expected.__name__}, got {type(module).__name__}: what it adds would be lost; "
-                f"load the weights as {expected.__name__}"
+                f"expected a {expected.__name__}, got {type(module).__name__}: what it adds would "
+                f"be lost; load the weights as {expected.__name__}"
             )
         if module._forward_pre_hooks:
             raise ValueError(
-                f"{expected.__name__} has a forward pre-hook, which model.read would not run: remove it, or register "
-                "it on a module inside"
+                f"{expected.__name__} has a forward pre-hook, which model.read would not run: "
+                "remove it, or register it on a module inside"
             )
     if getattr(given, "_hf_peft_config_loaded", False):
         raise ValueError(
-            "the model has an adapter of peft loaded: convert it without, then load or train adapters on the landmark "
-            "model; or merge it first (PeftModel.from_pretrained(...).merge_and_unload())"
+            "the model has an adapter of peft loaded: convert it without, then load or train "
+            "adapters on the landmark model; or merge it first "
+            "(PeftModel.from_pretrained(...).merge_and_unload())"
         )
     embedding = given.get_input_embeddings()
     offloaded = any(hasattr(module, "_hf_hook") for module in embedding.modules())
     if any(weight.is_meta for weight in embedding.parameters()) and not offloaded:
-        raise ValueError("the weights are on the device meta, where nothing can be computed: load them first")
+        raise ValueError(
+            "the weights are on the device meta, where nothing can be computed: load them first"
+        )
 
 
 @torch.no_grad()
 def _start_in_distribution(model: Any) -> None:
-    """Sets the landmark embedding to the direction of the mean token embedding, at a typical token's norm.
+    """Sets the landmark embedding to the direction of the mean token embedding, at a typical
+    token's norm.
 
-    What the embedding module returns is typical, not its weight: some architectures scale in between.
+    What the embedding module returns is typical, not its weight: some architectures scale in
+    between.
     """
     decoder = model.base_model
     embedding = decoder.get_input_embeddings()
@@ -217,9 +248,12 @@ def _start_in_distribution(model: Any) -> None:
         return
     count = min(getattr(embedding, "num_embeddings", model.config.vocab_size), 65536)
     rows = embedding(torch.arange(count, device=device_of(embedding)))
-    target, rows = decoder.landmark_embedding.weight, rows.float()
+    target = decoder.landmark_embedding.weight
+    rows = rows.float()
     norms = rows.norm(dim=-1)
     mean = rows[norms > 0].mean(0) if bool((norms > 0).any()) else rows.mean(0)
     if float(mean.norm()) == 0:
         return
-    target.copy_((mean / mean.norm() * norms[norms > 0].median())[None].to(target.device, target.dtype))
+    target.copy_(
+        (mean / mean.norm() * norms[norms > 0].median())[None].to(target.device, target.dtype)
+    )

@@ -1,4 +1,6 @@
-"""Which architectures can be landmark models, the classes made for them, and why the others cannot."""
+"""Which architectures can be landmark models, the classes made for them, and why the others
+cannot.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -79,15 +84,23 @@ def family(model_type: str) -> Family:
     """Returns the classes for a stock ``model_type``, registered with the Auto classes.
 
     Raises:
-        ValueError: the architecture cannot be exact, or is not known to be, or is not in the installed transformers.
+        ValueError: the architecture cannot be exact, or is not known to be, or is not in the
+            installed transformers.
     """
     if model_type not in FAMILIES:
         reason = REFUSED.get(model_type, "it has not been checked")
-        raise ValueError(f"cannot make a landmark model of {model_type!r}: {reason}; supported: {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"cannot make a landmark model of {model_type!r}: {reason}; supported: "
+            f"{', '.join(FAMILIES)}"
+        )
     if not installed(model_type):
-        raise ValueError(f"cannot make a landmark model of {model_type!r} with this transformers: install a later one")
+        raise ValueError(
+            f"cannot make a landmark model of {model_type!r} with this transformers: install a "
+            "later one"
+        )
     stock_config = CONFIG_MAPPING[model_type]
-    stock_decoder, stock_causal_lm = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    stock_decoder = MODEL_MAPPING[stock_config]
+    stock_causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     config: Any = type(
         f"Landmark{stock_config.__name__}",
         (LandmarkConfigMixin, stock_config),
@@ -97,7 +110,8 @@ def family(model_type: str) -> Family:
             "landmark": None,
         },
     )
-    # transformers looks for it in the source of a class's module, or of whichever class was asked before.
+    # transformers looks for it in the source of a class's module, or of whichever class was asked
+    # before.
     experts = classmethod(lambda cls: stock_decoder._can_set_experts_implementation())
     decoder = type(
         f"Landmark{stock_decoder.__name__}",
@@ -157,7 +171,9 @@ def _register(made: Family) -> None:
 
 
 def _copy_conversion(stock: str, ours: str) -> None:
-    """Lets checkpoints be read and written as the stock architecture's are: renamed heads, fused experts, ..."""
+    """Lets checkpoints be read and written as the stock architecture's are: renamed heads, fused
+    experts, ...
+    """
     mapping = get_checkpoint_conversion_mapping(stock)
     if mapping is not None:
         register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
@@ -171,9 +187,13 @@ def register() -> None:
 
 
 def check_landmark_config(config: Any) -> None:
-    """Raises ``ValueError`` for the config of a landmark model that ``landmark.convert`` could not have made."""
+    """Raises ``ValueError`` for the config of a landmark model that ``landmark.convert`` could not
+    have made.
+    """
     if not config.landmark:
-        raise ValueError("expected landmark settings in config.json, got none; save the model again")
+        raise ValueError(
+            "expected landmark settings in config.json, got none; save the model again"
+        )
     try:
         settings = LandmarkConfig.from_dict(config.landmark)
         check_layers(settings, config.num_hidden_layers)
@@ -183,7 +203,8 @@ def check_landmark_config(config: Any) -> None:
 
 
 def check_config(config: Any) -> None:
-    """Raises ``ValueError``, naming the reason, for a config that landmark attention cannot serve exactly.
+    """Raises ``ValueError``, naming the reason, for a config that landmark attention cannot serve
+    exactly.
 
     The config is a stock one, or the one of a landmark model made of it.
     """
@@ -194,8 +215,8 @@ def check_config(config: Any) -> None:
         other = sorted(set(types) - {"full_attention"})
         if other:
             raise ValueError(
-                f"{name}: layers with {', '.join(other)} (a sliding window) cannot be exact; expected full_attention "
-                "everywhere: set config.layer_types if the window is to go"
+                f"{name}: layers with {', '.join(other)} (a sliding window) cannot be exact; "
+                "expected full_attention everywhere: set config.layer_types if the window is to go"
             )
     elif getattr(config, "sliding_window", None) is not None:
         raise ValueError(
@@ -203,6 +224,10 @@ def check_config(config: Any) -> None:
             "set config.sliding_window = None if it is to go"
         )
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError(f"{name}: soft-capped attention scores (softcap) cannot be exact; expected none")
+        raise ValueError(
+            f"{name}: soft-capped attention scores (softcap) cannot be exact; expected none"
+        )
     if getattr(config, "attention_dropout", 0):
-        raise ValueError(f"{name}: expected attention_dropout 0, got {config.attention_dropout}; set it to 0")
+        raise ValueError(
+            f"{name}: expected attention_dropout 0, got {config.attention_dropout}; set it to 0"
+        )

@@ -1,8 +1,10 @@
-"""Steps of one token inside ``generate`` as a CUDA graph: a step of a large model is over before it is launched.
+"""Steps of one token inside ``generate`` as a CUDA graph: a step of a large model is over before it
+is launched.
 
-A graph holds what one call launched, with the addresses of its tensors. It is captured once consecutive steps have
-found all memories at the same addresses, replayed as long as they stay there, and dropped when ``generate`` returns, so
-that what a caller does to the model between two calls is never missed. Results are those of steps launched one by one.
+A graph holds what one call launched, with the addresses of its tensors. It is captured once
+consecutive steps have found all memories at the same addresses, replayed as long as they stay
+there, and dropped when ``generate`` returns, so that what a caller does to the model between two
+calls is never missed. Results are those of steps launched one by one.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Steps:
         self._refused = False
 
     def run(self, call: Remembered, decoder: Any, embeds: Tensor, kwargs: dict[str, Any]) -> Any:
-        """Returns what the stock decoder gives for a call of one token a row, ``None`` if it has to be called.
+        """Returns what the stock decoder gives for a call of one token a row, ``None`` if it has to
+        be called.
 
         Args:
             call: the call; no row closes a block in it.
@@ -68,14 +71,27 @@ class Steps:
             embeds: ``(B, 1, hidden)``.
             kwargs: what else the stock decoder is given.
         """
-        if self._refused or not captures(embeds) or any(value is not None for value in kwargs.values()):
+        if (
+            self._refused
+            or not captures(embeds)
+            or any(value is not None for value in kwargs.values())
+        ):
             return None
         if self._known is None and watched(decoder):
             self._refused = True
             return None
-        known = (decoder, call.cache, embeds.shape, embeds.dtype, torch.is_autocast_enabled(), call.depends())
+        known = (
+            decoder,
+            call.cache,
+            embeds.shape,
+            embeds.dtype,
+            torch.is_autocast_enabled(),
+            call.depends(),
+        )
         if known[-1] is None or known != self._known:
-            self._known, self._steady, self._captured = known, 0, None
+            self._known = known
+            self._steady = 0
+            self._captured = None
             return None
         self._steady += 1
         if self._captured is None:
@@ -84,7 +100,9 @@ class Steps:
             try:
                 captured = capture(call, decoder, embeds)
                 require_states_alone(captured.output)
-            except RuntimeError:  # a stock layer that asks the device something, more that is wanted, or no memory
+            except (
+                RuntimeError
+            ):  # a stock layer that asks the device something, more that is wanted, or no memory
                 self._refused = True
                 return None
             self._captured = captured
@@ -103,7 +121,9 @@ def captures(embeds: Tensor) -> bool:
 
 def capture(call: Remembered, decoder: Any, embeds: Tensor) -> Captured:
     """Captures a call; nothing is computed yet."""
-    fixed, embeds, graph = call.fixed(embeds.device), embeds.clone(), torch.cuda.CUDAGraph()
+    fixed = call.fixed(embeds.device)
+    embeds = embeds.clone()
+    graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = decoder.stock(embeds, fixed)
@@ -114,13 +134,17 @@ def capture(call: Remembered, decoder: Any, embeds: Tensor) -> Captured:
 
 
 def release_generator(device: torch.device) -> None:
-    """Takes the random generator of a GPU out of a capture that failed: torch leaves it there, and sampling fails."""
+    """Takes the random generator of a GPU out of a capture that failed: torch leaves it there, and
+    sampling fails.
+    """
     generator = torch.cuda.default_generators[device.index or 0]
     generator.graphsafe_set_state(generator.clone_state())
 
 
 def require_states_alone(output: Any) -> None:
-    """Raises ``RuntimeError`` where the output of a stock decoder holds more than its last states."""
+    """Raises ``RuntimeError`` where the output of a stock decoder holds more than its last
+    states.
+    """
     if set(output.keys()) != {"last_hidden_state"}:
         raise RuntimeError(f"expected last_hidden_state alone, got {list(output.keys())}")
 
@@ -128,7 +152,8 @@ def require_states_alone(output: Any) -> None:
 def refresh(to: Any, plan: Any) -> None:
     """Puts the numbers of a plan where those of another of the same shape lie."""
     for field in fields(to):
-        old, new = getattr(to, field.name), getattr(plan, field.name)
+        old = getattr(to, field.name)
+        new = getattr(plan, field.name)
         if isinstance(old, Tensor):
             old.copy_(new, non_blocking=True)
         elif is_dataclass(old):
@@ -138,6 +163,9 @@ def refresh(to: Any, plan: Any) -> None:
 def watched(decoder: nn.Module) -> bool:
     """Whether something is called or moved between the layers that a replay would leave out."""
     return any(
-        "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
         for module in decoder.modules()
     )

@@ -12,7 +12,9 @@ from landmark.blocks import slot_of, slots_for
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Tensors are computed and joined as they are: autocast in bfloat16 refuses to join float16, and the reverse."""
+    """Tensors are computed and joined as they are: autocast in bfloat16 refuses to join float16,
+    and the reverse.
+    """
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
@@ -24,9 +26,12 @@ class Layout:
     Attributes:
         block_size: slots of a block.
         width: slots of the call.
-        positions: ``(width,)`` or ``(B, width)`` slot inside its document, of a call that starts documents.
-        slots: ``(B, T)`` slot of each text column, ``width`` for padding; ``None`` when no row has padding or packing.
-        sources: ``(B, width)`` text column of each slot, ``T`` for a landmark, ``T + 1`` for nothing.
+        positions: ``(width,)`` or ``(B, width)`` slot inside its document, of a call that starts
+            documents.
+        slots: ``(B, T)`` slot of each text column, ``width`` for padding; ``None`` when no row has
+            padding or packing.
+        sources: ``(B, width)`` text column of each slot, ``T`` for a landmark, ``T + 1`` for
+            nothing.
         segments: ``(B, width)`` document of each slot of packed rows.
     """
 
@@ -38,7 +43,9 @@ class Layout:
     segments: Tensor | None = None
 
     def insert(self, embeds: Tensor, landmark: Tensor) -> Tensor:
-        """Puts landmarks among text embeddings: ``(B, T, hidden)`` and ``(hidden,)`` to ``(B, width, hidden)``."""
+        """Puts landmarks among text embeddings: ``(B, T, hidden)`` and ``(hidden,)`` to ``(B,
+        width, hidden)``.
+        """
         with without_autocast(embeds.device):
             return self._insert(embeds, landmark.to(embeds.dtype))
 
@@ -53,17 +60,24 @@ class Layout:
             joined = torch.cat((padded, landmark.expand(batch, blocks, 1, hidden)), dim=2)
             return joined.flatten(1, 2)[:, : self.width]
         extra = torch.stack((landmark, torch.zeros_like(landmark))).expand(batch, 2, hidden)
-        return torch.cat((embeds, extra), dim=1).gather(1, self.sources[..., None].expand(-1, -1, hidden))
+        return torch.cat((embeds, extra), dim=1).gather(
+            1, self.sources[..., None].expand(-1, -1, hidden)
+        )
 
     def extract(self, states: Tensor, tokens: int) -> Tensor:
-        """Takes the states of text out: ``(B, width, hidden)`` to ``(B, tokens, hidden)``, zeros for padding."""
+        """Takes the states of text out: ``(B, width, hidden)`` to ``(B, tokens, hidden)``, zeros
+        for padding.
+        """
         batch, _, hidden = states.shape
         if self.slots is None:
-            text, size = self.block_size - 1, self.block_size
+            text = self.block_size - 1
+            size = self.block_size
             blocks = -(-tokens // text)
             padded = torch.nn.functional.pad(states, (0, 0, 0, blocks * size - self.width))
             return padded.view(batch, blocks, size, hidden)[:, :, :text].flatten(1, 2)[:, :tokens]
-        found = states.gather(1, self.slots.clamp(max=self.width - 1)[..., None].expand(-1, -1, hidden))
+        found = states.gather(
+            1, self.slots.clamp(max=self.width - 1)[..., None].expand(-1, -1, hidden)
+        )
         return found.masked_fill((self.slots == self.width)[..., None], 0)
 
 
@@ -73,7 +87,9 @@ def plain_layout(tokens: int, block_size: int, device: torch.device) -> Layout:
     return Layout(block_size, width, torch.arange(width, device=device))
 
 
-def padded_layout(mask: Tensor, block_size: int, seen: Tensor | None = None, width: int | None = None) -> Layout:
+def padded_layout(
+    mask: Tensor, block_size: int, seen: Tensor | None = None, width: int | None = None
+) -> Layout:
     """Returns the layout of rows with padding.
 
     Args:
@@ -84,18 +100,28 @@ def padded_layout(mask: Tensor, block_size: int, seen: Tensor | None = None, wid
     """
     batch, tokens = mask.shape
     index = mask.long().cumsum(1) - 1
-    before = torch.zeros(batch, 1, dtype=torch.long, device=mask.device) if seen is None else seen[:, None]
+    before = (
+        torch.zeros(batch, 1, dtype=torch.long, device=mask.device)
+        if seen is None
+        else seen[:, None]
+    )
     slot = slot_of(index + before, block_size) - slots_for(before, block_size)
     closes = mask & ((index + before) % (block_size - 1) == block_size - 2)
     width = slots_for(tokens, block_size) if width is None else width
     slots = torch.where(mask, slot, width)
     return Layout(
-        block_size, width, torch.arange(width, device=mask.device), slots, _sources(slots, closes, width, tokens)
+        block_size,
+        width,
+        torch.arange(width, device=mask.device),
+        slots,
+        _sources(slots, closes, width, tokens),
     )
 
 
 def packed_layout(documents: Tensor, block_size: int) -> Layout:
-    """Returns the layout of packed rows; ``documents (B, T)`` rises by one where a new document begins, from 0."""
+    """Returns the layout of packed rows; ``documents (B, T)`` rises by one where a new document
+    begins, from 0.
+    """
     batch, tokens = documents.shape
     column = torch.arange(tokens, device=documents.device).expand(batch, tokens)
     begins = torch.ones_like(documents, dtype=torch.bool)
@@ -107,11 +133,15 @@ def packed_layout(documents: Tensor, block_size: int) -> Layout:
     own_slot = slot_of(index, block_size)
     positions = _spread(slots, closes, own_slot, own_slot + 1, width, 0)
     segments = _spread(slots, closes, documents, documents, width, tokens)
-    return Layout(block_size, width, positions, slots, _sources(slots, closes, width, tokens), segments)
+    return Layout(
+        block_size, width, positions, slots, _sources(slots, closes, width, tokens), segments
+    )
 
 
 def documents_of(position_ids: Tensor) -> Tensor:
-    """Returns the document of each column of packed rows, ``(B, T)``: a new one wherever positions do not go on."""
+    """Returns the document of each column of packed rows, ``(B, T)``: a new one wherever positions
+    do not go on.
+    """
     jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
     return torch.nn.functional.pad(jumps.long().cumsum(1), (1, 0))
 
@@ -121,10 +151,16 @@ def _sources(slots: Tensor, closes: Tensor, width: int, tokens: int) -> Tensor:
     return _spread(slots, closes, column, torch.full_like(column, tokens), width, tokens + 1)
 
 
-def _spread(slots: Tensor, closes: Tensor, text: Tensor, landmark: Tensor, width: int, fill: int) -> Tensor:
-    """Writes ``text`` at ``slots`` and ``landmark`` at the next slot where a token closes a block; ``(B, width)``."""
+def _spread(
+    slots: Tensor, closes: Tensor, text: Tensor, landmark: Tensor, width: int, fill: int
+) -> Tensor:
+    """Writes ``text`` at ``slots`` and ``landmark`` at the next slot where a token closes a block;
+    ``(B, width)``.
+    """
     out = slots.new_full((len(slots), width + 1), fill)
     out = out.scatter(1, slots, text)
-    return out.scatter(1, torch.where(closes, slots + 1, width).clamp(max=width), torch.where(closes, landmark, fill))[
-        :, :width
-    ]
+    return out.scatter(
+        1,
+        torch.where(closes, slots + 1, width).clamp(max=width),
+        torch.where(closes, landmark, fill),
+    )[:, :width]

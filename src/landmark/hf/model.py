@@ -1,7 +1,8 @@
 """The mixin that makes a landmark decoder of a stock decoder.
 
-Text goes in, landmarks are inserted as embeddings inside the decoder, the stock decoder runs on them with all
-positions 0 (so that queries and keys arrive un-rotated at the attention function), and the states of text come out.
+Text goes in, landmarks are inserted as embeddings inside the decoder, the stock decoder runs on
+them with all positions 0 (so that queries and keys arrive un-rotated at the attention function),
+and the states of text come out.
 """
 
 from __future__ import annotations
@@ -62,15 +63,17 @@ class LandmarkDecoderMixin(PackagedMixin):
 
         Args:
             input_ids: ``(B, T)`` text token ids, or else ``inputs_embeds (B, T, hidden)``.
-            attention_mask: ``(B, T)`` or ``(B, past + T)``, 0 for padding, which may stand anywhere. A 0 over the last
-                tokens that a row has remembered takes them back (``LandmarkCache.hide``).
-            position_ids: ``(B, T)``; without a mask or a cache, a new document begins wherever they do not go on
-                (packed rows). Otherwise ignored: slots come from the mask.
-            past_key_values: a ``LandmarkCache`` to read and to extend; ``cache`` is another name for it.
+            attention_mask: ``(B, T)`` or ``(B, past + T)``, 0 for padding, which may stand
+                anywhere. A 0 over the last tokens that a row has remembered takes them back
+                (``LandmarkCache.hide``).
+            position_ids: ``(B, T)``; without a mask or a cache, a new document begins wherever they
+                do not go on (packed rows). Otherwise ignored: slots come from the mask.
+            past_key_values: a ``LandmarkCache`` to read and to extend; ``cache`` is another name
+                for it.
             inputs_embeds: see ``input_ids``.
             use_cache: whether to return the cache; it never changes what is computed.
-            seq_idx: ``(B, T)`` document of each column of packed rows, instead of ``position_ids``; ``cu_seq_lens_q``,
-                the documents' borders in one flattened row, does as well.
+            seq_idx: ``(B, T)`` document of each column of packed rows, instead of ``position_ids``;
+                ``cu_seq_lens_q``, the documents' borders in one flattened row, does as well.
             cache: see ``past_key_values``.
             **kwargs: passed to the stock decoder.
 
@@ -78,29 +81,36 @@ class LandmarkDecoderMixin(PackagedMixin):
             ``BaseModelOutputWithPast`` whose states align with the text, zeros at padding.
 
         Raises:
-            ValueError: arguments that do not fit, a foreign cache, retrieval in train mode, or a text beyond the
-                trained length under exact positions.
+            ValueError: arguments that do not fit, a foreign cache, retrieval in train mode, or a
+                text beyond the trained length under exact positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if kwargs.pop("output_attentions", None) or self.config.output_attentions:
             raise ValueError(
-                "landmark attention keeps no attention matrix: read cache.retrievals (cache.record = True)"
+                "landmark attention keeps no attention matrix: read cache.retrievals "
+                "(cache.record = True)"
             )
         check_attention(self.config)
         return_dict = kwargs.pop("return_dict", None)
         text = input_ids if input_ids is not None else inputs_embeds
         assert text is not None
         if text.ndim < 2 or text.shape[1] == 0:
-            raise ValueError(f"expected text of shape (B, T) with T of at least 1, got {tuple(text.shape)}")
+            raise ValueError(
+                f"expected text of shape (B, T) with T of at least 1, got {tuple(text.shape)}"
+            )
         settings = self.settings
-        cache = cache_by_installed_name({"cache": cache, "past_key_values": past_key_values}).get(CACHE)
+        cache = cache_by_installed_name({"cache": cache, "past_key_values": past_key_values}).get(
+            CACHE
+        )
         if cache is not None:
             require_landmark_cache(cache)
         mask = text_mask(attention_mask, text, cache)
         if kwargs.get("output_router_logits"):
             _check_balanced(attention_mask, text.shape[1])
-        documents = _documents(text, seq_idx, position_ids, kwargs, whole=mask is None and cache is None)
+        documents = _documents(
+            text, seq_idx, position_ids, kwargs, whole=mask is None and cache is None
+        )
         if settings.mode == "all" and cache is None:
             output = self._one_pass(self._embed(text), mask, documents, settings, kwargs)
         elif documents is not None and bool((documents != documents[:, :1]).any()):
@@ -114,7 +124,8 @@ class LandmarkDecoderMixin(PackagedMixin):
         return output if return_dict is not False else output.to_tuple()
 
     def _embed(self, text: Tensor) -> Tensor:
-        """Returns the embeddings of token ids ``(B, T)``; embeddings ``(B, T, hidden)`` as they are.
+        """Returns the embeddings of token ids ``(B, T)``; embeddings ``(B, T, hidden)`` as they
+        are.
 
         Raises:
             ValueError: on the CPU, ids that have no embedding.
@@ -126,8 +137,9 @@ class LandmarkDecoderMixin(PackagedMixin):
             embeds: Tensor = embedding(text.to(device_of(embedding)))
         except IndexError:
             raise ValueError(
-                f"expected token ids from 0 to {self.config.vocab_size - 1}, got {int(text.min())} to "
-                f"{int(text.max())}; use the model's own tokenizer, or resize_token_embeddings"
+                f"expected token ids from 0 to {self.config.vocab_size - 1}, got "
+                f"{int(text.min())} to {int(text.max())}; use the model's own tokenizer, or "
+                "resize_token_embeddings"
             ) from None
         return embeds
 
@@ -137,9 +149,15 @@ class LandmarkDecoderMixin(PackagedMixin):
         return embedding.to(like.device)
 
     def _one_pass(
-        self, embeds: Tensor, mask: Tensor | None, documents: Tensor | None, settings: LandmarkConfig, kwargs: Any
+        self,
+        embeds: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        settings: LandmarkConfig,
+        kwargs: Any,
     ) -> Any:
-        tokens, size = embeds.shape[1], settings.block_size
+        tokens = embeds.shape[1]
+        size = settings.block_size
         if documents is not None:
             layout = packed_layout(documents, size)
         elif mask is not None:
@@ -150,7 +168,9 @@ class LandmarkDecoderMixin(PackagedMixin):
         if self.training and settings.position_gap:
             positions = _with_gaps(positions, len(embeds), size, settings.position_gap)
         rotations = {
-            kind: rotary.rotation(positions if positions.ndim == 1 else positions[:, None], embeds.dtype)
+            kind: rotary.rotation(
+                positions if positions.ndim == 1 else positions[:, None], embeds.dtype
+            )
             for kind, rotary in self._rotaries.items()
         }
         call = OnePass(settings, self._layer_types, rotations, layout.segments)
@@ -158,14 +178,18 @@ class LandmarkDecoderMixin(PackagedMixin):
 
     def _run(self, embeds: Tensor, layout: Layout, call: Call, kwargs: Any) -> Any:
         tokens = embeds.shape[1]
-        inserted = layout.insert(embeds, self._landmark(embeds)).contiguous()  # as later layers get it: one graph
+        inserted = layout.insert(
+            embeds, self._landmark(embeds)
+        ).contiguous()  # as later layers get it: one graph
         output = self.stock(inserted, call, **kwargs)
         return merge([output], lambda states: layout.extract(states[0], tokens))
 
     def stock(self, embeds: Tensor, call: Call, **kwargs: Any) -> Any:
         """Runs the stock decoder on slots ``(B, width, hidden)``, all at position 0."""
         zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
-        return super().forward(inputs_embeds=embeds, position_ids=zeros, use_cache=False, landmark=call, **kwargs)
+        return super().forward(
+            inputs_embeds=embeds, position_ids=zeros, use_cache=False, landmark=call, **kwargs
+        )
 
     def read_chunks(
         self,
@@ -204,10 +228,16 @@ class LandmarkDecoderMixin(PackagedMixin):
             for begin in range(0, text.shape[1], settings.chunk_tokens):
                 columns = slice(begin, begin + settings.chunk_tokens)
                 part = text[:, columns]
-                seen = torch.ones(part.shape[:2], dtype=torch.bool) if mask is None else mask[:, columns].cpu()
+                seen = (
+                    torch.ones(part.shape[:2], dtype=torch.bool)
+                    if mask is None
+                    else mask[:, columns].cpu()
+                )
                 yield self.extend(part, seen, cache, settings, kwargs, retrieve=retrieve)
 
-    @torch.inference_mode(False)  # what a memory keeps has to be written to outside of inference mode, too
+    @torch.inference_mode(
+        False
+    )  # what a memory keeps has to be written to outside of inference mode, too
     @torch.no_grad()
     def extend(
         self,
@@ -231,8 +261,8 @@ class LandmarkDecoderMixin(PackagedMixin):
         """
         if self.training:
             raise ValueError(
-                "a memory has no gradient and was used in train mode: use configure_landmark(mode='all') without a "
-                "cache to train, or model.eval()"
+                "a memory has no gradient and was used in train mode: use "
+                "configure_landmark(mode='all') without a cache to train, or model.eval()"
             )
         embeds = self._embed(text)
         ids = text if text.ndim == 2 else sketch_of(text)
@@ -244,14 +274,18 @@ class LandmarkDecoderMixin(PackagedMixin):
         if plan.candidates and retrieve:
             self._warn_untrained(settings)
         width = plan.cells.shape[1]
-        call = Remembered(settings, self._layer_types, self._all_tables(), cache, plan, retrieve, embeds.dtype)
+        call = Remembered(
+            settings, self._layer_types, self._all_tables(), cache, plan, retrieve, embeds.dtype
+        )
         steps = current()
         if steps is not None and width == 1 and bool(mask.all()):
             output = steps.run(call, self, embeds, kwargs)
             if output is not None:
                 cache.append(mask, ids)
                 return output
-        layout = padded_layout(mask.to(embeds.device), settings.block_size, torch.tensor(seen).to(embeds.device), width)
+        layout = padded_layout(
+            mask.to(embeds.device), settings.block_size, torch.tensor(seen).to(embeds.device), width
+        )
         retrieved = len(cache.retrievals)
         try:
             output = self._run(embeds, layout, call, kwargs)
@@ -264,37 +298,52 @@ class LandmarkDecoderMixin(PackagedMixin):
     def _all_tables(self) -> dict[str | None, RotationTables]:
         if self._tables is None:
             size = self.settings.block_size
-            self._tables = {kind: RotationTables(rotary, size) for kind, rotary in self._rotaries.items()}
+            self._tables = {
+                kind: RotationTables(rotary, size) for kind, rotary in self._rotaries.items()
+            }
         return self._tables
 
     def tables_of(self, layer: int) -> RotationTables:
         """Returns the rotations of a layer's memory."""
         return self._all_tables()[self._layer_types[layer]]
 
-    def _by_document(self, embeds: Tensor, documents: Tensor, settings: LandmarkConfig, kwargs: Any) -> Any:
+    def _by_document(
+        self, embeds: Tensor, documents: Tensor, settings: LandmarkConfig, kwargs: Any
+    ) -> Any:
         """Reads each document of packed rows as a row of its own."""
-        changes = torch.nn.functional.pad((documents[:, 1:] != documents[:, :-1]).long().cumsum(1), (1, 0))
+        changes = torch.nn.functional.pad(
+            (documents[:, 1:] != documents[:, :-1]).long().cumsum(1), (1, 0)
+        )
         rows = []
         for row, document_of in zip(embeds, changes, strict=True):
             documents_read = []
             for document in row.split(document_of.bincount().tolist()):
-                chunks = self.read_chunks(document[None], None, LandmarkCache(self.config), settings, kwargs)
+                chunks = self.read_chunks(
+                    document[None], None, LandmarkCache(self.config), settings, kwargs
+                )
                 documents_read.append(_join(list(chunks)))
             rows.append(_join(documents_read))
         return merge(rows, lambda states: torch.cat(states, dim=0))
 
     def _check_length(self, slots: int, settings: LandmarkConfig) -> None:
         trained = settings.trained_length
-        if settings.mode == "retrieval" and settings.positions == "exact" and trained is not None and slots > trained:
+        if (
+            settings.mode == "retrieval"
+            and settings.positions == "exact"
+            and trained is not None
+            and slots > trained
+        ):
             raise ValueError(
-                f"exact positions reach {slots}, the model was trained on {trained}: use stingy positions or less text"
+                f"exact positions reach {slots}, the model was trained on {trained}: use stingy "
+                "positions or less text"
             )
 
     def _warn_untrained(self, settings: LandmarkConfig) -> None:
         if not settings.landmark_trained and settings.mode == "retrieval" and not self._warned:
             self._warned = True
             warnings.warn(
-                "this model retrieves by a landmark that was never trained: fine-tune it first (landmark train)",
+                "this model retrieves by a landmark that was never trained: fine-tune it first "
+                "(landmark train)",
                 stacklevel=2,
             )
 
@@ -312,18 +361,25 @@ def require_landmark_cache(cache: Any) -> LandmarkCache:
     """Returns a cache that can hold landmarks; raises ``ValueError`` for any other."""
     if not isinstance(cache, LandmarkCache):
         raise ValueError(
-            f"expected a LandmarkCache, got {type(cache).__name__}: use LandmarkCache(model.config), or leave it out"
+            f"expected a LandmarkCache, got {type(cache).__name__}: use "
+            "LandmarkCache(model.config), or leave it out"
         )
     return cache
 
 
 def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor | None:
-    """Returns the new columns' mask ``(B, T)`` bool, or ``None`` where there is no padding to know of."""
+    """Returns the new columns' mask ``(B, T)`` bool, or ``None`` where there is no padding to know
+    of.
+    """
     if attention_mask is None:
         return None
     batch, tokens = text.shape[:2]
     past = cache.get_seq_length() if isinstance(cache, LandmarkCache) else 0
-    shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+    shape = (
+        tuple(attention_mask.shape)
+        if isinstance(attention_mask, Tensor)
+        else type(attention_mask).__name__
+    )
     if shape not in ((batch, tokens), (batch, past + tokens)):
         raise ValueError(
             f"attention_mask: expected shape ({batch}, {past + tokens}), got {shape}; "
@@ -333,18 +389,27 @@ def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor
 
 
 def _check_balanced(attention_mask: Tensor | None, tokens: int) -> None:
-    """Raises ``ValueError`` for a mask over remembered columns, which the stock balancing loss cannot take."""
+    """Raises ``ValueError`` for a mask over remembered columns, which the stock balancing loss
+    cannot take.
+    """
     if attention_mask is not None and attention_mask.shape[1] != tokens:
         raise ValueError(
             f"output_router_logits: expected an attention_mask of the {tokens} new columns, got "
-            f"{attention_mask.shape[1]}; leave the remembered columns out, or set output_router_logits=False"
+            f"{attention_mask.shape[1]}; leave the remembered columns out, or set "
+            "output_router_logits=False"
         )
 
 
 def _documents(
-    text: Tensor, seq_idx: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any], *, whole: bool
+    text: Tensor,
+    seq_idx: Tensor | None,
+    position_ids: Tensor | None,
+    kwargs: dict[str, Any],
+    *,
+    whole: bool,
 ) -> Tensor | None:
-    """Returns the document of each column, ``(B, T)`` rising from 0, or ``None`` for rows of one document.
+    """Returns the document of each column, ``(B, T)`` rising from 0, or ``None`` for rows of one
+    document.
 
     ``whole`` says that there is neither a mask nor a cache.
     """
@@ -352,19 +417,28 @@ def _documents(
     for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
         kwargs.pop(name, None)
     if (seq_idx is not None or borders is not None) and not whole:
-        raise ValueError("packed rows (seq_idx, cu_seq_lens_q): expected no attention_mask and no cache; drop them")
+        raise ValueError(
+            "packed rows (seq_idx, cu_seq_lens_q): expected no attention_mask and no cache; drop "
+            "them"
+        )
     batch, tokens = text.shape[:2]
     if seq_idx is not None:
         if seq_idx.shape != (batch, tokens):
-            raise ValueError(f"seq_idx: expected shape {(batch, tokens)} as the text, got {tuple(seq_idx.shape)}")
+            raise ValueError(
+                f"seq_idx: expected shape {(batch, tokens)} as the text, got {tuple(seq_idx.shape)}"
+            )
         return torch.nn.functional.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
     if borders is not None:
         if batch != 1:
-            raise ValueError(f"cu_seq_lens_q: expected one flattened row, got {batch}; pass seq_idx for more")
-        return torch.searchsorted(borders[1:].contiguous(), torch.arange(tokens, device=borders.device), right=True)[
-            None
-        ]
-    return documents_of(position_ids.expand(batch, -1)) if whole and position_ids is not None else None
+            raise ValueError(
+                f"cu_seq_lens_q: expected one flattened row, got {batch}; pass seq_idx for more"
+            )
+        return torch.searchsorted(
+            borders[1:].contiguous(), torch.arange(tokens, device=borders.device), right=True
+        )[None]
+    return (
+        documents_of(position_ids.expand(batch, -1)) if whole and position_ids is not None else None
+    )
 
 
 def _with_gaps(positions: Tensor, batch: int, block_size: int, largest: int) -> Tensor:

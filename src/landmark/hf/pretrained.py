@@ -1,4 +1,6 @@
-"""Reading a folder or hub name with transformers; what is missing or damaged is said in one line."""
+"""Reading a folder or hub name with transformers; what is missing or damaged is said in one
+line.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,22 @@ from landmark.hf.damage import (
 )
 from landmark.hf.families import PREFIX, check_landmark_config
 
-HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-NOT_OF_CONFIGS = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code", "code_revision")
+HUB = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+NOT_OF_CONFIGS = (
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "trust_remote_code",
+    "code_revision",
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +56,8 @@ class Adapter:
     Attributes:
         place: a folder or hub name.
         hub: where to look for a hub name.
-        base: the model that it names, a folder or hub name; ``None`` where its model lies in the same folder, from
-            which transformers reads both at once.
+        base: the model that it names, a folder or hub name; ``None`` where its model lies in the
+            same folder, from which transformers reads both at once.
     """
 
     place: str
@@ -83,12 +99,12 @@ def find(path: Any, **loading: Any) -> Source:
 
     Args:
         path: a folder or hub name, of a model or of an adapter of peft.
-        **loading: what ``from_pretrained`` takes: where to look (``subfolder``, ``revision``, ...), ``config``, fields
-            of the config, and what concerns the weights.
+        **loading: what ``from_pretrained`` takes: where to look (``subfolder``, ``revision``, ...),
+            ``config``, fields of the config, and what concerns the weights.
 
     Raises:
-        ValueError: ``path`` is neither, its config is damaged or cannot be that of a landmark model, or another
-            attention is asked for.
+        ValueError: ``path`` is neither, its config is damaged or cannot be that of a landmark
+            model, or another attention is asked for.
         FileNotFoundError: there is no model.
         ModuleNotFoundError: it is an adapter and peft is not installed.
     """
@@ -97,14 +113,17 @@ def find(path: Any, **loading: Any) -> Source:
     attention = loading.pop("attn_implementation", None)
     if attention not in (None, IMPLEMENTATION):
         raise ValueError(
-            f"a landmark model attends by {IMPLEMENTATION!r} only, got attn_implementation={attention!r}; leave it out"
+            f"a landmark model attends by {IMPLEMENTATION!r} only, got "
+            f"attn_implementation={attention!r}; leave it out"
         )
     told = bool(loading.pop("output_loading_info", False))
     place = os.path.expanduser(os.fsdecode(path))
     adapter = _adapter(place, loading)
     if adapter is not None and adapter.base is not None:
         place = adapter.base
-        loading = {name: value for name, value in loading.items() if name not in ("subfolder", "revision")}
+        loading = {
+            name: value for name, value in loading.items() if name not in ("subfolder", "revision")
+        }
     name = _name(place, adapter)
     config, rest = _config(place, name, loading)
     if config.model_type.startswith(PREFIX):
@@ -119,12 +138,16 @@ def read_weights(source: Source) -> tuple[Any, dict[str, Any]]:
     """Returns the model that was found, and what transformers says of loading it.
 
     Raises:
-        ValueError: its weights are damaged, of other shapes, or not all there; the last not where the caller is told.
+        ValueError: its weights are damaged, of other shapes, or not all there; the last not where
+            the caller is told.
         FileNotFoundError: it has no weights.
     """
     other_shapes = bool(source.loading.get("ignore_mismatched_sizes"))
     with _reading(source.path, source.name, source.loading, partial(_check_files, source)):
-        arguments = {**unpacked_gguf(source.loading), "ignore_mismatched_sizes": True}  # refused below, by name
+        arguments = {
+            **unpacked_gguf(source.loading),
+            "ignore_mismatched_sizes": True,
+        }  # refused below, by name
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path, config=source.config, output_loading_info=True, **arguments
         )
@@ -137,8 +160,8 @@ def read_weights(source: Source) -> tuple[Any, dict[str, Any]]:
         missing = _load_adapter(model, source, source.adapter, missing)
     if missing and not source.told:
         raise ValueError(
-            f"{source.name}: expected all weights of {type(model).__name__}, got none for {len(missing)} of its "
-            f"tensors ({_first(missing)}); save the whole model again"
+            f"{source.name}: expected all weights of {type(model).__name__}, got none for "
+            f"{len(missing)} of its tensors ({_first(missing)}); save the whole model again"
         )
     return model, info
 
@@ -152,16 +175,21 @@ def _first(names: set[str]) -> str:
 
 
 def _of_other_shapes(tensors: Any) -> str:
-    """Returns what is wrong with tensors that are given as (name, shape in the file, shape in the model)."""
+    """Returns what is wrong with tensors that are given as (name, shape in the file, shape in the
+    model).
+    """
     name, found, wanted = min(tensors)
     return (
-        f"expected weights of the shapes that config.json says, got {len(tensors)} of other shapes ({name}: "
-        f"{tuple(found)} in place of {tuple(wanted)}); save weights and config together again"
+        f"expected weights of the shapes that config.json says, got {len(tensors)} of other "
+        f"shapes ({name}: {tuple(found)} in place of {tuple(wanted)}); save weights and config "
+        "together again"
     )
 
 
 def _check_files(source: Source, folder: Path) -> None:
-    """Raises ``ValueError`` or ``FileNotFoundError`` for a file of a model that is damaged or missing."""
+    """Raises ``ValueError`` or ``FileNotFoundError`` for a file of a model that is damaged or
+    missing.
+    """
     check_weights(folder, source.loading.get("variant"), source.loading.get("use_safetensors"))
     if source.adapter is not None and source.adapter.base is None:
         check_adapter(folder)
@@ -176,7 +204,8 @@ def _reading(
         place: the folder or hub name that is read.
         name: what messages call it.
         loading: the loading arguments.
-        check: finds the damaged file in a folder; where a GGUF file is read, that one is looked at instead.
+        check: finds the damaged file in a folder; where a GGUF file is read, that one is looked at
+            instead.
         remedy: what to do where no file is damaged.
     """
     file = loading.get("gguf_file")
@@ -188,12 +217,16 @@ def _reading(
 
 
 def _look(place: str, loading: dict[str, Any], check: Callable[[Path], None]) -> None:
-    """Runs a check on a folder, or on what is cached of a hub name: there, nothing is known of what is missing."""
+    """Runs a check on a folder, or on what is cached of a hub name: there, nothing is known of what
+    is missing.
+    """
     folder = Path(place, loading.get("subfolder") or "")
     if folder.is_dir():
         check(folder)
         return
-    cache = {key: loading[key] for key in ("cache_dir", "revision", "subfolder") if loading.get(key)}
+    cache = {
+        key: loading[key] for key in ("cache_dir", "revision", "subfolder") if loading.get(key)
+    }
     for name in (CONFIG, ADAPTER):
         with suppress(OSError):  # it is not cached, or this is a path where nothing is
             file = cached_file(place, name, local_files_only=True, **cache)
@@ -202,7 +235,9 @@ def _look(place: str, loading: dict[str, Any], check: Callable[[Path], None]) ->
 
 
 def _config(place: str, name: str, loading: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the config and the loading arguments that are no fields of it; ``name`` is for messages."""
+    """Returns the config and the loading arguments that are no fields of it; ``name`` is for
+    messages.
+    """
     given = loading.get("config")
     rest = {key: value for key, value in loading.items() if key != "config"}
     if isinstance(given, PretrainedConfig):
@@ -218,7 +253,9 @@ def _config(place: str, name: str, loading: dict[str, Any]) -> tuple[Any, dict[s
     remote.setdefault("trust_remote_code", False)  # None asks on the terminal
     read = rest if of_gguf else {**rest, "gguf_file": None}
     with _reading(place, name, read, check, "correct config.json, or the fields that were given"):
-        config, unused = AutoConfig.from_pretrained(place, return_unused_kwargs=True, **fields, **remote)
+        config, unused = AutoConfig.from_pretrained(
+            place, return_unused_kwargs=True, **fields, **remote
+        )
     kept = {key: rest[key] for key in (*HUB, *NOT_OF_CONFIGS, "gguf_file") if key in rest}
     return config, {**unused, **kept}
 
@@ -229,14 +266,18 @@ def _adapter(place: str, loading: dict[str, Any]) -> Adapter | None:
     folder = Path(place, subfolder)
     if os.path.isfile(folder):
         raise FileNotFoundError(
-            f"{folder}: expected a folder or hub name, it is a file; a GGUF file is named by gguf_file= "
-            "beside its folder"
+            f"{folder}: expected a folder or hub name, it is a file; a GGUF file is named by "
+            "gguf_file= beside its folder"
         )
     if os.path.isdir(place) and not os.path.isdir(folder):
-        raise FileNotFoundError(f"{place}: expected a subfolder {subfolder!r}, found none; name one that is there")
+        raise FileNotFoundError(
+            f"{place}: expected a subfolder {subfolder!r}, found none; name one that is there"
+        )
     hub = {name: loading[name] for name in HUB if name in loading}
     if os.path.isdir(folder):
-        return _adapter_in(folder, {name: value for name, value in hub.items() if name != "subfolder"})
+        return _adapter_in(
+            folder, {name: value for name, value in hub.items() if name != "subfolder"}
+        )
     if not _has_peft():
         return None
     with in_one_line(place):
@@ -249,7 +290,9 @@ def _adapter_in(folder: Path, hub: dict[str, Any]) -> Adapter | None:
     if not (folder / ADAPTER).is_file():
         return None
     if not _has_peft():
-        raise ModuleNotFoundError(f"{folder}: it is an adapter: pip install 'landmark-attention[peft]'")
+        raise ModuleNotFoundError(
+            f"{folder}: it is an adapter: pip install 'landmark-attention[peft]'"
+        )
     with_model = (folder / CONFIG).is_file()
     return Adapter(str(folder), hub, None if with_model else _base(folder / ADAPTER, folder))
 
@@ -259,7 +302,8 @@ def _has_peft() -> bool:
 
 
 def _base(file: Path, place: Path) -> str:
-    """Returns the model that an adapter's config names: one that is a path may be meant from several folders.
+    """Returns the model that an adapter's config names: one that is a path may be meant from
+    several folders.
 
     Args:
         file: the adapter's config.
@@ -268,8 +312,8 @@ def _base(file: Path, place: Path) -> str:
     named = read_json(file).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise ValueError(
-            f"{file}: expected the adapter's base model, {ADAPTER} names no base model (base_model_name_or_path); "
-            "save it again"
+            f"{file}: expected the adapter's base model, {ADAPTER} names no base model "
+            "(base_model_name_or_path); save it again"
         )
     folders = [path for path in (Path(named), place / named, place.parent / named) if path.is_dir()]
     models = [path for path in folders if (path / CONFIG).is_file()]
@@ -292,11 +336,12 @@ def _load_adapter(model: Any, source: Source, adapter: Adapter, missing: set[str
     with in_one_line(source.name, partial(_look, adapter.place, adapter.hub, check_adapter)):
         if adapter.base is not None:
             info = model.load_adapter(adapter.place, adapter_kwargs=dict(adapter.hub))
-            missing, foreign = missing | set(info.missing_keys), set(info.unexpected_keys)
+            missing = missing | set(info.missing_keys)
+            foreign = set(info.unexpected_keys)
         left = load_saved_modules(model, adapter.place, missing | foreign, adapter.hub)
     if left & foreign:
         raise ValueError(
-            f"{source.name}: expected the tensors of the model, got tensors that are not in the model "
-            f"({_first(left & foreign)}); load the base that the adapter was trained on"
+            f"{source.name}: expected the tensors of the model, got tensors that are not in the "
+            f"model ({_first(left & foreign)}); load the base that the adapter was trained on"
         )
     return left

@@ -1,4 +1,6 @@
-"""Saves a ``LandmarkCache`` as a folder and opens it again; ``docs/memory.md`` describes the files."""
+"""Saves a ``LandmarkCache`` as a folder and opens it again; ``docs/memory.md`` describes the
+files.
+"""
 
 from __future__ import annotations
 
@@ -53,46 +55,61 @@ class Saved:
 
 
 def fingerprint(decoder: Any) -> str:
-    """Returns a number for a decoder's weights: from names, shapes, dtypes and evenly spaced values of all of them."""
+    """Returns a number for a decoder's weights: from names, shapes, dtypes and evenly spaced values
+    of all of them.
+    """
     found = hashlib.sha256()
     for name, parameter in sorted(decoder.named_parameters()):
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.device.type != "meta" and parameter.numel():
-            at = torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64).long().to(parameter.device)
+            at = (
+                torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64)
+                .long()
+                .to(parameter.device)
+            )
             found.update(as_bytes(parameter.detach().flatten()[at].cpu()))
     return found.hexdigest()
 
 
 def require_reader(reader: Any, decoder: Any) -> None:
-    """Raises ``ValueError`` where what ``reader`` remembered (``None``: it is gone) is not what ``decoder`` would."""
+    """Raises ``ValueError`` where what ``reader`` remembered (``None``: it is gone) is not what
+    ``decoder`` would.
+    """
     if reader is decoder:
         return
     if reader is None:
         raise ValueError(
-            "expected the model that read this cache, got another, and that one is gone: save a cache before its model "
-            "goes, and open it with LandmarkCache.open"
+            "expected the model that read this cache, got another, and that one is gone: save a "
+            "cache before its model goes, and open it with LandmarkCache.open"
         )
     if fingerprint(reader) != fingerprint(decoder):
         raise ValueError(
-            "expected the model that read this cache, got one with other weights: make a new LandmarkCache"
+            "expected the model that read this cache, got one with other weights: make a new "
+            "LandmarkCache"
         )
 
 
-def save(cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None, streams: Streams) -> None:
+def save(
+    cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None, streams: Streams
+) -> None:
     """As ``LandmarkCache.save``."""
-    folder, decoder = Path(folder), cache.decoder
+    folder = Path(folder)
+    decoder = cache.decoder
     if len(cache.tokens) != 1 or cache.tokens[0] == 0:
         raise ValueError(
-            f"expected a memory of one row that has read something, got rows of {cache.tokens} tokens; read a text, or "
-            "select one row with cache.batch_select_indices"
+            f"expected a memory of one row that has read something, got rows of {cache.tokens} "
+            "tokens; read a text, or select one row with cache.batch_select_indices"
         )
     if decoder is None:
-        raise ValueError("expected a memory whose model still exists, got one without; read something with the model")
+        raise ValueError(
+            "expected a memory whose model still exists, got one without; read something with the "
+            "model"
+        )
     held = name_of(cache.made()[0].store.landmark_keys.dtype)
     if held != name_of(decoder.dtype):
         raise ValueError(
-            f"expected the model in {held}, in which it read this memory, got it in {name_of(decoder.dtype)}; "
-            f"call model.to(torch.{held}) and save again"
+            f"expected the model in {held}, in which it read this memory, got it in "
+            f"{name_of(decoder.dtype)}; call model.to(torch.{held}) and save again"
         )
     saved = _bound(cache, folder)
     archive = saved.archive
@@ -107,20 +124,29 @@ def save(cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None,
         archive.unlock()
     for layer, memory in zip(saved.layers, cache.made(), strict=True):
         memory.store.adopt(layer)
-    cache.saved, cache.rewound = saved, False
+    cache.saved = saved
+    cache.rewound = False
 
 
-def _write(cache: LandmarkCache, saved: Saved, decoder: Any, notes: dict[str, Any] | None, streams: Streams) -> None:
+def _write(
+    cache: LandmarkCache, saved: Saved, decoder: Any, notes: dict[str, Any] | None, streams: Streams
+) -> None:
     """Appends what the folder lacks, and commits."""
-    archive, blocks = saved.archive, cache.slots[0] // cache.settings.block_size
+    archive = saved.archive
+    blocks = cache.slots[0] // cache.settings.block_size
     for layer, memory in zip(saved.layers, cache.made(), strict=True):
         memory.store.save(layer, blocks)
     archive.append(IDS, as_bytes(cache.ids()[archive.length(IDS) // 4 :].contiguous()))
     for name, behind in streams.items():
         archive.append(f"kept-{name}", behind(archive.length(f"kept-{name}")))
-    manifest, tail, tensors = _manifest(cache, decoder, saved), f"tail-{archive.commits + 1}", _tails(cache, blocks)
+    manifest = _manifest(cache, decoder, saved)
+    tail = f"tail-{archive.commits + 1}"
+    tensors = _tails(cache, blocks)
     manifest["notes"] = archive.manifest.get("notes", {}) if notes is None else notes
-    manifest["tail"] = {"stream": tail, "tensors": [_described(name, each) for name, each in tensors.items()]}
+    manifest["tail"] = {
+        "stream": tail,
+        "tensors": [_described(name, each) for name, each in tensors.items()],
+    }
     for each in tensors.values():
         archive.append(tail, as_bytes(each))
     old = archive.manifest.get("tail")
@@ -151,15 +177,22 @@ def _read(archive: Archive, cache: LandmarkCache, decoder: Any) -> None:
     """Brings an archive's memory into an empty cache."""
     manifest_of(archive)
     _check_model(archive, cache, decoder)
-    layers, tensors = saved_layers(archive), _read_tail(archive)
+    layers = saved_layers(archive)
+    tensors = _read_tail(archive)
     for index, layer in enumerate(layers):
         memory = cache.memory(index, decoder.tables_of(index))
         prefix = f"{index}."
-        parts = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+        parts = {
+            name.removeprefix(prefix): each
+            for name, each in tensors.items()
+            if name.startswith(prefix)
+        }
         try:
             memory.resume(layer, archive.manifest["first"][index], parts, decoder.device)
         except KeyError as error:
-            raise Damaged(f"{archive.folder / STATE}: it names no tensor {error} of layer {index}; {REMEDY}") from None
+            raise Damaged(
+                f"{archive.folder / STATE}: it names no tensor {error} of layer {index}; {REMEDY}"
+            ) from None
     cache.resume(torch.frombuffer(archive.read(IDS), dtype=torch.int32), decoder)
     cache.saved = Saved(archive, layers)
 
@@ -170,13 +203,16 @@ def _bound(cache: LandmarkCache, folder: Path) -> Saved:
     if saved is not None and saved.archive.folder.resolve() == folder.resolve():
         if cache.rewound:
             raise ValueError(
-                f"expected a memory that only grew since it was saved to {str(folder)!r}, got one that was cropped; "
-                "save it to a new folder"
+                f"expected a memory that only grew since it was saved to {str(folder)!r}, got one "
+                "that was cropped; save it to a new folder"
             )
         return saved
-    archive, size = Archive.create(folder), cache.settings.block_size
+    archive = Archive.create(folder)
+    size = cache.settings.block_size
     marks = [memory.store.landmark_keys for memory in cache.made()]
-    layers = [SavedLayer(archive, i, (m.shape[1], size, m.shape[3]), m.dtype) for i, m in enumerate(marks)]
+    layers = [
+        SavedLayer(archive, i, (m.shape[1], size, m.shape[3]), m.dtype) for i, m in enumerate(marks)
+    ]
     return Saved(archive, layers)
 
 
@@ -213,28 +249,37 @@ def _described(name: str, tensor: Tensor) -> dict[str, Any]:
 
 def _read_tail(archive: Archive) -> dict[str, Tensor]:
     tail = archive.manifest["tail"]
-    data, at, found = archive.read(tail["stream"]), 0, {}
+    data = archive.read(tail["stream"])
+    at = 0
+    found = {}
     for each in tail["tensors"]:
-        dtype, shape = dtype_of(each["dtype"]), torch.Size(each["shape"])
-        found[each["name"]] = torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=at).view(shape)
+        dtype = dtype_of(each["dtype"])
+        shape = torch.Size(each["shape"])
+        found[each["name"]] = torch.frombuffer(
+            data, dtype=dtype, count=shape.numel(), offset=at
+        ).view(shape)
         at += shape.numel() * dtype.itemsize
     return found
 
 
 def _check_model(archive: Archive, cache: LandmarkCache, decoder: Any) -> None:
     """Raises ``ValueError`` where a memory was made with another model, dtype or other settings."""
-    manifest, theirs = archive.manifest, {"type": decoder.config.model_type, "fingerprint": fingerprint(decoder)}
+    manifest = archive.manifest
+    theirs = {"type": decoder.config.model_type, "fingerprint": fingerprint(decoder)}
     folder = str(archive.folder)
     dtype = name_of(decoder.dtype)
     made_in = manifest["dtype"]
     if made_in != dtype:
         raise ValueError(
-            f"{folder!r} was made in {made_in}, the model is in {dtype}; load the model with dtype {made_in!r}"
+            f"{folder!r} was made in {made_in}, the model is in {dtype}; load the model with "
+            f"dtype {made_in!r}"
         )
-    cache.check_settings(LandmarkConfig.from_dict(manifest["settings"]), f"memory {folder!r}", SET_MODEL)
+    cache.check_settings(
+        LandmarkConfig.from_dict(manifest["settings"]), f"memory {folder!r}", SET_MODEL
+    )
     if manifest["model"] != theirs:
         raise ValueError(
             f"{folder!r} was made with another model ({manifest['model']['type']} "
-            f"{manifest['model']['fingerprint'][:12]}, this is {theirs['type']} {theirs['fingerprint'][:12]}); open it "
-            "with that one, or remember the texts anew"
+            f"{manifest['model']['fingerprint'][:12]}, this is {theirs['type']} "
+            f"{theirs['fingerprint'][:12]}); open it with that one, or remember the texts anew"
         )

@@ -1,4 +1,6 @@
-"""What a decoder's output holds for each token: last states, the states of all layers, the logits of routers."""
+"""What a decoder's output holds for each token: last states, the states of all layers, the logits
+of routers.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,15 @@ def merge(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
         join: makes one tensor of a list with one ``(B, T, features)`` of each output.
 
     Returns:
-        an output of the same class with what was joined, and nothing else. Router logits are ``(B * T, experts)`` in
-        an output, as in stock code.
+        an output of the same class with what was joined, and nothing else. Router logits are ``(B *
+        T, experts)`` in an output, as in stock code.
     """
     groups = [_per_token(output) for output in outputs]
     with without_autocast(outputs[0].last_hidden_state.device):
         joined = {
-            name: tuple(join(list(parts)) for parts in zip(*(group[name] for group in groups), strict=True))
+            name: tuple(
+                join(list(parts)) for parts in zip(*(group[name] for group in groups), strict=True)
+            )
             for name in groups[0]
         }
     fields: dict[str, Any] = dict.fromkeys(outputs[0].keys())

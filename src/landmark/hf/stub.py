@@ -1,4 +1,6 @@
-"""What is saved beside config.json: a stub for tools that load models by name, and a note for people."""
+"""What is saved beside config.json: a stub for tools that load models by name, and a note for
+people.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ else:
 
 STUB = "landmark_stub"
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-# transformers takes imports outside of try for names of packages to install, and landmark is another package there.
-CODE = '''"""Loads this model with the package landmark-attention, which has its code; see LANDMARK.md."""
+# transformers takes imports outside of try for names of packages to install, and landmark is
+# another package there.
+CODE = '''"""Loads this model with the package landmark-attention; see LANDMARK.md."""
 
 try:
     from landmark.hf.families import (
@@ -21,7 +24,8 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        f"this model needs landmark-attention, missing or too old here: pip install -U landmark-attention ({{error}})"
+        "this model needs landmark-attention, missing or too old here: pip install -U "
+        f"landmark-attention ({{error}})"
     ) from None
 '''
 NOTE = """# A landmark model
@@ -33,8 +37,9 @@ This model attends by landmarks. To load it:
     import landmark
     model = landmark.load("{folder}")
 
-or `import landmark.hf` before `AutoModelForCausalLM.from_pretrained(...)`. Tools that load a model by its name take
-`trust_remote_code=True`: `{stub}.py` imports the package, where all of the code is.
+or `import landmark.hf` before `AutoModelForCausalLM.from_pretrained(...)`. Tools that load a model
+by its name take `trust_remote_code=True`: `{stub}.py` imports the package, where all of the
+code is.
 """
 
 
@@ -50,8 +55,8 @@ class LandmarkConfigMixin(PackagedMixin):
     """A config that is saved with what loads it.
 
     Attributes:
-        auto_map: where transformers finds the classes of a saved folder in a process that has not imported this
-            package: a name in the stub for each of ``AUTO_CLASSES``.
+        auto_map: where transformers finds the classes of a saved folder in a process that has not
+            imported this package: a name in the stub for each of ``AUTO_CLASSES``.
     """
 
     auto_map: dict[str, str]
@@ -64,7 +69,9 @@ class LandmarkConfigMixin(PackagedMixin):
         """Saves config.json, the stub that it names, and a note that says what to install."""
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
-        names = ",\n        ".join(name.removeprefix(f"{STUB}.") for name in sorted(type(self).auto_map.values()))
+        names = ",\n        ".join(
+            name.removeprefix(f"{STUB}.") for name in sorted(type(self).auto_map.values())
+        )
         (folder / f"{STUB}.py").write_text(CODE.format(names=names), encoding="utf-8")
         (folder / "LANDMARK.md").write_text(
             NOTE.format(folder=folder.name, stub=STUB), encoding="utf-8", errors="replace"

@@ -1,1 +1,3 @@
-"""What a layer remembers: blocks, the search over their landmarks, and where they are thought to stand."""
+"""What a layer remembers: blocks, the search over their landmarks, and where they are thought to
+stand.
+"""

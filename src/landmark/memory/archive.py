@@ -1,10 +1,12 @@
-"""A memory on disk: a folder of files that only grow, and one small file, replaced whole, that says how far they count.
+"""A memory on disk: a folder of files that only grow, and one small file, replaced whole, that says
+how far they count.
 
-``memory.json`` holds what the memory is, and for every stream (a file of its own) how many bytes were committed and
-their checksum. A writer appends to streams, flushes them to the disk and then replaces ``memory.json`` in one step, so
-that after a crash there is either the old state or the new one; what lies in a stream beyond its committed length was
-being written and counts as nothing. A change of any committed byte is found: ``memory.json`` has a checksum of its own,
-streams have one over all their bytes or, where they are read in parts, one for each part (``sums`` of ``saved.py``).
+``memory.json`` holds what the memory is, and for every stream (a file of its own) how many bytes
+were committed and their checksum. A writer appends to streams, flushes them to the disk and then
+replaces ``memory.json`` in one step, so that after a crash there is either the old state or the new
+one; what lies in a stream beyond its committed length was being written and counts as nothing. A
+change of any committed byte is found: ``memory.json`` has a checksum of its own, streams have one
+over all their bytes or, where they are read in parts, one for each part (``sums`` of ``saved.py``).
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ try:
     import fcntl
 except ModuleNotFoundError:
     raise ModuleNotFoundError(
-        "landmark's memory expects a POSIX system such as Linux or macOS, got one without fcntl; on Windows use WSL"
+        "landmark's memory expects a POSIX system such as Linux or macOS, got one without fcntl; "
+        "on Windows use WSL"
     ) from None
 
 FORMAT = 1
@@ -58,16 +61,24 @@ class Archive:
 
     def _take(self, state: dict[str, Any]) -> None:
         """Goes by a committed state."""
-        self._state, self.manifest, self.commits = state, state["manifest"], state["commits"]
-        self._lengths: dict[str, int] = {name: each["bytes"] for name, each in state["streams"].items()}
-        self._sums: dict[str, int | None] = {name: each["crc32"] for name, each in state["streams"].items()}
+        self._state = state
+        self.manifest = state["manifest"]
+        self.commits = state["commits"]
+        self._lengths: dict[str, int] = {
+            name: each["bytes"] for name, each in state["streams"].items()
+        }
+        self._sums: dict[str, int | None] = {
+            name: each["crc32"] for name, each in state["streams"].items()
+        }
 
     @classmethod
     def create(cls, folder: str | Path) -> Archive:
-        """Makes an empty archive that is locked for writing; there is something to open from the first commit on.
+        """Makes an empty archive that is locked for writing; there is something to open from the
+        first commit on.
 
         Raises:
-            ValueError: the folder holds something else than what an interrupted first writer left, or as ``lock``.
+            ValueError: the folder holds something else than what an interrupted first writer left,
+                or as ``lock``.
         """
         require_free(Path(folder))
         archive = cls(Path(folder), _nothing())
@@ -103,16 +114,20 @@ class Archive:
         return archive
 
     def is_outdated(self) -> bool:
-        """Whether somebody has committed since this archive was opened: streams that it goes by may be gone."""
+        """Whether somebody has committed since this archive was opened: streams that it goes by may
+        be gone.
+        """
         return _read_state(self.folder) != self._state
 
     def lock(self) -> None:
-        """Makes this archive its folder's only writer, and cuts off what an interrupted writer left.
+        """Makes this archive its folder's only writer, and cuts off what an interrupted writer
+        left.
 
         Raises:
-            FileNotFoundError: the folder was moved, removed or emptied since this archive was opened.
-            ValueError: there is another writer, somebody has committed since this archive was opened, or the folder
-                cannot be written to.
+            FileNotFoundError: the folder was moved, removed or emptied since this archive was
+                opened.
+            ValueError: there is another writer, somebody has committed since this archive was
+                opened, or the folder cannot be written to.
         """
         if self._lock is not None:
             return
@@ -126,7 +141,8 @@ class Archive:
         except OSError:
             os.close(handle)
             raise ValueError(
-                f"{str(self.folder)!r} is being written by another process; wait for it, reading is free"
+                f"{str(self.folder)!r} is being written by another process; wait for it, reading "
+                "is free"
             ) from None
         self._lock = handle
         try:
@@ -142,16 +158,18 @@ class Archive:
             return
         if there["commits"] == 0:
             raise FileNotFoundError(
-                f"expected the memory that was opened in {str(self.folder)!r}, found none any more: put the folder "
-                "back, or save to a new one"
+                f"expected the memory that was opened in {str(self.folder)!r}, found none any "
+                "more: put the folder back, or save to a new one"
             )
         raise ValueError(
-            f"{str(self.folder)!r} was written to since it was opened (commit {there['commits']}, not "
-            f"{self.commits}); open it again, or save to a new folder"
+            f"{str(self.folder)!r} was written to since it was opened (commit {there['commits']}, "
+            f"not {self.commits}); open it again, or save to a new folder"
         )
 
     def check_whole(self) -> None:
-        """Raises ``Damaged`` where a stream is shorter than what was committed: what is appended would stand alone."""
+        """Raises ``Damaged`` where a stream is shorter than what was committed: what is appended
+        would stand alone.
+        """
         short = [line for name in self.streams() for line in self._shorter(name)]
         if short:
             raise Damaged(f"{short[0]}; what is in memory can be saved to a new folder")
@@ -172,9 +190,11 @@ class Archive:
             os.close(self._handles.popitem()[1])
 
     def roll_back(self) -> None:
-        """Undoes what was appended since the last commit, by this writer or one that was interrupted.
+        """Undoes what was appended since the last commit, by this writer or one that was
+        interrupted.
 
-        What the folder says is asked for anew: a commit may have been interrupted after it took place.
+        What the folder says is asked for anew: a commit may have been interrupted after it took
+        place.
         """
         self._close()
         there = self._there()
@@ -197,10 +217,16 @@ class Archive:
         return dict(self._lengths)
 
     def leftover(self) -> dict[str, int]:
-        """Bytes on the disk that are not committed, by file: what is being written, or was when it was interrupted."""
-        names = sorted(each.name for each in self.folder.iterdir() if _is_ours(each.name) and each.name != LOCK)
+        """Bytes on the disk that are not committed, by file: what is being written, or was when it
+        was interrupted.
+        """
+        names = sorted(
+            each.name for each in self.folder.iterdir() if _is_ours(each.name) and each.name != LOCK
+        )
         found = {name: _size(self.folder / name) - self.length(name) for name in names}
-        return {name: extra for name, extra in found.items() if extra > 0 or name not in self._lengths}
+        return {
+            name: extra for name, extra in found.items() if extra > 0 or name not in self._lengths
+        }
 
     def length(self, name: str) -> int:
         """Bytes of a stream, those appended and not yet committed included."""
@@ -212,26 +238,32 @@ class Archive:
         Args:
             name: the stream's file.
             data: the bytes.
-            summed: whether the stream has one checksum over all its bytes; otherwise the caller keeps checksums.
+            summed: whether the stream has one checksum over all its bytes; otherwise the caller
+                keeps checksums.
         """
-        begin, left = self.length(name), memoryview(data).cast("B")
+        begin = self.length(name)
+        left = memoryview(data).cast("B")
         try:
             handle = self._handle(name)
             while left:
                 written = os.pwrite(handle, left, begin)
-                left, begin = left[written:], begin + written
+                left = left[written:]
+                begin = begin + written
         except OSError as error:
             raise self._refused(error, len(left)) from error
         self._lengths[name] = begin
         self._sums[name] = zlib.crc32(data, self._sums.get(name) or 0) if summed else None
 
     def skip(self, name: str, count: int) -> None:
-        """Goes on ``count`` bytes further in a stream without a checksum; zeros are read there, which take no room."""
+        """Goes on ``count`` bytes further in a stream without a checksum; zeros are read there,
+        which take no room.
+        """
         try:
             os.ftruncate(self._handle(name), self.length(name) + count)
         except OSError as error:
             raise self._refused(error, count) from error
-        self._lengths[name], self._sums[name] = self.length(name) + count, None
+        self._lengths[name] = self.length(name) + count
+        self._sums[name] = None
 
     def _handle(self, name: str) -> int:
         assert self._lock is not None, "an archive is locked before it is written"
@@ -249,7 +281,12 @@ class Archive:
         assert self._lock is not None, "an archive is locked before it is written"
         kept = sorted(self._lengths.keys() - set(dropped))
         streams = {name: {"bytes": self._lengths[name], "crc32": self._sums[name]} for name in kept}
-        state = {"format": FORMAT, "commits": self.commits + 1, "manifest": manifest, "streams": streams}
+        state = {
+            "format": FORMAT,
+            "commits": self.commits + 1,
+            "manifest": manifest,
+            "streams": streams,
+        }
         try:
             for handle in self._handles.values():
                 os.fsync(handle)
@@ -263,14 +300,23 @@ class Archive:
             (self.folder / name).unlink(missing_ok=True)
 
     def _refused(self, error: OSError, wanted: int = 0) -> ValueError:
-        """The system's error as one that names the folder and, where there is no room, the bytes."""
-        before = "what was committed before can be opened as it was" if self.commits else "nothing was committed before"
+        """The system's error as one that names the folder and, where there is no room, the
+        bytes.
+        """
+        before = (
+            "what was committed before can be opened as it was"
+            if self.commits
+            else "nothing was committed before"
+        )
         folder = f"{str(self.folder)!r} ({error.strerror})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return ValueError(
-                f"no room for {wanted} more bytes in {folder}: make room there or name another folder; {before}"
+                f"no room for {wanted} more bytes in {folder}: make room there or name another "
+                f"folder; {before}"
             )
-        return ValueError(f"cannot write to {folder}: make it writable or name another folder; {before}")
+        return ValueError(
+            f"cannot write to {folder}: make it writable or name another folder; {before}"
+        )
 
     def read(self, name: str) -> bytearray:
         """Returns a summed stream's committed bytes.
@@ -286,13 +332,17 @@ class Archive:
             with open(path, "rb") as file:
                 found = file.readinto(data)
         except FileNotFoundError:
-            raise Damaged(f"{path}: it is not there any more; put the folder back, or {REMEDY}") from None
+            raise Damaged(
+                f"{path}: it is not there any more; put the folder back, or {REMEDY}"
+            ) from None
         if found != len(data) or zlib.crc32(data) != self._sums[name]:
             raise Damaged(f"{path}: the checksum is not that of what was written; {REMEDY}")
         return data
 
     def verify(self) -> Iterator[str]:
-        """Yields a line for each stream that is too short, and each summed one that is not what was written."""
+        """Yields a line for each stream that is too short, and each summed one that is not what was
+        written.
+        """
         for name, total in self._sums.items():
             found = list(self._shorter(name))
             try:
@@ -305,23 +355,33 @@ class Archive:
     def _shorter(self, name: str) -> Iterator[str]:
         found = _size(self.folder / name)
         if found < self._lengths[name]:
-            yield f"{self.folder / name}: expected {self._lengths[name]} bytes, got {found}; {REMEDY}"
+            path = self.folder / name
+            yield f"{path}: expected {self._lengths[name]} bytes, got {found}; {REMEDY}"
 
 
 def require_free(folder: Path) -> None:
-    """Raises ``ValueError`` for a folder that holds something else than what an interrupted first writer left."""
+    """Raises ``ValueError`` for a folder that holds something else than what an interrupted first
+    writer left.
+    """
     if folder.exists() and not _is_free(folder):
-        raise ValueError(f"expected a new or empty folder for a memory, got {str(folder)!r}; name another, or open it")
+        raise ValueError(
+            f"expected a new or empty folder for a memory, got {str(folder)!r}; name another, or "
+            "open it"
+        )
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether a folder is empty, or holds only what a writer left that was interrupted before its first commit."""
+    """Whether a folder is empty, or holds only what a writer left that was interrupted before its
+    first commit.
+    """
     names = [each.name for each in folder.iterdir()] if folder.is_dir() else [folder.name]
     return not names or (LOCK in names and all(map(_is_ours, names)))
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a file is one that writers append to, replace or remove; all others of the folder are left alone."""
+    """Whether a file is one that writers append to, replace or remove; all others of the folder are
+    left alone.
+    """
     return name in (NEW, LOCK) or STREAMS.fullmatch(name) is not None
 
 
@@ -340,9 +400,13 @@ def _size(path: Path) -> int:
 def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     if not path.is_file():
-        begun = ", only what a writer left that was interrupted before its first commit" * (folder / LOCK).exists()
+        begun = (
+            ", only what a writer left that was interrupted before its first commit"
+            * (folder / LOCK).exists()
+        )
         raise FileNotFoundError(
-            f"expected a memory with a file {STATE} in {str(folder)!r}, found none{begun}; see LandmarkCache.save"
+            f"expected a memory with a file {STATE} in {str(folder)!r}, found none{begun}; see "
+            "LandmarkCache.save"
         )
     data = path.read_bytes()
     try:
@@ -351,7 +415,10 @@ def _read_state(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if whole and body["format"] != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT}, got {body['format']}; install the landmark that wrote it")
+        raise ValueError(
+            f"{path}: expected format {FORMAT}, got {body['format']}; install the landmark that "
+            "wrote it"
+        )
     if not whole or not all(STREAMS.fullmatch(name) for name in body["streams"]):
         raise Damaged(f"{path}: it is not what was written; {REMEDY}")
     return dict(body)
@@ -364,7 +431,9 @@ def _is_state(body: dict[str, Any]) -> bool:
     sizes = [each["bytes"] for each in body["streams"].values()]
     sums = [each["crc32"] or 0 for each in body["streams"].values()]
     numbers = [body["commits"], *sizes, *sums]
-    return isinstance(body["manifest"], dict) and all(type(each) is int and each >= 0 for each in numbers)
+    return isinstance(body["manifest"], dict) and all(
+        type(each) is int and each >= 0 for each in numbers
+    )
 
 
 def _encoded(body: dict[str, Any]) -> bytes:
@@ -372,7 +441,12 @@ def _encoded(body: dict[str, Any]) -> bytes:
 
 
 def _file_of(body: dict[str, Any]) -> bytes:
-    return json.dumps({"crc32": zlib.crc32(_encoded(body)), "state": body}, indent=1, sort_keys=True).encode() + b"\n"
+    return (
+        json.dumps(
+            {"crc32": zlib.crc32(_encoded(body)), "state": body}, indent=1, sort_keys=True
+        ).encode()
+        + b"\n"
+    )
 
 
 def _write_state(folder: Path, body: dict[str, Any]) -> None:

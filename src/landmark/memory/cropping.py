@@ -9,7 +9,9 @@ from landmark.memory.layer import RECENT_BLOCKS, LayerMemory
 from landmark.memory.plan import oldest_needed
 
 
-def check_crop(layers: Iterable[LayerMemory], config: LandmarkConfig, before: list[int], after: list[int]) -> None:
+def check_crop(
+    layers: Iterable[LayerMemory], config: LandmarkConfig, before: list[int], after: list[int]
+) -> None:
     """Makes sure that rows can go on from where they are cropped to.
 
     Args:
@@ -19,7 +21,8 @@ def check_crop(layers: Iterable[LayerMemory], config: LandmarkConfig, before: li
         after: slots that are to be left of each.
 
     Raises:
-        ValueError: blocks that are needed were evicted (``max_blocks``), or more blocks than ``head`` knows queries of.
+        ValueError: blocks that are needed were evicted (``max_blocks``), or more blocks than
+            ``head`` knows queries of.
     """
     size = config.block_size
     own = min(slots // size for slots in after)
@@ -27,13 +30,15 @@ def check_crop(layers: Iterable[LayerMemory], config: LandmarkConfig, before: li
         lowest = oldest_needed(own, config) if layer.retrieves else own - config.local_blocks
         if max(1, lowest) < layer.store.first:
             raise ValueError(
-                f"cannot go back to where block {lowest} is seen: blocks before {layer.store.first} were evicted; "
-                "keep a cache.fork() from there instead"
+                f"cannot go back to where block {lowest} is seen: blocks before "
+                f"{layer.store.first} were evicted; keep a cache.fork() from there instead"
             )
     if config.granularity == "head":
-        far = [old // size - new // size for old, new in zip(before, after, strict=True) if new % size]
+        far = [
+            old // size - new // size for old, new in zip(before, after, strict=True) if new % size
+        ]
         if far and max(far) >= RECENT_BLOCKS:
             raise ValueError(
-                f"granularity head can go back less than {RECENT_BLOCKS} blocks, or to a block's border, "
-                f"got {max(far)} blocks; keep a cache.fork() from there instead"
+                f"granularity head can go back less than {RECENT_BLOCKS} blocks, or to a block's "
+                f"border, got {max(far)} blocks; keep a cache.fork() from there instead"
             )

@@ -1,7 +1,7 @@
 """Extents: some consecutive blocks of all rows of a layer, in the memory of the CPU or in a file.
 
-An extent is ``(n, B, G, 2, L, D)``, so that the keys and values of a block in one key/value head lie together, and
-blocks that are finished one after another are written one after another.
+An extent is ``(n, B, G, 2, L, D)``, so that the keys and values of a block in one key/value head
+lie together, and blocks that are finished one after another are written one after another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from landmark.memory.saved import SavedLayer
 
-MAPPED_BYTES = 2**24  # read through a mapping before it is made anew, so that its pages do not stay resident
+MAPPED_BYTES = (
+    2**24
+)  # read through a mapping before it is made anew, so that its pages do not stay resident
 PAGE = mmap.ALLOCATIONGRANULARITY
 
 
@@ -40,14 +42,19 @@ class HostExtent:
     def address(self, device: torch.device) -> tuple[int, int, int]:
         """Returns where it begins, bytes from one row to the next, and from one block to the next.
 
-        Kernels of the current stream of ``device`` may read there until this extent is let go of, and end after that.
+        Kernels of the current stream of ``device`` may read there until this extent is let go of,
+        and end after that.
         """
-        self._blocks.flatten()[:1].to(device, non_blocking=True)  # so the allocator of pinned memory knows the stream
+        self._blocks.flatten()[:1].to(
+            device, non_blocking=True
+        )  # so the allocator of pinned memory knows the stream
         block, row, *_ = self._blocks.stride()
         return self._blocks.data_ptr(), row * self._blocks.itemsize, block * self._blocks.itemsize
 
     def read(self, offsets: Tensor, rows: Tensor, heads: Tensor) -> Tensor:
-        """Returns keys and values ``(M, 2, L, D)`` of the given blocks, rows and heads, ``(M,)`` each."""
+        """Returns keys and values ``(M, 2, L, D)`` of the given blocks, rows and heads, ``(M,)``
+        each.
+        """
         return self._blocks[offsets, rows, heads]
 
     def whole(self, rows: Tensor) -> Tensor:
@@ -55,7 +62,9 @@ class HostExtent:
         return self._blocks[:, rows]
 
     def write(self, offset: int, row: int, data: Tensor) -> None:
-        """Puts ``data (M, G, 2, L, D)`` to consecutive blocks of a row; from a GPU, it arrives with its stream."""
+        """Puts ``data (M, G, 2, L, D)`` to consecutive blocks of a row; from a GPU, it arrives with
+        its stream.
+        """
         to = self._blocks[offset : offset + len(data), row]
         if to.is_contiguous():
             to.copy_(data, non_blocking=True)
@@ -69,7 +78,8 @@ class HostExtent:
 
 
 class BlockFile:
-    """A file of extents of one shape, at multiples of a whole number of pages; gone when nothing reads it any more.
+    """A file of extents of one shape, at multiples of a whole number of pages; gone when nothing
+    reads it any more.
 
     It has no name, so that the system frees it also after kill -9.
 
@@ -79,13 +89,18 @@ class BlockFile:
         dtype: of its numbers.
     """
 
-    def __init__(self, folder: str | Path | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
+    def __init__(
+        self, folder: str | Path | None, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        self.shape = shape
+        self.dtype = dtype
         self.extent_bytes = torch.Size(shape).numel() * dtype.itemsize
         self.stride = -(-self.extent_bytes // PAGE) * PAGE
         self.folder = folder or tempfile.gettempdir()
         with _refused(self.folder, self.stride):
-            file = tempfile.TemporaryFile(buffering=0, prefix="landmark-", dir=self.folder)  # noqa: SIM115
+            file = tempfile.TemporaryFile(  # noqa: SIM115
+                buffering=0, prefix="landmark-", dir=self.folder
+            )
         self.handle = file.fileno()
         self.places = 0
         self.free: list[int] = []
@@ -104,18 +119,21 @@ class BlockFile:
 
     def write(self, place: int, offset: int, data: Tensor) -> None:
         """Writes at a byte offset of an extent."""
-        left = memoryview(data.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        array = data.contiguous().flatten().view(torch.uint8).numpy()
+        left = memoryview(array)  # type: ignore[arg-type]
         begin = place * self.stride + offset
         with _refused(self.folder, len(left)):
             while left:
                 written = os.pwrite(self.handle, left, begin)
-                left, begin = left[written:], begin + written
+                left = left[written:]
+                begin = begin + written
 
     def read(self, place: int) -> Tensor:
         """Returns an extent as it is mapped, to be read and let go of before the next call."""
         if self._map is None or self._left <= 0 or len(self._map) < (place + 1) * self.stride:
             mapped = mmap.mmap(self.handle, self.places * self.stride)
-            self._map, self._left = torch.frombuffer(mapped, dtype=torch.uint8), MAPPED_BYTES
+            self._map = torch.frombuffer(mapped, dtype=torch.uint8)
+            self._left = MAPPED_BYTES
         begin = place * self.stride
         return self._map[begin : begin + self.extent_bytes].view(self.dtype).view(self.shape)
 
@@ -131,11 +149,15 @@ def _refused(folder: str | Path, wanted: int) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = f"no room for {wanted} more bytes of blocks" if full else "no file can be made for blocks"
+        what = (
+            f"no room for {wanted} more bytes of blocks"
+            if full
+            else "no file can be made for blocks"
+        )
         remedy = "make room there" if full else "see that it is there and writable"
         raise ValueError(
-            f"{what} in {str(folder)!r} ({error.strerror}): {remedy} or name another spill_folder; the cache is as "
-            "before"
+            f"{what} in {str(folder)!r} ({error.strerror}): {remedy} or name another "
+            "spill_folder; the cache is as before"
         ) from error
 
 
@@ -145,7 +167,8 @@ class DiskExtent:
     tier = "disk"
 
     def __init__(self, file: BlockFile) -> None:
-        self.file, self.place = file, file.allot()
+        self.file = file
+        self.place = file.allot()
         self._row_bytes = torch.Size(file.shape[2:]).numel() * file.dtype.itemsize
 
     def __del__(self) -> None:
@@ -171,7 +194,8 @@ class DiskExtent:
 
     def write(self, offset: int, row: int, data: Tensor) -> None:
         """As ``HostExtent``."""
-        batch, data = self.file.shape[1], data.cpu()
+        batch = self.file.shape[1]
+        data = data.cpu()
         parts = (data,) if batch == 1 else data
         for index, part in enumerate(parts):
             self.file.write(self.place, ((offset + index) * batch + row) * self._row_bytes, part)
@@ -187,7 +211,9 @@ class SavedExtent:
     tier = "disk"
 
     def __init__(self, saved: SavedLayer, begin: int, length: int) -> None:
-        self._saved, self._begin, self._length = saved, begin, length
+        self._saved = saved
+        self._begin = begin
+        self._length = length
 
     @property
     def nbytes(self) -> int:

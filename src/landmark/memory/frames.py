@@ -1,9 +1,10 @@
 """Tiers ``host`` and ``disk``: some blocks near in frames, all finished ones below (``shelf.py``).
 
-Frame 0 holds block 0. The next ``recent`` frames are a ring, the same for all heads: block ``b`` stands at ``b`` modulo
-their number, so that the blocks of the call in progress and the local ones are there without being looked for. The
-last ``hot`` frames of each row and key/value head hold older blocks; the one that was not asked for longest makes room.
-What is where is known beside the frames, so that a kernel can look it up (``triton/bring.py``).
+Frame 0 holds block 0. The next ``recent`` frames are a ring, the same for all heads: block ``b``
+stands at ``b`` modulo their number, so that the blocks of the call in progress and the local ones
+are there without being looked for. The last ``hot`` frames of each row and key/value head hold
+older blocks; the one that was not asked for longest makes room. What is where is known beside the
+frames, so that a kernel can look it up (``triton/bring.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class SomeNear:
     """
 
     def __init__(self, block_size: int, local_blocks: int, tiers: Tiers) -> None:
-        self.block_size, self.local_blocks, self.tiers = block_size, local_blocks, tiers
+        self.block_size = block_size
+        self.local_blocks = local_blocks
+        self.tiers = tiers
         self._traffic = Traffic()
         self.shelf = Shelf(tiers, self._traffic)
         self.first = 1  # block at place 1
@@ -42,10 +45,14 @@ class SomeNear:
         self._recent = torch.empty(0)  # `recent`, on the CPU; all below lies beside the keys
         self.recent = torch.empty(0)  # (B, N) block in each frame of the ring, -1 for none
         self.hot = torch.empty(0)  # (B * G, H) block in each hot frame, -1 for none
-        self.asked = torch.empty(0)  # (B * G, H) when it was asked for last, by the count of the row and head
+        self.asked = torch.empty(
+            0
+        )  # (B * G, H) when it was asked for last, by the count of the row and head
         self._spans: list[tuple[int, int]] | None = None  # of the call that was opened last
         self._closed: list[tuple[int, int]] = []  # likewise
-        self.counted = torch.empty(0)  # (3,) hits, misses and blocks that a kernel fetched, since `traffic` was asked
+        self.counted = torch.empty(
+            0
+        )  # (3,) hits, misses and blocks that a kernel fetched, since `traffic` was asked
 
     @property
     def traffic(self) -> Traffic:
@@ -98,8 +105,21 @@ class SomeNear:
         addresses = self.shelf.addresses(self.keys.device)
         if addresses is None:
             return None
-        tensors = (self.keys, self.values, self.recent, self.hot, self.asked, self.counted, addresses)
-        return self.first, self.keys.shape[2], self.shelf.length, *(each.data_ptr() for each in tensors)
+        tensors = (
+            self.keys,
+            self.values,
+            self.recent,
+            self.hot,
+            self.asked,
+            self.counted,
+            addresses,
+        )
+        return (
+            self.first,
+            self.keys.shape[2],
+            self.shelf.length,
+            *(each.data_ptr() for each in tensors),
+        )
 
     def write(self, key: Tensor, value: Tensor, writes: Writes, places: Tensor) -> None:
         """As ``Near.write``."""
@@ -113,7 +133,8 @@ class SomeNear:
         frames = self._recent_frame(blocks)
         if landmark is not None:
             self.keys[rows, :, frames, self.block_size - 1] = landmark
-        data, batch = torch.stack((self.keys[rows, :, frames], self.values[rows, :, frames]), dim=2), len(self.recent)
+        data = torch.stack((self.keys[rows, :, frames], self.values[rows, :, frames]), dim=2)
+        batch = len(self.recent)
         closed_rows, closed_blocks = torch.tensor(self._closed).T  # known without asking the device
         self.shelf.write(closed_rows, closed_blocks, data, batch)
 
@@ -130,31 +151,43 @@ class SomeNear:
             frames.append((torch.tensor([0]), saved.of_all_heads(torch.tensor([0]))))
         for frame, data in frames:
             here = data.to(self.keys.device)
-            self.keys[:, :, frame], self.values[:, :, frame] = here[:, :, 0][:, :, None], here[:, :, 1][:, :, None]
+            self.keys[:, :, frame] = here[:, :, 0][:, :, None]
+            self.values[:, :, frame] = here[:, :, 1][:, :, None]
 
     def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
         """As ``Near.fetch``.
 
-        More blocks than there are hot frames, and older ones that all heads ask for, lie in frames of this call alone.
+        More blocks than there are hot frames, and older ones that all heads ask for, lie in frames
+        of this call alone.
         """
         batch, heads = self.keys.shape[:2]
         blocks = self._block_of(torch.cat([each.flatten(2) for each in places], dim=2))
         rows = torch.arange(batch, device=blocks.device)[:, None, None]
         if bool(self._is_recent(rows, blocks).all()):
-            keys, values, frames = self.keys, self.values, self._recent_frame(blocks)
+            keys = self.keys
+            values = self.values
+            frames = self._recent_frame(blocks)
         else:
             owner = torch.arange(batch * heads, device=blocks.device).view(batch, heads, 1)
             distinct, inverse = torch.unique(owner * MANY + blocks, return_inverse=True)
-            keys, values, frame = self._bring(distinct // MANY, distinct % MANY, alike=blocks.shape[1] < heads)
+            keys, values, frame = self._bring(
+                distinct // MANY, distinct % MANY, alike=blocks.shape[1] < heads
+            )
             frames = frame[inverse[:, : blocks.shape[1]]]
         parts = torch.split(frames, [each[0, 0].numel() for each in places], dim=2)
-        return keys, values, *(part.view(each.shape) for part, each in zip(parts, places, strict=True))
+        return (
+            keys,
+            values,
+            *(part.view(each.shape) for part, each in zip(parts, places, strict=True)),
+        )
 
     def take(self, owners: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """As ``Near.take``."""
         blocks = self._block_of(places)
         if bool(self._is_recent(owners // self.keys.shape[1], blocks).all()):
-            keys, values, frames = self.keys, self.values, self._recent_frame(blocks)
+            keys = self.keys
+            values = self.values
+            frames = self._recent_frame(blocks)
         else:
             distinct, inverse = torch.unique(owners * MANY + blocks, return_inverse=True)
             keys, values, frame = self._bring(distinct // MANY, distinct % MANY, alike=False)
@@ -167,14 +200,21 @@ class SomeNear:
         self.shelf.drop(self.first)
 
     def select_rows(self, rows: Tensor) -> None:
-        """As ``Near.select_rows``; more rows have fewer hot frames each, where there is a budget."""
+        """As ``Near.select_rows``; more rows have fewer hot frames each, where there is a
+        budget.
+        """
         heads = self.keys.shape[1]
         hot = min(self.hot.shape[1], self._affordable(len(rows), self.keys[0, :, 0].nbytes))
         near = slice(1 + self.recent.shape[1] + hot)
-        self.keys, self.values = (each[:, :, near].index_select(0, rows) for each in (self.keys, self.values))
+        self.keys, self.values = (
+            each[:, :, near].index_select(0, rows) for each in (self.keys, self.values)
+        )
         owners = (rows[:, None] * heads + torch.arange(heads, device=rows.device)).flatten()
-        self.recent, self.hot, self.asked = self.recent[rows], self.hot[owners, :hot], self.asked[owners, :hot]
-        self._recent, self._spans = self._recent[rows.cpu()], None
+        self.recent = self.recent[rows]
+        self.hot = self.hot[owners, :hot]
+        self.asked = self.asked[owners, :hot]
+        self._recent = self._recent[rows.cpu()]
+        self._spans = None
         self.shelf.select_rows(rows.cpu())
 
     def nbytes(self, tier: str) -> int:
@@ -184,14 +224,17 @@ class SomeNear:
         return self.shelf.nbytes(tier)
 
     def _affordable(self, batch: int, key_bytes: int) -> int:
-        """Hot frames of each row and head, where the keys of a block of a row take ``key_bytes``."""
-        one, budget = 2 * batch * key_bytes, self.tiers.device_bytes
+        """Hot frames of each row and head, where the keys of a block of a row take
+        ``key_bytes``.
+        """
+        one = 2 * batch * key_bytes
+        budget = self.tiers.device_bytes
         if budget is None:
             return HOT_BLOCKS
         if budget < one:
             raise ValueError(
-                f"device_bytes: expected at least {one} bytes in each layer, one block of all rows and heads, got "
-                f"{budget}: give more"
+                f"device_bytes: expected at least {one} bytes in each layer, one block of all "
+                f"rows and heads, got {budget}: give more"
             )
         return min(budget // one, MOST_HOT_BLOCKS)
 
@@ -202,7 +245,9 @@ class SomeNear:
         return torch.where(blocks == 0, 0, 1 + blocks % self.recent.shape[1])
 
     def _forget_from(self, first: Tensor) -> None:
-        """Forgets what frames hold of later blocks than ``first (B,)``: cropped, or of a call that failed."""
+        """Forgets what frames hold of later blocks than ``first (B,)``: cropped, or of a call that
+        failed.
+        """
         later = self._recent > first[:, None]
         if not bool(later.any()):
             return
@@ -221,35 +266,44 @@ class SomeNear:
             old = getattr(self, name)
             batch, heads, count, size, dim = old.shape
             new = old.new_zeros(batch, heads, count + ring - self._recent.shape[1], size, dim)
-            new[:, :, 0], new[:, :, 1 + ring :] = old[:, :, 0], old[:, :, 1 + self._recent.shape[1] :]
+            new[:, :, 0] = old[:, :, 0]
+            new[:, :, 1 + ring :] = old[:, :, 1 + self._recent.shape[1] :]
             new[rows, :, 1 + blocks % ring] = old[rows, :, 1 + frames]
             setattr(self, name, new)
         self._recent = recent
         self._show_recent()
 
     def _show_recent(self) -> None:
-        """Puts what is known of the ring beside the frames, at the same place as long as the ring is."""
+        """Puts what is known of the ring beside the frames, at the same place as long as the ring
+        is.
+        """
         if self.recent.shape != self._recent.shape:
             self.recent = self._recent.to(self.keys.device, copy=True)
         self.recent.copy_(self._recent)
 
     def _load_unfinished(self, rows: Tensor, blocks: Tensor) -> None:
-        """Brings blocks that were finished and are no more, after a crop, to where they are written."""
+        """Brings blocks that were finished and are no more, after a crop, to where they are
+        written.
+        """
         heads = self.keys.shape[1]
         owner = (rows[:, None] * heads + torch.arange(heads)).flatten()
         data = self._read(owner, blocks.repeat_interleave(heads))
         data = torch.unflatten(data, 0, (len(rows), heads))
         frames = self._recent_frame(blocks)
-        self.keys[rows, :, frames], self.values[rows, :, frames] = data[:, :, 0], data[:, :, 1]
+        self.keys[rows, :, frames] = data[:, :, 0]
+        self.values[rows, :, frames] = data[:, :, 1]
         self._traffic.count("misses", len(owner))
 
     def _bring(self, owner: Tensor, block: Tensor, *, alike: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and frames ``(M,)`` of distinct blocks ``(M,)``, ascending by row and head ``owner``.
+        """Keys, values and frames ``(M,)`` of distinct blocks ``(M,)``, ascending by row and head
+        ``owner``.
 
         ``alike``: the frames are to be the same for all heads of a row, which have the same blocks.
         """
-        frame, ring = self._find(owner, block), 1 + self.recent.shape[1]
-        old, missing = frame >= ring, frame < 0
+        frame = self._find(owner, block)
+        ring = 1 + self.recent.shape[1]
+        old = frame >= ring
+        missing = frame < 0
         now = self.asked.amax(1) + 1
         self.asked[owner[old], frame[old] - ring] = now[owner[old]]
         self.counted[:2] += torch.stack((old.sum(), missing.sum()))
@@ -270,12 +324,17 @@ class SomeNear:
         held, order = (owners * MANY + self.hot).flatten().sort()
         wanted = owner * MANY + block
         at = torch.searchsorted(held, wanted).clamp_(max=len(held) - 1)
-        hot = torch.where(held[at] == wanted, 1 + self.recent.shape[1] + order[at] % self.hot.shape[1], -1)
-        return torch.where(self._is_recent(owner // self.keys.shape[1], block), self._recent_frame(block), hot)
+        hot = torch.where(
+            held[at] == wanted, 1 + self.recent.shape[1] + order[at] % self.hot.shape[1], -1
+        )
+        return torch.where(
+            self._is_recent(owner // self.keys.shape[1], block), self._recent_frame(block), hot
+        )
 
     def _read(self, owner: Tensor, block: Tensor) -> Tensor:
         """Keys and values ``(M, 2, L, D)`` from below."""
-        heads, owner = self.keys.shape[1], owner.cpu()
+        heads = self.keys.shape[1]
+        owner = owner.cpu()
         return self.shelf.read(owner // heads, block.cpu(), owner % heads).to(self.keys.device)
 
     def _admit(self, owner: Tensor, block: Tensor, data: Tensor, now: Tensor) -> Tensor:
@@ -284,12 +343,17 @@ class SomeNear:
         frame = 1 + self.recent.shape[1] + place
         for tensor, part in ((self.keys, data[:, 0]), (self.values, data[:, 1])):
             tensor.view(-1, *tensor.shape[2:])[owner, frame] = part
-        self.hot[owner, place], self.asked[owner, place] = block, now[owner]
+        self.hot[owner, place] = block
+        self.asked[owner, place] = now[owner]
         return frame
 
     def _apart(self, owner: Tensor, frame: Tensor, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies what is near and ``data (M, 2, L, D)``, the missing, to frames of this call alone."""
-        place, there, found = _rank(owner), frame >= 0, []
+        """Copies what is near and ``data (M, 2, L, D)``, the missing, to frames of this call
+        alone.
+        """
+        place = _rank(owner)
+        there = frame >= 0
+        found = []
         for tensor, part in ((self.keys, data[:, 0]), (self.values, data[:, 1])):
             new = tensor.new_empty(len(self.hot), int(place.max()) + 1, *tensor.shape[3:])
             new[owner[there], place[there]] = tensor.flatten(0, 1)[owner[there], frame[there]]

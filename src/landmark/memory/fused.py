@@ -11,11 +11,15 @@ from landmark.ops.triton.configs import power_of_two
 
 FUSED_BYTES = 2**15  # of the keys of a block, at most
 FUSED_TOP_K = 16  # at most, for the choice: sorting more takes a compiler minutes
-FEW_WIDTH, FEW_QUERIES = 16, 64  # of one row, and of those one key/value head, at most, for the kernels of decoding
+FEW_WIDTH = 16
+FEW_QUERIES = (
+    64  # of one row, and of those one key/value head, at most, for the kernels of decoding
+)
 
 
 def runs_fused(query: Tensor, config: LandmarkConfig) -> bool:
-    """Whether the kernels of ``memory/triton`` compute a call: on an NVIDIA GPU, where no gradient is asked for.
+    """Whether the kernels of ``memory/triton`` compute a call: on an NVIDIA GPU, where no gradient
+    is asked for.
 
     A block of keys has to fit one tile.
     """

@@ -1,7 +1,9 @@
-"""Indexes of faiss over old landmarks: what stands in for scoring every landmark, where a user asks for it.
+"""Indexes of faiss over old landmarks: what stands in for scoring every landmark, where a user asks
+for it.
 
-Under stingy positions all blocks older than the latest ``top_k`` candidates stand at slot 0 while they are scored, so
-that a score is one inner product of the query, turned to there, with the key as it is kept.
+Under stingy positions all blocks older than the latest ``top_k`` candidates stand at slot 0 while
+they are scored, so that a score is one inner product of the query, turned to there, with the key as
+it is kept.
 """
 
 from __future__ import annotations
@@ -18,10 +20,14 @@ from landmark.memory.store import BlockStore
 
 KINDS = ("exact", "faiss-flat", "faiss-ivf", "faiss-hnsw")
 MADE_FROM = 1024  # landmarks, below which every one is looked at
-SPARE_LENGTH = 1.1  # lists and graphs are made anew when a landmark is longer than all before by more
+SPARE_LENGTH = (
+    1.1  # lists and graphs are made anew when a landmark is longer than all before by more
+)
 IVF_PROBED = 8  # one in so many lists is read
 IVF_GROWTH = 4  # when there are so many times as many landmarks, lists are made anew
-HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 100, 256  # links of a landmark; landmarks looked at to find them, and later
+HNSW_LINKS = 32
+HNSW_BUILD = 100
+HNSW_SEARCH = 256  # links of a landmark; landmarks looked at to find them, and later
 
 
 def check_index(kind: str, config: LandmarkConfig) -> None:
@@ -43,8 +49,8 @@ def check_index(kind: str, config: LandmarkConfig) -> None:
     for name, (needed, reason) in reasons.items():
         if getattr(config, name) != needed:
             raise ValueError(
-                f"index {kind!r}: expected {name}={needed!r} ({reason}), got {getattr(config, name)!r}; "
-                "set it, or leave index='exact'"
+                f"index {kind!r}: expected {name}={needed!r} ({reason}), got "
+                f"{getattr(config, name)!r}; set it, or leave index='exact'"
             )
     require_faiss()
 
@@ -54,16 +60,19 @@ def require_faiss() -> Any:
     try:
         import faiss
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("an index needs the package faiss: pip install landmark-attention[index]") from None
+        raise ModuleNotFoundError(
+            "an index needs the package faiss: pip install landmark-attention[index]"
+        ) from None
     return faiss
 
 
 class VectorIndex:
     """Vectors of one key/value head, numbered as they are added; float32, in the memory of the CPU.
 
-    Lists and graphs want distances. They are made of vectors less their mean, which changes all products of a query
-    alike (landmarks lie much closer to each other than to zero), with one more column that brings all to one length:
-    then the largest product with a query is the least distance from it.
+    Lists and graphs want distances. They are made of vectors less their mean, which changes all
+    products of a query alike (landmarks lie much closer to each other than to zero), with one more
+    column that brings all to one length: then the largest product with a query is the least
+    distance from it.
 
     Args:
         kind: one of ``KINDS`` but ``exact``.
@@ -71,10 +80,12 @@ class VectorIndex:
     """
 
     def __init__(self, kind: str, dim: int) -> None:
-        self.kind, self.dim = kind, dim
+        self.kind = kind
+        self.dim = dim
         self._index = require_faiss().IndexFlatIP(dim)
         self._made_of = 0  # vectors that lists or the graph were made of; 0 while there are neither
-        self._mean, self._length = torch.zeros(dim), 0.0
+        self._mean = torch.zeros(dim)
+        self._length = 0.0
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -96,7 +107,9 @@ class VectorIndex:
         else:
             self._index.add(self._lengthened(vectors))
 
-    def search(self, query: Tensor, count: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def search(
+        self, query: Tensor, count: int, allowed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Finds the vectors with the largest inner products.
 
         Args:
@@ -105,9 +118,14 @@ class VectorIndex:
             allowed: ``(len(self),)`` bool, ``None`` for all.
 
         Returns:
-            products, best first, and numbers, ``(M, count)`` each; ``-inf`` and -1 where fewer were found.
+            products, best first, and numbers, ``(M, count)`` each; ``-inf`` and -1 where fewer were
+            found.
         """
-        scale = query.norm(dim=1, keepdim=True).clamp(min=1e-30) / self._length if self._made_of else None
+        scale = (
+            query.norm(dim=1, keepdim=True).clamp(min=1e-30) / self._length
+            if self._made_of
+            else None
+        )
         asked = query if scale is None else torch.nn.functional.pad(query / scale, (0, 1))
         found = self._index.search(asked.contiguous().numpy(), count, params=self._how(allowed))
         products, numbers = map(torch.from_numpy, found)
@@ -121,7 +139,9 @@ class VectorIndex:
         held = len(self) * int(self._index.d) * 4
         if self._made_of and self.kind == "faiss-hnsw":
             graph = self._index.hnsw
-            held += int(4 * graph.neighbors.size() + 8 * graph.offsets.size() + 4 * graph.levels.size())
+            held += int(
+                4 * graph.neighbors.size() + 8 * graph.offsets.size() + 4 * graph.levels.size()
+            )
         elif self._made_of:
             held += len(self) * 8 + int(self._index.nlist) * int(self._index.d) * 4
         return held
@@ -141,7 +161,9 @@ class VectorIndex:
 
     def _how(self, allowed: Tensor | None) -> Any:
         faiss = require_faiss()
-        chosen: dict[str, Any] = {} if allowed is None else {"sel": faiss.IDSelectorBitmap(_bits(allowed).numpy())}
+        chosen: dict[str, Any] = (
+            {} if allowed is None else {"sel": faiss.IDSelectorBitmap(_bits(allowed).numpy())}
+        )
         if not self._made_of:
             return faiss.SearchParameters(**chosen)
         if self.kind == "faiss-hnsw":
@@ -158,18 +180,23 @@ class VectorIndex:
             index = faiss.IndexHNSWFlat(self.dim + 1, HNSW_LINKS)
             index.hnsw.efConstruction = HNSW_BUILD
         else:
-            index = faiss.IndexIVFFlat(faiss.IndexFlatL2(self.dim + 1), self.dim + 1, math.isqrt(len(vectors)))
+            index = faiss.IndexIVFFlat(
+                faiss.IndexFlatL2(self.dim + 1), self.dim + 1, math.isqrt(len(vectors))
+            )
             index.cp.min_points_per_centroid = 1  # no warnings of few vectors
             index.train(lengthened)
         index.add(lengthened)
-        self._index, self._made_of = index, len(vectors)
+        self._index = index
+        self._made_of = len(vectors)
 
     def _norms(self, vectors: Tensor) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(vectors - self._mean, dim=1)
         return norms
 
     def _lengthened(self, vectors: Tensor) -> Any:
-        """Vectors less the mean, with the column that makes each as long as all: ``(n, D + 1)``, an array."""
+        """Vectors less the mean, with the column that makes each as long as all: ``(n, D + 1)``, an
+        array.
+        """
         rest = (self._length**2 - self._norms(vectors) ** 2).clamp(min=0).sqrt()
         return torch.cat((vectors - self._mean, rest[:, None]), dim=1).numpy()
 
@@ -190,10 +217,11 @@ def _bits(flags: Tensor) -> Tensor:
 
 
 class RowIndex:
-    """The old landmarks of one row: an index for each key/value head, and which block each number stands for.
+    """The old landmarks of one row: an index for each key/value head, and which block each number
+    stands for.
 
-    No kind can drop a vector for certain (the graph of HNSW cannot at all): what is dropped is passed over, and when
-    more than half is, the row is made anew.
+    No kind can drop a vector for certain (the graph of HNSW cannot at all): what is dropped is
+    passed over, and when more than half is, the row is made anew.
 
     Args:
         kind: one of ``KINDS`` but ``exact``.
@@ -207,26 +235,38 @@ class RowIndex:
         self.end = 0  # blocks before it are held, but for evicted ones
 
     def follow(self, store: BlockStore, row: int, end: int) -> None:
-        """Holds the landmarks of block 0 and of those from the store's first up to ``end`` (exclusive), no others."""
+        """Holds the landmarks of block 0 and of those from the store's first up to ``end``
+        (exclusive), no others.
+        """
         evicted = (self.blocks > 0) & (self.blocks < store.first)
         self.blocks = self.blocks.masked_fill(evicted | (self.blocks >= end), -1)
         self.end = min(self.end, end)
         if int((self.blocks < 0).sum()) * 2 > len(self.blocks):
-            kind, dim = self.heads[0].kind, self.heads[0].dim
+            kind = self.heads[0].kind
+            dim = self.heads[0].dim
             self.heads = [VectorIndex(kind, dim) for _ in self.heads]
-            self.blocks, self.end = self.blocks[:0], 0
+            self.blocks = self.blocks[:0]
+            self.end = 0
         new = torch.arange(self.end, end)
         new = new[(new == 0) | (new >= store.first)]
         self.end = end
         if len(new) == 0:
             return
-        keys = store.landmark_keys[row][:, store.place_of(new).to(store.landmark_keys.device)].float().cpu()
+        keys = (
+            store.landmark_keys[row][:, store.place_of(new).to(store.landmark_keys.device)]
+            .float()
+            .cpu()
+        )
         for head, vectors in zip(self.heads, keys, strict=True):
             head.add(vectors)
         self.blocks = torch.cat((self.blocks, new))
 
-    def search(self, query: Tensor, count: int, lowest: int | None, keep_first: bool) -> tuple[Tensor, Tensor]:
-        """As ``LandmarkIndex.search``, for queries ``(G, M, D)`` that may all read the same blocks."""
+    def search(
+        self, query: Tensor, count: int, lowest: int | None, keep_first: bool
+    ) -> tuple[Tensor, Tensor]:
+        """As ``LandmarkIndex.search``, for queries ``(G, M, D)`` that may all read the same
+        blocks.
+        """
         allowed = self.blocks >= max(0, lowest or 0)  # what was dropped is -1
         if keep_first:
             allowed = allowed | (self.blocks == 0)
@@ -267,7 +307,8 @@ class LandmarkIndex:
     def follow(self, store: BlockStore, ends: list[int]) -> None:
         """Brings the index to what a call may find in it.
 
-        Called in every call, so that what was cropped or evicted goes before its numbers are used again.
+        Called in every call, so that what was cropped or evicted goes before its numbers are used
+        again.
 
         Args:
             store: the layer's blocks.
@@ -279,7 +320,9 @@ class LandmarkIndex:
         for number, (row, end) in enumerate(zip(self.rows, ends, strict=True)):
             row.follow(store, number, end)
 
-    def search(self, query: Tensor, count: int, lowest: Tensor | None, *, keep_first: bool) -> tuple[Tensor, Tensor]:
+    def search(
+        self, query: Tensor, count: int, lowest: Tensor | None, *, keep_first: bool
+    ) -> tuple[Tensor, Tensor]:
         """Finds the landmarks with the largest scores, as far as this kind of index finds them.
 
         Args:
@@ -289,23 +332,33 @@ class LandmarkIndex:
             keep_first: whether block 0 may be read all the same.
 
         Returns:
-            scores and blocks, ``(B, G, R, n, W, count)``, blocks ascending; ``-inf`` where fewer were found.
+            scores and blocks, ``(B, G, R, n, W, count)``, blocks ascending; ``-inf`` where fewer
+            were found.
         """
         _, _, repeats, blocks, width, _ = query.shape
         queries = query.float().cpu().permute(0, 3, 1, 2, 4, 5).flatten(3, 4)  # (B, n, G, R * W, D)
         bounds = [[None] * blocks] * len(queries) if lowest is None else lowest.tolist()
         found = [
-            [row.search(part, count, bound, keep_first) for part, bound in zip(parts, bounds_of_row, strict=True)]
+            [
+                row.search(part, count, bound, keep_first)
+                for part, bound in zip(parts, bounds_of_row, strict=True)
+            ]
             for row, parts, bounds_of_row in zip(self.rows, queries, bounds, strict=True)
         ]
-        scores, numbers = (torch.stack([torch.stack([own[i] for own in row]) for row in found]) for i in (0, 1))
+        scores, numbers = (
+            torch.stack([torch.stack([own[i] for own in row]) for row in found]) for i in (0, 1)
+        )
         numbers, order = numbers.sort(dim=-1, stable=True)
         shape = (*queries.shape[:3], repeats, width, count)
         scores = scores.gather(-1, order).to(query.dtype).view(shape).permute(0, 2, 3, 1, 4, 5)
-        return scores.to(query.device), numbers.view(shape).permute(0, 2, 3, 1, 4, 5).to(query.device)
+        return scores.to(query.device), numbers.view(shape).permute(0, 2, 3, 1, 4, 5).to(
+            query.device
+        )
 
     def select_rows(self, rows: list[int]) -> None:
-        """Replaces the batch by the given rows, repeated or reordered; later calls add what is not held yet."""
+        """Replaces the batch by the given rows, repeated or reordered; later calls add what is not
+        held yet.
+        """
         if not self.rows:
             return
         given: set[int] = set()

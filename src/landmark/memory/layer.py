@@ -39,8 +39,8 @@ class LayerMemory:
         tables: rotations of this layer's rotary type.
         layer: the layer's index.
         tiers: where its blocks live, ``None`` for the device; budgets of this layer.
-        index: one of ``landmark.memory.index.KINDS``. Where all old landmarks are equal no index can tell them apart,
-            and every one is scored.
+        index: one of ``landmark.memory.index.KINDS``. Where all old landmarks are equal no index
+            can tell them apart, and every one is scored.
     """
 
     def __init__(
@@ -51,30 +51,42 @@ class LayerMemory:
         tiers: Tiers | None = None,
         index: str = "exact",
     ) -> None:
-        self.config, self.tables, self.layer = config, tables, layer
+        self.config = config
+        self.tables = tables
+        self.layer = layer
         self.store = BlockStore(
             config.block_size,
             local_blocks=config.local_blocks,
             shared_landmark=layer == 0 and config.positions == "stingy",
             tiers=tiers,
         )
-        self.retrieves = config.mode == "retrieval" and (config.layers is None or layer in config.layers)
+        self.retrieves = config.mode == "retrieval" and (
+            config.layers is None or layer in config.layers
+        )
         indexed = index != "exact" and self.retrieves and not self.store.shared_landmark
         self.index = LandmarkIndex(index) if indexed else None
-        self._peak: Tensor | None = None  # (B, G, R, P), `head` only: of the rows' unfinished blocks
+        self._peak: Tensor | None = (
+            None  # (B, G, R, P), `head` only: of the rows' unfinished blocks
+        )
         self._queries: Tensor | None = None  # (B, G, R, RECENT_BLOCKS, L, D), `head` only
-        self._queries_before: Tensor | None = None  # `_queries` before a call that may still fail in another layer
+        self._queries_before: Tensor | None = (
+            None  # `_queries` before a call that may still fail in another layer
+        )
 
     def prepare(self, plan: Plan, like: Tensor) -> None:
-        """Makes room for a call of keys like ``like (B, G, *, D)``, and drops what no query will see."""
+        """Makes room for a call of keys like ``like (B, G, *, D)``, and drops what no query will
+        see.
+        """
         self._evict(plan)
         self.store.reserve(plan.blocks, like)
         self.store.open(plan)
 
     def depends(self, plan: Plan) -> tuple[Any, ...] | None:
-        """Prepares a call and returns what it would find it again by if it were captured in a CUDA graph.
+        """Prepares a call and returns what it would find it again by if it were captured in a CUDA
+        graph.
 
-        Addresses, and numbers that are not on the device; ``None`` where a call asks the device something.
+        Addresses, and numbers that are not on the device; ``None`` where a call asks the device
+        something.
         """
         if not (self.retrieves and plan.candidates and self._chooses_fused() and self.store.places):
             return None
@@ -119,20 +131,28 @@ class LayerMemory:
         rotation = self.tables.by_offset(plan.offsets, key.dtype)[:, None]
         self.store.write(rotation.rotate(key), value, plan.writes)
         if self.index is not None:
-            self.index.follow(self.store, (plan.grid.local_first[:, 0] - self.config.top_k).clamp(min=0).tolist())
+            self.index.follow(
+                self.store, (plan.grid.local_first[:, 0] - self.config.top_k).clamp(min=0).tolist()
+            )
         query = to_grid(rotation[:, None].rotate(query), plan.grid)
         sink = plan.candidates > 0 and not retrieve
         earlier = self._earlier_peak(plan, scale) if retrieve and self._needs_peak(plan) else None
         if self.config.granularity == "head" and self.retrieves:
             self._remember_queries(query, plan.grid)
-        outputs, found = [], []
+        outputs = []
+        found = []
         step, wide = self._slab(query, plan, retrieve=retrieve, fused=fused)
         for begin in range(0, query.shape[3], step):
-            grid, part = plan.grid.narrow(begin, begin + step), query[:, :, :, begin : begin + step]
+            grid = plan.grid.narrow(begin, begin + step)
+            part = query[:, :, :, begin : begin + step]
             chosen = None
             if retrieve:
-                chosen = self._choose(part, grid, plan.candidates, scale, None if begin else earlier, fused=fused)
-            output, read = self._attend_slab(part, grid, chosen, scale, wide, sink=sink, fused=fused)
+                chosen = self._choose(
+                    part, grid, plan.candidates, scale, None if begin else earlier, fused=fused
+                )
+            output, read = self._attend_slab(
+                part, grid, chosen, scale, wide, sink=sink, fused=fused
+            )
             outputs.append(output)
             if record and read is not None:
                 found.append(read)
@@ -142,20 +162,31 @@ class LayerMemory:
         return from_grid(torch.cat(outputs, dim=3), plan.cells), retrieval
 
     def _choose(
-        self, query: Tensor, grid: Grid, blocks: int, scale: float, earlier: Tensor | None, *, fused: bool
+        self,
+        query: Tensor,
+        grid: Grid,
+        blocks: int,
+        scale: float,
+        earlier: Tensor | None,
+        *,
+        fused: bool,
     ) -> tuple[Tensor, Tensor]:
         """Returns chosen blocks and whether each is valid, ``(B, G or 1, R or 1, n, W, K)``."""
         if fused and self._chooses_fused():
             from landmark.memory.triton.launch import choose_places
 
             count = self._scored(blocks)
-            places, valid = choose_places(query, grid, count, self.store, self.tables, self.config, scale)
+            places, valid = choose_places(
+                query, grid, count, self.store, self.tables, self.config, scale
+            )
             return self.store.block_of(places), valid
         if self.config.granularity == "token_head":
             rest = (self.store, self.tables, self.config)
             if self.index is not None:
                 return choose_indexed(query * scale, grid, *rest, self.index)
-            return choose_each(query * scale, grid, self._scored(blocks), *rest, self._scored_at_once(query))
+            return choose_each(
+                query * scale, grid, self._scored(blocks), *rest, self._scored_at_once(query)
+            )
         scores = self._scores(query, grid, blocks, scale)
         peaks = None
         if self.config.granularity == "head":
@@ -166,7 +197,9 @@ class LayerMemory:
         return self.store.block_of(places).expand(shape), valid.expand(shape)
 
     def _are_few(self, query: Tensor, plan: Plan) -> bool:
-        """Whether one row's queries are so few, and stand in one block, that the kernels for decoding take them."""
+        """Whether one row's queries are so few, and stand in one block, that the kernels for
+        decoding take them.
+        """
         _, _, repeats, width, _ = query.shape
         alone = self._chooses_fused() and plan.grid.own.shape[1] == 1
         return alone and width <= FEW_WIDTH and repeats * width <= FEW_QUERIES
@@ -174,20 +207,26 @@ class LayerMemory:
     def _attend_few(
         self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, *, record: bool
     ) -> tuple[Tensor, Retrieval | None]:
-        """As ``attend``, prepared, for few queries ``(B, G, R, T, D)``: they stand on the grid as they come."""
+        """As ``attend``, prepared, for few queries ``(B, G, R, T, D)``: they stand on the grid as
+        they come.
+        """
         from landmark.memory.triton.launch import decode, file
 
         query = file(query, key, value, plan.grid, self.store, self.tables)
         self.store.finish(plan.writes)
         count = self._scored(plan.candidates)
-        output, places, gates = decode(query, plan.grid, count, self.store, self.tables, self.config, scale)
+        output, places, gates = decode(
+            query, plan.grid, count, self.store, self.tables, self.config, scale
+        )
         if not record:
             return output, None
         blocks = torch.where(places >= 0, self.store.block_of(places), -1)
         return output, self._record(plan, [(blocks, gates)], query)
 
     def _chooses_fused(self) -> bool:
-        """The other granularities need every score, for their softmax; an index was asked for by name."""
+        """The other granularities need every score, for their softmax; an index was asked for by
+        name.
+        """
         alone = self.config.granularity == "token_head" and self.index is None
         return alone and self.config.top_k <= FUSED_TOP_K
 
@@ -198,7 +237,10 @@ class LayerMemory:
     def _scored_at_once(self, query: Tensor) -> int:
         """Places whose scores by these queries are alive at once."""
         budget = SLAB_BYTES.get(query.device.type, SLAB_BYTES["cpu"])
-        return max(1, budget // (COPIES * max(query.element_size(), 4) * (query.numel() // query.shape[-1])))
+        return max(
+            1,
+            budget // (COPIES * max(query.element_size(), 4) * (query.numel() // query.shape[-1])),
+        )
 
     def _scored(self, blocks: int) -> int:
         """Places that hold all of the blocks ``0..blocks - 1`` that are kept."""
@@ -215,20 +257,32 @@ class LayerMemory:
         sink: bool,
         fused: bool,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Output of some own blocks, ``wide`` places of each at a time; also what was chosen, weighed."""
+        """Output of some own blocks, ``wide`` places of each at a time; also what was chosen,
+        weighed.
+        """
         if fused:
             from landmark.memory.triton.launch import attend
         else:
             from landmark.memory.plain import attend
-        blocks, distances = grid.local, torch.where(grid.local >= 0, grid.own[..., None] - grid.local, -1)
+        blocks = grid.local
+        distances = torch.where(grid.local >= 0, grid.own[..., None] - grid.local, -1)
         if sink:
-            block, there = torch.zeros_like(grid.own), grid.local_first > 0
-            distance = self._distances(block[:, None, None, :, None, None], there[:, None, None, :, None, None], grid)
+            block = torch.zeros_like(grid.own)
+            there = grid.local_first > 0
+            distance = self._distances(
+                block[:, None, None, :, None, None], there[:, None, None, :, None, None], grid
+            )
             blocks = torch.cat((blocks, block[..., None]), dim=-1)
             distances = torch.cat((distances, distance[:, 0, 0, :, 0]), dim=-1)
         shared = self.store.place_of(blocks), distances
-        past = None if chosen is None else (self.store.place_of(chosen[0]), self._distances(*chosen, grid))
-        outputs, gates, rest = [], [], (self.store, self.tables, scale, self._farthest(grid))
+        past = (
+            None
+            if chosen is None
+            else (self.store.place_of(chosen[0]), self._distances(*chosen, grid))
+        )
+        outputs = []
+        gates = []
+        rest = (self.store, self.tables, scale, self._farthest(grid))
         for left in range(0, query.shape[4], wide):
             cut = slice(left, left + wide)
             some = None if past is None else (past[0][:, :, :, :, cut], past[1][:, :, :, :, cut])
@@ -253,19 +307,29 @@ class LayerMemory:
         return self.config.top_k + 1 + grid.local.shape[-1]
 
     def _slab(self, query: Tensor, plan: Plan, *, retrieve: bool, fused: bool) -> tuple[int, int]:
-        """Own blocks, and places in them, attended at once, so that what is alive stays within the budget."""
+        """Own blocks, and places in them, attended at once, so that what is alive stays within the
+        budget.
+        """
         batch, groups, repeats, blocks, width, dim = query.shape
-        size, local, stored = self.config.block_size, plan.grid.local.shape[-1], query.element_size()
+        size = self.config.block_size
+        local = plan.grid.local.shape[-1]
+        stored = query.element_size()
         scored = COPIES * batch * groups * repeats * max(stored, 4)
-        each, shared = scored * (local + 2) * size, 2 * batch * groups * (local + 2) * size * dim * stored
+        each = scored * (local + 2) * size
+        shared = 2 * batch * groups * (local + 2) * size * dim * stored
         choice = 0
         if retrieve:
             each += batch * groups * repeats * self.config.top_k * (3 * dim * stored + COPIES * 8)
             choice = 0 if self.config.granularity == "token_head" else scored * plan.candidates
-        if fused:  # the kernels copy no blocks and keep no scores; lists of chosen blocks remain, and what lay lower
-            each, shared = COPIES * batch * groups * repeats * (self.config.top_k * 8 + dim * 4), 0
+        # The kernels copy no blocks and keep no scores; lists of chosen blocks remain, and what lay
+        # lower.
+        if fused:
+            each = COPIES * batch * groups * repeats * (self.config.top_k * 8 + dim * 4)
+            shared = 0
             if retrieve and self.store.fetches:
-                fetchers = groups * (repeats if self.config.granularity in ("token_head", "head") else 1)
+                fetchers = groups * (
+                    repeats if self.config.granularity in ("token_head", "head") else 1
+                )
                 each += 2 * batch * fetchers * self.config.top_k * size * dim * stored
         budget = SLAB_BYTES.get(query.device.type, SLAB_BYTES["cpu"])
         step = min(blocks, max(1, budget // (width * (each + choice) + shared)))
@@ -274,27 +338,40 @@ class LayerMemory:
         return step, min(width, max(1, budget // (step * each)))
 
     def _evict(self, plan: Plan) -> None:
-        """Drops what neither this call nor a later one sees; what a call needs is there again if it fails."""
+        """Drops what neither this call nor a later one sees; what a call needs is there again if it
+        fails.
+        """
         before = self.store.first
-        self.store.evict(plan.seen_from if self.retrieves or self.config.mode == "all" else plan.local_from)
+        self.store.evict(
+            plan.seen_from if self.retrieves or self.config.mode == "all" else plan.local_from
+        )
         if self.store.first != before:
             self._peak = None
 
     def _record(self, plan: Plan, found: list[tuple[Tensor, Tensor]], query: Tensor) -> Retrieval:
         batch, groups, repeats = query.shape[:3]
         if not found:
-            none = plan.positions.new_full((batch, groups * repeats, plan.cells.shape[1], self.config.top_k), -1).cpu()
-            return Retrieval(self.layer, plan.positions.cpu(), none, none.clamp(min=0).to(query.dtype))
+            none = plan.positions.new_full(
+                (batch, groups * repeats, plan.cells.shape[1], self.config.top_k), -1
+            ).cpu()
+            return Retrieval(
+                self.layer, plan.positions.cpu(), none, none.clamp(min=0).to(query.dtype)
+            )
         blocks, weights = (torch.cat(parts, dim=3) for parts in zip(*found, strict=True))
-        blocks, weights = (from_grid(x, plan.cells).transpose(1, 2).cpu() for x in (blocks.long(), weights))
+        blocks, weights = (
+            from_grid(x, plan.cells).transpose(1, 2).cpu() for x in (blocks.long(), weights)
+        )
         nobody = plan.positions.cpu()[:, None, :, None] < 0
-        blocks, weights = blocks.masked_fill(nobody, -1), weights.masked_fill(nobody, 0)
+        blocks = blocks.masked_fill(nobody, -1)
+        weights = weights.masked_fill(nobody, 0)
         return Retrieval(self.layer, plan.positions.cpu(), blocks, weights)
 
     # `head` chooses by a maximum over tokens, some of which came in earlier calls.
 
     def _needs_peak(self, plan: Plan) -> bool:
-        return self.config.granularity == "head" and self.config.local == "blocks" and any(plan.within)
+        return (
+            self.config.granularity == "head" and self.config.local == "blocks" and any(plan.within)
+        )
 
     def _remember_queries(self, query: Tensor, grid: Grid) -> None:
         batch, groups, repeats, _, _, dim = query.shape
@@ -303,7 +380,9 @@ class LayerMemory:
             self._queries = query.new_zeros(shape)
         rows, ns, ws = grid.valid.nonzero(as_tuple=True)
         recent = grid.own[rows, ns] > grid.own[rows, -1] - RECENT_BLOCKS
-        rows, ns, ws = rows[recent], ns[recent], ws[recent]
+        rows = rows[recent]
+        ns = ns[recent]
+        ws = ws[recent]
         place = grid.own[rows, ns] % RECENT_BLOCKS
         self._queries_before, self._queries = self._queries, self._queries.clone()
         self._queries[rows, :, :, place, grid.offsets[rows, ns, ws]] = query[rows, :, :, ns, ws]
@@ -327,18 +406,25 @@ class LayerMemory:
         if self._peak is None or bool(((self._peak < 0) & within).any()):
             assert self._queries is not None
             grid = plan.grid.narrow(0, 1)
-            offsets = torch.arange(self.config.block_size, device=within.device).expand(len(within), 1, -1)
+            offsets = torch.arange(self.config.block_size, device=within.device).expand(
+                len(within), 1, -1
+            )
             whole = replace(
-                grid, offsets=offsets, valid=offsets < torch.tensor(plan.within, device=within.device)[:, None, None]
+                grid,
+                offsets=offsets,
+                valid=offsets < torch.tensor(plan.within, device=within.device)[:, None, None],
             )
             rows = torch.arange(len(within), device=within.device)
             query = self._queries[rows, :, :, grid.own[:, 0] % RECENT_BLOCKS][:, :, :, None]
-            peaks = head_peaks(self._scores(query, whole, plan.candidates, scale), whole, self.config, None)
+            peaks = head_peaks(
+                self._scores(query, whole, plan.candidates, scale), whole, self.config, None
+            )
             self._peak = peaks[:, :, :, 0, -1].clamp(min=0)
         return self._peak * within
 
     def tail(self, blocks: int, slots: int) -> dict[str, Tensor]:
-        """What an archive has to hold of the one row beside its first ``blocks`` blocks, which are finished.
+        """What an archive has to hold of the one row beside its first ``blocks`` blocks, which are
+        finished.
 
         Args:
             blocks: finished blocks.
@@ -348,11 +434,15 @@ class LayerMemory:
         tail = self.store.landmark_keys.new_zeros(groups, 2, self.config.block_size, dim)
         if slots:
             place = self.store.place_of(torch.tensor([[[blocks]]], device=tail.device))
-            tail[:, 0, :slots], tail[:, 1, :slots] = (each[0, :, 0, :slots] for each in self.store.gather(place))
+            tail[:, 0, :slots], tail[:, 1, :slots] = (
+                each[0, :, 0, :slots] for each in self.store.gather(place)
+            )
         found = {"tail": tail, "queries": self._queries, "peak": self._peak}
         return {name: each for name, each in found.items() if each is not None}
 
-    def resume(self, saved: SavedLayer, first: int, parts: dict[str, Tensor], device: torch.device) -> None:
+    def resume(
+        self, saved: SavedLayer, first: int, parts: dict[str, Tensor], device: torch.device
+    ) -> None:
         """Goes on from an archive.
 
         Args:
@@ -365,7 +455,9 @@ class LayerMemory:
             Damaged: what was saved is not what was written.
         """
         self.store.resume(saved, first, parts["tail"].to(device)[None])
-        self._queries, self._peak = (parts[name].to(device) if name in parts else None for name in ("queries", "peak"))
+        self._queries, self._peak = (
+            parts[name].to(device) if name in parts else None for name in ("queries", "peak")
+        )
 
     def settle(self) -> None:
         """Called when all layers have done a call: it will not be undone."""
@@ -377,11 +469,14 @@ class LayerMemory:
         Blocks need no undoing, as a repeated call writes the same slots.
         """
         if self._queries_before is not None:
-            self._queries, self._queries_before = self._queries_before, None
+            self._queries = self._queries_before
+            self._queries_before = None
         self._peak = None
 
     def forget_peak(self) -> None:
-        """Called when the rows were cropped: what `head` knew of the unfinished block is computed again."""
+        """Called when the rows were cropped: what `head` knew of the unfinished block is computed
+        again.
+        """
         self._peak = None
 
     def nbytes(self, tier: str) -> int:

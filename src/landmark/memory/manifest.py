@@ -1,4 +1,6 @@
-"""What the manifest of a memory says, checked: a whole ``memory.json`` may have been written by something else."""
+"""What the manifest of a memory says, checked: a whole ``memory.json`` may have been written by
+something else.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,17 @@ def manifest_of(archive: Archive) -> dict[str, Any]:
     if odd is None and not {IDS, manifest["tail"]["stream"]} <= archive.streams().keys():
         odd = "streams"
     if odd is not None:
-        raise Damaged(f"{archive.folder / STATE}: expected the manifest of a memory, got another {odd!r}; {REMEDY}")
+        raise Damaged(
+            f"{archive.folder / STATE}: expected the manifest of a memory, got another {odd!r}; "
+            f"{REMEDY}"
+        )
     return manifest
 
 
 def damage_of(folder: str | Path) -> list[str]:
-    """Returns a line where the folder's ``memory.json`` is not that of a memory; raises as ``Archive.open``."""
+    """Returns a line where the folder's ``memory.json`` is not that of a memory; raises as
+    ``Archive.open``.
+    """
     try:
         manifest_of(Archive.open(folder, whole=False))
     except Damaged as error:
@@ -68,19 +75,33 @@ def are_shapes(layers: Any) -> bool:
 
 
 def _are_integers(values: Any, count: int) -> bool:
-    return isinstance(values, list) and len(values) == count and all(type(each) is int and each >= 0 for each in values)
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(each) is int and each >= 0 for each in values)
+    )
 
 
 def _is_tensor(fields: Any) -> bool:
-    named = isinstance(fields, dict) and all(isinstance(fields.get(name), str) for name in ("name", "dtype"))
-    return named and isinstance(fields.get("shape"), list) and _are_integers(fields["shape"], len(fields["shape"]))
+    named = isinstance(fields, dict) and all(
+        isinstance(fields.get(name), str) for name in ("name", "dtype")
+    )
+    return (
+        named
+        and isinstance(fields.get("shape"), list)
+        and _are_integers(fields["shape"], len(fields["shape"]))
+    )
 
 
 def sources_of(notes: dict[str, Any]) -> list[tuple[str, int]] | None:
-    """Returns the names of the texts that a memory was made of and their characters; ``None`` where it names none."""
+    """Returns the names of the texts that a memory was made of and their characters; ``None`` where
+    it names none.
+    """
     sources = notes.get("sources")
     if not isinstance(sources, list) or not all(isinstance(each, dict) for each in sources):
         return None
     found = [(each.get("name"), each.get("characters")) for each in sources]
-    whole = all(isinstance(name, str) and type(count) is int and count >= 0 for name, count in found)
+    whole = all(
+        isinstance(name, str) and type(count) is int and count >= 0 for name, count in found
+    )
     return found if whole else None

@@ -1,4 +1,6 @@
-"""What lies beside the computation: the contract of a tier, and its null implementation, where every block does."""
+"""What lies beside the computation: the contract of a tier, and its null implementation, where
+every block does.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +33,22 @@ class Near(Protocol):
         """Makes room for so many places of keys like ``like (B, G, *, D)``."""
 
     def open(self, plan: Plan) -> None:
-        """Begins a call: the blocks that it writes and their unfinished parts are near until the next."""
+        """Begins a call: the blocks that it writes and their unfinished parts are near until the
+        next.
+        """
 
     def depends(self) -> tuple[int, ...] | None:
-        """Returns what a captured call depends on; ``None`` where ``fetch`` asks the device something."""
+        """Returns what a captured call depends on; ``None`` where ``fetch`` asks the device
+        something.
+        """
 
     def write(self, key: Tensor, value: Tensor, writes: Writes, places: Tensor) -> None:
         """Files slots; ``places (M,)`` are those of ``writes.blocks``."""
 
     def finish(self, rows: Tensor, places: Tensor, landmark: Tensor | None) -> None:
-        """Told that blocks are finished, ``(M,)`` each; ``landmark (M, G, D)`` replaces their last key."""
+        """Told that blocks are finished, ``(M,)`` each; ``landmark (M, G, D)`` replaces their last
+        key.
+        """
 
     def resume(self, saved: SavedLayer, first: int, tail: Tensor) -> None:
         """Goes on from an archive, in one row; room was made.
@@ -48,22 +56,26 @@ class Near(Protocol):
         Args:
             saved: the finished blocks.
             first: block at place 1.
-            tail: ``(G, 2, L, D)`` keys and values of the block behind them, not finished, on the model's device.
+            tail: ``(G, 2, L, D)`` keys and values of the block behind them, not finished, on the
+                model's device.
         """
 
     def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
         """Brings blocks near.
 
         Args:
-            *places: ``(B, G, ...)`` place of each block; ``G`` may be 1 in all of them for "the same for all heads".
+            *places: ``(B, G, ...)`` place of each block; ``G`` may be 1 in all of them for "the
+                same for all heads".
 
         Returns:
-            keys and values ``(B, G, frames, L, D)``, then for each of ``places`` the frames, of its shape; valid until
-            the next call of this memory.
+            keys and values ``(B, G, frames, L, D)``, then for each of ``places`` the frames, of its
+            shape; valid until the next call of this memory.
         """
 
     def take(self, owners: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies blocks: keys and values ``(M, L, D)`` of owners ``row * G + head`` and places, ``(M,)`` each."""
+        """Copies blocks: keys and values ``(M, L, D)`` of owners ``row * G + head`` and places,
+        ``(M,)`` each.
+        """
 
     def evict(self, drop: int) -> None:
         """Drops the blocks at places ``1..drop``; those after them take their places."""
@@ -122,11 +134,10 @@ class AllNear:
             blocks = torch.tensor(kept[begin : begin + AT_ONCE])
             data = saved.of_all_heads(blocks).to(self.keys.device)
             places = slice(begin, begin + len(blocks))
-            self.keys[0, :, places], self.values[0, :, places] = (
-                data[:, :, 0].transpose(0, 1),
-                data[:, :, 1].transpose(0, 1),
-            )
-        self.keys[0, :, len(kept)], self.values[0, :, len(kept)] = tail[:, 0], tail[:, 1]
+            self.keys[0, :, places] = data[:, :, 0].transpose(0, 1)
+            self.values[0, :, places] = data[:, :, 1].transpose(0, 1)
+        self.keys[0, :, len(kept)] = tail[:, 0]
+        self.values[0, :, len(kept)] = tail[:, 1]
 
     def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
         """As ``Near.fetch``."""
@@ -158,9 +169,15 @@ def grown(old: Tensor, new: Tensor) -> Tensor:
 
 
 def taken(keys: Tensor, values: Tensor, owners: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies the blocks at ``frames`` of ``owners``, ``(M,)`` each, from keys and values ``(B, G, frames, L, D)``."""
-    numbers, (length, dim) = owners * keys.shape[2] + frames, keys.shape[3:]
-    found = (each.view(-1, length * dim).index_select(0, numbers).view(-1, length, dim) for each in (keys, values))
+    """Copies the blocks at ``frames`` of ``owners``, ``(M,)`` each, from keys and values ``(B, G,
+    frames, L, D)``.
+    """
+    numbers = owners * keys.shape[2] + frames
+    (length, dim) = keys.shape[3:]
+    found = (
+        each.view(-1, length * dim).index_select(0, numbers).view(-1, length, dim)
+        for each in (keys, values)
+    )
     return next(found), next(found)
 
 

@@ -1,4 +1,6 @@
-"""Attention to what is remembered in plain PyTorch: it runs everywhere, and the kernels are held to it."""
+"""Attention to what is remembered in plain PyTorch: it runs everywhere, and the kernels are held to
+it.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +28,27 @@ def attend(
     scale: float,
     largest: int,
 ) -> tuple[Tensor, Tensor]:
-    """Own text, blocks that all queries of an own block share, and blocks that each query chose, in one gate softmax.
+    """Own text, blocks that all queries of an own block share, and blocks that each query chose, in
+    one gate softmax.
 
     Args:
         query: ``(B, G, R, n, W, D)``, rotated by its place inside the block.
         grid: where these queries stand.
-        shared: places in the store ``(B, n, m)`` and distances in blocks from the own block, below 0 for none.
-        chosen: places ``(B, G, R, n, W, K)`` and distances, likewise; ``G`` and ``R`` may be 1 for "all the same".
+        shared: places in the store ``(B, n, m)`` and distances in blocks from the own block, below
+            0 for none.
+        chosen: places ``(B, G, R, n, W, K)`` and distances, likewise; ``G`` and ``R`` may be 1 for
+            "all the same".
         store: the layer's blocks.
         tables: rotations.
         scale: the softmax scale.
         largest: a distance that none of these exceeds.
 
     Returns:
-        the output, shape and dtype of ``query``, and ``(B, G, R, n, W, K)`` gate weights of the chosen blocks
-        (``K = 0`` where there are none).
+        the output, shape and dtype of ``query``, and ``(B, G, R, n, W, K)`` gate weights of the
+        chosen blocks (``K = 0`` where there are none).
     """
-    query, size = query * scale, store.block_size
+    query = query * scale
+    size = store.block_size
     keys, values = store.gather(store.place_of(grid.own)[:, None])
     own = torch.einsum("bgrnwd,bgnld->bgrnwl", query, keys)
     place = torch.arange(size, device=query.device)
@@ -66,7 +72,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _read(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Landmark scores ``(..., M)`` and what is read of the text ``(..., M, D)`` by queries of one block.
+    """Landmark scores ``(..., M)`` and what is read of the text ``(..., M, D)`` by queries of one
+    block.
 
     Args:
         query: ``(..., M, D)``, scaled and turned to the block.
@@ -80,9 +87,16 @@ def _read(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shared(
-    query: Tensor, places: Tensor, distances: Tensor, store: BlockStore, tables: RotationTables, largest: int
+    query: Tensor,
+    places: Tensor,
+    distances: Tensor,
+    store: BlockStore,
+    tables: RotationTables,
+    largest: int,
 ) -> tuple[Tensor, Tensor]:
-    """Landmark scores ``(B, G, R, n, W, m)`` and texts ``(B, G, R, n, W, m, D)`` of blocks ``(B, n, m)``."""
+    """Landmark scores ``(B, G, R, n, W, m)`` and texts ``(B, G, R, n, W, m, D)`` of blocks ``(B, n,
+    m)``.
+    """
     turned = tables.by_blocks(distances, query.dtype, largest)[:, None, :, :, None, None]
     rows = turned.rotate(query.permute(0, 1, 3, 2, 4, 5)[:, :, :, None])
     marks, texts = _read(rows.flatten(4, 5), *store.gather(places[:, None]))
@@ -92,13 +106,21 @@ def _shared(
 
 
 def _chosen(
-    query: Tensor, places: Tensor, distances: Tensor, store: BlockStore, tables: RotationTables, largest: int
+    query: Tensor,
+    places: Tensor,
+    distances: Tensor,
+    store: BlockStore,
+    tables: RotationTables,
+    largest: int,
 ) -> tuple[Tensor, Tensor]:
-    """Landmark scores ``(B, G, R, n, W, K)`` and texts ``(B, G, R, n, W, K, D)`` of blocks that each query chose.
+    """Landmark scores ``(B, G, R, n, W, K)`` and texts ``(B, G, R, n, W, K, D)`` of blocks that
+    each query chose.
 
     Queries that chose the same block read it together.
     """
-    numbers, flat, far = store.numbered(places).flatten(), query.flatten(0, 4), distances.flatten()
+    numbers = store.numbered(places).flatten()
+    flat = query.flatten(0, 4)
+    far = distances.flatten()
     marks = flat.new_empty(len(numbers) + 1, dtype=torch.promote_types(flat.dtype, torch.float32))
     texts = flat.new_empty(len(numbers) + 1, query.shape[-1])
     rows_at_once = max(1, PIECE_BYTES // (query.shape[-1] * query.element_size()))
@@ -106,15 +128,19 @@ def _chosen(
         turned = tables.by_blocks(far[pairs], query.dtype, largest)
         rows = flat.index_select(0, (pairs // places.shape[-1]).flatten()).view(*pairs.shape, -1)
         mark, text = _read(turned.rotate(rows), *store.take(numbers[pairs[:, 0]]))
-        pairs = torch.where(there, pairs, len(far)).flatten()  # fillers go to a row that nobody reads
+        pairs = torch.where(
+            there, pairs, len(far)
+        ).flatten()  # fillers go to a row that nobody reads
         marks.index_copy_(0, pairs, mark.flatten())
         texts.index_copy_(0, pairs, text.flatten(0, 1))
-    marks, texts = marks[:-1].view(places.shape), texts[:-1].view(*places.shape, -1)
+    marks = marks[:-1].view(places.shape)
+    texts = texts[:-1].view(*places.shape, -1)
     return marks.masked_fill(distances < 0, -torch.inf), texts
 
 
 def _tiles(numbers: Tensor, fetched: int, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sorts pairs of a query and a block into tiles, each of up to ``TILE_ROWS`` queries that read one block.
+    """Sorts pairs of a query and a block into tiles, each of up to ``TILE_ROWS`` queries that read
+    one block.
 
     Args:
         numbers: ``(P,)`` block of each pair.
@@ -122,9 +148,12 @@ def _tiles(numbers: Tensor, fetched: int, at_once: int) -> Iterator[tuple[Tensor
         at_once: rows of all kinds that are computed at once, about.
 
     Yields:
-        of some tiles, about equally long, the pairs ``(t, M)``, and which of these are no fillers (never the first).
+        of some tiles, about equally long, the pairs ``(t, M)``, and which of these are no fillers
+        (never the first).
     """
-    if len(numbers) * (fetched + QUERY_ROWS) <= at_once:  # few, as in generation: sorting costs more than it saves
+    if (
+        len(numbers) * (fetched + QUERY_ROWS) <= at_once
+    ):  # few, as in generation: sorting costs more than it saves
         yield torch.arange(len(numbers), device=numbers.device)[:, None], numbers[:, None] >= 0
         return
     numbers, order = numbers.sort()
@@ -136,7 +165,9 @@ def _tiles(numbers: Tensor, fetched: int, at_once: int) -> Iterator[tuple[Tensor
     length, by_length = (lengths[block] - TILE_ROWS * rank).clamp(max=TILE_ROWS).sort()
     rows = (fetched + QUERY_ROWS * length).cumsum(0)
     pieces = torch.unique_consecutive(rows // at_once, return_counts=True)[1].tolist()
-    for some, short in zip(torch.split(by_length, pieces), torch.split(length, pieces), strict=True):
+    for some, short in zip(
+        torch.split(by_length, pieces), torch.split(length, pieces), strict=True
+    ):
         row = torch.arange(int(short[-1]), device=numbers.device)
         pairs = order[(start[some, None] + row).clamp(max=len(order) - 1)]
         yield pairs, row < short[:, None]

@@ -1,7 +1,9 @@
-"""What the queries of one call may see, by block index: computed once per call, shared by all layers.
+"""What the queries of one call may see, by block index: computed once per call, shared by all
+layers.
 
-Queries stand on a *grid* ``(B, n, W)``: ``n`` own blocks, ``W`` places in each, so that the queries of one block share
-what they see without choosing. A call inside one block keeps ``W`` at the number of its slots.
+Queries stand on a *grid* ``(B, n, W)``: ``n`` own blocks, ``W`` places in each, so that the queries
+of one block share what they see without choosing. A call inside one block keeps ``W`` at the number
+of its slots.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Grid:
         offsets: ``(B, n, W)`` place of each query inside its own block.
         valid: ``(B, n, W)`` bool, whether a query stands there.
         columns: ``(B, n, W)`` column of the call whose query stands there.
-        local_first: ``(B, n)`` first local block; everything older is past its reach and has to be retrieved.
+        local_first: ``(B, n)`` first local block; everything older is past its reach and has to be
+            retrieved.
         local: ``(B, n, m)`` local finished blocks, oldest first.
     """
 
@@ -43,12 +46,18 @@ class Grid:
 
     def within(self, cut: slice) -> Grid:
         """Returns these places of every own block."""
-        return replace(self, offsets=self.offsets[..., cut], valid=self.valid[..., cut], columns=self.columns[..., cut])
+        return replace(
+            self,
+            offsets=self.offsets[..., cut],
+            valid=self.valid[..., cut],
+            columns=self.columns[..., cut],
+        )
 
 
 @dataclass(frozen=True)
 class Writes:
-    """Where new slots are filed: entry ``i`` is column ``columns[i]`` of row ``rows[i]``; all ``(M,)`` integers.
+    """Where new slots are filed: entry ``i`` is column ``columns[i]`` of row ``rows[i]``; all
+    ``(M,)`` integers.
 
     The landmarks among them are listed once more, with the block that each closes.
     """
@@ -98,15 +107,17 @@ class Plan:
 def make_plan(starts: list[int], lengths: list[int], config: LandmarkConfig) -> Plan:
     """Plans a call that adds ``lengths[b]`` slots to a row ``b`` of ``starts[b]`` slots.
 
-    Rows are aligned at their left: row ``b`` uses columns ``0..lengths[b] - 1`` of ``max(lengths)``. Tensors are made
-    on the CPU; ``move`` takes them to a device.
+    Rows are aligned at their left: row ``b`` uses columns ``0..lengths[b] - 1`` of
+    ``max(lengths)``. Tensors are made on the CPU; ``move`` takes them to a device.
     """
     size = config.block_size
-    start, length = torch.tensor(starts)[:, None], torch.tensor(lengths)[:, None]
+    start = torch.tensor(starts)[:, None]
+    length = torch.tensor(lengths)[:, None]
     width = max(max(lengths), 1)
     column = torch.arange(width)
     slots = start + column
-    first, last = start // size, torch.clamp(start + length - 1, min=start) // size
+    first = start // size
+    last = torch.clamp(start + length - 1, min=start) // size
     spanned = int((last - first).max()) + 1
     if spanned == 1:
         columns = column.expand(len(starts), 1, width)
@@ -138,7 +149,9 @@ def make_plan(starts: list[int], lengths: list[int], config: LandmarkConfig) -> 
         writes=writes,
         within=[s % size for s in starts],
         spans=list(zip(first[:, 0].tolist(), last[:, 0].tolist(), strict=True)),
-        closed=list(zip(writes.landmark_rows.tolist(), writes.landmark_blocks.tolist(), strict=True)),
+        closed=list(
+            zip(writes.landmark_rows.tolist(), writes.landmark_blocks.tolist(), strict=True)
+        ),
         blocks=int(last.max()) + 1,
         candidates=0 if config.mode == "all" else int(local_first.max()),
         seen_from=min(oldest_needed(s // size, config) for s in starts),
@@ -155,7 +168,8 @@ def oldest_needed(own: int, config: LandmarkConfig) -> int:
 
 
 def move(part: Moved, device: torch.device, *, apart: bool = False) -> Moved:
-    """Returns a copy of a dataclass with its tensors, also those of dataclasses inside, on ``device``.
+    """Returns a copy of a dataclass with its tensors, also those of dataclasses inside, on
+    ``device``.
 
     ``apart``: each in memory of its own, so that it can be written to.
     """
@@ -183,7 +197,9 @@ def from_grid(x: Tensor, cells: Tensor) -> Tensor:
 
 
 def _local_first(own: Tensor, first: Tensor, config: LandmarkConfig) -> Tensor:
-    """First local block of each own block: by index, or the block in which the call begins (the paper's scheme)."""
+    """First local block of each own block: by index, or the block in which the call begins (the
+    paper's scheme).
+    """
     if config.mode == "all":
         return torch.zeros_like(own)
     if config.local == "chunk":
@@ -193,6 +209,7 @@ def _local_first(own: Tensor, first: Tensor, config: LandmarkConfig) -> Tensor:
 
 def _writes(new: Tensor, slots: Tensor, size: int) -> Writes:
     rows, columns = new.nonzero(as_tuple=True)
-    blocks, offsets = slots[rows, columns] // size, slots[rows, columns] % size
+    blocks = slots[rows, columns] // size
+    offsets = slots[rows, columns] % size
     closing = offsets == size - 1
     return Writes(rows, columns, blocks, offsets, rows[closing], columns[closing], blocks[closing])

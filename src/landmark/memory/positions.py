@@ -1,8 +1,9 @@
-"""Where a remembered block is thought to stand: ``stingy`` or ``exact`` positions, as distances in blocks.
+"""Where a remembered block is thought to stand: ``stingy`` or ``exact`` positions, as distances in
+blocks.
 
-Under ``stingy`` (paper, section 3.3.2) a prefix of ``top_k + 1`` slots of one block each stands before the local
-context, so that any past maps into the positions the model was trained on. A query whose own block follows ``n`` local
-blocks has its own block at slot ``top_k + 1 + n``.
+Under ``stingy`` (paper, section 3.3.2) a prefix of ``top_k + 1`` slots of one block each stands
+before the local context, so that any past maps into the positions the model was trained on. A query
+whose own block follows ``n`` local blocks has its own block at slot ``top_k + 1 + n``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from landmark.rotary import Rotary, Rotation
 
 
 class RotationTables:
-    """Rotations by a place inside a block and by a whole number of blocks, shared by the layers of one rotary type.
+    """Rotations by a place inside a block and by a whole number of blocks, shared by the layers of
+    one rotary type.
 
     Args:
         rotary: the rotary embedding.
@@ -25,7 +27,8 @@ class RotationTables:
     """
 
     def __init__(self, rotary: Rotary, block_size: int) -> None:
-        self.rotary, self.block_size = rotary, block_size
+        self.rotary = rotary
+        self.block_size = block_size
         self._offsets: dict[tuple[torch.device, torch.dtype], Rotation] = {}
         self._blocks: dict[tuple[torch.device, torch.dtype], Rotation] = {}
 
@@ -41,7 +44,9 @@ class RotationTables:
         """Returns the rotations to all places inside the block."""
         key = (device, dtype)
         if key not in self._offsets:
-            self._offsets[key] = self.rotary.rotation(torch.arange(self.block_size, device=device), dtype)
+            self._offsets[key] = self.rotary.rotation(
+                torch.arange(self.block_size, device=device), dtype
+            )
         return self._offsets[key]
 
     def by_blocks(self, distances: Tensor, dtype: torch.dtype, largest: int) -> Rotation:
@@ -58,15 +63,21 @@ class RotationTables:
 
     def depends(self) -> tuple[int, ...]:
         """Returns where the tables lie."""
-        return tuple(each.cos.data_ptr() for each in (*self._offsets.values(), *self._blocks.values()))
+        return tuple(
+            each.cos.data_ptr() for each in (*self._offsets.values(), *self._blocks.values())
+        )
 
 
 def own_slot(grid: Grid, top_k: int) -> Tensor:
-    """Slot of each own block under ``stingy``, ``(B, n)``: its distance to slot 0, where old landmarks are scored."""
+    """Slot of each own block under ``stingy``, ``(B, n)``: its distance to slot 0, where old
+    landmarks are scored.
+    """
     return top_k + 1 + grid.own - grid.local_first
 
 
-def final_distances(blocks: Tensor, valid: Tensor, grid: Grid, top_k: int, positions: str) -> Tensor:
+def final_distances(
+    blocks: Tensor, valid: Tensor, grid: Grid, top_k: int, positions: str
+) -> Tensor:
     """Distance in blocks from each query's own block to the blocks it chose.
 
     Args:
@@ -77,8 +88,9 @@ def final_distances(blocks: Tensor, valid: Tensor, grid: Grid, top_k: int, posit
         positions: ``stingy`` or ``exact``.
 
     Returns:
-        distances, shape of ``blocks``. Under ``stingy`` the ``k`` chosen blocks, ``r = 0..k - 1``, stand at slot
-        ``r + (top_k - k) + [age < top_k]``: old ones packed to the left, recent ones at their true places.
+        distances, shape of ``blocks``. Under ``stingy`` the ``k`` chosen blocks, ``r = 0..k - 1``,
+        stand at slot ``r + (top_k - k) + [age < top_k]``: old ones packed to the left, recent ones
+        at their true places.
     """
     own = grid.own[:, None, None, :, None, None]
     if positions == "exact":

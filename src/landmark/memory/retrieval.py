@@ -1,4 +1,6 @@
-"""Which older blocks a query reads: scores of their landmarks, and the choice by granularity (paper, section 3.2)."""
+"""Which older blocks a query reads: scores of their landmarks, and the choice by granularity
+(paper, section 3.2).
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def marks_at(store: BlockStore, begin: int, end: int) -> Marks:
 
 
 def marks_from(store: BlockStore, first: Tensor, count: int) -> Marks:
-    """Returns the landmarks of ``count`` blocks from ``first (B,)`` on; of dropped ones no key is right."""
+    """Returns the landmarks of ``count`` blocks from ``first (B,)`` on; of dropped ones no key is
+    right.
+    """
     blocks = first[:, None] + torch.arange(count, device=first.device)
     places = store.place_of(blocks).clamp(max=store.places - 1)
     rows = torch.arange(len(first), device=first.device)[:, None]
@@ -65,20 +69,22 @@ def marks_from(store: BlockStore, first: Tensor, count: int) -> Marks:
     return Marks(blocks, keys, store.shared_landmark, store.first + store.places)
 
 
-def landmark_scores(query: Tensor, grid: Grid, marks: Marks, tables: RotationTables, config: LandmarkConfig) -> Tensor:
+def landmark_scores(
+    query: Tensor, grid: Grid, marks: Marks, tables: RotationTables, config: LandmarkConfig
+) -> Tensor:
     """Scores every candidate's landmark where it stands while choosing.
 
     Args:
-        query: ``(B, G, R, n, W, D)``, rotated by its place inside the block, times the softmax scale (before the
-            product: in float16 the product alone may overflow).
+        query: ``(B, G, R, n, W, D)``, rotated by its place inside the block, times the softmax
+            scale (before the product: in float16 the product alone may overflow).
         grid: where these queries stand.
         marks: the ``P`` landmarks to score.
         tables: rotations.
         config: the settings.
 
     Returns:
-        ``(B, G, R, n, W, P)``, ``-inf`` for blocks that are no candidate; at least float32, so that rounding
-        decides between no more blocks than it must.
+        ``(B, G, R, n, W, P)``, ``-inf`` for blocks that are no candidate; at least float32, so that
+        rounding decides between no more blocks than it must.
     """
     query = query.to(torch.promote_types(query.dtype, torch.float32))
     scores = _stingy_scores if config.positions == "stingy" else _exact_scores
@@ -99,26 +105,39 @@ def candidates(grid: Grid, blocks: Tensor, config: LandmarkConfig) -> Tensor:
     return old & kept
 
 
-def _exact_scores(query: Tensor, grid: Grid, marks: Marks, tables: RotationTables, config: LandmarkConfig) -> Tensor:
+def _exact_scores(
+    query: Tensor, grid: Grid, marks: Marks, tables: RotationTables, config: LandmarkConfig
+) -> Tensor:
     turns = tables.by_blocks(marks.blocks, query.dtype, marks.largest)[:, None]
     keys = turns.rotate(marks.keys.to(query.dtype))
-    query = tables.by_blocks(grid.own, query.dtype, marks.largest)[:, None, None, :, None].rotate(query)
+    query = tables.by_blocks(grid.own, query.dtype, marks.largest)[:, None, None, :, None].rotate(
+        query
+    )
     return _against_all(query, keys)
 
 
-def at_slot_zero(query: Tensor, grid: Grid, tables: RotationTables, config: LandmarkConfig) -> Tensor:
+def at_slot_zero(
+    query: Tensor, grid: Grid, tables: RotationTables, config: LandmarkConfig
+) -> Tensor:
     """Turns queries ``(B, G, R, n, W, D)`` to where old landmarks are scored under ``stingy``."""
     largest = config.top_k + 1 + int(grid.local.shape[-1])
     turns = tables.by_blocks(own_slot(grid, config.top_k), query.dtype, largest)
     return turns[:, None, None, :, None].rotate(query)
 
 
-def _stingy_scores(query: Tensor, grid: Grid, marks: Marks, tables: RotationTables, config: LandmarkConfig) -> Tensor:
+def _stingy_scores(
+    query: Tensor, grid: Grid, marks: Marks, tables: RotationTables, config: LandmarkConfig
+) -> Tensor:
     """All at slot 0, then those of the latest ``top_k`` blocks once more at their true places."""
-    keys, count = marks.keys.to(query.dtype), marks.keys.shape[2]
+    keys = marks.keys.to(query.dtype)
+    count = marks.keys.shape[2]
     at_zero = at_slot_zero(query, grid, tables, config)
     if marks.equal:
-        scores = (at_zero * keys[:, :, None, None, None, 0]).sum(-1, keepdim=True).expand(*query.shape[:-1], count)
+        scores = (
+            (at_zero * keys[:, :, None, None, None, 0])
+            .sum(-1, keepdim=True)
+            .expand(*query.shape[:-1], count)
+        )
     else:
         scores = _against_all(at_zero, keys)
     recent = grid.local_first[..., None] - 1 - torch.arange(config.top_k, device=query.device)
@@ -126,7 +145,9 @@ def _stingy_scores(query: Tensor, grid: Grid, marks: Marks, tables: RotationTabl
     at = torch.searchsorted(blocks, recent.flatten(1)).clamp(max=count - 1)
     known = (blocks.gather(1, at) == recent.flatten(1)).view_as(recent)
     at = at.view_as(recent)
-    near = tables.by_blocks(grid.own[..., None] - recent, query.dtype, config.top_k + 1 + int(grid.local.shape[-1]))
+    near = tables.by_blocks(
+        grid.own[..., None] - recent, query.dtype, config.top_k + 1 + int(grid.local.shape[-1])
+    )
     rows = torch.arange(len(query), device=query.device)[:, None, None]
     near_keys = keys[rows, :, at].movedim(3, 1)
     near_query = near[:, None, None, :, None].rotate(query[..., None, :])
@@ -180,17 +201,20 @@ def choose_indexed(
     config: LandmarkConfig,
     index: LandmarkIndex,
 ) -> tuple[Tensor, Tensor]:
-    """Chooses for every query alone among what an index finds of the blocks it holds, and all later ones.
+    """Chooses for every query alone among what an index finds of the blocks it holds, and all later
+    ones.
 
-    The index scores at slot 0, so it may hold only blocks older than the latest ``top_k`` candidates of every query.
-    Arguments and what is returned as for ``choose_each``.
+    The index scores at slot 0, so it may hold only blocks older than the latest ``top_k``
+    candidates of every query. Arguments and what is returned as for ``choose_each``.
     """
     precise = query.to(torch.promote_types(query.dtype, torch.float32))
     lowest = None
     if config.max_blocks is not None:
         lowest = grid.local_first - config.max_blocks
     turned = at_slot_zero(precise, grid, tables, config)
-    old_scores, old = index.search(turned, config.top_k, lowest, keep_first=config.local == "blocks")
+    old_scores, old = index.search(
+        turned, config.top_k, lowest, keep_first=config.local == "blocks"
+    )
     begin = torch.tensor(index.ends, device=query.device)
     later = marks_from(store, begin, max(1, int((grid.local_first[:, -1] - begin).max())))
     scores = torch.cat((old_scores, landmark_scores(query, grid, later, tables, config)), dim=-1)
@@ -199,8 +223,11 @@ def choose_indexed(
     return torch.cat((old, blocks), dim=-1).gather(-1, found), valid
 
 
-def choose(scores: Tensor, config: LandmarkConfig, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Chooses ``top_k`` places from scaled scores where queries choose together; alone they do by ``choose_each``.
+def choose(
+    scores: Tensor, config: LandmarkConfig, peak: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Chooses ``top_k`` places from scaled scores where queries choose together; alone they do by
+    ``choose_each``.
 
     Args:
         scores: ``(B, G, R, n, W, P)``, scaled, ``-inf`` where there is no candidate.
@@ -208,8 +235,9 @@ def choose(scores: Tensor, config: LandmarkConfig, peak: Tensor | None = None) -
         peak: for ``head``, what ``head_peaks`` gave for these queries.
 
     Returns:
-        places and whether each is valid, ``(B, G, R, n, W, K)``, where a dimension of size 1 stands for "the same for
-        all" (``R`` under ``group``, ``G`` and ``R`` under ``token``, ``n`` and ``W`` under ``head`` in a local chunk).
+        places and whether each is valid, ``(B, G, R, n, W, K)``, where a dimension of size 1 stands
+        for "the same for all" (``R`` under ``group``, ``G`` and ``R`` under ``token``, ``n`` and
+        ``W`` under ``head`` in a local chunk).
     """
     if config.granularity == "head":
         assert peak is not None
@@ -219,19 +247,22 @@ def choose(scores: Tensor, config: LandmarkConfig, peak: Tensor | None = None) -
     return select_top(shared, config.top_k)
 
 
-def head_peaks(scores: Tensor, grid: Grid, config: LandmarkConfig, earlier: Tensor | None) -> Tensor:
+def head_peaks(
+    scores: Tensor, grid: Grid, config: LandmarkConfig, earlier: Tensor | None
+) -> Tensor:
     """Each query's maximum of landmark probabilities over the tokens that choose with it.
 
     Args:
         scores: as for ``choose``.
         grid: where these queries stand.
-        config: with ``local="chunk"`` all queries of the call choose together, else those of the own block up to the
-            query.
-        earlier: ``(B, G, R, P)`` maximum over queries of the first own block in earlier calls (zeros where there are
-            none), or ``None``.
+        config: with ``local="chunk"`` all queries of the call choose together, else those of the
+            own block up to the query.
+        earlier: ``(B, G, R, P)`` maximum over queries of the first own block in earlier calls
+            (zeros where there are none), or ``None``.
 
     Returns:
-        ``(B, G, R, n, W, P)``, or ``(B, G, R, 1, 1, P)`` for a local chunk; ``-inf`` where there is no candidate.
+        ``(B, G, R, n, W, P)``, or ``(B, G, R, 1, 1, P)`` for a local chunk; ``-inf`` where there is
+        no candidate.
     """
     shares = _probabilities(scores).masked_fill(~grid.valid[:, None, None, ..., None], -torch.inf)
     if config.local == "chunk":
@@ -239,7 +270,9 @@ def head_peaks(scores: Tensor, grid: Grid, config: LandmarkConfig, earlier: Tens
     peaks = shares.cummax(4).values
     if earlier is not None:
         earlier = torch.nn.functional.pad(earlier, (0, peaks.shape[-1] - earlier.shape[-1]))
-        first = torch.where(peaks[:, :, :, :1] == -torch.inf, peaks[:, :, :, :1], earlier[:, :, :, None, None])
+        first = torch.where(
+            peaks[:, :, :, :1] == -torch.inf, peaks[:, :, :, :1], earlier[:, :, :, None, None]
+        )
         peaks = torch.cat((torch.maximum(peaks[:, :, :, :1], first), peaks[:, :, :, 1:]), dim=3)
     return peaks
 

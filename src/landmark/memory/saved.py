@@ -1,7 +1,9 @@
-"""A layer in an archive: its finished blocks with a checksum for each key/value head, its landmark keys, its tail.
+"""A layer in an archive: its finished blocks with a checksum for each key/value head, its landmark
+keys, its tail.
 
-``layer-NN.blocks`` is a plain array ``(blocks, G, 2, L, D)``, so that a block of one head is read without its
-neighbours; ``layer-NN.sums`` holds the CRC-32 of each, ``(blocks, G)``; ``layer-NN.landmarks`` is ``(blocks, G, D)``.
+``layer-NN.blocks`` is a plain array ``(blocks, G, 2, L, D)``, so that a block of one head is read
+without its neighbours; ``layer-NN.sums`` holds the CRC-32 of each, ``(blocks, G)``;
+``layer-NN.landmarks`` is ``(blocks, G, D)``.
 """
 
 from __future__ import annotations
@@ -42,8 +44,13 @@ class SavedLayer:
         Damaged: their checksums are not what was written.
     """
 
-    def __init__(self, archive: Archive, layer: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self.archive, self.layer, self.shape, self.dtype = archive, layer, shape, dtype
+    def __init__(
+        self, archive: Archive, layer: int, shape: tuple[int, int, int], dtype: torch.dtype
+    ) -> None:
+        self.archive = archive
+        self.layer = layer
+        self.shape = shape
+        self.dtype = dtype
         self._part = 2 * shape[1] * shape[2] * dtype.itemsize  # bytes of one block in one head
         self._sums = array("I")
         if self.count:
@@ -78,7 +85,9 @@ class SavedLayer:
             Damaged: one of them is not what was written.
         """
         groups, size, dim = self.shape
-        found = torch.empty(len(blocks), 2, size, dim, dtype=self.dtype, pin_memory=torch.cuda.is_available())
+        found = torch.empty(
+            len(blocks), 2, size, dim, dtype=self.dtype, pin_memory=torch.cuda.is_available()
+        )
         view = as_bytes(found)
         for index, (block, head) in enumerate(zip(blocks.tolist(), heads.tolist(), strict=True)):
             assert block < self.count
@@ -90,13 +99,17 @@ class SavedLayer:
         """Returns keys and values ``(M, G, 2, L, D)`` of blocks ``(M,)``; raises ``Damaged``."""
         groups = self.shape[0]
         heads = torch.arange(groups).repeat(len(blocks))
-        return torch.unflatten(self.read(blocks.repeat_interleave(groups), heads), 0, (len(blocks), groups))
+        return torch.unflatten(
+            self.read(blocks.repeat_interleave(groups), heads), 0, (len(blocks), groups)
+        )
 
     def hold(self) -> None:
         """Opens the file of the blocks: they can be read whatever becomes of the folder's name."""
         if self._file is None:
             path = self.archive.folder / self.name("blocks")
-            self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in its place is not waited for
+            self._file = os.open(
+                path, os.O_RDONLY | os.O_NONBLOCK
+            )  # a pipe in its place is not waited for
             weakref.finalize(self, os.close, self._file)
 
     @property
@@ -112,12 +125,16 @@ class SavedLayer:
             landmarks: ``(n, G, D)`` on the CPU.
         """
         view = as_bytes(data.contiguous())
-        sums = array("I", (zlib.crc32(view[i : i + self._part]) for i in range(0, len(view), self._part)))
+        sums = array(
+            "I", (zlib.crc32(view[i : i + self._part]) for i in range(0, len(view), self._part))
+        )
         self.archive.append(self.name("blocks"), view, summed=False)
         self._count(sums, landmarks)
 
     def skip(self, blocks: int) -> None:
-        """Goes on behind blocks that are kept no more: zeros are read there, which take no room on the disk."""
+        """Goes on behind blocks that are kept no more: zeros are read there, which take no room on
+        the disk.
+        """
         groups, _, dim = self.shape
         self.archive.skip(self.name("blocks"), blocks * self.block_bytes)
         sums = array("I", [zlib.crc32(bytes(self._part))]) * (blocks * groups)
@@ -146,9 +163,11 @@ class SavedLayer:
         if length != len(part) or zlib.crc32(part) != self._sums[index]:
             block, head = divmod(index, self.shape[0])
             path = self.archive.folder / self.name("blocks")
-            begin, end = index * self._part, (index + 1) * self._part
+            begin = index * self._part
+            end = (index + 1) * self._part
             raise Damaged(
-                f"{path}: block {block}, key/value head {head} (bytes {begin}-{end}) is not what was written; {REMEDY}"
+                f"{path}: block {block}, key/value head {head} (bytes {begin}-{end}) is not what "
+                f"was written; {REMEDY}"
             )
 
 
@@ -160,7 +179,9 @@ def saved_layers(archive: Archive) -> list[SavedLayer]:
 def _layers(archive: Archive) -> range:
     """The layers that the manifest names; raises ``Damaged`` where it names none."""
     if not are_shapes(archive.manifest.get("layers")):
-        raise Damaged(f"{archive.folder / STATE}: expected the shapes of layers, got others; {REMEDY}")
+        raise Damaged(
+            f"{archive.folder / STATE}: expected the shapes of layers, got others; {REMEDY}"
+        )
     return range(len(archive.manifest["layers"]))
 
 
@@ -169,7 +190,9 @@ def _saved_layer(archive: Archive, index: int) -> SavedLayer:
     return SavedLayer(archive, index, (groups, size, dim), dtype_of(archive.manifest["dtype"]))
 
 
-def verify(folder: str | Path, progress: Callable[[str, int, int], None] | None = None) -> list[str]:
+def verify(
+    folder: str | Path, progress: Callable[[str, int, int], None] | None = None
+) -> list[str]:
     """Reads all of a memory, without a model.
 
     Args:
@@ -195,7 +218,9 @@ def verify(folder: str | Path, progress: Callable[[str, int, int], None] | None 
         try:
             found += _saved_layer(archive, index).verify()
         except (Damaged, OSError) as error:
-            found += [] if found else [str(error)]  # else its checksums or its file were named above
+            found += (
+                [] if found else [str(error)]
+            )  # else its checksums or its file were named above
     return verify(folder, progress) if found and archive.is_outdated() else found
 
 

@@ -35,9 +35,10 @@ class Held(NamedTuple):
 class Shelf:
     """Finished blocks in extents of equal length; block ``b`` lies in extent ``b // length``.
 
-    A fork shares extents with its origin, and rows that were repeated share what they have in common: an extent that
-    somebody else may read is copied before it is written. No call walks over all extents, so that a text without end
-    costs the same for each block, but for what concerns all of them: another batch, and what is opened from an archive.
+    A fork shares extents with its origin, and rows that were repeated share what they have in
+    common: an extent that somebody else may read is copied before it is written. No call walks over
+    all extents, so that a text without end costs the same for each block, but for what concerns all
+    of them: another batch, and what is opened from an archive.
 
     Args:
         tiers: budgets of this layer.
@@ -45,12 +46,15 @@ class Shelf:
     """
 
     def __init__(self, tiers: Tiers, traffic: Traffic) -> None:
-        self.tiers, self.traffic = tiers, traffic
+        self.tiers = tiers
+        self.traffic = traffic
         self.length = 0  # blocks of an extent
         self.held: dict[int, Held] = {}  # by number of the extent; those that were dropped are gone
         self._kept = 1  # the first extent that was not dropped, but for extent 0
         self._end = 0  # behind the last extent
-        self._kinds: dict[type[Extent], OrderedDict[int, None]]  # extents of each kind, as they came to be of it
+        self._kinds: dict[
+            type[Extent], OrderedDict[int, None]
+        ]  # extents of each kind, as they came to be of it
         self._kinds = {kind: OrderedDict() for kind in (HostExtent, DiskExtent, SavedExtent)}
         self.file: BlockFile | None = None
         self._bytes: Counter[str] = Counter()  # of the extents, by tier
@@ -64,9 +68,13 @@ class Shelf:
         fork = Shelf(self.tiers, copy.deepcopy(self.traffic, memo))
         memo[id(self)] = fork
         self._arrive()
-        fork.length, fork._kept, fork._end = self.length, self._kept, self._end
-        fork.held, fork._kinds = dict(self.held), {kind: each.copy() for kind, each in self._kinds.items()}
-        fork._bytes, fork._moved = self._bytes.copy(), self._moved.copy()
+        fork.length = self.length
+        fork._kept = self._kept
+        fork._end = self._end
+        fork.held = dict(self.held)
+        fork._kinds = {kind: each.copy() for kind, each in self._kinds.items()}
+        fork._bytes = self._bytes.copy()
+        fork._moved = self._moved.copy()
         fork._addresses = None if self._addresses is None else self._addresses.clone()
         return fork
 
@@ -86,7 +94,8 @@ class Shelf:
             self.length = max(1, EXTENT_BYTES // (batch * data[0].numel() * data.itemsize))
         shape = (self.length, batch, *data.shape[1:])
         for row, block, begin, end in _runs(rows.tolist(), blocks.tolist(), self.length):
-            extent, part = self._writable(block // self.length, shape, data.dtype), data[begin:end]
+            extent = self._writable(block // self.length, shape, data.dtype)
+            part = data[begin:end]
             extent.write(block % self.length, row, part)
             self.traffic.count(f"written_{extent.tier}", part.numel() * data.itemsize)
         if data.is_cuda:
@@ -100,28 +109,36 @@ class Shelf:
             self._arriving = None
 
     def read(self, rows: Tensor, blocks: Tensor, heads: Tensor) -> Tensor:
-        """Returns keys and values ``(M, 2, L, D)`` of the blocks ``(M,)`` of given rows and key/value heads."""
+        """Returns keys and values ``(M, 2, L, D)`` of the blocks ``(M,)`` of given rows and
+        key/value heads.
+        """
         self._arrive()
         found: Tensor | None = None
         for index in torch.unique(blocks // self.length).tolist():
             here = (blocks // self.length == index).nonzero()[:, 0]
             extent = self._readable(index)
-            part = extent.read(blocks[here] % self.length, self.held[index].rows[rows[here]], heads[here])
+            part = extent.read(
+                blocks[here] % self.length, self.held[index].rows[rows[here]], heads[here]
+            )
             if found is None:
-                found = part.new_empty(len(blocks), *part.shape[1:], pin_memory=torch.cuda.is_available())
+                found = part.new_empty(
+                    len(blocks), *part.shape[1:], pin_memory=torch.cuda.is_available()
+                )
             found[here] = part
             self.traffic.count(f"fetched_{extent.tier}", part.numel() * part.itemsize)
         assert found is not None, "no blocks"
         return found
 
     def addresses(self, device: torch.device) -> Tensor | None:
-        """Returns where blocks lie in the memory of the CPU, for a kernel to read, or ``None`` where some lie lower.
+        """Returns where blocks lie in the memory of the CPU, for a kernel to read, or ``None``
+        where some lie lower.
 
         Where an archive's blocks all find room there, they are brought first.
 
         Returns:
-            ``(extents or more, B, 2)`` int64 on ``device``: of each extent and row the address of its first block, and
-            the bytes from one to the next; at the same place until there are more extents than fit.
+            ``(extents or more, B, 2)`` int64 on ``device``: of each extent and row the address of
+            its first block, and the bytes from one to the next; at the same place until there are
+            more extents than fit.
         """
         if self._moved:
             self._bring_all()
@@ -139,9 +156,16 @@ class Shelf:
         return self._addresses
 
     def _bring_all(self) -> None:
-        """For tier ``host``, copies an archive's blocks to the memory of the CPU if the budget has room for all."""
-        lower, budget = self.nbytes("disk"), self.tiers.host_bytes
-        if lower and self.tiers.tier == "host" and (budget is None or self.nbytes("host") + lower <= budget):
+        """For tier ``host``, copies an archive's blocks to the memory of the CPU if the budget has
+        room for all.
+        """
+        lower = self.nbytes("disk")
+        budget = self.tiers.host_bytes
+        if (
+            lower
+            and self.tiers.tier == "host"
+            and (budget is None or self.nbytes("host") + lower <= budget)
+        ):
             for index in list(self._kinds[SavedExtent]):
                 self._readable(index)
 
@@ -161,7 +185,9 @@ class Shelf:
             self._put_saved(index, saved)
 
     def adopt(self, saved: SavedLayer) -> None:
-        """Lets the archive that one row was saved to hold its blocks in place of files of the shelf's own."""
+        """Lets the archive that one row was saved to hold its blocks in place of files of the
+        shelf's own.
+        """
         if saved.count:
             saved.hold()
         for index in list(self._kinds[DiskExtent]):
@@ -169,7 +195,9 @@ class Shelf:
                 self._put_saved(index, saved)
 
     def _put_saved(self, index: int, saved: SavedLayer) -> None:
-        self._put(index, SavedExtent(saved, index * self.length, self.length), in_order(1), own=False)
+        self._put(
+            index, SavedExtent(saved, index * self.length, self.length), in_order(1), own=False
+        )
 
     def drop(self, first: int) -> None:
         """Lets go of blocks ``1..first - 1``, as far as they fill extents."""
@@ -180,7 +208,9 @@ class Shelf:
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows, repeated or reordered; nothing is moved."""
-        self.held = {index: each._replace(rows=each.rows[rows]) for index, each in self.held.items()}
+        self.held = {
+            index: each._replace(rows=each.rows[rows]) for index, each in self.held.items()
+        }
         self._share()
         self._move_all()
 
@@ -189,8 +219,11 @@ class Shelf:
         return self._bytes[tier]
 
     def _readable(self, index: int) -> Extent:
-        """An extent to read from; for tier ``host`` one of an archive is copied there, if the budget has room."""
-        (extent, rows, _), budget = self.held[index], self.tiers.host_bytes
+        """An extent to read from; for tier ``host`` one of an archive is copied there, if the
+        budget has room.
+        """
+        (extent, rows, _) = self.held[index]
+        budget = self.tiers.host_bytes
         if self.tiers.tier != "host" or not isinstance(extent, SavedExtent):
             return extent
         if budget is not None and self.nbytes("host") + extent.nbytes > budget:
@@ -237,15 +270,18 @@ class Shelf:
         return new
 
     def _allot(self, shape: tuple[int, ...], dtype: torch.dtype) -> Written:
-        """Returns an empty extent in the highest tier whose budget has room for it, or can make room."""
-        size, budget = torch.Size(shape).numel() * dtype.itemsize, self.tiers.host_bytes
+        """Returns an empty extent in the highest tier whose budget has room for it, or can make
+        room.
+        """
+        size = torch.Size(shape).numel() * dtype.itemsize
+        budget = self.tiers.host_bytes
         if self.tiers.tier == "disk" and (budget is None or budget < size):
             return DiskExtent(self._file(shape, dtype))
         while budget is not None and self.nbytes("host") + size > budget:
             if self.tiers.tier == "host":
                 raise ValueError(
-                    f"host_bytes: expected room for {self.nbytes('host') + size} bytes in each layer, got {budget}: "
-                    "give more or use tier='disk'"
+                    f"host_bytes: expected room for {self.nbytes('host') + size} bytes in each "
+                    f"layer, got {budget}: give more or use tier='disk'"
                 )
             self._move_down()
         return HostExtent(shape, dtype)
@@ -270,15 +306,24 @@ class Shelf:
 
 @cache
 def in_order(rows: int) -> Tensor:
-    """Returns the rows of an extent that nobody has reordered: one tensor for all, never written to."""
+    """Returns the rows of an extent that nobody has reordered: one tensor for all, never written
+    to.
+    """
     return torch.arange(rows, device="cpu")
 
 
 def _runs(rows: list[int], blocks: list[int], length: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cuts blocks where the row changes, they are not consecutive, or an extent begins: row, block, begin and end."""
+    """Cuts blocks where the row changes, they are not consecutive, or an extent begins: row, block,
+    begin and end.
+    """
     begin = 0
     for end in range(1, len(rows) + 1):
-        if end < len(rows) and rows[end] == rows[begin] and blocks[end] == blocks[end - 1] + 1 and blocks[end] % length:
+        if (
+            end < len(rows)
+            and rows[end] == rows[begin]
+            and blocks[end] == blocks[end - 1] + 1
+            and blocks[end] % length
+        ):
             continue
         yield rows[begin], blocks[begin], begin, end
         begin = end

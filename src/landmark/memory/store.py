@@ -1,8 +1,9 @@
-"""One layer's blocks, addressed by (row, block): their landmark keys, and the tier that holds their keys and values.
+"""One layer's blocks, addressed by (row, block): their landmark keys, and the tier that holds their
+keys and values.
 
-``write`` puts slots of any rows, ``landmarks`` gives every landmark key without touching the blocks, ``fetch`` brings
-blocks near by place, on every tier the same. Kernels that file and bring blocks (``triton/launch.py``) are given the
-tensors themselves.
+``write`` puts slots of any rows, ``landmarks`` gives every landmark key without touching the
+blocks, ``fetch`` brings blocks near by place, on every tier the same. Kernels that file and bring
+blocks (``triton/launch.py``) are given the tensors themselves.
 """
 
 from __future__ import annotations
@@ -23,25 +24,34 @@ SPARE_BLOCKS = 8  # blocks kept beyond what is needed, so that a cache can be cr
 class BlockStore:
     """Blocks of one layer; keys hold their in-block position only.
 
-    Place 0 is block 0. Place ``p > 0`` is block ``first + p - 1``; ``first`` grows when blocks are evicted, for all
-    rows at once.
+    Place 0 is block 0. Place ``p > 0`` is block ``first + p - 1``; ``first`` grows when blocks are
+    evicted, for all rows at once.
 
     Args:
         block_size: positions of a block, landmark included.
         local_blocks: finished blocks before a query's own that it always sees.
-        shared_landmark: all landmark keys are one vector (a model's first layer): the one written first is kept for
-            all, so that their scores tie exactly.
+        shared_landmark: all landmark keys are one vector (a model's first layer): the one written
+            first is kept for all, so that their scores tie exactly.
         tiers: where blocks live; budgets of this layer.
     """
 
     def __init__(
-        self, block_size: int, *, local_blocks: int = 0, shared_landmark: bool = False, tiers: Tiers | None = None
+        self,
+        block_size: int,
+        *,
+        local_blocks: int = 0,
+        shared_landmark: bool = False,
+        tiers: Tiers | None = None,
     ) -> None:
         tiers = tiers or Tiers()
         self.block_size = block_size
         self.shared_landmark = shared_landmark
         self.first = 1
-        self.near: Near = AllNear(block_size) if tiers.tier == "device" else SomeNear(block_size, local_blocks, tiers)
+        self.near: Near = (
+            AllNear(block_size)
+            if tiers.tier == "device"
+            else SomeNear(block_size, local_blocks, tiers)
+        )
         self.landmark_keys = torch.empty(0)
 
     @property
@@ -65,7 +75,9 @@ class BlockStore:
         return self.landmark_keys.dtype if self.places else None
 
     def place_of(self, blocks: Tensor) -> Tensor:
-        """Returns the places of ``blocks``: block 0 and all from ``first`` on have one; ask for no others."""
+        """Returns the places of ``blocks``: block 0 and all from ``first`` on have one; ask for no
+        others.
+        """
         return (blocks - self.first + 1).clamp_(min=0)
 
     def block_of(self, places: Tensor) -> Tensor:
@@ -83,13 +95,21 @@ class BlockStore:
         self.landmark_keys = grown(self.landmark_keys, like.new_zeros(batch, heads, places, dim))
 
     def open(self, plan: Plan) -> None:
-        """Begins a call: the blocks that it writes and their unfinished parts are near until the next."""
+        """Begins a call: the blocks that it writes and their unfinished parts are near until the
+        next.
+        """
         self.near.open(plan)
 
     def depends(self) -> tuple[int, ...] | None:
-        """Returns what a captured call depends on; ``None`` where fetching asks the device something."""
+        """Returns what a captured call depends on; ``None`` where fetching asks the device
+        something.
+        """
         found = self.near.depends()
-        return None if found is None else (self.first, self.places, self.landmark_keys.data_ptr(), *found)
+        return (
+            None
+            if found is None
+            else (self.first, self.places, self.landmark_keys.data_ptr(), *found)
+        )
 
     def write(self, key: Tensor, value: Tensor, writes: Writes) -> None:
         """Files new slots.
@@ -97,13 +117,16 @@ class BlockStore:
         Args:
             key: ``(B, G, T, D)``, rotated by its position inside the block.
             value: ``(B, G, T, D)``.
-            writes: which column goes to which slot of which row; the blocks must have been reserved.
+            writes: which column goes to which slot of which row; the blocks must have been
+                reserved.
         """
         self.near.write(key, value, writes, self.place_of(writes.blocks))
-        rows, columns = writes.landmark_rows, writes.landmark_columns
+        rows = writes.landmark_rows
+        columns = writes.landmark_columns
         if len(rows) == 0:
             return
-        places, shared = self.place_of(writes.landmark_blocks), None
+        places = self.place_of(writes.landmark_blocks)
+        shared = None
         self.landmark_keys[rows, :, places] = key[rows, :, columns]
         if self.shared_landmark:
             shared = self.landmark_keys[rows, :, 0]
@@ -111,7 +134,9 @@ class BlockStore:
         self.finish(writes, shared)
 
     def finish(self, writes: Writes, landmark: Tensor | None = None) -> None:
-        """Told that slots were filed; ``landmark (M, G, D)`` replaces the last key of the blocks they finish."""
+        """Told that slots were filed; ``landmark (M, G, D)`` replaces the last key of the blocks
+        they finish.
+        """
         if len(writes.landmark_rows):
             self.near.finish(writes.landmark_rows, self.place_of(writes.landmark_blocks), landmark)
 
@@ -124,26 +149,40 @@ class BlockStore:
         return self.near.fetch(*places)
 
     def gather(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies whole blocks: keys and values, ``(B, G, ..., L, D)`` each, of places ``(B, G or 1, ...)``."""
+        """Copies whole blocks: keys and values, ``(B, G, ..., L, D)`` each, of places ``(B, G or 1,
+        ...)``.
+        """
         return self.take(self.numbered(places))
 
     def numbered(self, places: Tensor) -> Tensor:
-        """Returns one number for each row, head and place ``(B, G, ...)``, by which ``take`` knows blocks.
+        """Returns one number for each row, head and place ``(B, G, ...)``, by which ``take`` knows
+        blocks.
 
         The second dimension of ``places`` may be 1 for "the same for all heads".
         """
         batch, heads, count = self.landmark_keys.shape[:3]
-        origin = torch.arange(batch * heads, device=places.device).view(batch, heads, *[1] * (places.ndim - 2)) * count
+        origin = (
+            torch.arange(batch * heads, device=places.device).view(
+                batch, heads, *[1] * (places.ndim - 2)
+            )
+            * count
+        )
         return places + origin
 
     def take(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies whole blocks by their numbers, of any shape: keys and values, ``(..., L, D)`` each."""
+        """Copies whole blocks by their numbers, of any shape: keys and values, ``(..., L, D)``
+        each.
+        """
         flat = numbers.flatten()
         keys, values = self.near.take(flat // self.places, flat % self.places)
-        return keys.view(*numbers.shape, *keys.shape[1:]), values.view(*numbers.shape, *values.shape[1:])
+        return keys.view(*numbers.shape, *keys.shape[1:]), values.view(
+            *numbers.shape, *values.shape[1:]
+        )
 
     def evict(self, needed_from: int) -> None:
-        """Drops blocks ``1..needed_from - 1`` but for a few spare ones, a whole step at a time; block 0 stays."""
+        """Drops blocks ``1..needed_from - 1`` but for a few spare ones, a whole step at a time;
+        block 0 stays.
+        """
         drop = needed_from - SPARE_BLOCKS - self.first
         if drop < EVICTION_STEP or self.places == 0:
             return
@@ -157,7 +196,8 @@ class BlockStore:
         Args:
             saved: the finished blocks.
             first: the first of them that is kept, but for block 0.
-            tail: ``(1, G, 2, L, D)`` keys and values of the block behind them, on the model's device.
+            tail: ``(1, G, 2, L, D)`` keys and values of the block behind them, on the model's
+                device.
 
         Raises:
             Damaged: what was saved is not what was written.
@@ -172,7 +212,8 @@ class BlockStore:
         self.near.resume(saved, first, tail[0])
 
     def save(self, saved: SavedLayer, blocks: int) -> None:
-        """Writes to an archive what it lacks of the one row's first ``blocks`` blocks, which are finished.
+        """Writes to an archive what it lacks of the one row's first ``blocks`` blocks, which are
+        finished.
 
         Those that were evicted are left out: nobody sees them again.
         """
@@ -184,7 +225,9 @@ class BlockStore:
                 saved.append(*self._finished(begin, min(begin + AT_ONCE, blocks) if begin else 1))
 
     def _finished(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Returns blocks ``begin..end - 1`` of the one row, ``(n, G, 2, L, D)``, and their landmarks ``(n, G, D)``."""
+        """Returns blocks ``begin..end - 1`` of the one row, ``(n, G, 2, L, D)``, and their
+        landmarks ``(n, G, D)``.
+        """
         places = self.place_of(torch.arange(begin, end, device=self.landmark_keys.device))
         keys, values = self.gather(places[None, None])
         data = torch.stack((keys[0], values[0]), dim=2).transpose(0, 1)

@@ -29,53 +29,61 @@ def landmark_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention through landmarks: a gate over blocks, times a softmax inside each block.
 
-    With scaled scores ``s[i, j] = scale * query_i . key_j``, a query ``i`` takes one *gate softmax* over the landmarks
-    of the past blocks and the text of its own block up to ``i``, and one *in-block softmax* over the text of every
-    past block. Own text weighs its gate weight; past text weighs the gate weight of its landmark times its in-block
-    weight; a landmark's own value weighs nothing. The weights of a query sum to 1. A landmark used as a query sees the
-    text of the block that it closes and the past landmarks. Source: Mohtashami and Jaggi, arXiv 2305.16300, section
+    With scaled scores ``s[i, j] = scale * query_i . key_j``, a query ``i`` takes one *gate softmax*
+    over the landmarks of the past blocks and the text of its own block up to ``i``, and one
+    *in-block softmax* over the text of every past block. Own text weighs its gate weight; past text
+    weighs the gate weight of its landmark times its in-block weight; a landmark's own value weighs
+    nothing. The weights of a query sum to 1. A landmark used as a query sees the text of the block
+    that it closes and the past landmarks. Source: Mohtashami and Jaggi, arXiv 2305.16300, section
     3.1; ``docs/mathematics.md`` derives the forms that the implementations use.
 
-    A *past block* of a query lies before the query's own block in the same document, ends with a landmark among the
-    keys and has text. Keys of an earlier block without landmark are invisible: nothing could open the gate to them. A
-    query that sees nothing (padding, for instance) yields zeros and a log-sum-exp of ``-inf``.
+    A *past block* of a query lies before the query's own block in the same document, ends with a
+    landmark among the keys and has text. Keys of an earlier block without landmark are invisible:
+    nothing could open the gate to them. A query that sees nothing (padding, for instance) yields
+    zeros and a log-sum-exp of ``-inf``.
 
-    Shapes: ``B`` rows, ``H`` query heads, ``G`` key/value heads, ``T`` queries, ``S`` keys, ``D`` head dim. Query head
-    ``h`` reads key/value head ``h // (H // G)``. All slots count landmarks.
+    Shapes: ``B`` rows, ``H`` query heads, ``G`` key/value heads, ``T`` queries, ``S`` keys, ``D``
+    head dim. Query head ``h`` reads key/value head ``h // (H // G)``. All slots count landmarks.
 
     Args:
         query: (B, H, T, D), floating point.
         key: (B, G, S, D), ``H % G == 0``, dtype and device of ``query``.
         value: (B, G, S, D).
         block_size: slots of a block, landmark included, at least 2. Landmarks sit where
-            ``p % block_size == block_size - 1``. Where ``landmarks`` is given it says where they sit instead.
+            ``p % block_size == block_size - 1``. Where ``landmarks`` is given it says where they
+            sit instead.
         scale: factor of the scores, ``D ** -0.5`` by default.
-        top_k: per query, keep only so many past blocks, those of highest landmark score; equal scores are taken from
-            the lower block on. All others get weight 0 and leave the gate. ``None`` keeps all.
-        query_start: slot of the first query, ``S - T`` by default. Keys behind a query are invisible to it. Queries may
-            lie behind all keys (``query_start >= S``, any ``T``): they see finished blocks as past blocks, and the keys
-            of an unfinished last block only where their own slot lies in that same block.
-        starts: (B,) integers, slot of each row's first text; what lies before it is padding, and the row's blocks are
-            counted from it. 0 by default.
-        segments: (B, S) integers, the document of each key in a packed row. A document is a run of equal ids; it has
-            its own blocks and sees nothing of the others. Not together with ``query_start``.
-        landmarks: (B, S) booleans, landmarks at any place; blocks may have any length. A query behind all keys
-            continues the last block, or begins a new one if a landmark closed that.
-        impl: ``reference`` (the definition), ``chunked`` (plain PyTorch in memory linear in S), ``triton`` (fused
-            kernels for NVIDIA GPUs, see ``docs/kernels.md``), or ``auto``. A named implementation runs or raises; only
-            ``auto`` chooses.
-        return_lse: also return the gate's log-sum-exp, natural, of the scaled scores, over past landmarks and own text.
-            Results over parts of the keys merge by it (weights ``softmax`` over the parts' ``lse``) if every past block
-            lies wholly in one part, all parts share one block grid, and ``top_k`` was chosen over their union.
+        top_k: per query, keep only so many past blocks, those of highest landmark score; equal
+            scores are taken from the lower block on. All others get weight 0 and leave the gate.
+            ``None`` keeps all.
+        query_start: slot of the first query, ``S - T`` by default. Keys behind a query are
+            invisible to it. Queries may lie behind all keys (``query_start >= S``, any ``T``): they
+            see finished blocks as past blocks, and the keys of an unfinished last block only where
+            their own slot lies in that same block.
+        starts: (B,) integers, slot of each row's first text; what lies before it is padding, and
+            the row's blocks are counted from it. 0 by default.
+        segments: (B, S) integers, the document of each key in a packed row. A document is a run of
+            equal ids; it has its own blocks and sees nothing of the others. Not together with
+            ``query_start``.
+        landmarks: (B, S) booleans, landmarks at any place; blocks may have any length. A query
+            behind all keys continues the last block, or begins a new one if a landmark closed that.
+        impl: ``reference`` (the definition), ``chunked`` (plain PyTorch in memory linear in S),
+            ``triton`` (fused kernels for NVIDIA GPUs, see ``docs/kernels.md``), or ``auto``. A
+            named implementation runs or raises; only ``auto`` chooses.
+        return_lse: also return the gate's log-sum-exp, natural, of the scaled scores, over past
+            landmarks and own text. Results over parts of the keys merge by it (weights ``softmax``
+            over the parts' ``lse``) if every past block lies wholly in one part, all parts share
+            one block grid, and ``top_k`` was chosen over their union.
 
     Returns:
-        The output (B, H, T, D) in the dtype of ``query``; with ``return_lse`` also (B, H, T) in float32 (float64 for
-        float64). Both are differentiable in ``query``, ``key`` and ``value``. Under autocast the operation runs in the
-        autocast dtype.
+        The output (B, H, T, D) in the dtype of ``query``; with ``return_lse`` also (B, H, T) in
+        float32 (float64 for float64). Both are differentiable in ``query``, ``key`` and ``value``.
+        Under autocast the operation runs in the autocast dtype.
 
     Raises:
-        ValueError: an argument that does not fit; the message says what was expected, what was got, and the remedy.
-            The contents of ``starts`` and ``segments`` are checked on CPU only, where looking is free.
+        ValueError: an argument that does not fit; the message says what was expected, what was got,
+            and the remedy. The contents of ``starts`` and ``segments`` are checked on CPU only,
+            where looking is free.
     """
     _check_tensors(query, key, value)
     top_k, scale = _check_numbers(block_size, top_k, scale, query.shape[3])
@@ -83,9 +91,14 @@ def landmark_attention(
     _check_rows(key, starts, segments, landmarks)
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
-        query, key, value = (each.to(torch.get_autocast_dtype(device_type)) for each in (query, key, value))
-    irregular, packed = landmarks is not None, segments is not None
-    chosen = choose(impl, query, block_size=block_size, top_k=top_k, irregular=irregular, packed=packed)
+        query, key, value = (
+            each.to(torch.get_autocast_dtype(device_type)) for each in (query, key, value)
+        )
+    irregular = landmarks is not None
+    packed = segments is not None
+    chosen = choose(
+        impl, query, block_size=block_size, top_k=top_k, irregular=irregular, packed=packed
+    )
     if chosen == "triton":
         from landmark.ops.triton.op import fused as run
     elif chosen == "reference":
@@ -111,15 +124,18 @@ def landmark_attention(
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, each in (("query", query), ("key", key), ("value", value)):
         if not isinstance(each, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {type(each).__name__}; pass a torch.Tensor")
+            raise ValueError(
+                f"{name}: expected a tensor, got {type(each).__name__}; pass a torch.Tensor"
+            )
         if each.dim() != 4:
             raise ValueError(
-                f"{name}: expected 4 dimensions (batch, heads, slots, head dim), got shape {tuple(each.shape)}; "
-                "split the heads into their own dimension"
+                f"{name}: expected 4 dimensions (batch, heads, slots, head dim), got shape "
+                f"{tuple(each.shape)}; split the heads into their own dimension"
             )
         if each.dtype not in DTYPES:
             raise ValueError(
-                f"{name}: expected float16, bfloat16, float32 or float64, got {each.dtype}; convert it first"
+                f"{name}: expected float16, bfloat16, float32 or float64, got {each.dtype}; "
+                "convert it first"
             )
     if key.shape != value.shape:
         raise ValueError(
@@ -127,25 +143,30 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             "pass one value of the same head dim for each key"
         )
     if query.shape[0] != key.shape[0]:
-        raise ValueError(f"key: expected {query.shape[0]} rows as query has, got {key.shape[0]}; expand the batch")
+        raise ValueError(
+            f"key: expected {query.shape[0]} rows as query has, got {key.shape[0]}; expand the "
+            "batch"
+        )
     if query.shape[3] != key.shape[3] or query.shape[3] == 0:
         raise ValueError(
-            f"key: expected the head dim of query, {query.shape[3]} (at least 1), got {key.shape[3]}; "
-            "pass tensors of shape (batch, heads, slots, head dim)"
+            f"key: expected the head dim of query, {query.shape[3]} (at least 1), got "
+            f"{key.shape[3]}; pass tensors of shape (batch, heads, slots, head dim)"
         )
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(
-            f"query: expected heads that are a multiple of the {key.shape[1]} key/value heads, got {query.shape[1]}; "
-            "pass whole groups of query heads"
+            f"query: expected heads that are a multiple of the {key.shape[1]} key/value heads, "
+            f"got {query.shape[1]}; pass whole groups of query heads"
         )
     autocast = torch.is_autocast_enabled(query.device.type)
     if not autocast and not query.dtype == key.dtype == value.dtype:
         raise ValueError(
-            f"key, value: expected the dtype of query, {query.dtype}, got {key.dtype} and {value.dtype}; convert them"
+            f"key, value: expected the dtype of query, {query.dtype}, got {key.dtype} and "
+            f"{value.dtype}; convert them"
         )
     if not query.device == key.device == value.device:
         raise ValueError(
-            f"key, value: expected the device of query, {query.device}, got {key.device} and {value.device}; move them"
+            f"key, value: expected the device of query, {query.device}, got {key.device} and "
+            f"{value.device}; move them"
         )
 
 
@@ -153,23 +174,32 @@ def _is_integer(number: object) -> bool:
     return isinstance(number, int | torch.SymInt) and not isinstance(number, bool)
 
 
-def _check_numbers(block_size: int, top_k: int | None, scale: float | None, dim: int) -> tuple[int | None, float]:
+def _check_numbers(
+    block_size: int, top_k: int | None, scale: float | None, dim: int
+) -> tuple[int | None, float]:
     if not _is_integer(block_size) or block_size < 2:
         raise ValueError(
-            f"block_size: expected an integer of at least 2, got {block_size!r}; a block is text and one landmark"
+            f"block_size: expected an integer of at least 2, got {block_size!r}; a block is text "
+            "and one landmark"
         )
     if top_k is not None and (not _is_integer(top_k) or top_k < 1):
         raise ValueError(
-            f"top_k: expected None or an integer of at least 1, got {top_k!r}; pass None to keep all past blocks"
+            f"top_k: expected None or an integer of at least 1, got {top_k!r}; pass None to keep "
+            "all past blocks"
         )
     if scale is None:
         return top_k, dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"scale: expected None or a finite number, got {scale!r}; pass None for head_dim ** -0.5")
+        raise ValueError(
+            f"scale: expected None or a finite number, got {scale!r}; pass None for head_dim ** "
+            "-0.5"
+        )
     return top_k, float(scale)
 
 
-def _check_query_start(query_start: int | None, segments: Tensor | None, queries: int, keys: int) -> int:
+def _check_query_start(
+    query_start: int | None, segments: Tensor | None, queries: int, keys: int
+) -> int:
     if query_start is None:
         if queries > keys:
             raise ValueError(
@@ -190,8 +220,11 @@ def _check_query_start(query_start: int | None, segments: Tensor | None, queries
     return query_start
 
 
-def _check_rows(key: Tensor, starts: Tensor | None, segments: Tensor | None, landmarks: Tensor | None) -> None:
-    rows, length = key.shape[0], key.shape[2]
+def _check_rows(
+    key: Tensor, starts: Tensor | None, segments: Tensor | None, landmarks: Tensor | None
+) -> None:
+    rows = key.shape[0]
+    length = key.shape[2]
     for name, each, shape, kind in (
         ("starts", starts, (rows,), "integers"),
         ("segments", segments, (rows, length), "integers"),
@@ -199,19 +232,32 @@ def _check_rows(key: Tensor, starts: Tensor | None, segments: Tensor | None, lan
     ):
         if each is None:
             continue
-        found = f"{each.dtype} of shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
+        found = (
+            f"{each.dtype} of shape {tuple(each.shape)}"
+            if isinstance(each, Tensor)
+            else type(each).__name__
+        )
         fits = isinstance(each, Tensor) and tuple(each.shape) == shape
         if fits and kind == "integers":
             fits = not (each.is_floating_point() or each.is_complex() or each.dtype == torch.bool)
         elif fits:
             fits = each.dtype == torch.bool
         if not fits:
-            raise ValueError(f"{name}: expected {kind} of shape {shape}, got {found}; pass one for each row's slot")
+            raise ValueError(
+                f"{name}: expected {kind} of shape {shape}, got {found}; pass one for each row's "
+                "slot"
+            )
         if each.device != key.device:
-            raise ValueError(f"{name}: expected the device of key, {key.device}, got {each.device}; move it")
+            raise ValueError(
+                f"{name}: expected the device of key, {key.device}, got {each.device}; move it"
+            )
     if torch.compiler.is_compiling():
         return
-    if starts is not None and starts.device.type == "cpu" and bool(((starts < 0) | (starts > length)).any()):
+    if (
+        starts is not None
+        and starts.device.type == "cpu"
+        and bool(((starts < 0) | (starts > length)).any())
+    ):
         raise ValueError(
             f"starts: expected slots from 0 to {length}, got {starts.min()} to {starts.max()}; "
             "pass the number of padding slots before each row"
@@ -227,6 +273,6 @@ def _check_runs(segments: Tensor) -> None:
     broken = (changes != kinds).nonzero()
     if len(broken):
         raise ValueError(
-            f"segments: expected each document's slots side by side, got a split document in row {int(broken[0])}; "
-            "sort the row by document or give each part its own id"
+            "segments: expected each document's slots side by side, got a split document in row "
+            f"{int(broken[0])}; sort the row by document or give each part its own id"
         )

@@ -29,9 +29,15 @@ class Choice(NamedTuple):
 
 
 def explain_impl(
-    query: Tensor, *, block_size: int = 64, top_k: int | None = None, irregular: bool = False, packed: bool = False
+    query: Tensor,
+    *,
+    block_size: int = 64,
+    top_k: int | None = None,
+    irregular: bool = False,
+    packed: bool = False,
 ) -> Choice:
-    """The implementation that ``impl="auto"`` chooses for a call, with the reason against each of the others.
+    """The implementation that ``impl="auto"`` chooses for a call, with the reason against each of
+    the others.
 
     Args:
         query: (B, H, T, D), or any tensor of that dtype, device and head dim.
@@ -40,23 +46,34 @@ def explain_impl(
         irregular: whether ``landmarks`` says where they sit.
         packed: whether there are ``segments``.
     """
-    refused = {"reference": "the definition: exact, but its memory grows with T x S; only when asked for"}
+    refused = {
+        "reference": "the definition: exact, but its memory grows with T x S; only when asked for"
+    }
     reason = refusal(query, block_size, top_k, irregular=irregular, packed=packed)
     if reason is None and query.is_cuda:
         return Choice("triton", {**refused, "chunked": "slower where the fused kernels run"})
-    return Choice("chunked", {**refused, "triton": reason or "interpreted on a CPU it is slow; only when asked for"})
+    return Choice(
+        "chunked",
+        {**refused, "triton": reason or "interpreted on a CPU it is slow; only when asked for"},
+    )
 
 
-def choose(impl: str, query: Tensor, *, block_size: int, top_k: int | None, irregular: bool, packed: bool) -> str:
+def choose(
+    impl: str, query: Tensor, *, block_size: int, top_k: int | None, irregular: bool, packed: bool
+) -> str:
     """Returns the implementation that runs.
 
     Raises:
         ValueError: an unknown one, or ``triton`` where it cannot run.
     """
     if impl not in IMPLS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}; pass impl='auto'")
+        raise ValueError(
+            f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}; pass impl='auto'"
+        )
     if impl == "auto":
-        return explain_impl(query, block_size=block_size, top_k=top_k, irregular=irregular, packed=packed).chosen
+        return explain_impl(
+            query, block_size=block_size, top_k=top_k, irregular=irregular, packed=packed
+        ).chosen
     if impl == "triton":
         reason = refusal(query, block_size, top_k, irregular=irregular, packed=packed)
         if reason is not None:
@@ -65,7 +82,12 @@ def choose(impl: str, query: Tensor, *, block_size: int, top_k: int | None, irre
 
 
 def refusal(
-    query: Tensor, block_size: int, top_k: int | None, *, irregular: bool = False, packed: bool = False
+    query: Tensor,
+    block_size: int,
+    top_k: int | None,
+    *,
+    irregular: bool = False,
+    packed: bool = False,
 ) -> str | None:
     """Returns why the fused kernels cannot run a call, ``None`` if they can."""
     dim = query.shape[-1]
@@ -74,15 +96,22 @@ def refusal(
     if query.dtype not in FUSED_DTYPES:
         return f"expected float16, bfloat16 or float32, got {query.dtype}"
     if not FUSED_DIMS[0] <= dim <= FUSED_DIMS[1] or dim % 8:
-        return f"expected a head dim from {FUSED_DIMS[0]} to {FUSED_DIMS[1]}, a multiple of 8, got {dim}"
+        least, most = FUSED_DIMS
+        return f"expected a head dim from {least} to {most}, a multiple of 8, got {dim}"
     if not FUSED_BLOCKS[0] <= block_size <= FUSED_BLOCKS[1]:
-        return f"expected a block_size from {FUSED_BLOCKS[0]} to {FUSED_BLOCKS[1]}, got {block_size}"
+        return (
+            f"expected a block_size from {FUSED_BLOCKS[0]} to {FUSED_BLOCKS[1]}, got {block_size}"
+        )
     if irregular:
         return "expected landmarks at regular places, got the argument landmarks"
     if top_k is not None and (packed or top_k > MOST_TOP_K):
         return f"expected top_k of at most {MOST_TOP_K} and no segments beside it, got {top_k}"
     if _INTERPRETED:
-        return "Triton's interpreter has no arithmetic in bfloat16" if query.dtype == torch.bfloat16 else None
+        return (
+            "Triton's interpreter has no arithmetic in bfloat16"
+            if query.dtype == torch.bfloat16
+            else None
+        )
     reason: str | None = _known_refusal(query.device)
     return reason
 
@@ -99,8 +128,11 @@ def _refusal_of_device(device: torch.device) -> str | None:
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
     if capability < LEAST_CAPABILITY:
-        return f"expected a GPU of compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
+        major, minor = capability
+        return f"expected a GPU of compute capability 8.0 or later, got {major}.{minor}"
     shared = getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED)
     if shared < LEAST_SHARED:
-        return f"expected {LEAST_SHARED} bytes of shared memory for a block of threads, got {shared}"
+        return (
+            f"expected {LEAST_SHARED} bytes of shared memory for a block of threads, got {shared}"
+        )
     return None

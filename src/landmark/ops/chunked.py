@@ -1,13 +1,14 @@
-"""Landmark attention in memory linear in the number of keys, in plain PyTorch, forward and backward.
+"""Landmark attention in memory linear in the number of keys, in plain PyTorch, forward and
+backward.
 
-Queries are taken a tile at a time and the tile's scores are computed again in the backward pass, so that no T x S
-tensor is ever alive. Key/value heads are never expanded: the R query heads of a group are rows of one matrix product.
-With a ``top_k`` far below the number of blocks, the chosen blocks are gathered and nothing else is scored but the
-landmarks.
+Queries are taken a tile at a time and the tile's scores are computed again in the backward pass, so
+that no T x S tensor is ever alive. Key/value heads are never expanded: the R query heads of a group
+are rows of one matrix product. With a ``top_k`` far below the number of blocks, the chosen blocks
+are gathered and nothing else is scored but the landmarks.
 
-A short regular batch on a GPU (training at a few hundred slots) is one tile without any loop, which ``torch.compile``
-fuses; its products run in the dtype of the inputs, all others at least in float32. Softmaxes always run at least in
-float32.
+A short regular batch on a GPU (training at a few hundred slots) is one tile without any loop, which
+``torch.compile`` fuses; its products run in the dtype of the inputs, all others at least in
+float32. Softmaxes always run at least in float32.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from landmark.ops.layout import as_pieces, from_pieces, gather_slots, lay_out, s
 from landmark.ops.tile import Operands, View, choose, tile_backward, tile_forward, view_of
 
 # Scores of a tile, in elements: small enough for a CPU's caches, large enough to fill a GPU.
-CPU_TILE, GPU_TILE = 2**20, 2**25
+CPU_TILE = 2**20
+GPU_TILE = 2**25
 # Queries of a tile at most, as the upper triangle inside a tile is computed for nothing.
 TILE_QUERIES = 256
 # Up to so many slots a regular call on a GPU is a single tile.
 DIRECT_SLOTS = 1024
-# A gathered key costs about as much as so many keys that are scored where they lie (measured, forward and backward).
-CPU_GATHER, GPU_GATHER = 8, 100
+# A gathered key costs about as much as so many keys that are scored where they lie (measured,
+# forward and backward).
+CPU_GATHER = 8
+GPU_GATHER = 100
 
 
 class Call(NamedTuple):
@@ -69,7 +73,9 @@ def chunked(
     segments: Tensor | None,
     landmarks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, D) and the gate's log-sum-exp (B, H, T); arguments as checked by ``landmark_attention``."""
+    """Output (B, H, T, D) and the gate's log-sum-exp (B, H, T); arguments as checked by
+    ``landmark_attention``.
+    """
     groups = key.shape[1]
     split = torch.unflatten(query, 1, (groups, query.shape[1] // groups))
     call = Call(block_size, scale, top_k, query_start, starts, segments, landmarks)
@@ -81,7 +87,9 @@ class _Chunked(torch.autograd.Function):
     """(B, G, R, T, D) queries on (B, G, S, D) keys and values."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, *arguments: Any
+    ) -> tuple[Tensor, Tensor]:
         call = Call(*arguments)
         out, lse, chosen = _forward(call, query, key, value)
         ctx.call = call
@@ -122,12 +130,17 @@ class _Plan:
             cost = CPU_GATHER if query.device.type == "cpu" else GPU_GATHER
             self.gather = self.layout.owner is None and picked * cost < places
             if self.gather:
-                self.per_query = query.shape[2] * (picked * query.shape[4] + self.layout.mark.shape[1])
+                self.per_query = query.shape[2] * (
+                    picked * query.shape[4] + self.layout.mark.shape[1]
+                )
 
     def operands(self, key: Tensor, value: Tensor) -> Operands:
         """Keys, values and landmark keys laid out as blocks."""
-        layout, key, value = self.layout, key.to(self.dtype), value.to(self.dtype)
-        keys, values = as_pieces(key, layout), as_pieces(value, layout)
+        layout = self.layout
+        key = key.to(self.dtype)
+        value = value.to(self.dtype)
+        keys = as_pieces(key, layout)
+        values = as_pieces(value, layout)
         marks = keys[:, :, :, -1] if layout.place is None else gather_slots(key, layout.mark)
         return Operands(keys, values, marks)
 
@@ -137,7 +150,9 @@ class _Plan:
         if layout.place is None:
             keys = torch.cat([grads.keys[:, :, :, :-1], grads.marks[:, :, :, None]], dim=3)
             return from_pieces(keys, layout), from_pieces(grads.values, layout)
-        keys = from_pieces(grads.keys, layout) + scatter_slots(grads.marks, layout.mark, layout.length)
+        keys = from_pieces(grads.keys, layout) + scatter_slots(
+            grads.marks, layout.mark, layout.length
+        )
         return keys, from_pieces(grads.values, layout)
 
     def tiles(self, query: Tensor) -> Iterator[tuple[tuple[slice, slice], slice, slice]]:
@@ -151,7 +166,9 @@ class _Plan:
         step = min(queries, budget, TILE_QUERIES)
         group_step = min(groups, max(1, budget // step))
         row_step = min(rows, max(1, budget // (step * group_step)))
-        spans = self._spans([slice(t, min(t + step, queries)) for t in range(0, queries, step)], blocks)
+        spans = self._spans(
+            [slice(t, min(t + step, queries)) for t in range(0, queries, step)], blocks
+        )
         for row in range(0, rows, row_step):
             for group in range(0, groups, group_step):
                 for span in spans:
@@ -159,7 +176,8 @@ class _Plan:
 
     def _spans(self, queries: list[slice], blocks: int) -> list[tuple[slice, slice]]:
         """For each slice of queries, the blocks that some of them may see."""
-        layout, call = self.layout, self.call
+        layout = self.layout
+        call = self.call
         if layout.owner is not None:
             return [(each, slice(0, blocks)) for each in queries]
         if call.even:
@@ -176,9 +194,13 @@ class _Plan:
             spans.append((each, slice(low, max(low, min(high, blocks - 1)) + 1)))
         return spans
 
-    def view(self, rows: slice, queries: slice, blocks: slice, chosen: Tensor | None, gather: bool) -> View:
+    def view(
+        self, rows: slice, queries: slice, blocks: slice, chosen: Tensor | None, gather: bool
+    ) -> View:
         """What a tile may see."""
-        return view_of(self.layout.rows(rows), self.slots, queries, blocks, chosen, gather, self.call.scale)
+        return view_of(
+            self.layout.rows(rows), self.slots, queries, blocks, chosen, gather, self.call.scale
+        )
 
     def cut(self, operands: Operands, heads: tuple[slice, slice], blocks: slice) -> Operands:
         """A tile's part of the operands."""
@@ -187,9 +209,12 @@ class _Plan:
         return Operands(keys[(*heads, pieces)], values[(*heads, pieces)], marks[(*heads, blocks)])
 
 
-def _forward(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _forward(
+    call: Call, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     exact = torch.promote_types(query.dtype, torch.float32)
-    out, lse = torch.zeros_like(query), query.new_full(query.shape[:4], -torch.inf, dtype=exact)
+    out = torch.zeros_like(query)
+    lse = query.new_full(query.shape[:4], -torch.inf, dtype=exact)
     choices: list[Tensor] = []
     if key.shape[2] == 0 or query.numel() == 0:
         return out, lse, choices
@@ -238,7 +263,9 @@ def _backward(
         chosen = choices[number] if choices else None
         view = plan.view(heads[0], queries, blocks, chosen, plan.gather)
         part = plan.cut(operands, heads, blocks)
-        tile_query, parts = tile_backward(tile, tile_grad, delta[heads][:, :, :, queries], part, view)
+        tile_query, parts = tile_backward(
+            tile, tile_grad, delta[heads][:, :, :, queries], part, view
+        )
         d_query[heads][:, :, :, queries] = tile_query
         for total, addition in zip(plan.cut(sums, heads, blocks), parts, strict=True):
             total += addition

@@ -1,7 +1,8 @@
-"""Work and traffic of landmark attention as functions of shapes, to say how far an implementation is from the machine.
+"""Work and traffic of landmark attention as functions of shapes, to say how far an implementation
+is from the machine.
 
-Counted is what the definition needs, on a regular grid without padding: a product for each visible query and key, each
-operand read once. What an implementation does beyond that is its own loss.
+Counted is what the definition needs, on a regular grid without padding: a product for each visible
+query and key, each operand read once. What an implementation does beyond that is its own loss.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """Floating point operations (an addition and a product are two) and bytes to and from memory."""
+    """Floating point operations (an addition and a product are two) and bytes to and from
+    memory.
+    """
 
     flops: int
     bytes: int
 
 
 class Pairs(NamedTuple):
-    """Visible (query, key) pairs of one row and head: own text, past landmarks, and text of the past blocks read."""
+    """Visible (query, key) pairs of one row and head: own text, past landmarks, and text of the
+    past blocks read.
+    """
 
     own: int
     marks: int
@@ -25,9 +30,16 @@ class Pairs(NamedTuple):
 
 
 def visible_pairs(
-    queries: int, keys: int, *, block_size: int, top_k: int | None = None, query_start: int | None = None
+    queries: int,
+    keys: int,
+    *,
+    block_size: int,
+    top_k: int | None = None,
+    query_start: int | None = None,
 ) -> Pairs:
-    """Counts pairs for ``queries`` queries from slot ``query_start`` (``keys - queries`` by default) on."""
+    """Counts pairs for ``queries`` queries from slot ``query_start`` (``keys - queries`` by
+    default) on.
+    """
     start = keys - queries if query_start is None else query_start
     own = marks = past = 0
     for slot in range(start, start + queries):
@@ -62,19 +74,24 @@ def forward_cost(
         keys: S.
         dim: D.
         block_size: slots of a block, landmark included.
-        top_k: as for ``landmark_attention``; blocks that several queries choose are counted as read once for each,
-            up to all text.
+        top_k: as for ``landmark_attention``; blocks that several queries choose are counted as read
+            once for each, up to all text.
         query_start: as for ``landmark_attention``.
         element_bytes: bytes of a number in the inputs.
     """
-    pairs = visible_pairs(queries, keys, block_size=block_size, top_k=top_k, query_start=query_start)
+    pairs = visible_pairs(
+        queries, keys, block_size=block_size, top_k=top_k, query_start=query_start
+    )
     products = 2 * (pairs.own + pairs.past) + pairs.marks
     blocks = keys // block_size
     text = keys - blocks
     if top_k is not None:
         text = min(text, (pairs.own + pairs.past) * (heads // groups))
     keys_and_values = groups * (blocks + 2 * text)
-    traffic = element_bytes * rows * dim * (2 * heads * queries + keys_and_values) + 4 * rows * heads * queries
+    traffic = (
+        element_bytes * rows * dim * (2 * heads * queries + keys_and_values)
+        + 4 * rows * heads * queries
+    )
     return Cost(2 * rows * heads * dim * products, traffic)
 
 
@@ -93,10 +110,13 @@ def backward_cost(
 ) -> Cost:
     """Cost of the three gradients, the scores computed again; arguments as for ``forward_cost``.
 
-    Five products for each pair of a query and a text key (scores, values with the gradient, and one for each gradient),
-    three for a landmark. Queries, output, its gradient and the query's gradient pass once, keys and values twice.
+    Five products for each pair of a query and a text key (scores, values with the gradient, and one
+    for each gradient), three for a landmark. Queries, output, its gradient and the query's gradient
+    pass once, keys and values twice.
     """
-    pairs = visible_pairs(queries, keys, block_size=block_size, top_k=top_k, query_start=query_start)
+    pairs = visible_pairs(
+        queries, keys, block_size=block_size, top_k=top_k, query_start=query_start
+    )
     products = 5 * (pairs.own + pairs.past) + 3 * pairs.marks
     forward = forward_cost(
         rows,

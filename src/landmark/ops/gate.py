@@ -1,7 +1,9 @@
-"""The arithmetic of one tile of queries: two softmaxes, and their derivative; no key or value is touched here.
+"""The arithmetic of one tile of queries: two softmaxes, and their derivative; no key or value is
+touched here.
 
-Scores of text are (..., P, W), by piece; scores of landmarks are (..., N), by block. The own block is treated as a
-block whose logit in the gate is the log-sum-exp of its text, which makes the two kinds of weight one formula.
+Scores of text are (..., P, W), by piece; scores of landmarks are (..., N), by block. The own block
+is treated as a block whose logit in the gate is the log-sum-exp of its text, which makes the two
+kinds of weight one formula.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def weigh(text: Tensor, marks: Tensor, own: Tensor, past: Tensor, owner: Tensor 
     """The weights of a tile.
 
     Args:
-        text: (..., P, W) scaled scores, ``HIDDEN`` where the query cannot see the text of its own block.
+        text: (..., P, W) scaled scores, ``HIDDEN`` where the query cannot see the text of its own
+            block.
         marks: (..., N) scaled scores of the landmarks.
         own: (..., N) which block is the query's own.
         past: (..., N) which blocks the query reaches through their landmark.
@@ -92,6 +95,8 @@ def _lse_by_block(pieces: Tensor, owner: Tensor | None, blocks: int) -> Tensor:
     if owner is None:
         return pieces
     index = owner.expand_as(pieces)
-    peak = pieces.new_full((*pieces.shape[:-1], blocks), HIDDEN).scatter_reduce(-1, index, pieces, "amax")
+    peak = pieces.new_full((*pieces.shape[:-1], blocks), HIDDEN).scatter_reduce(
+        -1, index, pieces, "amax"
+    )
     sums = _sum_by_block((pieces - to_pieces(peak, owner)).exp(), owner, blocks)
     return peak + torch.where(sums > 0, sums, 1.0).log()

@@ -1,7 +1,9 @@
-"""Keys laid out as blocks: dense pieces that matrix products can work on, for any grid of landmarks.
+"""Keys laid out as blocks: dense pieces that matrix products can work on, for any grid of
+landmarks.
 
-A *piece* is ``W`` places of one block's text. On ordinary grids a piece is a block; where a few blocks are far longer
-than the others, long ones are cut into several pieces, so that the places stay linear in the number of keys.
+A *piece* is ``W`` places of one block's text. On ordinary grids a piece is a block; where a few
+blocks are far longer than the others, long ones are cut into several pieces, so that the places
+stay linear in the number of keys.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ class Layout(NamedTuple):
 
     Attributes:
         slot: (R, P, W) slot of the text at each place, ``FAR`` where there is none.
-        place: (R, P, W) the same with S for none, to gather by; ``None`` where pieces are the keys as they lie,
-            ``W = block_size``, the last place being the landmark.
-        mark: (R, N) slot of each block's landmark, S where it cannot be opened (no landmark, or no text).
+        place: (R, P, W) the same with S for none, to gather by; ``None`` where pieces are the keys
+            as they lie, ``W = block_size``, the last place being the landmark.
+        mark: (R, N) slot of each block's landmark, S where it cannot be opened (no landmark, or no
+            text).
         owner: (R, P) block of each piece; ``None`` where pieces are blocks.
         own: (R, T) block of each query, -1 for padding.
         first: (R, T) first block of each query's document.
@@ -67,7 +70,9 @@ def lay_out(
     segments: Tensor | None,
     landmarks: Tensor | None,
 ) -> Layout:
-    """The layout of ``length`` keys for queries at slots (T,); ``segments`` and ``landmarks`` wait for a GPU."""
+    """The layout of ``length`` keys for queries at slots (T,); ``segments`` and ``landmarks`` wait
+    for a GPU.
+    """
     if starts is None and segments is None and landmarks is None:
         return _regular(length, queries, block_size)
     grid = key_grid(
@@ -80,7 +85,9 @@ def lay_out(
     )
     own, first = query_blocks(grid, queries, block_size=block_size, regular=landmarks is None)
     if segments is None and landmarks is None:
-        blocks, width, cut = -(-length // block_size), block_size - 1, False
+        blocks = -(-length // block_size)
+        width = block_size - 1
+        cut = False
     else:
         blocks, width, cut = _sizes(grid)
     place, mark, owner = _pack(grid, blocks, width, cut)
@@ -125,7 +132,9 @@ def _regular(length: int, queries: Tensor, block_size: int) -> Layout:
     text = (slot % block_size != block_size - 1) & (slot < length)
     mark = slot[:, :, -1].clamp(max=length)
     own = (queries // block_size)[None]
-    return Layout(torch.where(text, slot, FAR), None, mark, None, own, torch.zeros_like(own), length)
+    return Layout(
+        torch.where(text, slot, FAR), None, mark, None, own, torch.zeros_like(own), length
+    )
 
 
 def _text_counts(grid: Grid, blocks: int) -> Tensor:
@@ -137,7 +146,8 @@ def _sizes(grid: Grid) -> tuple[int, int, bool]:
     """Blocks of the fullest row, places of a piece, and whether some blocks must be cut."""
     length = grid.block.shape[1]
     most, longest = torch.stack([grid.block.max() + 1, _text_counts(grid, length).max()]).tolist()
-    blocks, width = max(int(most), 1), max(int(longest), 1)
+    blocks = max(int(most), 1)
+    width = max(int(longest), 1)
     if blocks * width <= 4 * length:
         return blocks, width, False
     return blocks, -(-length // blocks), True
@@ -146,18 +156,26 @@ def _sizes(grid: Grid) -> tuple[int, int, bool]:
 def _pack(grid: Grid, blocks: int, width: int, cut: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """``place``, ``mark`` and ``owner`` of a layout."""
     rows, length = grid.block.shape
-    text, block = ~grid.landmark & (grid.block >= 0), grid.block.clamp(min=0)
+    text = ~grid.landmark & (grid.block >= 0)
+    block = grid.block.clamp(min=0)
     slot = torch.arange(length, device=block.device).expand(rows, -1)
     counts = _text_counts(grid, blocks)
     rank = text.cumsum(1) - 1 - (counts.cumsum(1) - counts).gather(1, block)
-    piece, pieces, owner = block, blocks, None
+    piece = block
+    pieces = blocks
+    owner = None
     if cut:
         parts = (counts + width - 1) // width
         piece = (parts.cumsum(1) - parts).gather(1, block) + rank // width
-        rank, pieces = rank % width, length // width + blocks
-        owner = slot.new_zeros(rows, pieces + 1).scatter_(1, torch.where(text, piece, pieces), block)[:, :pieces]
+        rank = rank % width
+        pieces = length // width + blocks
+        owner = slot.new_zeros(rows, pieces + 1).scatter_(
+            1, torch.where(text, piece, pieces), block
+        )[:, :pieces]
     target = torch.where(text, piece * width + rank, pieces * width)
     place = slot.new_full((rows, pieces * width + 1), length).scatter_(1, target, slot)[:, :-1]
     opens = grid.landmark & (counts.gather(1, block) > 0)
-    mark = slot.new_full((rows, blocks + 1), length).scatter_(1, torch.where(opens, block, blocks), slot)[:, :-1]
+    mark = slot.new_full((rows, blocks + 1), length).scatter_(
+        1, torch.where(opens, block, blocks), slot
+    )[:, :-1]
     return torch.unflatten(place, 1, (pieces, width)), mark, owner

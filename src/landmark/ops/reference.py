@@ -1,4 +1,5 @@
-"""The definition of landmark attention in plain PyTorch, with a T x S tensor and expanded heads: slow and clear.
+"""The definition of landmark attention in plain PyTorch, with a T x S tensor and expanded heads:
+slow and clear.
 
 Everything else is measured against this file; it calls none of the other implementations.
 """
@@ -25,7 +26,9 @@ def reference(
     segments: Tensor | None,
     landmarks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, D) and the gate's log-sum-exp (B, H, T); arguments as checked by ``landmark_attention``."""
+    """Output (B, H, T, D) and the gate's log-sum-exp (B, H, T); arguments as checked by
+    ``landmark_attention``.
+    """
     if key.shape[2] == 0:
         return query * 0, query.new_full(query.shape[:3], -torch.inf)
     exact = torch.promote_types(query.dtype, torch.float32)
@@ -34,13 +37,30 @@ def reference(
     values = value.to(exact).repeat_interleave(group, dim=1)
     scores = scale * (query.to(exact) @ keys.transpose(-1, -2))
 
-    length, device = key.shape[2], key.device
-    grid = key_grid(length, block_size=block_size, starts=starts, segments=segments, landmarks=landmarks, device=device)
+    length = key.shape[2]
+    device = key.device
+    grid = key_grid(
+        length,
+        block_size=block_size,
+        starts=starts,
+        segments=segments,
+        landmarks=landmarks,
+        device=device,
+    )
     slots = torch.arange(query.shape[2], device=device) + query_start
-    own_block, first_block = query_blocks(grid, slots, block_size=block_size, regular=landmarks is None)
-    key_block, text = grid.block[:, None, None, :], ~grid.landmark[:, None, None, :]
-    own_block, first_block = own_block[:, None, :, None], first_block[:, None, :, None]
-    own = text & (key_block == own_block) & (key_block >= 0) & (torch.arange(length, device=device) <= slots[:, None])
+    own_block, first_block = query_blocks(
+        grid, slots, block_size=block_size, regular=landmarks is None
+    )
+    key_block = grid.block[:, None, None, :]
+    text = ~grid.landmark[:, None, None, :]
+    own_block = own_block[:, None, :, None]
+    first_block = first_block[:, None, :, None]
+    own = (
+        text
+        & (key_block == own_block)
+        & (key_block >= 0)
+        & (torch.arange(length, device=device) <= slots[:, None])
+    )
 
     # No row has more blocks than keys; padding is counted in one more.
     block = torch.where(key_block < 0, length, key_block).expand_as(scores)
@@ -49,12 +69,19 @@ def reference(
     inner, has_text = _softmax_by_block(scores.masked_fill(~text, -torch.inf), block)
 
     number = torch.arange(length, device=device)
-    past = (number >= first_block) & (number < own_block) & has_text[..., :length] & (marks > -torch.inf)
+    past = (
+        (number >= first_block)
+        & (number < own_block)
+        & has_text[..., :length]
+        & (marks > -torch.inf)
+    )
     if top_k is not None:
         chosen, valid = select_top(marks.detach().masked_fill(~past, -torch.inf), top_k)
         past = torch.zeros_like(marks).scatter_add(-1, chosen, valid.to(exact)) > 0
 
-    logits = torch.cat([marks.masked_fill(~past, -torch.inf), scores.masked_fill(~own, -torch.inf)], dim=-1)
+    logits = torch.cat(
+        [marks.masked_fill(~past, -torch.inf), scores.masked_fill(~own, -torch.inf)], dim=-1
+    )
     gate, lse = _softmax(logits)
     gate_of_block = torch.cat([gate[..., :length], torch.zeros_like(gate[..., :1])], dim=-1)
     weights = gate[..., length:] + gate_of_block.gather(-1, block) * inner
@@ -62,7 +89,9 @@ def reference(
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the last dimension and its log-sum-exp; zeros and ``-inf`` where every logit is ``-inf``."""
+    """Softmax over the last dimension and its log-sum-exp; zeros and ``-inf`` where every logit is
+    ``-inf``.
+    """
     peak = logits.detach().amax(dim=-1, keepdim=True)
     seen = peak > -torch.inf
     weights = torch.exp(logits - torch.where(seen, peak, 0.0))
@@ -72,7 +101,9 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax_by_block(scores: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """In-block softmax over keys (..., S) with block numbers (..., S), and which blocks (..., S + 1) hold text."""
+    """In-block softmax over keys (..., S) with block numbers (..., S), and which blocks (..., S +
+    1) hold text.
+    """
     length = scores.shape[-1]
     peaks = scores.new_full((*scores.shape[:-1], length + 1), -torch.inf)
     peaks = peaks.scatter_reduce(-1, block, scores.detach(), "amax")

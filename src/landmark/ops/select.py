@@ -9,18 +9,20 @@ from torch import Tensor
 
 
 def select_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` best places along the last dimension; equal scores are taken from the lower index on.
+    """The ``k`` best places along the last dimension; equal scores are taken from the lower index
+    on.
 
-    ``torch.topk`` promises no order among ties and differs between devices. Here its places count only where they lie
-    above the k-th value; those equal to it are taken from the lower index on, by integer keys that never tie.
+    ``torch.topk`` promises no order among ties and differs between devices. Here its places count
+    only where they lie above the k-th value; those equal to it are taken from the lower index on,
+    by integer keys that never tie.
 
     Args:
         scores: (..., N). ``-inf`` and NaN are never chosen.
         k: places wanted, at least 1.
 
     Returns:
-        ``indices`` (..., K) int64 and ``valid`` (..., K) bool, ``K = min(k, N)``. Indices ascend; places that could not
-        be filled come last, hold index 0 and are not valid.
+        ``indices`` (..., K) int64 and ``valid`` (..., K) bool, ``K = min(k, N)``. Indices ascend;
+        places that could not be filled come last, hold index 0 and are not valid.
     """
     count = scores.shape[-1]
     k = min(k, count)
@@ -35,14 +37,19 @@ def select_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         above = best > least
         tied = torch.where(scores == least, count - place, 0).topk(k, dim=-1).values
         wanted = (place[:k] < k - above.sum(dim=-1, keepdim=True)) & (least > -torch.inf)
-        key = torch.cat([torch.where(above, count - found, 0), torch.where(wanted, tied, 0)], dim=-1)
+        key = torch.cat(
+            [torch.where(above, count - found, 0), torch.where(wanted, tied, 0)], dim=-1
+        )
     key = key.sort(dim=-1, descending=True).values[..., :k].long()
     valid = key > 0
     return torch.where(valid, count - key, 0), valid
 
 
-def best_of(scores: Callable[[int, int], Tensor], count: int, k: int, at_once: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``k`` best of ``count`` places, as by ``select_top``, with the scores of only ``at_once`` of them alive.
+def best_of(
+    scores: Callable[[int, int], Tensor], count: int, k: int, at_once: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``k`` best of ``count`` places, as by ``select_top``, with the scores of only ``at_once``
+    of them alive.
 
     Args:
         scores: called with ``begin, end``: the scores ``(..., end - begin)`` of these places.
@@ -51,7 +58,8 @@ def best_of(scores: Callable[[int, int], Tensor], count: int, k: int, at_once: i
         at_once: places scored at once, at least 1.
 
     Returns:
-        scores, places and valid, ``(..., min(k, count))`` each, ordered as by ``select_top``; ``-inf`` where not valid.
+        scores, places and valid, ``(..., min(k, count))`` each, ordered as by ``select_top``;
+        ``-inf`` where not valid.
     """
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for begin in range(0, count, at_once):

@@ -1,4 +1,5 @@
-"""One tile of queries against the keys laid out as blocks: the products around ``gate``'s arithmetic.
+"""One tile of queries against the keys laid out as blocks: the products around ``gate``'s
+arithmetic.
 
 Shapes: queries (B, G, R, T, D), pieces (B, G, P, W, D), landmark keys (B, G, N, D); see ``layout``.
 """
@@ -39,7 +40,8 @@ class View(NamedTuple):
         past: (R, 1, 1, T, N) which blocks a query could reach through a landmark.
         own_block: (R, 1, 1, T, 1) number of a query's own block, -1 for none among these.
         owner: (R, 1, 1, 1, P) block of each piece, ``None`` where pieces are blocks.
-        chosen: (B, G, R, T, K) numbers of the retrieved blocks, -1 for none; ``None`` without ``top_k``.
+        chosen: (B, G, R, T, K) numbers of the retrieved blocks, -1 for none; ``None`` without
+            ``top_k``.
         gather: whether the chosen blocks are gathered; otherwise the others are masked.
         scale: factor of the scores.
     """
@@ -56,18 +58,27 @@ class View(NamedTuple):
 
 
 def view_of(
-    layout: Layout, slots: Tensor, queries: slice, blocks: slice, chosen: Tensor | None, gather: bool, scale: float
+    layout: Layout,
+    slots: Tensor,
+    queries: slice,
+    blocks: slice,
+    chosen: Tensor | None,
+    gather: bool,
+    scale: float,
 ) -> View:
     """The view of queries ``queries`` at slots (T,) on the blocks ``blocks``."""
     number = torch.arange(layout.mark.shape[1], device=slots.device)[blocks]
-    own_block, first = layout.own[:, None, None, queries, None], layout.first[:, None, None, queries, None]
+    own_block = layout.own[:, None, None, queries, None]
+    first = layout.first[:, None, None, queries, None]
     past = layout.opens[:, None, None, None, blocks] & (number < own_block) & (number >= first)
     owner = None if layout.owner is None else layout.owner[:, None, None, None, :]
     reach = layout.slot if layout.owner is not None else layout.slot[:, blocks]
     count = number.shape[0]
     relative = own_block - (blocks.start or 0)
     relative = torch.where((relative >= 0) & (relative < count), relative, -1)
-    return View(slots[queries], reach, number == own_block, past, relative, owner, chosen, gather, scale)
+    return View(
+        slots[queries], reach, number == own_block, past, relative, owner, chosen, gather, scale
+    )
 
 
 def choose(query: Tensor, marks: Tensor, view: View, top_k: int) -> Tensor:
@@ -104,7 +115,8 @@ def tile_backward(
     weights, past = _weigh_all(query, operands, view)
     dots = _dots(grad, operands.values).to(delta.dtype)
     text, marks = weigh_backward(weights, dots, delta, view.own, past, view.owner)
-    text, marks = (text * view.scale).to(query.dtype), (marks * view.scale).to(query.dtype)[..., None]
+    text = (text * view.scale).to(query.dtype)
+    marks = (marks * view.scale).to(query.dtype)[..., None]
     mark_keys = operands.marks[:, :, :, None]
     values = _outer(weights.of_text(view.owner).to(query.dtype), grad)
     grads = Operands(_outer(text, query), values, _outer(marks, query)[:, :, :, 0])
@@ -118,17 +130,22 @@ def _weigh_all(query: Tensor, operands: Operands, view: View) -> tuple[Weights, 
     visible = view.reach[:, None, None, None] <= view.slots[:, None, None]
     past = view.past
     if view.chosen is not None:
-        hits = torch.zeros_like(marks).scatter_add_(-1, view.chosen.clamp(min=0), (view.chosen >= 0).to(exact))
+        hits = torch.zeros_like(marks).scatter_add_(
+            -1, view.chosen.clamp(min=0), (view.chosen >= 0).to(exact)
+        )
         past = hits > 0
     return weigh(torch.where(visible, text, HIDDEN), marks, view.own, past, view.owner), past
 
 
 class _Picked:
-    """The chosen blocks and the own block of each query, gathered: keys and values (B, G, R, T, K + 1, W, D)."""
+    """The chosen blocks and the own block of each query, gathered: keys and values (B, G, R, T, K +
+    1, W, D).
+    """
 
     def __init__(self, operands: Operands, view: View) -> None:
         assert view.chosen is not None and view.owner is None
-        self.operands, self.view = operands, view
+        self.operands = operands
+        self.view = view
         shape = view.chosen.shape[:-1]
         own = view.own_block.expand(*shape, 1)
         self.number = torch.cat([view.chosen, own], dim=-1)
@@ -139,7 +156,12 @@ class _Picked:
         self.keys, self.values = self._pick(operands.keys), self._pick(operands.values)
 
     def _pick(self, pieces: Tensor) -> Tensor:
-        return pieces.flatten(0, 2).flatten(1).index_select(0, self.flat).view(*self.place.shape, *pieces.shape[3:])
+        return (
+            pieces.flatten(0, 2)
+            .flatten(1)
+            .index_select(0, self.flat)
+            .view(*self.place.shape, *pieces.shape[3:])
+        )
 
     def _put(self, grads: Tensor, like: Tensor) -> Tensor:
         sums = like.new_zeros(like.shape[:3].numel(), like.shape[3:].numel())
@@ -151,15 +173,21 @@ class _Picked:
         row = torch.arange(view.reach.shape[0], device=query.device).view(-1, 1, 1, 1, 1)
         visible = view.reach[row, self.place] <= view.slots[:, None, None]
         text = _dots_each(query, self.keys) * view.scale
-        marks = (_dots(query, self.operands.marks[:, :, :, None]) * view.scale).squeeze(-1).gather(-1, self.place)
+        marks = (
+            (_dots(query, self.operands.marks[:, :, :, None]) * view.scale)
+            .squeeze(-1)
+            .gather(-1, self.place)
+        )
         is_own = torch.zeros_like(self.number, dtype=torch.bool)
         is_own[..., -1] = True
-        own, past = is_own & (self.number >= 0), ~is_own & (self.number >= 0)
+        own = is_own & (self.number >= 0)
+        past = ~is_own & (self.number >= 0)
         return weigh(torch.where(visible, text, HIDDEN), marks, own, past, None), own, past
 
     def backward(self, query: Tensor, grad: Tensor, delta: Tensor) -> tuple[Tensor, Operands]:
         """As ``tile_backward``."""
-        operands, scale = self.operands, self.view.scale
+        operands = self.operands
+        scale = self.view.scale
         weights, own, past = self.weigh(query)
         text, marks = weigh_backward(weights, _dots_each(grad, self.values), delta, own, past, None)
         text = text * scale
@@ -181,7 +209,9 @@ def _dots(query: Tensor, pieces: Tensor) -> Tensor:
 
 def _mix(weights: Tensor, pieces: Tensor) -> Tensor:
     """(B, G, R, T, P, W) with (B, G, P, W, D): (B, G, R, T, D)."""
-    return torch.unflatten(weights.flatten(-2).flatten(2, 3) @ pieces.flatten(2, 3), 2, weights.shape[2:4])
+    return torch.unflatten(
+        weights.flatten(-2).flatten(2, 3) @ pieces.flatten(2, 3), 2, weights.shape[2:4]
+    )
 
 
 def _outer(weights: Tensor, query: Tensor) -> Tensor:
@@ -192,7 +222,9 @@ def _outer(weights: Tensor, query: Tensor) -> Tensor:
 
 def _dots_each(query: Tensor, pieces: Tensor) -> Tensor:
     """(B, G, R, T, D) with (B, G, R, T, P, W, D): (B, G, R, T, P, W)."""
-    return torch.unflatten((pieces.flatten(-3, -2) @ query[..., None]).squeeze(-1), -1, pieces.shape[-3:-1])
+    return torch.unflatten(
+        (pieces.flatten(-3, -2) @ query[..., None]).squeeze(-1), -1, pieces.shape[-3:-1]
+    )
 
 
 def _mix_each(weights: Tensor, pieces: Tensor) -> Tensor:

@@ -26,11 +26,14 @@ def last_checkpoint(out: Path) -> Path:
         ValueError: a file of it is missing or damaged.
     """
     found = {
-        int(match[1]): path for path in _checkpoints(out) if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        int(match[1]): path
+        for path in _checkpoints(out)
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
     if not found:
         raise FileNotFoundError(
-            f"{out / FOLDER}: no checkpoint to resume from; train without --resume, with --save-every"
+            f"{out / FOLDER}: no checkpoint to resume from; train without --resume, with "
+            "--save-every"
         )
     path = found[max(found)]
     remedy = f"delete {path.name} to resume from an earlier one"
@@ -49,7 +52,9 @@ def last_checkpoint(out: Path) -> Path:
             f"{path}: expected a complete checkpoint, got a damaged one ({_line(error)}); {remedy}"
         ) from None
     if not weights and not sharded:
-        raise ValueError(f"{path}: expected a checkpoint with weights (*.safetensors), found none; {remedy}")
+        raise ValueError(
+            f"{path}: expected a checkpoint with weights (*.safetensors), found none; {remedy}"
+        )
     return path
 
 
@@ -57,7 +62,8 @@ def refuse_overwriting(out: Path) -> None:
     """Raises ``ValueError`` when a run with checkpoints is already there."""
     if _checkpoints(out):
         raise ValueError(
-            f"{out}: a run with checkpoints is already there; pass --resume to continue it, or another --out"
+            f"{out}: a run with checkpoints is already there; pass --resume to continue it, or "
+            "another --out"
         )
 
 
@@ -68,7 +74,9 @@ def save_recipe(out: Path, recipe: Recipe, rest: dict[str, Any]) -> None:
 
 
 def require_same_recipe(out: Path, recipe: Recipe, rest: dict[str, Any]) -> None:
-    """Raises ``ValueError`` when a run is to be resumed with settings that would change its losses."""
+    """Raises ``ValueError`` when a run is to be resumed with settings that would change its
+    losses.
+    """
     path = out / RECIPE
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -86,7 +94,8 @@ def require_same_recipe(out: Path, recipe: Recipe, rest: dict[str, Any]) -> None
     ]
     if changed:
         raise ValueError(
-            f"{out}: expected the settings the run began with, got other {changed}; drop --resume or those"
+            f"{out}: expected the settings the run began with, got other {changed}; drop --resume "
+            "or those"
         )
 
 

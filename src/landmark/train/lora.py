@@ -22,7 +22,9 @@ def add_lora(model: Any, rank: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise ModuleNotFoundError("lora needs the package peft: pip install landmark-attention[peft]") from None
+        raise ModuleNotFoundError(
+            "lora needs the package peft: pip install landmark-attention[peft]"
+        ) from None
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -38,7 +40,8 @@ def add_lora(model: Any, rank: int) -> Any:
 
 
 def attention_projections(model: nn.Module) -> list[str]:
-    """Returns the last names of the linear layers inside attention modules (``q_proj``, ``query_key_value``, ...).
+    """Returns the last names of the linear layers inside attention modules (``q_proj``,
+    ``query_key_value``, ...).
 
     Raises:
         ValueError: there is none.
@@ -50,11 +53,16 @@ def attention_projections(model: nn.Module) -> list[str]:
     }
     if not names:
         raise ValueError(
-            f"lora: {type(model).__name__} has no linear layer inside a module named attention; train it whole"
+            f"lora: {type(model).__name__} has no linear layer inside a module named attention; "
+            "train it whole"
         )
     return sorted(names)
 
 
 def base_of(model: Any) -> Any:
     """Returns the landmark model inside an adapted one; any other model as it is."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    return (
+        model.get_base_model()
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        else model
+    )

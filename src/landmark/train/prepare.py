@@ -51,7 +51,8 @@ class Prepared:
 
     Attributes:
         train: the rows, in the order of training.
-        held_out: ``text`` (windows of unseen text, where there is enough of it) and ``episodes`` (where there are any).
+        held_out: ``text`` (windows of unseen text, where there is enough of it) and ``episodes``
+            (where there are any).
         documents: what the training text was made of.
         greatest: of its token ids.
     """
@@ -77,7 +78,9 @@ def find_tokenizer(
     report: Callable[[str], None],
     progress: Progress | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Returns the given model's tokenizer, or the given one, or that of ``out``, or one trained on the texts."""
+    """Returns the given model's tokenizer, or the given one, or that of ``out``, or one trained on
+    the texts.
+    """
     if model is not None or tokenizer is not None:
         found = load_tokenizer(str(tokenizer or model))
         require_savable(found, str(tokenizer or model))
@@ -86,7 +89,9 @@ def find_tokenizer(
         return load_tokenizer(out)
     report(f"training a tokenizer of {recipe.tokenizer.vocab_size} tokens")
     documents = read_documents(data, field=recipe.data.field)
-    trained = train_tokenizer((document.text for document in documents), recipe.tokenizer.vocab_size, progress)
+    trained = train_tokenizer(
+        (document.text for document in documents), recipe.tokenizer.vocab_size, progress
+    )
     trained.save_pretrained(str(out))
     return trained
 
@@ -102,7 +107,8 @@ def prepare_rows(
 ) -> Prepared:
     """Tokenises the texts (or finds them tokenised in ``folder``) and lays out the rows of the run.
 
-    Held-out text is the ``validation`` split, or else the last twentieth of the text, which is then not trained on.
+    Held-out text is the ``validation`` split, or else the last twentieth of the text, which is then
+    not trained on.
 
     Args:
         data: the texts.
@@ -116,15 +122,20 @@ def prepare_rows(
         ValueError: the texts are shorter than a row.
     """
     field = recipe.data.field
-    stream = tokenize(lambda: read_documents(data, field=field), tokenizer, folder, "train", progress)
-    ids, unseen = stream.ids, stream.ids[:0]
+    stream = tokenize(
+        lambda: read_documents(data, field=field), tokenizer, folder, "train", progress
+    )
+    ids = stream.ids
+    unseen = stream.ids[:0]
     if has_split(data, "validation"):
         validation = lambda: read_documents(data, split="validation", field=field)  # noqa: E731
         unseen = tokenize(validation, tokenizer, folder, "validation", progress).ids
     elif len(ids) >= LEAST_ROWS * tokens:
         cut = len(ids) - max(len(ids) // 20, 2 * tokens)
         ids, unseen = ids[:cut], ids[cut:]
-    seed, share, prefix = recipe.run.seed, recipe.data.episodes, row_start(tokenizer)
+    seed = recipe.run.seed
+    share = recipe.data.episodes
+    prefix = row_start(tokenizer)
     core = backend(tokenizer)
     episodes = Episodes(core, ids, tokens=tokens, seed=seed, prefix=prefix) if share else None
     rows = Rows(
@@ -162,15 +173,17 @@ def require_model_settings(recipe: Recipe, *, plain: bool, name: str = "model") 
     """
     try:
         with torch.device("meta"):
-            _built(recipe, {**dict.fromkeys(SPECIAL), "vocab_size": SMALLEST_VOCABULARY}, plain=plain)
+            _built(
+                recipe, {**dict.fromkeys(SPECIAL), "vocab_size": SMALLEST_VOCABULARY}, plain=plain
+            )
     except (MemoryError, ModuleNotFoundError):
         raise
     except ValueError as error:
         raise ValueError(f"{name}: {first_line(error)}") from None
     except Exception as error:  # transformers and torch raise many kinds for odd settings
         raise ValueError(
-            f"{name}: expected the settings of a {recipe.model['model_type']} model, got some that it cannot be built "
-            f"with ({one_line(error)}); mend them"
+            f"{name}: expected the settings of a {recipe.model['model_type']} model, got some "
+            f"that it cannot be built with ({one_line(error)}); mend them"
         ) from None
 
 
@@ -178,18 +191,29 @@ def _built(recipe: Recipe, more: dict[str, Any], *, plain: bool) -> Any:
     fields = dict(recipe.model)
     kind = fields.pop("model_type", None)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ValueError(f"model_type: expected one that transformers knows, such as llama, got {kind!r}")
+        raise ValueError(
+            f"model_type: expected one that transformers knows, such as llama, got {kind!r}"
+        )
     for name in SIZES & fields.keys():
         if fields[name] is not None and (type(fields[name]) is not int or fields[name] < 1):
-            raise ValueError(f"{name}: expected an integer of at least 1, got {fields[name]!r}; mend it")
+            raise ValueError(
+                f"{name}: expected an integer of at least 1, got {fields[name]!r}; mend it"
+            )
     if (fields.get("head_dim") or 0) % 2:
-        raise ValueError(f"head_dim: expected an even number, as RoPE turns pairs, got {fields['head_dim']}; mend it")
+        raise ValueError(
+            f"head_dim: expected an even number, as RoPE turns pairs, got {fields['head_dim']}; "
+            "mend it"
+        )
     usual = CONFIG_MAPPING[kind]()
     for name, value in fields.items():  # older transformers take anything here
         kind_of = type(getattr(usual, name, None))
         if kind_of is bool and not isinstance(value, bool):
             raise ValueError(f"{name}: expected true or false, got {value!r}; mend it")
-        if kind_of is float and value is not None and not (type(value) in (int, float) and value >= 0):
+        if (
+            kind_of is float
+            and value is not None
+            and not (type(value) in (int, float) and value >= 0)
+        ):
             raise ValueError(f"{name}: expected a number of at least 0, got {value!r}; mend it")
     config = AutoConfig.for_model(kind, **{**fields, **more})
     if plain:
@@ -204,13 +228,18 @@ def given_model(path: str, recipe: Recipe, *, plain: bool) -> Any:
         FileNotFoundError: there is no model.
         ValueError: ``plain`` with a landmark model, or an architecture that cannot be converted.
     """
-    dtype = recipe.run.weights if recipe.run.weights == "auto" else getattr(torch, recipe.run.weights)
+    dtype = (
+        recipe.run.weights if recipe.run.weights == "auto" else getattr(torch, recipe.run.weights)
+    )
     settings = LandmarkConfig.from_dict(recipe.landmark)
     try:
         config = read_config(path)
         if config.model_type.startswith(PREFIX):
             if plain:
-                raise ValueError(f"{path}: expected a model without landmarks to train plain, got {config.model_type}")
+                raise ValueError(
+                    f"{path}: expected a model without landmarks to train plain, got "
+                    f"{config.model_type}"
+                )
             model = load(path, dtype=dtype)
             model.configure_landmark(**{name: getattr(settings, name) for name in recipe.landmark})
             return model
@@ -226,7 +255,9 @@ def given_model(path: str, recipe: Recipe, *, plain: bool) -> Any:
 
 
 def stored_dtype(path: str | None) -> str:
-    """Returns the dtype that a given model's folder names for its weights; float32 for a new model."""
+    """Returns the dtype that a given model's folder names for its weights; float32 for a new
+    model.
+    """
     dtype = None if path is None else AutoConfig.from_pretrained(path).dtype
     return str(dtype or torch.float32).removeprefix("torch.")
 
@@ -235,4 +266,6 @@ def _spaced(ids: Ids, tokens: int, prefix: list[int]) -> list[Any]:
     width = tokens - len(prefix)
     count = min(HELD_OUT_ROWS, len(ids) // width)
     step = (len(ids) - width) // max(1, count - 1) if count > 1 else 0
-    return [plain_row(ids[number * step : number * step + width], prefix) for number in range(count)]
+    return [
+        plain_row(ids[number * step : number * step + width], prefix) for number in range(count)
+    ]

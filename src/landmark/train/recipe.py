@@ -1,4 +1,6 @@
-"""A training run described by a JSON file: model, landmarks, tokenizer, data, optimiser, run, save."""
+"""A training run described by a JSON file: model, landmarks, tokenizer, data, optimiser, run,
+save.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class DataSettings:
     """What the rows hold.
 
     Attributes:
-        length: positions of a row, landmarks included (512 at ``block_size`` 64 are 504 text tokens).
+        length: positions of a row, landmarks included (512 at ``block_size`` 64 are 504 text
+            tokens).
         episodes: share of synthetic retrieval episodes, the other rows are windows of the texts.
         answer_weight: what the mean loss over answers counts beside the mean over all text.
         field: key of the text in JSONL rows and hub data sets.
@@ -49,7 +52,9 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserSettings:
-    """AdamW, decay on matrices only; the rate rises over ``warmup`` steps, falls to 0 over the last ``decay_share``."""
+    """AdamW, decay on matrices only; the rate rises over ``warmup`` steps, falls to 0 over the last
+    ``decay_share``.
+    """
 
     steps: int = 4800
     batch: int = 128
@@ -70,14 +75,16 @@ class RunSettings:
         seed: decides weights, rows and their order.
         micro_batch: rows of a device at once; ``None`` for all of its share of the batch.
         precision: ``auto`` (bf16 where the device has it), ``bf16`` (autocast) or ``fp32``.
-        weights: dtype in which a given model is loaded and trained: ``float32``, ``bfloat16`` or ``auto``.
+        weights: dtype in which a given model is loaded and trained: ``float32``, ``bfloat16`` or
+            ``auto``.
         compile: ``torch.compile``, layer by layer; ``None`` for yes on a GPU.
         gradient_checkpointing: recompute activations in the backward pass.
         workers: processes that make rows; ``None`` for one less than the cores, 12 at most.
         log_every: steps between log lines.
         evaluate_every: steps between evaluations, 0 for none.
         save_every: steps between checkpoints, 0 for none.
-        report_to: what transformers' Trainer reports to (``none``, ``tensorboard``, ``wandb``, ``trackio``, ...).
+        report_to: what transformers' Trainer reports to (``none``, ``tensorboard``, ``wandb``,
+            ``trackio``, ...).
     """
 
     seed: int = 1
@@ -95,7 +102,9 @@ class RunSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SaveSettings:
-    """``dtype`` of the saved weights (``None``: that of the loaded model) and the size of their ``shard`` files."""
+    """``dtype`` of the saved weights (``None``: that of the loaded model) and the size of their
+    ``shard`` files.
+    """
 
     dtype: str | None = None
     shard: str = "5GB"
@@ -127,7 +136,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         LandmarkConfig.from_dict(self.landmark)
-        data, optimiser, run = self.data, self.optimiser, self.run
+        data = self.data
+        optimiser = self.optimiser
+        run = self.run
         for name, value, least in (
             ("vocab_size", self.tokenizer.vocab_size, 1),
             ("length", data.length, 2),
@@ -141,8 +152,14 @@ class Recipe:
             ("save_every", run.save_every, 0),
             ("seed", run.seed, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= GREATEST:
-                raise ValueError(f"{name}: expected an integer from {least} to {GREATEST}, got {value!r}")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int)
+                or not least <= value <= GREATEST
+            ):
+                raise ValueError(
+                    f"{name}: expected an integer from {least} to {GREATEST}, got {value!r}"
+                )
         for name, number, low, high in (
             ("episodes", data.episodes, 0.0, 1.0),
             ("answer_weight", data.answer_weight, 0.0, 1e6),
@@ -153,12 +170,19 @@ class Recipe:
             ("beta1", optimiser.beta1, 0.0, 0.999999),
             ("beta2", optimiser.beta2, 0.0, 0.999999),
         ):
-            if isinstance(number, bool) or not isinstance(number, int | float) or not low <= number <= high:
-                raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {number!r}")
+            if (
+                isinstance(number, bool)
+                or not isinstance(number, int | float)
+                or not low <= number <= high
+            ):
+                raise ValueError(
+                    f"{name}: expected a number from {low:g} to {high:g}, got {number!r}"
+                )
         self._check_words()
 
     def _check_words(self) -> None:
-        run, save = self.run, self.save
+        run = self.run
+        save = self.save
         for name, choice, choices in (
             ("precision", run.precision, ("auto", "bf16", "fp32")),
             ("weights", run.weights, ("float32", "bfloat16", "auto")),
@@ -167,8 +191,14 @@ class Recipe:
             ("gradient_checkpointing", run.gradient_checkpointing, (True, False)),
         ):
             if choice not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {choice!r}")
-        for name, word in (("field", self.data.field), ("report_to", run.report_to), ("shard", save.shard)):
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(map(str, choices))}, got {choice!r}"
+                )
+        for name, word in (
+            ("field", self.data.field),
+            ("report_to", run.report_to),
+            ("shard", save.shard),
+        ):
             if not isinstance(word, str):
                 raise ValueError(f"{name}: expected a string, got {word!r}")
 
@@ -183,7 +213,8 @@ class Recipe:
         return round(self.optimiser.decay_share * self.optimiser.steps)
 
     def override(self, **flags: Any) -> Recipe:
-        """Returns a copy with single settings changed, whatever section they are in; ``None`` changes nothing.
+        """Returns a copy with single settings changed, whatever section they are in; ``None``
+        changes nothing.
 
         Raises:
             ValueError: no section has such a setting, or a value is outside its range.
@@ -195,8 +226,14 @@ class Recipe:
             known = {field.name for field in dataclasses.fields(current)}
             here = {name: changes.pop(name) for name in list(changes) if name in known}
             if here:
-                recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(current, **here)})
-        return dataclasses.replace(recipe, landmark={**recipe.landmark, **changes}) if changes else recipe
+                recipe = dataclasses.replace(
+                    recipe, **{section: dataclasses.replace(current, **here)}
+                )
+        return (
+            dataclasses.replace(recipe, landmark={**recipe.landmark, **changes})
+            if changes
+            else recipe
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as JSON types."""
@@ -218,7 +255,9 @@ class Recipe:
             if not isinstance(value, dict):
                 raise ValueError(f"{name}: expected an object with settings, got {value!r}")
             default = getattr(cls, name, None)
-            sections[name] = _section(type(default), name, value) if dataclasses.is_dataclass(default) else value
+            sections[name] = (
+                _section(type(default), name, value) if dataclasses.is_dataclass(default) else value
+            )
         return cls(**sections)
 
 
@@ -236,10 +275,14 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such recipe; pass a JSON file such as recipes/bundled.json")
+        raise FileNotFoundError(
+            f"{path}: no such recipe; pass a JSON file such as recipes/bundled.json"
+        )
     fields = read_json(path)
     if not isinstance(fields, dict):
-        raise ValueError(f"{path}: expected a JSON object with sections, got {type(fields).__name__}")
+        raise ValueError(
+            f"{path}: expected a JSON object with sections, got {type(fields).__name__}"
+        )
     try:
         return Recipe.from_dict(fields)
     except ValueError as error:
@@ -247,10 +290,13 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def _section(kind: type[Section], name: str, fields: dict[str, Any]) -> Section:
-    _require_known(f"setting of {name}", set(fields), {field.name for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    _require_known(f"setting of {name}", set(fields), known)
     return kind(**fields)
 
 
 def _require_known(what: str, given: set[str], known: set[str]) -> None:
     if given - known:
-        raise ValueError(f"unknown {what} {sorted(given - known)}: expected some of {sorted(known)}")
+        raise ValueError(
+            f"unknown {what} {sorted(given - known)}: expected some of {sorted(known)}"
+        )

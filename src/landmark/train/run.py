@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import IntervalStrategy
 
@@ -65,21 +68,24 @@ def train(
     report: Report = print,
     progress: encoding.Progress | None = None,
 ) -> dict[str, Any]:
-    """Trains a model, from scratch or further, and saves it with its tokenizer and ``training_summary.json``.
+    """Trains a model, from scratch or further, and saves it with its tokenizer and
+    ``training_summary.json``.
 
-    Training sees all past blocks (mode ``all``); the saved model retrieves, and knows the length it was trained on.
+    Training sees all past blocks (mode ``all``); the saved model retrieves, and knows the length it
+    was trained on.
 
     Args:
         data: texts, as ``read_documents`` takes them.
         out: folder of the result; checkpoints go to its subfolder ``checkpoints``.
         recipe: the settings; their defaults otherwise.
-        model: a landmark model, or a stock model that gets landmarks first, or the bundled ``landmark`` or ``twin``;
-            ``None`` to start from scratch with the recipe's model.
+        model: a landmark model, or a stock model that gets landmarks first, or the bundled
+            ``landmark`` or ``twin``; ``None`` to start from scratch with the recipe's model.
         plain: train without landmarks on the same rows (the plain-attention twin).
-        tokenizer: folder of a tokenizer to start from scratch with; otherwise one is trained on the texts.
+        tokenizer: folder of a tokenizer to start from scratch with; otherwise one is trained on the
+            texts.
         tokens: folder of the token files, ``out/tokens`` by default.
-        lora: rank of LoRA adapters on the attention's projections, trained with the landmark embedding; the adapter is
-            saved in ``out/adapter`` and ``out`` holds the merged model.
+        lora: rank of LoRA adapters on the attention's projections, trained with the landmark
+            embedding; the adapter is saved in ``out/adapter`` and ``out`` holds the merged model.
         resume: continue from the last checkpoint in ``out``.
         max_seconds: stop after so many seconds of steps, wherever the schedule is.
         report: takes the lines of progress.
@@ -93,9 +99,11 @@ def train(
         ModuleNotFoundError: an optional package is missing.
         ValueError: settings or files that do not fit, see the message.
     """
-    recipe, out = recipe or Recipe(), Path(out)
+    recipe = recipe or Recipe()
+    out = Path(out)
     rest = {"data": str(data), "model": model, "plain": plain, "lora": lora}
-    path, store = None if model is None else model_folder(model), Path(tokens or out / "tokens")
+    path = None if model is None else model_folder(model)
+    store = Path(tokens or out / "tokens")
     checkpoint = _check(out, recipe, rest, resume=resume)
     args = _arguments(out, recipe)
     if args.should_save:
@@ -103,8 +111,14 @@ def train(
     report, progress = (report, progress) if args.should_save else (_silent, None)
     set_seed(recipe.run.seed)
     with args.main_process_first(local=False):
-        cutter = find_tokenizer(data, out, recipe, model=path, tokenizer=tokenizer, report=report, progress=progress)
-        made = given_model(path, recipe, plain=plain) if path else new_model(recipe, cutter, plain=plain)
+        cutter = find_tokenizer(
+            data, out, recipe, model=path, tokenizer=tokenizer, report=report, progress=progress
+        )
+        made = (
+            given_model(path, recipe, plain=plain)
+            if path
+            else new_model(recipe, cutter, plain=plain)
+        )
         dtype = recipe.save.dtype or stored_dtype(path)
         require_rows(cutter, made, path or "model")
         if args.should_save:
@@ -115,7 +129,10 @@ def train(
     require_rows(cutter, made, path or "model", rows.greatest)
     if recipe.run.evaluate_every and not rows.held_out:
         args.eval_strategy = IntervalStrategy.NO
-        report(f"nothing is evaluated: the text has fewer than {LEAST_ROWS} rows, and no folder validation")
+        report(
+            f"nothing is evaluated: the text has fewer than {LEAST_ROWS} rows, and no folder "
+            "validation"
+        )
     if lora is not None:
         made = add_lora(made, lora)
     if not plain:
@@ -123,7 +140,9 @@ def train(
     compiled = torch.cuda.is_available() if recipe.run.compile is None else recipe.run.compile
     if compiled:
         compile_layers(made)
-    trainer = _trainer(made, args, compiled, recipe, rows, row_tokens, Progress(report, max_seconds, progress))
+    trainer = _trainer(
+        made, args, compiled, recipe, rows, row_tokens, Progress(report, max_seconds, progress)
+    )
     if args.should_save and not resume:
         save_recipe(out, recipe, rest)
     report(_opening(trainer, recipe, row_tokens))
@@ -149,12 +168,17 @@ def train(
 def _check(out: Path, recipe: Recipe, rest: dict[str, Any], *, resume: bool) -> Path | None:
     """Checks what can be checked before any work; returns the checkpoint to resume from."""
     if rest["lora"] is not None and (rest["model"] is None or rest["plain"]):
-        raise ValueError("lora: expected a model to adapt, with landmarks, got none or --plain; pass --model")
+        raise ValueError(
+            "lora: expected a model to adapt, with landmarks, got none or --plain; pass --model"
+        )
     if importlib.util.find_spec("accelerate") is None:
-        raise ModuleNotFoundError("training needs the package accelerate: pip install landmark-attention[train]")
+        raise ModuleNotFoundError(
+            "training needs the package accelerate: pip install landmark-attention[train]"
+        )
     if Path(rest["data"]).is_fifo():
         raise ValueError(
-            f"data: expected texts that can be read again, got the pipe {rest['data']}; write a file of it"
+            f"data: expected texts that can be read again, got the pipe {rest['data']}; write a "
+            "file of it"
         )
     _check_reports(recipe.run.report_to)
     if rest["model"] is None:
@@ -172,7 +196,9 @@ def _check_reports(name: str) -> None:
     if name in ("none", "all"):
         return
     if name not in INTEGRATION_TO_CALLBACK:
-        raise ValueError(f"report_to: expected none or one of {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}")
+        raise ValueError(
+            f"report_to: expected none or one of {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}"
+        )
     if name not in get_available_reporting_integrations():
         raise ModuleNotFoundError(
             f"report_to: {name} needs a package that is not here: pip install {name}, or pass none"
@@ -180,7 +206,9 @@ def _check_reports(name: str) -> None:
 
 
 def _check_folders(folders: dict[str, Any]) -> None:
-    """Raises ``ValueError`` for a folder that cannot be written, or a model's with a name that is no UTF-8."""
+    """Raises ``ValueError`` for a folder that cannot be written, or a model's with a name that is
+    no UTF-8.
+    """
     for name, folder in folders.items():
         if folder is not None:
             require_utf8(folder, name)
@@ -189,7 +217,9 @@ def _check_folders(folders: dict[str, Any]) -> None:
 
 
 def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
-    """Compiles a model's decoder layers in place; they share one graph, so depth costs no time at the first step."""
+    """Compiles a model's decoder layers in place; they share one graph, so depth costs no time at
+    the first step.
+    """
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(backend=backend)
@@ -225,14 +255,15 @@ def _silent(line: str) -> None:
 
 
 def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
-    run, optimiser = recipe.run, recipe.optimiser
+    run = recipe.run
+    optimiser = recipe.optimiser
     gpu = torch.cuda.is_available()
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     micro = run.micro_batch or max(1, optimiser.batch // devices)
     if optimiser.batch % (micro * devices):
         raise ValueError(
-            f"batch: expected a multiple of micro_batch x devices ({micro} x {devices}), got {optimiser.batch}; "
-            "change one of them"
+            f"batch: expected a multiple of micro_batch x devices ({micro} x {devices}), got "
+            f"{optimiser.batch}; change one of them"
         )
     if run.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported():
         raise ValueError("precision: this GPU has no bf16; pass --precision fp32")
@@ -251,7 +282,8 @@ def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
         adam_beta1=optimiser.beta1,
         adam_beta2=optimiser.beta2,
         max_grad_norm=optimiser.clip,
-        bf16=run.precision == "bf16" or (run.precision == "auto" and gpu and torch.cuda.is_bf16_supported()),
+        bf16=run.precision == "bf16"
+        or (run.precision == "auto" and gpu and torch.cuda.is_bf16_supported()),
         **({"gradient_checkpointing": True} if run.gradient_checkpointing else {}),
         seed=run.seed,
         logging_steps=run.log_every,
@@ -278,13 +310,20 @@ def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
 def _opening(trainer: LandmarkTrainer, recipe: Recipe, row_tokens: int) -> str:
     weights = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     return (
-        f"training {weights / 1e6:.1f}M weights for {recipe.optimiser.steps} steps of {recipe.optimiser.batch} rows "
-        f"of {row_tokens} text tokens, {recipe.data.episodes:.0%} of them episodes, on {trainer.args.device}"
+        f"training {weights / 1e6:.1f}M weights for {recipe.optimiser.steps} steps of "
+        f"{recipe.optimiser.batch} rows of {row_tokens} text tokens, {recipe.data.episodes:.0%} "
+        f"of them episodes, on {trainer.args.device}"
     )
 
 
 def _save(
-    trainer: LandmarkTrainer, tokenizer: PreTrainedTokenizerFast, out: Path, dtype: str, shard: str, *, lora: bool
+    trainer: LandmarkTrainer,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    dtype: str,
+    shard: str,
+    *,
+    lora: bool,
 ) -> None:
     if trainer.is_fsdp_enabled:
         if trainer.args.should_save:
@@ -307,7 +346,8 @@ def _save(
 
 
 def _put(folder: Path, save: Callable[[Path], object]) -> None:
-    """Saves what was trained; where that fails, in a folder for temporary files, so that it is not lost.
+    """Saves what was trained; where that fails, in a folder for temporary files, so that it is not
+    lost.
 
     Raises:
         ValueError: it is in the other folder, which is named, or nowhere.

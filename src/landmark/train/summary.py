@@ -22,7 +22,12 @@ PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "numpy"
 
 
 def summarise(
-    trainer: LandmarkTrainer, recipe: Recipe, arguments: dict[str, Any], documents: list[Place], *, seconds: float
+    trainer: LandmarkTrainer,
+    recipe: Recipe,
+    arguments: dict[str, Any],
+    documents: list[Place],
+    *,
+    seconds: float,
 ) -> dict[str, Any]:
     """Returns the run's summary.
 
@@ -42,28 +47,39 @@ def summarise(
         "tokens": steps * trainer.step_tokens,
         "seconds": round(seconds, 2),
         "evaluation_seconds": round(trainer.evaluation_seconds, 2),
-        "tokens_per_second": round((steps - started) * trainer.step_tokens / seconds) if seconds else None,
+        "tokens_per_second": round((steps - started) * trainer.step_tokens / seconds)
+        if seconds
+        else None,
         "tokens_per_second_median": round(statistics.median(speeds)) if speeds else None,
         "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
-        "losses": [{"step": entry["step"], "loss": entry["loss"]} for entry in log if "loss" in entry],
+        "losses": [
+            {"step": entry["step"], "loss": entry["loss"]} for entry in log if "loss" in entry
+        ],
         "evaluations": _evaluations(log),
         "recipe": recipe.to_dict(),
         "arguments": arguments,
         "landmark": getattr(trainer.model.config, "landmark", None),
         "versions": made_with(),
-        "texts": [{"title": place.title, "sha256": place.sha256, "tokens": place.tokens} for place in documents],
+        "texts": [
+            {"title": place.title, "sha256": place.sha256, "tokens": place.tokens}
+            for place in documents
+        ],
     }
 
 
 def made_with() -> dict[str, str | None]:
-    """Returns the versions a result depends on, the device, and the commit where the code lies in its repository."""
+    """Returns the versions a result depends on, the device, and the commit where the code lies in
+    its repository.
+    """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {**versions(*PACKAGES), "device": device}
 
 
 def write_summary(out: Path, summary: dict[str, Any]) -> None:
     """Writes ``training_summary.json``."""
-    text = without_surrogates(json.dumps(summary, indent=1, ensure_ascii=False))  # of names that are no UTF-8
+    text = without_surrogates(
+        json.dumps(summary, indent=1, ensure_ascii=False)
+    )  # of names that are no UTF-8
     outputs.write(out / SUMMARY, (text + "\n").encode())
 
 

@@ -1,4 +1,6 @@
-"""transformers' Trainer with the loss on answers, rows in their own order, and tokens per second in its logs."""
+"""transformers' Trainer with the loss on answers, rows in their own order, and tokens per second in
+its logs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from landmark.data import encoding
 from landmark.data.episodes import IGNORED, Row
@@ -26,8 +35,8 @@ from landmark.train.loss import answer_weighted_loss, answers_right, text_loss, 
 class LandmarkTrainer(Trainer):  # type: ignore[misc]
     """A Trainer for rows of a fixed number of text tokens.
 
-    Only the loss on rows with answers, the order of the rows (by index) and what is decayed (matrices) differ from the
-    stock Trainer; without answers the loss is the model's own.
+    Only the loss on rows with answers, the order of the rows (by index) and what is decayed
+    (matrices) differ from the stock Trainer; without answers the loss is the model's own.
 
     Args:
         model: the model.
@@ -63,7 +72,9 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         self.answer_weight = answer_weight or 0.0
         self._counts: tuple[Tensor | None, Tensor | None] = (None, None)
         if answer_weight is not None:
-            self.model_accepts_loss_kwargs = True  # the loss is divided by the step's counts, not by its batches
+            self.model_accepts_loss_kwargs = (
+                True  # the loss is divided by the step's counts, not by its batches
+            )
         self.step_tokens = row_tokens * self.get_total_train_batch_size(args)
         self._loss = torch.compile(answer_weighted_loss) if compiled else answer_weighted_loss
         self.evaluated = 0
@@ -78,15 +89,21 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Returns the model's own loss for rows without answers, the answer-weighted one otherwise."""
+        """Returns the model's own loss for rows without answers, the answer-weighted one
+        otherwise.
+        """
         if "answers" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(input_ids=inputs["input_ids"])
-        loss = self._loss(outputs.logits, inputs["labels"], inputs["answers"], self.answer_weight, *self._counts)
+        loss = self._loss(
+            outputs.logits, inputs["labels"], inputs["answers"], self.answer_weight, *self._counts
+        )
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Takes the batches of a step, and counts the labels and answers in them, those of other devices included."""
+        """Takes the batches of a step, and counts the labels and answers in them, those of other
+        devices included.
+        """
         samples, items = super().get_batch_samples(*args, **kwargs)
         if samples and "answers" in samples[0]:
             self._counts = (
@@ -96,7 +113,9 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         return samples, items
 
     def _share(self, count: Tensor) -> Tensor:
-        """Returns the count over all devices, divided by their number: gradients are averaged over them."""
+        """Returns the count over all devices, divided by their number: gradients are averaged over
+        them.
+        """
         count = count.to(self.args.device)
         if self.args.world_size == 1:
             return count
@@ -104,9 +123,15 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         return share
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns the mean loss over text, and per row the right answer tokens and all answer tokens."""
+        """Returns the mean loss over text, and per row the right answer tokens and all answer
+        tokens.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             logits = model(input_ids=inputs["input_ids"]).logits
@@ -135,27 +160,38 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
                 raise
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
-            warnings.warn(f"{folder}: no checkpoint, as it cannot be written ({first_line(error)})", stacklevel=2)
+            warnings.warn(
+                f"{folder}: no checkpoint, as it cannot be written ({first_line(error)})",
+                stacklevel=2,
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds ``tokens_per_second`` (text tokens since the last line, of all devices) to the training lines."""
+        """Adds ``tokens_per_second`` (text tokens since the last line, of all devices) to the
+        training lines.
+        """
         if "loss" in logs:
             step, since = self._mark
             now = time.perf_counter()
             logs["tokens_per_second"] = (
                 (self.state.global_step - step) * self.step_tokens / (now - since - self._paused)
             )
-            self._mark, self._paused = (self.state.global_step, now), 0.0
+            self._mark = (self.state.global_step, now)
+            self._paused = 0.0
         super().log(logs, start_time)
 
     def start_clock(self) -> None:
         """Begins to count tokens and seconds."""
-        self._mark, self._paused = (self.state.global_step, time.perf_counter()), 0.0
+        self._mark = (self.state.global_step, time.perf_counter())
+        self._paused = 0.0
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Returns the names of the matrices; vectors and the landmark's embedding are not decayed."""
+        """Returns the names of the matrices; vectors and the landmark's embedding are not
+        decayed.
+        """
         return [
-            name for name, weight in model.named_parameters() if weight.ndim >= 2 and "landmark_embedding" not in name
+            name
+            for name, weight in model.named_parameters()
+            if weight.ndim >= 2 and "landmark_embedding" not in name
         ]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -165,7 +201,9 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Returns a loader without worker processes: the rows are made once and kept."""
         rows = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        loader: DataLoader[Any] = DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        loader: DataLoader[Any] = DataLoader(
+            rows, self.args.per_device_eval_batch_size, collate_fn=self.data_collator
+        )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
@@ -182,21 +220,31 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         watch: called before every step and every batch of held-out rows.
     """
 
-    def __init__(self, report: Any, max_seconds: float | None, watch: encoding.Progress | None = None) -> None:
-        self.report, self.max_seconds, self.watch = report, max_seconds, watch
+    def __init__(
+        self, report: Any, max_seconds: float | None, watch: encoding.Progress | None = None
+    ) -> None:
+        self.report = report
+        self.max_seconds = max_seconds
+        self.watch = watch
         self._held_out = 0  # batches of held-out rows
         self.start = time.perf_counter()
         self.trainer: LandmarkTrainer | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Starts the clocks."""
         self.start = time.perf_counter()
         self._tell_steps(state)
         if self.trainer is not None:
             self.trainer.start_clock()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Asks for a stop when the time is over; with several processes, all of them agree every ten steps."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Asks for a stop when the time is over; with several processes, all of them agree every
+        ten steps.
+        """
         self._tell_steps(state)
         if self.max_seconds is None or (args.world_size > 1 and state.global_step % 10):
             return
@@ -210,7 +258,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             control.should_log = True
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **_: Any,
     ) -> None:
         """Prints the entry on the first process."""
         if not state.is_world_process_zero or not logs:
@@ -231,7 +284,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if self.watch is not None:
             self.watch("batches of held-out rows", self._held_out, 0)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Begins to count them anew."""
         self._held_out = 0
         self._tell_steps(state)

@@ -1,4 +1,4 @@
-"""Loads this model with the package landmark-attention, which has its code; see LANDMARK.md."""
+"""Loads this model with the package landmark-attention; see LANDMARK.md."""
 
 try:
     from landmark.hf.families import (
@@ -8,5 +8,6 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        f"this model needs landmark-attention, missing or too old here: pip install -U landmark-attention ({error})"
+        "this model needs landmark-attention, missing or too old here: pip install -U "
+        f"landmark-attention ({error})"
     ) from None

@@ -1,11 +1,13 @@
-"""Two kernels that bring chosen blocks from the memory of the CPU, so that a token of a GPU waits for no answer of it.
+"""Two kernels that bring chosen blocks from the memory of the CPU, so that a token of a GPU waits
+for no answer of it.
 
-One program of ``place_kernel`` for each row and key/value head does what ``SomeNear`` does in plain PyTorch: it looks
-up which of the blocks that its queries chose stand in frames, and gives the others frames of those that were not asked
-for longest. Then ``copy_kernel`` reads those others where they lie, by address.
+One program of ``place_kernel`` for each row and key/value head does what ``SomeNear`` does in plain
+PyTorch: it looks up which of the blocks that its queries chose stand in frames, and gives the
+others frames of those that were not asked for longest. Then ``copy_kernel`` reads those others
+where they lie, by address.
 
-An *owner* is a row and key/value head; what it wants is what its queries chose. Other names are those of
-``kernels.py``.
+An *owner* is a row and key/value head; what it wants is what its queries chose. Other names are
+those of ``kernels.py``.
 """
 
 import triton
@@ -41,35 +43,60 @@ def higher_of(one, other):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def place_kernel(
-    p_chosen, p_own, p_recent, p_hot, p_asked, p_counted, p_frame, p_missing,
-    groups, n_wanted, n_items, n_hot, n_ring, n_near, first_stored,
-    TOP_K: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """Gives each item of an owner's queries its frame, and says which of the chosen have to be brought there.
+    p_chosen,
+    p_own,
+    p_recent,
+    p_hot,
+    p_asked,
+    p_counted,
+    p_frame,
+    p_missing,
+    groups,
+    n_wanted,
+    n_items,
+    n_hot,
+    n_ring,
+    n_near,
+    first_stored,
+    TOP_K: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Gives each item of an owner's queries its frame, and says which of the chosen have to be
+    brought there.
 
-    ``p_frame`` (owners, queries, n_items) gets frames, ``p_missing`` (owners, n_wanted) the frame of a block that is
-    not there, once for each of them, else -1. Hot frames and what is wanted are sorted together by block, ``SIZE`` at
-    most: what is wanted comes right behind the frame that holds it, and equal blocks side by side.
+    ``p_frame`` (owners, queries, n_items) gets frames, ``p_missing`` (owners, n_wanted) the frame
+    of a block that is not there, once for each of them, else -1. Hot frames and what is wanted are
+    sorted together by block, ``SIZE`` at most: what is wanted comes right behind the frame that
+    holds it, and equal blocks side by side.
     """
-    i_owner, o_each = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
-    i_row, o_hot = i_owner // groups, o_each - n_wanted
-    p_hot, p_asked, p_missing = p_hot + i_owner * n_hot, p_asked + i_owner * n_hot, p_missing + i_owner * n_wanted
+    i_owner = tl.program_id(0).to(tl.int64)
+    o_each = tl.arange(0, SIZE)
+    i_row = i_owner // groups
+    o_hot = o_each - n_wanted
+    p_hot = p_hot + i_owner * n_hot
+    p_asked = p_asked + i_owner * n_hot
+    p_missing = p_missing + i_owner * n_wanted
     p_frame += i_owner * (n_wanted // TOP_K) * n_items
-    inside, is_hot = o_each < n_wanted, (o_hot >= 0) & (o_hot < n_hot)
+    inside = o_each < n_wanted
+    is_hot = (o_hot >= 0) & (o_hot < n_hot)
     place = tl.load(p_chosen + i_owner * n_wanted + o_each, mask=inside, other=-1).to(tl.int32)
     block = tl.where(place <= 0, 0, place + first_stored - 1)
     recent = tl.load(p_recent + i_row * n_ring + block % n_ring).to(tl.int32)
     far = (place > 0) & (recent != block)
     frame = tl.where(block == 0, 0, 1 + block % n_ring)
-    tl.store(p_frame + (o_each // TOP_K) * n_items + o_each % TOP_K, frame, mask=inside & (far == 0))
+    tl.store(
+        p_frame + (o_each // TOP_K) * n_items + o_each % TOP_K, frame, mask=inside & (far == 0)
+    )
     tl.store(p_missing + o_each, -1, mask=inside & (far == 0))
 
     now = tl.max(tl.load(p_asked + o_hot, mask=is_hot, other=0), axis=0) + 1
     block = tl.where(far, block, tl.load(p_hot + o_hot, mask=is_hot, other=0))
     order = tl.where(far | is_hot, (block << BITS) + tl.where(far, FRAMES + o_each, o_hot), LAST)
     order = tl.sort(order)
-    block, entry = order >> BITS, (order & (2 * FRAMES - 1)).to(tl.int32)
-    is_hot, wanted = entry < FRAMES, (entry >= FRAMES) & (order != LAST)
+    block = order >> BITS
+    entry = (order & (2 * FRAMES - 1)).to(tl.int32)
+    is_hot = entry < FRAMES
+    wanted = (entry >= FRAMES) & (order != LAST)
     behind = tl.gather(tl.where(wanted, block, -2), tl.minimum(o_each + 1, SIZE - 1), 0)
     before = tl.where(o_each == 0, -2, tl.gather(block, tl.maximum(o_each - 1, 0), 0))
     kept = is_hot & (behind == block)
@@ -86,7 +113,8 @@ def place_kernel(
     tl.debug_barrier()
     tl.store(p_hot + at, block, mask=once)
     tl.store(p_asked + at, now + tl.zeros((SIZE,), tl.int64), mask=wanted)
-    o_wanted, frame = entry - FRAMES, 1 + n_ring + at
+    o_wanted = entry - FRAMES
+    frame = 1 + n_ring + at
     tl.store(p_missing + o_wanted, tl.where(once, frame, -1), mask=wanted)
     tl.store(p_frame + (o_wanted // TOP_K) * n_items + o_wanted % TOP_K, frame, mask=wanted)
 
@@ -103,21 +131,34 @@ def place_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def copy_kernel(
-    p_chosen, p_missing, p_address, p_key, p_value,
-    groups, n_wanted, n_rows, n_length, first_stored, store_head,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    p_chosen,
+    p_missing,
+    p_address,
+    p_key,
+    p_value,
+    groups,
+    n_wanted,
+    n_rows,
+    n_length,
+    first_stored,
+    store_head,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Copies the keys, or the values, of one missing block, ``SIZE`` numbers, to its frame.
 
-    ``p_address`` (extents, n_rows, 2): where the first of ``n_length`` blocks begins, and bytes from one to the next.
+    ``p_address`` (extents, n_rows, 2): where the first of ``n_length`` blocks begins, and bytes
+    from one to the next.
     """
-    i_half, i_entry = tl.program_id(0) % 2, (tl.program_id(0) // 2).to(tl.int64)
+    i_half = tl.program_id(0) % 2
+    i_entry = (tl.program_id(0) // 2).to(tl.int64)
     frame = tl.load(p_missing + i_entry)
     if frame >= 0:
         i_owner = i_entry // n_wanted
         block = tl.load(p_chosen + i_entry).to(tl.int32) + first_stored - 1
         p_extent = p_address + ((block // n_length).to(tl.int64) * n_rows + i_owner // groups) * 2
-        begin, step = tl.load(p_extent), tl.load(p_extent + 1)
+        begin = tl.load(p_extent)
+        step = tl.load(p_extent + 1)
         bytes_of_one = p_key.dtype.element_ty.primitive_bitwidth // 8
         begin += (block % n_length) * step + (i_owner % groups * 2 + i_half) * (SIZE * bytes_of_one)
         p_from = tl.multiple_of(begin, 16).to(tl.pointer_type(p_key.dtype.element_ty))

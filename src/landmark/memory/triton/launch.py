@@ -1,4 +1,6 @@
-"""Launches the kernels: what one layer chooses and reads in one call, in place of a dozen steps of plain PyTorch."""
+"""Launches the kernels: what one layer chooses and reads in one call, in place of a dozen steps of
+plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,19 @@ from landmark.ops.triton.configs import kept_of, on_device, power_of_two
 
 ALL_BLOCKS = 2**30  # more than there are
 MARKS = 64
-MOST_ROWS, LEAST_ROWS = 64, 16
+MOST_ROWS = 64
+LEAST_ROWS = 16
 CHOICE_NUMBERS = 2**12
-MARK_STAGES, MARK_BYTES = 3, 3 * 2**14
-PARTS, MOST_STACKED = 4, 32  # rows of a product for a query in three parts of bfloat16, and for all queries
+MARK_STAGES = 3
+MARK_BYTES = 3 * 2**14
+PARTS = 4
+MOST_STACKED = 32  # rows of a product for a query in three parts of bfloat16, and for all queries
 WARPS = 4
 WAVES = 3  # programs of a multiprocessor that score landmarks
 PEAKS = (256, 1024)  # chunks that a choice looks at in one go
 READ_STAGES = 1
-READ_WARPS, READ_BYTES = (2, 4), 2**14  # for keys of a block that are no larger, and for others
+READ_WARPS = (2, 4)
+READ_BYTES = 2**14  # for keys of a block that are no larger, and for others
 FILE_WARPS = 1
 
 
@@ -42,7 +48,8 @@ def choose_places(
     config: LandmarkConfig,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """What ``choose(landmark_scores(...))`` of ``retrieval.py`` gives under ``token_head``, no scores kept.
+    """What ``choose(landmark_scores(...))`` of ``retrieval.py`` gives under ``token_head``, no
+    scores kept.
 
     Args:
         query: ``(B, G, R, n, W, D)``, rotated by its place inside the block.
@@ -54,23 +61,40 @@ def choose_places(
         scale: the softmax scale.
 
     Returns:
-        places, ascending, int32, and whether each is valid, ``(B, G, R, n, W, K)`` with ``K`` of at most ``count``;
-        invalid ones come last and hold 0.
+        places, ascending, int32, and whether each is valid, ``(B, G, R, n, W, K)`` with ``K`` of at
+        most ``count``; invalid ones come last and hold 0.
     """
-    stingy, (marks, largest) = config.positions == "stingy", _marks(grid, count, store, tables, config)
+    stingy = config.positions == "stingy"
+    (marks, largest) = _marks(grid, count, store, tables, config)
     distance = own_slot(grid, config.top_k) if stingy else grid.own
     chosen = torch.empty((*query.shape[:5], config.top_k), dtype=torch.int32, device=query.device)
     rows = rows_of_choice(query)
     with on_device(query.device):
         choice_kernel[(_programs(query, rows),)](
-            query, marks, *_turns(tables, query, largest), *map(_numbers, (grid.own, grid.local_first, distance)),
-            chosen, *query.stride()[:5], *marks.stride()[:2], *query.shape[1:5], count, store.first,
-            _most(config), scale, **_turned(tables, query),
-            ROWS=rows, MARKS=MARKS, TOP_K=config.top_k, KEPT=kept_of(config.top_k),
-            RECENT=config.top_k if stingy else 0, EQUAL=store.shared_landmark, KEEP_FIRST=config.local == "blocks",
-            PRECISION=_precision(query), num_warps=WARPS,
+            query,
+            marks,
+            *_turns(tables, query, largest),
+            *map(_numbers, (grid.own, grid.local_first, distance)),
+            chosen,
+            *query.stride()[:5],
+            *marks.stride()[:2],
+            *query.shape[1:5],
+            count,
+            store.first,
+            _most(config),
+            scale,
+            **_turned(tables, query),
+            ROWS=rows,
+            MARKS=MARKS,
+            TOP_K=config.top_k,
+            KEPT=kept_of(config.top_k),
+            RECENT=config.top_k if stingy else 0,
+            EQUAL=store.shared_landmark,
+            KEEP_FIRST=config.local == "blocks",
+            PRECISION=_precision(query),
+            num_warps=WARPS,
             num_stages=stages_of_marks(MARKS * query.shape[-1] * (marks.itemsize + 4)),
-        )  # fmt: skip
+        )
     chosen = chosen[..., : min(config.top_k, count)]
     return chosen.clamp(min=0), chosen >= 0
 
@@ -86,32 +110,73 @@ def attend(
     largest: int,
 ) -> tuple[Tensor, Tensor]:
     """As ``landmark.memory.plain.attend``."""
-    rows, turns = _rows(query), _turns(tables, query, largest)
-    shape = {**_turned(tables, query), "BLOCK": store.block_size, "WIDTH": power_of_two(store.block_size)}
+    rows = _rows(query)
+    turns = _turns(tables, query, largest)
+    shape = {
+        **_turned(tables, query),
+        "BLOCK": store.block_size,
+        "WIDTH": power_of_two(store.block_size),
+    }
     keys, values, own, past = store.fetch(store.place_of(grid.own)[:, None], shared[0][:, None])
     out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     lse = torch.empty(query.shape[:5], dtype=torch.float32, device=query.device)
     with on_device(query.device):
         shared_kernel[(_programs(query, rows),)](
-            query, keys, values, *turns, *map(_numbers, (own, grid.offsets, past, shared[1])), out, lse,
-            *query.stride()[:5], *keys.stride()[:2], *query.shape[1:5], past.shape[-1], scale, **shape, ROWS=rows,
+            query,
+            keys,
+            values,
+            *turns,
+            *map(_numbers, (own, grid.offsets, past, shared[1])),
+            out,
+            lse,
+            *query.stride()[:5],
+            *keys.stride()[:2],
+            *query.shape[1:5],
+            past.shape[-1],
+            scale,
+            **shape,
+            ROWS=rows,
             num_warps=WARPS,
-        )  # fmt: skip
+        )
         if chosen is None:
             return out.to(query.dtype), out.new_empty((*query.shape[:5], 0))
-        keys, values, frames = store.fetch(chosen[0].expand(-1, query.shape[1], *chosen[0].shape[2:]))
-        frames, distances = (each.int().expand(*query.shape[:5], -1) for each in (frames, chosen[1]))
-        result, count = torch.empty(query.shape, dtype=query.dtype, device=query.device), frames.shape[-1]
+        keys, values, frames = store.fetch(
+            chosen[0].expand(-1, query.shape[1], *chosen[0].shape[2:])
+        )
+        frames, distances = (
+            each.int().expand(*query.shape[:5], -1) for each in (frames, chosen[1])
+        )
+        result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        count = frames.shape[-1]
         gates = torch.empty((*query.shape[:5], count), dtype=torch.float32, device=query.device)
         chosen_kernel[(lse.numel(),)](
-            query, keys, values, *turns, frames, distances, out, lse, result, gates,
-            *query.stride()[:5], *keys.stride()[:2], *frames.stride(), *distances.stride(), *query.shape[1:5], count,
-            scale, **shape, KEPT=kept_of(count), num_warps=WARPS,
-        )  # fmt: skip
+            query,
+            keys,
+            values,
+            *turns,
+            frames,
+            distances,
+            out,
+            lse,
+            result,
+            gates,
+            *query.stride()[:5],
+            *keys.stride()[:2],
+            *frames.stride(),
+            *distances.stride(),
+            *query.shape[1:5],
+            count,
+            scale,
+            **shape,
+            KEPT=kept_of(count),
+            num_warps=WARPS,
+        )
     return result, gates
 
 
-def file(query: Tensor, key: Tensor, value: Tensor, grid: Grid, store: BlockStore, tables: RotationTables) -> Tensor:
+def file(
+    query: Tensor, key: Tensor, value: Tensor, grid: Grid, store: BlockStore, tables: RotationTables
+) -> Tensor:
     """Files a call of one own block in each row, but does not finish blocks, in one launch.
 
     Args:
@@ -125,18 +190,44 @@ def file(query: Tensor, key: Tensor, value: Tensor, grid: Grid, store: BlockStor
     Returns:
         the queries, rotated by their place inside the block, ``(B, G, R, 1, W, D)``.
     """
-    near, (batch, groups, repeats, width, dim) = store.near, query.shape
-    rotation, heads = tables.offsets(query.device, query.dtype), groups * repeats
-    turned = torch.empty((batch, groups, repeats, 1, width, dim), dtype=query.dtype, device=query.device)
-    given = [each if each.stride(-1) == 1 else each.contiguous() for each in (query.flatten(1, 2), key, value)]
+    near = store.near
+    (batch, groups, repeats, width, dim) = query.shape
+    rotation = tables.offsets(query.device, query.dtype)
+    heads = groups * repeats
+    turned = torch.empty(
+        (batch, groups, repeats, 1, width, dim), dtype=query.dtype, device=query.device
+    )
+    given = [
+        each if each.stride(-1) == 1 else each.contiguous()
+        for each in (query.flatten(1, 2), key, value)
+    ]
     ring = near.recent.shape[1] if isinstance(near, SomeNear) else 0
     with on_device(query.device):
         file_kernel[(heads + groups, width, batch)](
-            *given, rotation.cos, rotation.sin, grid.own, grid.offsets, grid.valid, turned, near.keys, near.values,
-            store.landmark_keys, *(step for each in given for step in each.stride()[:3]), *near.keys.stride()[:2],
-            *store.landmark_keys.stride()[:2], groups, heads, width, ring, store.first, **_turned(tables, query),
-            BLOCK=store.block_size, SHARED=store.shared_landmark, FETCHED=store.fetches, num_warps=FILE_WARPS,
-        )  # fmt: skip
+            *given,
+            rotation.cos,
+            rotation.sin,
+            grid.own,
+            grid.offsets,
+            grid.valid,
+            turned,
+            near.keys,
+            near.values,
+            store.landmark_keys,
+            *(step for each in given for step in each.stride()[:3]),
+            *near.keys.stride()[:2],
+            *store.landmark_keys.stride()[:2],
+            groups,
+            heads,
+            width,
+            ring,
+            store.first,
+            **_turned(tables, query),
+            BLOCK=store.block_size,
+            SHARED=store.shared_landmark,
+            FETCHED=store.fetches,
+            num_warps=FILE_WARPS,
+        )
     return turned
 
 
@@ -149,7 +240,8 @@ def decode(
     config: LandmarkConfig,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``choose_places`` and ``attend`` give, for few queries of one own block in each row, in two launches.
+    """What ``choose_places`` and ``attend`` give, for few queries of one own block in each row, in
+    two launches.
 
     A third chooses where blocks have to be fetched before they are read.
 
@@ -163,34 +255,76 @@ def decode(
         scale: the softmax scale.
 
     Returns:
-        the output ``(B, W, H, D)``, of the dtype of ``query``; the chosen places, ascending, int32, -1 for none, and
-        their gate weights, ``(B, G, R, 1, W, K)`` with ``K`` of at most ``count``.
+        the output ``(B, W, H, D)``, of the dtype of ``query``; the chosen places, ascending, int32,
+        -1 for none, and their gate weights, ``(B, G, R, 1, W, K)`` with ``K`` of at most ``count``.
     """
-    stingy, (batch, groups, repeats, _, width, dim) = config.positions == "stingy", query.shape
-    kept, items = kept_of(config.top_k), config.top_k + 1 + grid.local.shape[-1]
+    stingy = config.positions == "stingy"
+    (batch, groups, repeats, _, width, dim) = query.shape
+    kept = kept_of(config.top_k)
+    items = config.top_k + 1 + grid.local.shape[-1]
     largest = items if stingy else store.first + store.places
-    turns, choice = _turns(tables, query, largest), _scored(query, grid, count, store, tables, config, scale)
+    turns = _turns(tables, query, largest)
+    choice = _scored(query, grid, count, store, tables, config, scale)
     chunks = choice[0].shape[-1] // CHUNK.value
     shape = {"TOP_K": config.top_k, "KEPT": kept, "RECENT": config.top_k if stingy else 0}
     shape["PEAKS"] = next((each for each in (kept, PEAKS[0]) if chunks <= each), PEAKS[1])
     chosen = torch.empty((*query.shape[:5], config.top_k), dtype=torch.int32, device=query.device)
     gates = torch.empty(chosen.shape, dtype=torch.float32, device=query.device)
-    part = torch.empty((chosen[..., 0].numel(), items, dim), dtype=torch.float32, device=query.device)
-    lse, result = part.new_empty(part.shape[:2]), query.new_empty(batch, width, groups * repeats, dim)
+    part = torch.empty(
+        (chosen[..., 0].numel(), items, dim), dtype=torch.float32, device=query.device
+    )
+    lse = part.new_empty(part.shape[:2])
+    result = query.new_empty(batch, width, groups * repeats, dim)
     with on_device(query.device):
         if store.fetches:
             best_kernel[(len(part),)](
-                *choice[:3], grid.local_first, chosen, groups, repeats, width, count, chunks, store.first, **shape,
+                *choice[:3],
+                grid.local_first,
+                chosen,
+                groups,
+                repeats,
+                width,
+                count,
+                chunks,
+                store.first,
+                **shape,
                 num_warps=WARPS,
-            )  # fmt: skip
+            )
         arenas = _arenas(store, grid, chosen)
         read_kernel[(repeats * width, len(part) // (repeats * width), items)](
-            query, *arenas, *turns, grid.own, grid.local_first, grid.offsets, *choice[:3], part, lse, choice[3], chosen,
-            gates, result, *_strides(query), *arenas[0].stride()[:2], *arenas[2].stride()[:2], groups, width,
-            count, chunks, items, store.first, scale, **_turned(tables, query), **shape, BLOCK=store.block_size,
-            WIDTH=power_of_two(store.block_size), STINGY=stingy, ITEMS=power_of_two(items), FETCHED=store.fetches,
-            num_warps=read_warps(store.block_size * dim * query.itemsize), num_stages=READ_STAGES,
-        )  # fmt: skip
+            query,
+            *arenas,
+            *turns,
+            grid.own,
+            grid.local_first,
+            grid.offsets,
+            *choice[:3],
+            part,
+            lse,
+            choice[3],
+            chosen,
+            gates,
+            result,
+            *_strides(query),
+            *arenas[0].stride()[:2],
+            *arenas[2].stride()[:2],
+            groups,
+            width,
+            count,
+            chunks,
+            items,
+            store.first,
+            scale,
+            **_turned(tables, query),
+            **shape,
+            BLOCK=store.block_size,
+            WIDTH=power_of_two(store.block_size),
+            STINGY=stingy,
+            ITEMS=power_of_two(items),
+            FETCHED=store.fetches,
+            num_warps=read_warps(store.block_size * dim * query.itemsize),
+            num_stages=READ_STAGES,
+        )
     found = slice(min(config.top_k, count))
     return result, chosen[..., found], gates[..., found]
 
@@ -204,14 +338,23 @@ def _scored(
     config: LandmarkConfig,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores by place, the best of each chunk, those of the latest blocks; and room to count what has arrived."""
-    stingy, (batch, groups, repeats, _, width, _) = config.positions == "stingy", query.shape
-    queries, chunks, kept = repeats * width, -(-count // CHUNK.value), kept_of(config.top_k)
+    """Scores by place, the best of each chunk, those of the latest blocks; and room to count what
+    has arrived.
+    """
+    stingy = config.positions == "stingy"
+    (batch, groups, repeats, _, width, _) = query.shape
+    queries = repeats * width
+    chunks = -(-count // CHUNK.value)
+    kept = kept_of(config.top_k)
     marks, largest = _marks(grid, count, store, tables, config)
-    scores = torch.empty((batch, groups, queries, chunks * CHUNK.value), dtype=torch.float32, device=query.device)
-    peaks, recent = scores.new_empty((*scores.shape[:3], chunks)), scores.new_empty((*scores.shape[:3], kept))
+    scores = torch.empty(
+        (batch, groups, queries, chunks * CHUNK.value), dtype=torch.float32, device=query.device
+    )
+    peaks = scores.new_empty((*scores.shape[:3], chunks))
+    recent = scores.new_empty((*scores.shape[:3], kept))
     arrived = torch.empty(scores.shape[:3], dtype=torch.int32, device=query.device)
-    precision, parts = "parts" if marks.dtype == torch.bfloat16 else _precision(query), 1
+    precision = "parts" if marks.dtype == torch.bfloat16 else _precision(query)
+    parts = 1
     if precision == "parts" and PARTS * queries <= MOST_STACKED and not store.shared_landmark:
         parts = PARTS
     rows = max(LEAST_ROWS, parts * power_of_two(queries))
@@ -219,18 +362,45 @@ def _scored(
     splits = -(-chunks // each)
     with on_device(query.device):
         score_kernel[(batch * groups * (splits + stingy * queries),)](
-            query, marks, *_turns(tables, query, largest), grid.own, grid.local_first, scores, peaks, recent, arrived,
-            *_strides(query), *marks.stride()[:2], groups, repeats, width, count, chunks, splits, each, store.first,
-            _most(config), scale, **_turned(tables, query),
-            ROWS=rows, QUERIES=rows // parts, KEPT=kept, RECENT=config.top_k if stingy else 0,
-            EQUAL=store.shared_landmark, KEEP_FIRST=config.local == "blocks", PRECISION=precision, num_warps=WARPS,
+            query,
+            marks,
+            *_turns(tables, query, largest),
+            grid.own,
+            grid.local_first,
+            scores,
+            peaks,
+            recent,
+            arrived,
+            *_strides(query),
+            *marks.stride()[:2],
+            groups,
+            repeats,
+            width,
+            count,
+            chunks,
+            splits,
+            each,
+            store.first,
+            _most(config),
+            scale,
+            **_turned(tables, query),
+            ROWS=rows,
+            QUERIES=rows // parts,
+            KEPT=kept,
+            RECENT=config.top_k if stingy else 0,
+            EQUAL=store.shared_landmark,
+            KEEP_FIRST=config.local == "blocks",
+            PRECISION=precision,
+            num_warps=WARPS,
             num_stages=stages_of_marks(CHUNK.value * marks.shape[-1] * marks.itemsize),
-        )  # fmt: skip
+        )
     return scores, peaks, recent, arrived
 
 
 def _arenas(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...]:
-    """Keys and values of the own and local blocks, of the chosen ones, and the frame of each item of a query."""
+    """Keys and values of the own and local blocks, of the chosen ones, and the frame of each item
+    of a query.
+    """
     if not store.fetches:
         keys, values = store.fetch()
         return keys, values, keys, values, chosen
@@ -240,14 +410,20 @@ def _arenas(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...]
     near = grid.own[..., None] - torch.arange(1 + grid.local.shape[-1], device=grid.own.device)
     keys, values, near_frames = store.fetch(store.place_of(near.clamp(min=0))[:, None])
     far_keys, far_values, far_frames = store.fetch(chosen.clamp(min=0))
-    frames = torch.cat((far_frames, near_frames[:, :, None, :, None].expand(*chosen.shape[:5], -1)), dim=-1)
+    frames = torch.cat(
+        (far_frames, near_frames[:, :, None, :, None].expand(*chosen.shape[:5], -1)), dim=-1
+    )
     return keys, values, far_keys, far_values, _numbers(frames)
 
 
 def _bring(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...] | None:
-    """As ``_arenas``, by kernels, where all blocks lie in the memory of the CPU and the hot frames hold the chosen."""
-    near, (batch, groups, *_, top_k) = store.near, chosen.shape
-    wanted, items = chosen[0, 0].numel(), top_k + 1 + grid.local.shape[-1]
+    """As ``_arenas``, by kernels, where all blocks lie in the memory of the CPU and the hot frames
+    hold the chosen.
+    """
+    near = store.near
+    (batch, groups, *_, top_k) = chosen.shape
+    wanted = chosen[0, 0].numel()
+    items = top_k + 1 + grid.local.shape[-1]
     if not isinstance(near, SomeNear) or wanted > near.hot.shape[1]:
         return None
     addresses = near.shelf.addresses(chosen.device)
@@ -255,16 +431,46 @@ def _bring(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...] 
         return None
     frames = chosen.new_empty((*chosen.shape[:5], items))
     missing = torch.empty_like(chosen)
-    size, hot, ring = near.keys[0, 0, 0].numel(), near.hot.shape[1], near.recent.shape[1]
+    size = near.keys[0, 0, 0].numel()
+    hot = near.hot.shape[1]
+    ring = near.recent.shape[1]
     with on_device(chosen.device):
         place_kernel[(batch * groups,)](
-            chosen, grid.own, near.recent, near.hot, near.asked, near.counted, frames, missing, groups, wanted, items,
-            hot, ring, items - top_k, store.first, TOP_K=top_k, SIZE=power_of_two(wanted + hot), num_warps=WARPS,
-        )  # fmt: skip
+            chosen,
+            grid.own,
+            near.recent,
+            near.hot,
+            near.asked,
+            near.counted,
+            frames,
+            missing,
+            groups,
+            wanted,
+            items,
+            hot,
+            ring,
+            items - top_k,
+            store.first,
+            TOP_K=top_k,
+            SIZE=power_of_two(wanted + hot),
+            num_warps=WARPS,
+        )
         copy_kernel[(2 * missing.numel(),)](
-            chosen, missing, addresses, near.keys, near.values, groups, wanted, batch, near.shelf.length, store.first,
-            near.keys.stride(1), SIZE=size, WIDTH=power_of_two(size), num_warps=WARPS,
-        )  # fmt: skip
+            chosen,
+            missing,
+            addresses,
+            near.keys,
+            near.values,
+            groups,
+            wanted,
+            batch,
+            near.shelf.length,
+            store.first,
+            near.keys.stride(1),
+            SIZE=size,
+            WIDTH=power_of_two(size),
+            num_warps=WARPS,
+        )
     return near.keys, near.values, near.keys, near.values, frames
 
 
@@ -275,7 +481,8 @@ def _marks(
     marks = store.landmarks(count)
     if config.positions == "stingy":
         return marks, config.top_k + 1 + grid.local.shape[-1]
-    largest, blocks = store.first + store.places, store.block_of(torch.arange(count, device=marks.device))
+    largest = store.first + store.places
+    blocks = store.block_of(torch.arange(count, device=marks.device))
     return tables.by_blocks(blocks, torch.float32, largest).rotate(marks.float()), largest
 
 
@@ -301,7 +508,11 @@ def read_warps(size: int) -> int:
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
 
 
 def _turns(tables: RotationTables, query: Tensor, largest: int) -> tuple[Tensor, Tensor]:
@@ -325,7 +536,8 @@ def rows_of_choice(query: Tensor) -> int:
 
 
 def stages_of_marks(size: int) -> int:
-    """Returns how many stages a loop over tiles of landmarks has, for such of ``size`` bytes with any copy in float32.
+    """Returns how many stages a loop over tiles of landmarks has, for such of ``size`` bytes with
+    any copy in float32.
 
     Two large tiles on their way at once would exceed the 99 KiB of shared memory of some cards.
     """

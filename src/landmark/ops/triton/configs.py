@@ -1,8 +1,10 @@
-"""How large the tiles are, by architecture, dtype and head dim; nothing is tuned when a program runs.
+"""How large the tiles are, by architecture, dtype and head dim; nothing is tuned when a program
+runs.
 
-Rows and keys of a tile, warps, and stages of the loads' pipeline, for each of the three kernels. Those of ``HOPPER``
-for head dims up to 128 are the fastest of about fifty that were timed on one H200 (8,192 slots at 128, 4,096 at 64,
-blocks of 64, bfloat16). All others are sized by shared memory, compile, and are unmeasured.
+Rows and keys of a tile, warps, and stages of the loads' pipeline, for each of the three kernels.
+Those of ``HOPPER`` for head dims up to 128 are the fastest of about fifty that were timed on one
+H200 (8,192 slots at 128, 4,096 at 64, blocks of 64, bfloat16). All others are sized by shared
+memory, compile, and are unmeasured.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ FLOAT32 = {
 }
 # Bytes of a tile of queries where blocks are chosen, for the smallest shared memory.
 CHOICE_BYTES = 2**14
-# The forward pass of ``hopper.py``, for 16 bits a number; and the versions of Triton, whose language for it may change,
-# that were tried: 3.6 measured on one H200, 3.7 compiled.
+# The forward pass of ``hopper.py``, for 16 bits a number; and the versions of Triton, whose
+# language for it may change, that were tried: 3.6 measured on one H200, 3.7 compiled.
 PIPELINED_BLOCK = 64
 PIPELINED_DIMS = (128,)  # at 64 it is no faster than Triton
 PIPELINED_STAGES = 2
@@ -60,10 +62,14 @@ PIPELINED_TRITON = ("3.6.", "3.7.")
 INTERPRETED = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
 
 
-def config_for(device: torch.device, dtype: torch.dtype, dim: int, *, top_k: bool = False) -> Config:
-    """Returns the tiles for tensors of ``dtype`` and head dim ``dim`` on ``device`` (a CPU: Triton's interpreter).
+def config_for(
+    device: torch.device, dtype: torch.dtype, dim: int, *, top_k: bool = False
+) -> Config:
+    """Returns the tiles for tensors of ``dtype`` and head dim ``dim`` on ``device`` (a CPU:
+    Triton's interpreter).
 
-    With ``top_k`` all three kernels have the same tiles of queries, for which it is listed which blocks they read.
+    With ``top_k`` all three kernels have the same tiles of queries, for which it is listed which
+    blocks they read.
     """
     if device.type == "cpu":
         config = INTERPRETED
@@ -79,7 +85,9 @@ def config_for(device: torch.device, dtype: torch.dtype, dim: int, *, top_k: boo
 
 @cache
 def pipelines(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    """Whether the pipelined forward pass runs for tensors of ``dtype`` and head dim ``dim`` on ``device``."""
+    """Whether the pipelined forward pass runs for tensors of ``dtype`` and head dim ``dim`` on
+    ``device``.
+    """
     if device.type != "cuda" or dtype == torch.float32 or dim not in PIPELINED_DIMS:
         return False
     import triton
@@ -109,7 +117,9 @@ def on_device(device: torch.device) -> Any:
 
 
 def power_of_two(number: int) -> int:
-    """Returns the least power of two that is not below ``number``, as Triton's own does, without its wrapping."""
+    """Returns the least power of two that is not below ``number``, as Triton's own does, without
+    its wrapping.
+    """
     return 1 << (number - 1).bit_length()
 
 

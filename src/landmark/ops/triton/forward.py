@@ -1,4 +1,6 @@
-"""The forward pass: one program for each tile of queries, an online softmax over the blocks that it sees."""
+"""The forward pass: one program for each tile of queries, an online softmax over the blocks that it
+sees.
+"""
 
 import triton
 import triton.language as tl
@@ -23,20 +25,38 @@ from landmark.ops.triton.primitives import (
 
 @triton.jit
 def block_scores(
-    query, keys, slot, origin, block, n_keys, factor,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    PIECES: tl.constexpr, TMA: tl.constexpr, CLEAR: tl.constexpr,
-):  # fmt: skip
-    """Peak and total of the text, and landmark's score, (ROWS, 1) each, of a block that is read in pieces."""
+    query,
+    keys,
+    slot,
+    origin,
+    block,
+    n_keys,
+    factor,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIECES: tl.constexpr,
+    TMA: tl.constexpr,
+    CLEAR: tl.constexpr,
+):
+    """Peak and total of the text, and landmark's score, (ROWS, 1) each, of a block that is read in
+    pieces.
+    """
     peak = tl.full((ROWS, 1), LOWEST, tl.float32)
     total = tl.zeros((ROWS, 1), tl.float32)
     mark = tl.zeros((ROWS, 1), tl.float32)
     for piece in range(0, PIECES):
-        key = load_keys(keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, 1, WIDTH, TMA, CLEAR)
+        key = load_keys(
+            keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, 1, WIDTH, TMA, CLEAR
+        )
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         text, here = text_scores(scores, slot, block, piece, n_keys, BLOCK, ROWS, 1, WIDTH, CLEAR)
         higher = tl.maximum(peak, tl.max(text, axis=2) * factor)
-        total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(text * factor - higher[:, :, None]), axis=2)
+        total = total * tl.exp2(peak - higher) + tl.sum(
+            tl.exp2(text * factor - higher[:, :, None]), axis=2
+        )
         peak = higher
         mark += here
     return peak, total, mark
@@ -44,15 +64,31 @@ def block_scores(
 
 @triton.jit
 def clear_peak(
-    query, marks, origin, n_clear, factor,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, MARKS: tl.constexpr,
-):  # fmt: skip
-    """Highest logit (ROWS,) of the first ``n_clear`` blocks, past blocks of all queries: landmarks alone say it."""
+    query,
+    marks,
+    origin,
+    n_clear,
+    factor,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    MARKS: tl.constexpr,
+):
+    """Highest logit (ROWS,) of the first ``n_clear`` blocks, past blocks of all queries: landmarks
+    alone say it.
+    """
     peak = tl.full((ROWS,), LOWEST, tl.float32)
     for block in range(0, n_clear, MARKS):
-        o_mark = tl.minimum(tl.arange(0, MARKS), n_clear - 1 - block) * BLOCK  # the last one again and again
-        mark = load_rows(marks, origin + block * BLOCK + BLOCK - 1, o_mark, 0, MARKS, DIM, PADDED, False, True)
-        peak = tl.maximum(peak, tl.max(tl.dot(query, tl.trans(mark), input_precision="ieee"), axis=1))
+        o_mark = (
+            tl.minimum(tl.arange(0, MARKS), n_clear - 1 - block) * BLOCK
+        )  # the last one again and again
+        mark = load_rows(
+            marks, origin + block * BLOCK + BLOCK - 1, o_mark, 0, MARKS, DIM, PADDED, False, True
+        )
+        peak = tl.maximum(
+            peak, tl.max(tl.dot(query, tl.trans(mark), input_precision="ieee"), axis=1)
+        )
     return peak * factor
 
 
@@ -67,16 +103,38 @@ def raise_peak(state, peak):
 
 @triton.jit
 def attend_tile(
-    state, query, chosen, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr, CLEAR: tl.constexpr,
-):  # fmt: skip
-    """Adds the blocks from ``block`` on to ``state``: output (ROWS, PADDED), peak and total (ROWS,) of the gate.
+    state,
+    query,
+    chosen,
+    keys,
+    values,
+    slot,
+    own,
+    origin,
+    block,
+    n_keys,
+    n_closed,
+    factor,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIECES: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TMA: tl.constexpr,
+    CLEAR: tl.constexpr,
+):
+    """Adds the blocks from ``block`` on to ``state``: output (ROWS, PADDED), peak and total (ROWS,)
+    of the gate.
 
     Where all are past blocks of all queries, the peak must be theirs already.
     """
     if PIECES == 1:
-        key = load_keys(keys, origin, block, 0, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR)
+        key = load_keys(
+            keys, origin, block, 0, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR
+        )
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         text, mark = text_scores(scores, slot, block, 0, n_keys, BLOCK, ROWS, BLOCKS, WIDTH, CLEAR)
         peak = tl.maximum(tl.max(text, axis=2) * factor, LOWEST)
@@ -84,8 +142,22 @@ def attend_tile(
         total = tl.sum(exponent, axis=2)
     else:
         peak, total, mark = block_scores(
-            query, keys, slot, origin, block, n_keys, factor, BLOCK, DIM, PADDED, ROWS, WIDTH, PIECES, TMA, CLEAR
-        )  # fmt: skip
+            query,
+            keys,
+            slot,
+            origin,
+            block,
+            n_keys,
+            factor,
+            BLOCK,
+            DIM,
+            PADDED,
+            ROWS,
+            WIDTH,
+            PIECES,
+            TMA,
+            CLEAR,
+        )
     past, is_own = relation(block, own, chosen, n_closed, BLOCKS, TOP_K)
     ALL: tl.constexpr = CLEAR and TOP_K == 0
     logit = gate_logit(peak, total, mark * factor, past, is_own, ALL)
@@ -97,68 +169,192 @@ def attend_tile(
     share = text_share(gate, total, past, ALL)
     for piece in range(0, PIECES):
         if PIECES > 1:
-            key = load_keys(keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR)
+            key = load_keys(
+                keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR
+            )
             scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-            text, _ = text_scores(scores, slot, block, piece, n_keys, BLOCK, ROWS, BLOCKS, WIDTH, CLEAR)
+            text, _ = text_scores(
+                scores, slot, block, piece, n_keys, BLOCK, ROWS, BLOCKS, WIDTH, CLEAR
+            )
             exponent = tl.exp2(text * factor - peak[:, :, None])
         weights = tl.reshape(exponent * share[:, :, None], (ROWS, BLOCKS * WIDTH))
-        value = load_keys(values, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR)
+        value = load_keys(
+            values, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR
+        )
         out = tl.dot(weights.to(value.dtype), value, out, input_precision="ieee")
     return out, gate_peak, gate_total
 
 
 @triton.jit
 def attend_document(
-    state, query, chosen, p_listed, n_listed, keys, values, marks, first, o_slot, origin, end, n_keys, factor,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Adds what the queries see of the document from ``origin`` to ``end``: their own blocks, then past blocks.
+    state,
+    query,
+    chosen,
+    p_listed,
+    n_listed,
+    keys,
+    values,
+    marks,
+    first,
+    o_slot,
+    origin,
+    end,
+    n_keys,
+    factor,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIECES: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Adds what the queries see of the document from ``origin`` to ``end``: their own blocks, then
+    past blocks.
 
-    With ``TOP_K`` the past blocks are those that some query of the tile chose, ``n_listed`` of them at ``p_listed``.
+    With ``TOP_K`` the past blocks are those that some query of the tile chose, ``n_listed`` of them
+    at ``p_listed``.
     """
     slot, own, n_keys, n_closed, n_clear, n_seen = visible(
         first, o_slot, origin, end, n_keys, BLOCK, ROWS, BLOCKS
-    )  # fmt: skip
+    )
     for block in range(n_clear, n_seen, BLOCKS):
         state = attend_tile(
-            state, query, chosen, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
-            BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA, False,
-        )  # fmt: skip
+            state,
+            query,
+            chosen,
+            keys,
+            values,
+            slot,
+            own,
+            origin,
+            block,
+            n_keys,
+            n_closed,
+            factor,
+            BLOCK,
+            DIM,
+            PADDED,
+            ROWS,
+            BLOCKS,
+            WIDTH,
+            PIECES,
+            TOP_K,
+            TMA,
+            False,
+        )
     if TOP_K > 0:
         for i_listed in range(0, n_listed):
             block = tl.load(p_listed + i_listed)
             state = attend_tile(
-                state, query, chosen, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
-                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA, True,
-            )  # fmt: skip
+                state,
+                query,
+                chosen,
+                keys,
+                values,
+                slot,
+                own,
+                origin,
+                block,
+                n_keys,
+                n_closed,
+                factor,
+                BLOCK,
+                DIM,
+                PADDED,
+                ROWS,
+                BLOCKS,
+                WIDTH,
+                PIECES,
+                TOP_K,
+                TMA,
+                True,
+            )
     else:
         peak = clear_peak(query, marks, origin, n_clear, factor, BLOCK, DIM, PADDED, ROWS, 64)
         state = raise_peak(state, peak)
         for block in range(0, n_clear, BLOCKS):
             state = attend_tile(
-                state, query, chosen, keys, values, slot, own, origin, block, n_keys, n_closed, factor,
-                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA, True,
-            )  # fmt: skip
+                state,
+                query,
+                chosen,
+                keys,
+                values,
+                slot,
+                own,
+                origin,
+                block,
+                n_keys,
+                n_closed,
+                factor,
+                BLOCK,
+                DIM,
+                PADDED,
+                ROWS,
+                BLOCKS,
+                WIDTH,
+                PIECES,
+                TOP_K,
+                TMA,
+                True,
+            )
     return state
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
-    p_query, p_key, p_value, p_mark, p_out, p_lse, p_start, p_origin, p_chosen, p_listed, p_counts, listed_stride,
-    query_batch, query_head, query_stride,
-    key_batch, key_head, key_stride,
-    value_batch, value_head, value_stride,
-    out_batch, out_head, out_stride,
-    n_heads, group, n_queries, n_keys, query_start, factor,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr, STARTS: tl.constexpr, SEGMENTS: tl.constexpr,
-    TOP_K: tl.constexpr, KEPT: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Output and log-sum-exp of a tile of queries; of a head's tiles those that see most come first."""
+    p_query,
+    p_key,
+    p_value,
+    p_mark,
+    p_out,
+    p_lse,
+    p_start,
+    p_origin,
+    p_chosen,
+    p_listed,
+    p_counts,
+    listed_stride,
+    query_batch,
+    query_head,
+    query_stride,
+    key_batch,
+    key_head,
+    key_stride,
+    value_batch,
+    value_head,
+    value_stride,
+    out_batch,
+    out_head,
+    out_stride,
+    n_heads,
+    group,
+    n_queries,
+    n_keys,
+    query_start,
+    factor,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIECES: tl.constexpr,
+    STARTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    KEPT: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Output and log-sum-exp of a tile of queries; of a head's tiles those that see most come
+    first.
+    """
     n_tiles = tl.cdiv(n_queries, ROWS)
     i_query = (n_tiles - 1 - tl.program_id(0) % n_tiles) * ROWS
-    i_row, i_head = tl.program_id(0) // n_tiles // n_heads, tl.program_id(0) // n_tiles % n_heads
+    i_row = tl.program_id(0) // n_tiles // n_heads
+    i_head = tl.program_id(0) // n_tiles % n_heads
     keys = head_of(p_key, key_batch, key_head, key_stride, i_row, i_head // group, TMA)
     values = head_of(p_value, value_batch, value_head, value_stride, i_row, i_head // group, TMA)
     marks = head_of(p_mark, key_batch, key_head, key_stride, i_row, i_head // group, False)
@@ -181,9 +377,30 @@ def forward_kernel(
         while end > tl.maximum(first, start):
             origin = tl.load(p_origin + i_row.to(tl.int64) * n_keys + end - 1)
             state = attend_document(
-                state, query, 0, 0, 0, keys, values, marks, first, first + o_query, origin, end, n_keys, factor,
-                BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, 0, TMA,
-            )  # fmt: skip
+                state,
+                query,
+                0,
+                0,
+                0,
+                keys,
+                values,
+                marks,
+                first,
+                first + o_query,
+                origin,
+                end,
+                n_keys,
+                factor,
+                BLOCK,
+                DIM,
+                PADDED,
+                ROWS,
+                BLOCKS,
+                WIDTH,
+                PIECES,
+                0,
+                TMA,
+            )
             end = origin
     else:
         n_listed = 0
@@ -191,11 +408,34 @@ def forward_kernel(
             i_tile = (i_row * n_heads + i_head) * n_tiles + i_query // ROWS
             n_listed = tl.load(p_counts + i_tile)
             p_listed += i_tile.to(tl.int64) * listed_stride
-        chosen = load_choice(p_chosen, i_row * n_heads + i_head, n_queries, i_query, o_query, TOP_K, KEPT)
+        chosen = load_choice(
+            p_chosen, i_row * n_heads + i_head, n_queries, i_query, o_query, TOP_K, KEPT
+        )
         state = attend_document(
-            state, query, chosen, p_listed, n_listed, keys, values, marks, first, first + o_query, start,
-            first + ROWS + n_keys, n_keys, factor, BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, TMA,
-        )  # fmt: skip
+            state,
+            query,
+            chosen,
+            p_listed,
+            n_listed,
+            keys,
+            values,
+            marks,
+            first,
+            first + o_query,
+            start,
+            first + ROWS + n_keys,
+            n_keys,
+            factor,
+            BLOCK,
+            DIM,
+            PADDED,
+            ROWS,
+            BLOCKS,
+            WIDTH,
+            PIECES,
+            TOP_K,
+            TMA,
+        )
     out, peak, total = state
     seen = total > 0
     total = tl.where(seen, total, 1.0)

@@ -1,17 +1,25 @@
-"""The forward pass for Hopper (sm_90) with its pipeline spelled out in Gluon: rows without padding, blocks of 64.
+"""The forward pass for Hopper (sm_90) with its pipeline spelled out in Gluon: rows without padding,
+blocks of 64.
 
-Triton lets the products and the exponentials of one program wait for each other. Here a program owns 128 queries and
-has three parts that run at once: a loader, which brings keys and values by TMA into two rings in shared memory, and two
-readers of 64 queries each, one own block. While a reader's tensor cores multiply this block's values, its other units
-take the next block's softmax. The arithmetic is that of ``forward.py``; ``docs/kernels.md`` draws the pipeline.
+Triton lets the products and the exponentials of one program wait for each other. Here a program
+owns 128 queries and has three parts that run at once: a loader, which brings keys and values by TMA
+into two rings in shared memory, and two readers of 64 queries each, one own block. While a reader's
+tensor cores multiply this block's values, its other units take the next block's softmax. The
+arithmetic is that of ``forward.py``; ``docs/kernels.md`` draws the pipeline.
 
-A ring is ``(tiles, full, empty)``: ``STAGES`` tiles, a barrier of each that opens when it is loaded, and one that opens
-when both readers are done with it. The ``i``-th tile that passes through lies at place ``i % STAGES``.
+A ring is ``(tiles, full, empty)``: ``STAGES`` tiles, a barrier of each that opens when it is
+loaded, and one that opens when both readers are done with it. The ``i``-th tile that passes through
+lies at place ``i % STAGES``.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from landmark.ops.triton.configs import PIPELINED_BLOCK
 
@@ -26,13 +34,17 @@ NUMBERS = ("n_heads", "group", "n_queries", "query_start")
 
 @gluon.jit
 def fetch(source, i_row, i_head, first, ring, i):
-    """Loads rows ``first`` to ``first + 63`` of a head as the ``i``-th tile of a ring; zeros behind the tensor."""
+    """Loads rows ``first`` to ``first + 63`` of a head as the ``i``-th tile of a ring; zeros behind
+    the tensor.
+    """
     tiles, full, empty = ring
     STAGES: gl.constexpr = tiles.shape[0]
     place = i % STAGES
     mbarrier.wait(empty.index(place), ((i // STAGES) & 1) ^ 1)
     mbarrier.expect(full.index(place), source.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, [i_row, i_head, first, 0], full.index(place), tiles.index(place))
+    tma.async_copy_global_to_shared(
+        source, [i_row, i_head, first, 0], full.index(place), tiles.index(place)
+    )
 
 
 @gluon.jit
@@ -54,7 +66,8 @@ def release(ring, i):
 
 @gluon.jit
 def load_tiles(keys, values, marks, key_ring, value_ring, i_row, i_head, own):
-    """The loader: landmarks of past blocks; then blocks ``own + 1``, ``own``, ``0``, ``1``, ... ``own - 1``.
+    """The loader: landmarks of past blocks; then blocks ``own + 1``, ``own``, ``0``, ``1``, ...
+    ``own - 1``.
 
     ``own`` is the first reader's own block, ``own + 1`` the second's.
     """
@@ -68,8 +81,12 @@ def load_tiles(keys, values, marks, key_ring, value_ring, i_row, i_head, own):
 
 
 @gluon.jit
-def past_weights(scores, peak, total, factor, SCORES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr):
-    """Weights of a past block's text as an operand (64, 64), and the gate's total with that block."""
+def past_weights(
+    scores, peak, total, factor, SCORES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr
+):
+    """Weights of a past block's text as an operand (64, 64), and the gate's total with that
+    block.
+    """
     o_slot = gl.arange(0, BLOCK, gl.SliceLayout(0, SCORES))[None, :]
     mark = gl.sum(gl.where(o_slot == BLOCK - 1, scores, 0.0), 1)
     text = gl.where(o_slot < BLOCK - 1, scores, float("-inf"))
@@ -81,9 +98,19 @@ def past_weights(scores, peak, total, factor, SCORES: gl.constexpr, WEIGHTS: gl.
 
 @gluon.jit
 def read_tiles(
-    p_query, key_ring, value_ring, p_out, p_lse, query_stride, out_stride, n_queries, i_query, own, factor,
+    p_query,
+    key_ring,
+    value_ring,
+    p_out,
+    p_lse,
+    query_stride,
+    out_stride,
+    n_queries,
+    i_query,
+    own,
+    factor,
     READER: gl.constexpr,
-):  # fmt: skip
+):
     """A reader: output and log-sum-exp of the queries of block ``own + READER``."""
     DIM: gl.constexpr = key_ring[0].shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -102,7 +129,8 @@ def read_tiles(
 
     # The highest logit of all past blocks, from their landmarks.
     peak = gl.full([BLOCK], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
-    i, n_marks = 0, (own + BLOCK) // BLOCK
+    i = 0
+    n_marks = (own + BLOCK) // BLOCK
     for i_marks in range(0, n_marks):
         scores = warpgroup_mma(query, arrived(key_ring, i).permute((1, 0)), zero, use_acc=False)
         release(key_ring, i)
@@ -133,7 +161,8 @@ def read_tiles(
     release(value_ring, j)
     j += 1
 
-    # Past blocks: the next one's scores and this one's values are multiplied while the next softmax is waited for.
+    # Past blocks: the next one's scores and this one's values are multiplied while the next softmax
+    # is waited for.
     if own + READER > 0:
         scores = warpgroup_mma(query, arrived(key_ring, i).permute((1, 0)), zero, use_acc=False)
         release(key_ring, i)
@@ -158,33 +187,83 @@ def read_tiles(
     result = out * gl.convert_layout(1 / total, gl.SliceLayout(1, OUT))[:, None]
     p_rows = p_out + o_row[:, None].to(gl.int64) * out_stride + o_dim[None, :]
     gl.store(p_rows, result.to(dtype), mask=(o_row < n_queries)[:, None])
-    gl.store(p_lse + i_query + o_query, (peak + gl.log2(total)) * LN_2, mask=i_query + o_query < n_queries)
+    gl.store(
+        p_lse + i_query + o_query,
+        (peak + gl.log2(total)) * LN_2,
+        mask=i_query + o_query < n_queries,
+    )
 
 
 @gluon.jit
 def first_reader(
-    p_query, key_ring, value_ring, p_out, p_lse, query_stride, out_stride, n_queries, i_query, own, factor
-):  # fmt: skip
+    p_query,
+    key_ring,
+    value_ring,
+    p_out,
+    p_lse,
+    query_stride,
+    out_stride,
+    n_queries,
+    i_query,
+    own,
+    factor,
+):
     """The reader of block ``own``."""
     read_tiles(
-        p_query, key_ring, value_ring, p_out, p_lse, query_stride, out_stride, n_queries, i_query, own, factor, 0
-    )  # fmt: skip
+        p_query,
+        key_ring,
+        value_ring,
+        p_out,
+        p_lse,
+        query_stride,
+        out_stride,
+        n_queries,
+        i_query,
+        own,
+        factor,
+        0,
+    )
 
 
 @gluon.jit
 def second_reader(
-    p_query, key_ring, value_ring, p_out, p_lse, query_stride, out_stride, n_queries, i_query, own, factor
-):  # fmt: skip
+    p_query,
+    key_ring,
+    value_ring,
+    p_out,
+    p_lse,
+    query_stride,
+    out_stride,
+    n_queries,
+    i_query,
+    own,
+    factor,
+):
     """The reader of block ``own + 1``."""
     read_tiles(
-        p_query, key_ring, value_ring, p_out, p_lse, query_stride, out_stride, n_queries, i_query, own, factor, 1
-    )  # fmt: skip
+        p_query,
+        key_ring,
+        value_ring,
+        p_out,
+        p_lse,
+        query_stride,
+        out_stride,
+        n_queries,
+        i_query,
+        own,
+        factor,
+        1,
+    )
 
 
 @gluon.jit
 def make_ring(source, STAGES: gl.constexpr):
     """An empty ring for tiles of ``source``, with two readers."""
-    tiles = gl.allocate_shared_memory(source.dtype, [STAGES] + source.block_type.shape, source.layout)  # noqa: RUF005
+    tiles = gl.allocate_shared_memory(
+        source.dtype,
+        [STAGES] + source.block_type.shape,  # noqa: RUF005
+        source.layout,
+    )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(STAGES):
@@ -195,25 +274,54 @@ def make_ring(source, STAGES: gl.constexpr):
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def pipelined_kernel(
-    p_query, key, value, mark, p_out, p_lse, query_batch, query_head, query_stride, out_batch, out_head, out_stride,
-    n_heads, group, n_queries, query_start, factor, STAGES: gl.constexpr,
-):  # fmt: skip
+    p_query,
+    key,
+    value,
+    mark,
+    p_out,
+    p_lse,
+    query_batch,
+    query_head,
+    query_stride,
+    out_batch,
+    out_head,
+    out_stride,
+    n_heads,
+    group,
+    n_queries,
+    query_start,
+    factor,
+    STAGES: gl.constexpr,
+):
     """Output and log-sum-exp of 128 queries; of a head's tiles those that see most come first.
 
-    ``key``, ``value`` and ``mark`` (the landmarks' keys) are descriptors (B, heads, rows, DIM), boxes (1, 1, 64, DIM).
+    ``key``, ``value`` and ``mark`` (the landmarks' keys) are descriptors (B, heads, rows, DIM),
+    boxes (1, 1, 64, DIM).
     """
     n_tiles = gl.cdiv(n_queries, ROWS)
     i_query = (n_tiles - 1 - gl.program_id(0) % n_tiles) * ROWS
-    i_row, i_head = gl.program_id(0) // n_tiles // n_heads, gl.program_id(0) // n_tiles % n_heads
+    i_row = gl.program_id(0) // n_tiles // n_heads
+    i_head = gl.program_id(0) // n_tiles % n_heads
     own = (query_start + i_query) // BLOCK
     p_query += i_row.to(gl.int64) * query_batch + i_head.to(gl.int64) * query_head
     p_out += i_row.to(gl.int64) * out_batch + i_head.to(gl.int64) * out_head
     p_lse += (i_row * n_heads + i_head).to(gl.int64) * n_queries
 
-    key_ring, value_ring = make_ring(key, STAGES), make_ring(value, STAGES)
+    key_ring = make_ring(key, STAGES)
+    value_ring = make_ring(value, STAGES)
     shared = (
-        p_query, key_ring, value_ring, p_out, p_lse, query_stride, out_stride, n_queries, i_query, own, factor
-    )  # fmt: skip
+        p_query,
+        key_ring,
+        value_ring,
+        p_out,
+        p_lse,
+        query_stride,
+        out_stride,
+        n_queries,
+        i_query,
+        own,
+        factor,
+    )
     gl.warp_specialize(
         [
             (first_reader, shared),

@@ -1,7 +1,7 @@
 """The choice of ``top_k``: once, by index.
 
-A query's score of a landmark and the block's number are packed into one integer that never ties: the higher score wins,
-among equals the lower block.
+A query's score of a landmark and the block's number are packed into one integer that never ties:
+the higher score wins, among equals the lower block.
 """
 
 import triton
@@ -14,7 +14,9 @@ NOTHING = tl.constexpr(-(2**63))
 
 @triton.jit
 def packed(scores, number, candidate):
-    """Scores and numbers as integers in the order of choice; ``NOTHING`` where there is no candidate."""
+    """Scores and numbers as integers in the order of choice; ``NOTHING`` where there is no
+    candidate.
+    """
     bits = (scores + 0.0).to(tl.int32, bitcast=True)  # no negative zero
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     order = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - number).to(tl.int64)
@@ -29,7 +31,8 @@ def numbers_of(order, missing):
 
 @triton.jit
 def best_of(best, found, ROWS: tl.constexpr, KEPT: tl.constexpr):
-    """The highest ``KEPT`` of ``best`` (ROWS, KEPT) and ``found`` (ROWS, any power of two), the highest first.
+    """The highest ``KEPT`` of ``best`` (ROWS, KEPT) and ``found`` (ROWS, any power of two), the
+    highest first.
 
     Nothing is sorted where no row has found better than its last.
     """
@@ -40,17 +43,38 @@ def best_of(best, found, ROWS: tl.constexpr, KEPT: tl.constexpr):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def choice_kernel(
-    p_query, p_key, p_chosen, p_start,
-    query_batch, query_head, query_stride,
-    key_batch, key_head, key_stride,
-    n_heads, group, n_queries, n_keys, query_start, scale,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, MARKS: tl.constexpr,
-    TOP_K: tl.constexpr, KEPT: tl.constexpr, STARTS: tl.constexpr,
-):  # fmt: skip
-    """The ``TOP_K`` past blocks of highest landmark score of each query of a tile; ``KEPT`` is a power of two."""
+    p_query,
+    p_key,
+    p_chosen,
+    p_start,
+    query_batch,
+    query_head,
+    query_stride,
+    key_batch,
+    key_head,
+    key_stride,
+    n_heads,
+    group,
+    n_queries,
+    n_keys,
+    query_start,
+    scale,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    MARKS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    KEPT: tl.constexpr,
+    STARTS: tl.constexpr,
+):
+    """The ``TOP_K`` past blocks of highest landmark score of each query of a tile; ``KEPT`` is a
+    power of two.
+    """
     n_tiles = tl.cdiv(n_queries, ROWS)
     i_query = (n_tiles - 1 - tl.program_id(0) % n_tiles) * ROWS
-    i_row, i_head = tl.program_id(0) // n_tiles // n_heads, tl.program_id(0) // n_tiles % n_heads
+    i_row = tl.program_id(0) // n_tiles // n_heads
+    i_head = tl.program_id(0) // n_tiles % n_heads
     queries = head_of(p_query, query_batch, query_head, query_stride, i_row, i_head, False)
     keys = head_of(p_key, key_batch, key_head, key_stride, i_row, i_head // group, False)
     start = 0
@@ -65,11 +89,17 @@ def choice_kernel(
     best = tl.full((ROWS, KEPT), NOTHING, tl.int64)
     for first in range(0, tl.minimum(last, n_closed), MARKS):
         o_mark = tl.arange(0, MARKS).to(tl.int64) * BLOCK
-        mark = load_rows(keys, start + first * BLOCK + BLOCK - 1, o_mark, n_keys, MARKS, DIM, PADDED, False)
+        mark = load_rows(
+            keys, start + first * BLOCK + BLOCK - 1, o_mark, n_keys, MARKS, DIM, PADDED, False
+        )
         scores = tl.dot(query, tl.trans(mark), input_precision="ieee") * scale
         block = first + tl.arange(0, MARKS)[None, :]
-        best = best_of(best, packed(scores, block, (block < own[:, None]) & (block < n_closed)), ROWS, KEPT)
+        best = best_of(
+            best, packed(scores, block, (block < own[:, None]) & (block < n_closed)), ROWS, KEPT
+        )
     o_kept = tl.arange(0, KEPT)
     p_chosen += ((i_row * n_heads + i_head).to(tl.int64) * n_queries + i_query) * TOP_K
     inside = (i_query + o_query < n_queries)[:, None] & (o_kept < TOP_K)[None, :]
-    tl.store(p_chosen + o_query[:, None] * TOP_K + o_kept[None, :], numbers_of(best, -1), mask=inside)
+    tl.store(
+        p_chosen + o_query[:, None] * TOP_K + o_kept[None, :], numbers_of(best, -1), mask=inside
+    )
