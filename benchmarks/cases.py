@@ -149,28 +149,28 @@ def recorded(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor
     from landmark.blocks import tokens_for
     from landmark.eval.fillers import load_filler
     from landmark.eval.subjects import load
-    from landmark.hf.attention import Remembered
+    from landmark.hf.attention import CachedPass
 
     subject = load(None, device)
     taken = []
     tokens = load_filler("pydoc", subject.tokenizer).take(
         1000 * seed, tokens_for(case.keys, case.block_size)
     )
-    attend = Remembered.attend
+    attend = CachedPass.attend
 
     def record(
-        self: Remembered, module: torch.nn.Module, *tensors: Tensor, **more: float
+        self: CachedPass, module: torch.nn.Module, *tensors: Tensor, **more: float
     ) -> Tensor:
         if module.layer_idx == subject.model.config.num_hidden_layers // 2:
             taken.append(tensors[:3])
         return attend(self, module, *tensors, **more)
 
-    Remembered.attend = record  # type: ignore[method-assign]
+    CachedPass.attend = record  # type: ignore[method-assign]
     try:
         with torch.no_grad():
             subject.model.read(tokens[None].to(device))
     finally:
-        Remembered.attend = attend  # type: ignore[method-assign]
+        CachedPass.attend = attend  # type: ignore[method-assign]
     query, key, value = (torch.cat(parts, dim=2) for parts in zip(*taken, strict=True))
     settings = subject.model.landmark
     rotary = next(iter(subject.model.base_model._rotaries.values()))

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from landmark import LandmarkConfig
+from landmark.memory.geometry import CallGeometry, make_geometry, move
 from landmark.memory.layer import LayerMemory
-from landmark.memory.plan import Plan, make_plan, move
-from landmark.memory.positions import RotationTables
+from landmark.memory.positions import RotaryTables
 from landmark.rotary import Rotary
 from landmark.versions import versions
 
@@ -52,7 +52,7 @@ class Token(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    plan: Plan
+    plan: CallGeometry
 
 
 def token(
@@ -71,7 +71,7 @@ def token(
     frequencies = 1 / 10000 ** (torch.arange(dim) % (dim // 2) / (dim // 2)).double()
     signs = torch.ones(dim).double()
     signs[: dim // 2] = -1
-    memory = LayerMemory(config, RotationTables(Rotary(frequencies, signs, False), block), layer=1)
+    memory = LayerMemory(config, RotaryTables(Rotary(frequencies, signs, False), block), layer=1)
     query, key, value = (
         torch.randn(1, each, 1, dim, dtype=dtype, device=device) for each in (*heads, heads[1])
     )
@@ -81,7 +81,7 @@ def token(
         torch.randn(shape, dtype=dtype, device=device) for _ in range(2)
     )
     store.landmark_keys = store.near.keys[:, :, :, -1].contiguous()
-    plan = move(make_plan([slots - 1 - min(LEFT, block - 2)], [1], config), query.device)
+    plan = move(make_geometry([slots - 1 - min(LEFT, block - 2)], [1], config), query.device)
     return Token(memory, query, key, value, plan)
 
 

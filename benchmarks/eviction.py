@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from landmark import LandmarkConfig
-from landmark.memory import shelf
-from landmark.memory.plan import make_plan
-from landmark.memory.store import EVICTION_STEP, BlockStore
-from landmark.memory.tiers import TIERS, Tiers
+from landmark.memory.geometry import make_geometry
+from landmark.memory.storage import offload
+from landmark.memory.storage.store import EVICTION_STEP, BlockStore
+from landmark.memory.storage.tiers import TIERS, OffloadConfig
 from landmark.versions import versions
 
 SIZE = 2
@@ -51,7 +51,7 @@ def main() -> None:
         help="most bytes of an extent that holds several blocks",
     )
     options = parser.parse_args()
-    shelf.EXTENT_BYTES = options.extent_bytes
+    offload.EXTENT_BYTES = options.extent_bytes
     torch.set_num_threads(1)
     rows = measure(options.tier, options.blocks, options.max_blocks, options.window)
     made_with = {**versions("torch"), "device": "cpu", "threads": 1}
@@ -64,7 +64,7 @@ def main() -> None:
 def measure(tier: str, blocks: int, max_blocks: int, window: int) -> list[dict[str, Any]]:
     """Returns the time of a block after a tenth, a half and all of them."""
     config = LandmarkConfig(block_size=SIZE, local_blocks=1, max_blocks=max_blocks)
-    store = BlockStore(SIZE, local_blocks=1, tiers=Tiers(tier))
+    store = BlockStore(SIZE, local_blocks=1, tiers=OffloadConfig(tier))
     begin = 0
     rows = []
     for mark in MARKS:
@@ -95,7 +95,7 @@ def file(store: BlockStore, config: LandmarkConfig, begin: int, end: int) -> int
     """
     for first in range(begin, end, EVICTION_STEP):
         count = min(EVICTION_STEP, end - first)
-        plan = make_plan([first * SIZE], [count * SIZE], config)
+        plan = make_geometry([first * SIZE], [count * SIZE], config)
         key = torch.full((1, 1, count * SIZE, DIM), float(first))
         store.evict(plan.seen_from)
         store.reserve(plan.blocks, key)

@@ -205,7 +205,7 @@ def landmark_row(model: Any, tokens: int, tier: str) -> dict[str, Any]:
     for begin, end in ((0, tokens // 10), (tokens // 10, tokens)):
         model.read(ids[:, begin:end], cache=cache, retrieve=False)
         device = allocated() - before - ids.nbytes
-        marks = sum(each.store.landmark_keys.nbytes for each in cache.made())
+        marks = sum(each.store.landmark_keys.nbytes for each in cache.layers_in_use())
         when = "" if begin else "tenth_"
         row |= {f"{when}device_bytes": device, f"{when}mark_bytes": marks}
     row |= {"read_seconds": time.perf_counter() - begun, "host_bytes_held": cache.nbytes("host")}
@@ -281,7 +281,7 @@ def real(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def drop(cache: LandmarkCache) -> None:
     """Lets the system forget what it holds of the files of blocks."""
-    for memory in cache.made():
+    for memory in cache.layers_in_use():
         file = memory.store.near.shelf.file
         file._map = None
         os.fsync(file.handle)

@@ -31,7 +31,7 @@ from landmark import LandmarkCache
 from landmark.eval.episodes import BUCKETS, Episode, Question, build_episode, named_codes, pass_key
 from landmark.eval.passkey import read_into_memory
 from landmark.eval.subjects import Subject, load, quiet
-from landmark.memory.tiers import TIERS
+from landmark.memory.storage.tiers import TIERS
 from landmark.versions import versions
 
 PART = 1 << 16  # tokens that are taken to the model's device at once
@@ -164,7 +164,7 @@ def held(subject: Subject, cache: LandmarkCache) -> dict[str, int]:
     depends on the driver, so ``pinned_bytes`` says what torch has asked the driver for, rounding
     included.
     """
-    marks = sum(memory.store.landmark_keys.nbytes for memory in cache.made())
+    marks = sum(memory.store.landmark_keys.nbytes for memory in cache.layers_in_use())
     found = {
         "tokens": cache.tokens[0],
         **{f"{tier}_tier_bytes": cache.nbytes(tier) for tier in TIERS},

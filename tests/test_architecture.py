@@ -332,12 +332,13 @@ def test_one_word_for_landmark():
 
 
 def map_of_the_tree():
-    """Paths in README's map; a line `name  what it is` lies in the folder of the nearest less
-    indented line before.
+    """Paths in the map of docs/architecture.md.
+
+    A line `name  what it is` lies in the folder of the nearest less indented line before.
     """
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "architecture.md").read_text()
     block = re.search(r"## Map of the tree.*?```text\n(.*?)```", text, re.S)
-    assert block, "README.md has no map of the tree"
+    assert block, "docs/architecture.md has no map of the tree"
     paths = set()
     folders = []
     for line in block.group(1).splitlines():
@@ -369,10 +370,10 @@ def tree():
     return found
 
 
-def test_readme_map_equals_the_tree():
+def test_the_map_equals_the_tree():
     written = map_of_the_tree()
     real = tree()
     missing = sorted(real - written)
     gone = sorted(path for path in written if not (ROOT / path).exists())
-    assert not missing, f"not in README's map: {missing}"
-    assert not gone, f"in README's map but not in the tree: {gone}"
+    assert not missing, f"not in the map: {missing}"
+    assert not gone, f"in the map but not in the tree: {gone}"

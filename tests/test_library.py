@@ -8,7 +8,7 @@ import torch
 import landmark.library
 from landmark import Library, remember
 from landmark.eval.subjects import Subject
-from landmark.memory.tiers import TIERS
+from landmark.memory.storage.tiers import TIERS
 from tiny import WORDS, tiny_landmark, tiny_tokenizer
 
 QUESTION = " What is the pass key? The pass key is"
@@ -187,7 +187,7 @@ def test_files_of_tier_disk_lie_where_they_are_told(subject, files, tmp_path):
     for library in (made, opened, continued):
         assert library.memory.tiers.spill_folder == tmp_path / "spill"
     for library in (made, continued):  # which wrote
-        stores = [memory.store for memory in library.memory.made()]
+        stores = [memory.store for memory in library.memory.layers_in_use()]
         assert {store.near.shelf.file.folder for store in stores} == {tmp_path / "spill"}
 
 

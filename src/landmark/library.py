@@ -21,9 +21,9 @@ from landmark.eval.explanation import Explanation
 from landmark.eval.subjects import Subject, load, require_landmark
 from landmark.hf.bundled import NAMES
 from landmark.hf.cache import LandmarkCache
-from landmark.memory.archive import STATE, Archive, require_free
-from landmark.memory.manifest import manifest_of, sources_of
-from landmark.memory.saved import as_bytes
+from landmark.memory.archive.layer import as_bytes
+from landmark.memory.archive.log import STATE, Archive, require_free
+from landmark.memory.archive.manifest import manifest_of, sources_of
 
 SAVE_TOKENS = 1 << 16
 SAVE_SECONDS = 10.0  # read between two saves, at most
@@ -51,7 +51,7 @@ class Progress:
 
 
 class Library:
-    """Remembered texts, to be asked about; made by ``remember`` or ``Library.open``.
+    """CachedPass texts, to be asked about; made by ``remember`` or ``Library.open``.
 
     Attributes:
         subject: the model and its tokenizer.

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 from landmark.cli.app import app
-from landmark.memory.archive import Archive
+from landmark.memory.archive.log import Archive
 from tiny import save_models
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import landmark
 from landmark.cli import app as cli
-from landmark.memory.archive import _file_of
+from landmark.memory.archive.log import _file_of
 from tiny import save_models
 
 TEXT = "The road went on. The pass key is 12345. Nobody was there.\n" * 30

@@ -19,8 +19,8 @@ import landmark.library
 from landmark.cli import app as cli
 from landmark.cli import progress as module
 from landmark.cli.progress import CHECKED, EVERY, FIRST, Shown
-from landmark.memory.archive import STATE
-from landmark.memory.saved import SavedLayer
+from landmark.memory.archive.layer import SavedLayer
+from landmark.memory.archive.log import STATE
 from small_text import sentences, write_books
 from tiny import save_models
 

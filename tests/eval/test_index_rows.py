@@ -7,7 +7,7 @@ import torch
 
 from landmark.eval import index, results
 from landmark.memory import layer
-from landmark.memory.index import KINDS
+from landmark.memory.faiss_index import KINDS
 from small_text import sentences
 from tiny import BLOCK
 
@@ -31,7 +31,7 @@ def test_what_is_recorded_is_what_an_index_is_asked(marked, monkeypatch):
     ids = ids_of(40 * TEXT)
     asked = []
     recorded = index.record(marked, ids, 1, queries=20)
-    choose = layer.choose_indexed
+    choose = layer.select_with_index
 
     def kept(query, grid, store, *rest):
         found = rest[-1].rows[0].heads
@@ -42,7 +42,7 @@ def test_what_is_recorded_is_what_an_index_is_asked(marked, monkeypatch):
             )
         return choose(query, grid, store, *rest)
 
-    monkeypatch.setattr(layer, "choose_indexed", kept)
+    monkeypatch.setattr(layer, "select_with_index", kept)
     with marked.configured(
         layers=(1,)
     ):  # what layer 1 reads does not depend on what an earlier one retrieves

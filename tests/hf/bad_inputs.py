@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import landmark
 import models
 from landmark.config import LandmarkConfig
-from landmark.memory import archive
+from landmark.memory.archive import log
 
 TINY = {
     "vocab_size": 61,
@@ -154,7 +154,7 @@ def opened(folder: Path, model: Any = None, change: Callable[[Path], object] | N
 def of_the_future(folder: Path) -> None:
     state = json.loads((folder / "memory.json").read_text())["state"]
     (folder / "memory.json").write_bytes(
-        archive._file_of({**state, "format": 2, "streams": "elsewhere"})
+        log._file_of({**state, "format": 2, "streams": "elsewhere"})
     )
 
 

@@ -28,9 +28,8 @@ from machine import Column, Row, as_tensors
 MOST_COLUMNS = 50
 MOST_ROWS = 4
 BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-3}
-SHORT = (
-    24  # lengths that a stock family may act upon, such as Phi3's original_max_position_embeddings
-)
+# Lengths that a stock family may act upon, such as Phi3's original_max_position_embeddings.
+SHORT = 24
 CACHE_NAMES = st.sampled_from(("past_key_values", "cache"))
 
 AROUND: dict[str, Callable[[], Any]] = {

@@ -72,7 +72,7 @@ def test_a_memory_made_in_one_is_used_in_another(tier: str, made: str, used: str
         written = greedy(model, found)
         fork.batch_repeat_interleave(2)
         fork.crop(-3)
-    assert memory.made()[0].store.dtype == torch.float32
+    assert memory.layers_in_use()[0].store.dtype == torch.float32
     again = fork.fork()
     again.batch_select_indices(torch.tensor([1]))
     model.read(ids[:, 17:READ], cache=again)

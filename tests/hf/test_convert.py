@@ -505,12 +505,12 @@ def sharp(name: str, scale: float, dtype: torch.dtype = torch.float32, seed: int
 
 
 def tamper(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    real = attention.OnePass.attend
+    real = attention.FullPass.attend
 
     def attend(self: Any, module: Any, query: Any, key: Any, value: Any, scale: float) -> Any:
         return real(self, module, query, key, value, scale * factor)
 
-    monkeypatch.setattr(attention.OnePass, "attend", attend)
+    monkeypatch.setattr(attention.FullPass, "attend", attend)
 
 
 @pytest.mark.parametrize("name", BIASED)

@@ -16,9 +16,9 @@ import torch
 
 import models
 from landmark import LandmarkCache, LandmarkConfig
-from landmark.memory import shelf
-from landmark.memory.archive import STATE, Damaged
-from landmark.memory.saved import verify
+from landmark.memory.archive.layer import verify
+from landmark.memory.archive.log import STATE, Damaged
+from landmark.memory.storage import offload
 
 TIERS = ("device", "host", "disk")
 
@@ -45,7 +45,7 @@ def known(folder: Path | str, tier: str, how: str) -> LandmarkCache:
 
 @pytest.fixture(autouse=True)
 def small_extents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf, "EXTENT_BYTES", 2000)
+    monkeypatch.setattr(offload, "EXTENT_BYTES", 2000)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_relative_spill_folder_stays_where_it_was(
     cache = LandmarkCache(model(), "disk", spill_folder="spill")
     elsewhere()
     model().read(models.text(90)[None], cache=cache)
-    assert {str(each.store.near.shelf.file.folder) for each in cache.made()} == {
+    assert {str(each.store.near.shelf.file.folder) for each in cache.layers_in_use()} == {
         str(tmp_path / "here" / "spill")
     }
 
@@ -96,7 +96,9 @@ def test_an_opened_memory_spills_where_it_is_told(tmp_path: Path) -> None:
         tmp_path / "memory", model(), "disk", spill_folder=tmp_path / "spill"
     )
     model().read(models.text(90)[None], cache=cache)
-    assert {each.store.near.shelf.file.folder for each in cache.made()} == {tmp_path / "spill"}
+    assert {each.store.near.shelf.file.folder for each in cache.layers_in_use()} == {
+        tmp_path / "spill"
+    }
     assert list((tmp_path / "spill").iterdir()) == [], "its files have no name"
 
 

@@ -14,7 +14,8 @@ import models
 import oracle
 from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
-from landmark.memory import layer, store
+from landmark.memory import layer
+from landmark.memory.storage import store
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
 

@@ -20,7 +20,7 @@ from memory_machine import Machine
 from memory_state import SHORT
 
 from landmark import LandmarkCache
-from landmark.hf.attention import Remembered
+from landmark.hf.attention import CachedPass
 from landmark.hf.causal import LandmarkCausalLMMixin
 from landmark.hf.columns import TextColumns
 from landmark.hf.compat import CACHE
@@ -100,7 +100,7 @@ def ignore_the_mask_of_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_as_autocast_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values come in bfloat16, keys as RoPE leaves them."""
-    called = Remembered.attend
+    called = CachedPass.attend
     attend = LayerMemory.attend
     under = []
 
@@ -115,7 +115,7 @@ def write_as_autocast_computes(monkeypatch: pytest.MonkeyPatch) -> None:
         value = value.bfloat16() if under[-1] else value
         return attend(self, query, key, value, *args, **kwargs)
 
-    monkeypatch.setattr(Remembered, "attend", noting)
+    monkeypatch.setattr(CachedPass, "attend", noting)
     monkeypatch.setattr(LayerMemory, "attend", uncast)
 
 

@@ -19,7 +19,7 @@ import models
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.layout import Layout
-from landmark.memory import layer, plain, retrieval
+from landmark.memory import eager, layer, retrieval
 from landmark.ops import select
 from landmark.ops.select import select_top
 
@@ -122,13 +122,13 @@ def test_3_blocks_counted_from_the_padding() -> None:
 
 
 def test_4_chunks_that_must_be_multiples_of_the_block() -> None:
-    real = decoder.make_plan
+    real = decoder.make_geometry
 
-    def make_plan(starts: list[int], *rest: Any) -> Any:
+    def make_geometry(starts: list[int], *rest: Any) -> Any:
         return real([start // SIZE * SIZE for start in starts], *rest)
 
     def put_in(patch: Patch) -> None:
-        patch.setattr(decoder, "make_plan", make_plan)
+        patch.setattr(decoder, "make_geometry", make_geometry)
 
     for cut in (1, SIZE, 7):
         turns_red(lambda cut=cut: green(policy_case(cut)), put_in)
@@ -154,10 +154,10 @@ def test_7_a_cut_off_computed_finely_and_met_coarsely(granularity: str) -> None:
 @pytest.mark.parametrize("term", ["_shared", "_chosen"])
 def test_8_a_term_without_the_scale(term: str) -> None:
     """Scores of the local blocks, or of the retrieved ones."""
-    real = getattr(plain, term)
+    real = getattr(eager, term)
 
     def put_in(patch: Patch) -> None:
-        patch.setattr(plain, term, lambda query, *rest: real(query / 8**-0.5, *rest))
+        patch.setattr(eager, term, lambda query, *rest: real(query / 8**-0.5, *rest))
 
     turns_red(lambda: green(policy_case(6, granularity="group")), put_in)
 

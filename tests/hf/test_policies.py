@@ -16,8 +16,8 @@ import models
 import oracle
 from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
+from landmark.memory import eager
 from landmark.memory import layer as memory_layer
-from landmark.memory import plain
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
 
@@ -201,8 +201,8 @@ def test_retrieved_blocks_read_in_small_tiles(
     """More queries chose a block than a tile holds, and there are more tiles than are computed at
     once.
     """
-    monkeypatch.setattr(plain, "TILE_ROWS", 3)
-    monkeypatch.setattr(plain, "PIECE_BYTES", at_once)
+    monkeypatch.setattr(eager, "TILE_ROWS", 3)
+    monkeypatch.setattr(eager, "PIECE_BYTES", at_once)
     assert worst(draw(seed)) < 1e-8
 
 

@@ -21,10 +21,10 @@ import models
 from interrupt import Interrupted
 from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
-from landmark.hf import saved as hf_saved
-from landmark.memory import archive, near, shelf, store
-from landmark.memory.archive import Archive, Damaged
-from landmark.memory.saved import verify
+from landmark.hf import cache_io as hf_saved
+from landmark.memory.archive import log
+from landmark.memory.archive.layer import verify
+from landmark.memory.archive.log import Archive, Damaged, near, shelf, store
 
 CASES = 240
 ALWAYS = 16
@@ -73,9 +73,8 @@ class Lives:
         self.twin = LandmarkCache(model.config)
         self.cache = LandmarkCache(model.config, **chance.choice(TIERS))
         self.folders = 0
-        self.saved_tokens: int | None = (
-            None  # in the last folder, None where it is not this cache's
-        )
+        # In the last folder, None where it is not this cache's.
+        self.saved_tokens: int | None = None
         self.low = 0  # tokens that were never taken back since then
         self.compared = self.opened = 0
 
@@ -143,7 +142,7 @@ class Lives:
         assert self.cache.tokens == self.twin.tokens and torch.equal(
             self.cache.ids(), self.twin.ids()
         )
-        for ours, theirs in zip(self.cache.made(), self.twin.made(), strict=True):
+        for ours, theirs in zip(self.cache.layers_in_use(), self.twin.layers_in_use(), strict=True):
             assert equal(ours._peak, theirs._peak) and equal(ours._queries, theirs._queries), (
                 "what head knows"
             )
@@ -322,7 +321,7 @@ def test_a_memory_of_an_adapter_is_opened_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "at", [(archive, "_read_state"), (hf_saved, "saved_layers"), (Archive, "verify")]
+    "at", [(log, "_read_state"), (hf_saved, "saved_layers"), (Archive, "verify")]
 )
 def test_a_reader_outlives_a_tail_that_is_replaced_meanwhile(
     at: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -413,7 +412,7 @@ def test_truncated_and_missing_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(Damaged, match=path.name):
             LandmarkCache.open(tmp_path, model, "disk")
         path.unlink()
-        if path.name != archive.STATE:
+        if path.name != log.STATE:
             assert any(path.name in line for line in verify(tmp_path))
         with pytest.raises((Damaged, FileNotFoundError), match=path.name):
             LandmarkCache.open(tmp_path, model, "disk")
@@ -434,7 +433,7 @@ class Killed:
             str(kills),
         ]
         paths = os.pathsep.join(
-            [str(Path(archive.__file__).parents[2]), str(Path(__file__).parents[1])]
+            [str(Path(log.__file__).parents[2]), str(Path(__file__).parents[1])]
         )
         subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=900)
         self.model = writer.model()
@@ -451,7 +450,7 @@ class Killed:
         """
         folder = self.root / str(index)
         acknowledged = writer.acknowledged(folder)
-        there = archive.STATE in os.listdir(folder) if folder.exists() else False
+        there = log.STATE in os.listdir(folder) if folder.exists() else False
         assert there or not acknowledged
         cache = LandmarkCache(self.model.config, "disk")
         inside = False
@@ -508,7 +507,7 @@ def test_a_full_disk_leaves_what_was_saved(quick: Path, monkeypatch: pytest.Monk
                     failed = True
                 else:
                     failed = False
-            there = LandmarkCache.open(folder, model) if (folder / archive.STATE).exists() else None
+            there = LandmarkCache.open(folder, model) if (folder / log.STATE).exists() else None
             found = None if there is None else answer(model, there)
             if failed and (found is None or not torch.equal(found, after)):
                 assert found is before is None or torch.equal(found, before)

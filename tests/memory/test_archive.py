@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from interrupt import Interrupted
-from landmark.memory import archive
-from landmark.memory.archive import Archive, Damaged
-from landmark.memory.saved import SavedLayer, saved_layers, verify
+from landmark.memory.archive import log
+from landmark.memory.archive.layer import SavedLayer, saved_layers, verify
+from landmark.memory.archive.log import Archive, Damaged
 
 HEADS = 2
 SIZE = 3
@@ -44,7 +44,7 @@ def blocks(begin: int, end: int) -> torch.Tensor:
 
 def work(folder: Path, times: int) -> None:
     """Commits so many times, 3 blocks each; the text replaces its tail."""
-    opened = Archive.open(folder) if (folder / archive.STATE).exists() else Archive.create(folder)
+    opened = Archive.open(folder) if (folder / log.STATE).exists() else Archive.create(folder)
     layers = layers_of(opened)
     while opened.commits < times:
         opened.lock()
@@ -100,7 +100,7 @@ def test_killed_at_every_call_to_the_system(done: int, quick: Path) -> None:
         status = os.waitpid(child, 0)[1]
         finished = status == 0
         assert finished or os.WTERMSIG(status) == signal.SIGKILL
-        if (folder / archive.STATE).exists():
+        if (folder / log.STATE).exists():
             opened = Archive.open(folder)
             assert opened.commits in ((done + 1,) if finished else (done, done + 1))
             check(folder, opened.commits)
@@ -182,7 +182,7 @@ def test_random_writing_against_a_dictionary(seed: int, quick: Path) -> None:
             case "leave":  # as one that was interrupted
                 opened.unlock()
                 if not opened.commits:
-                    opened = Archive(opened.folder, archive._nothing())
+                    opened = Archive(opened.folder, log._nothing())
                 else:
                     opened = Archive.open(opened.folder)
                 now = dict(committed)
@@ -220,7 +220,7 @@ def test_what_was_skipped_reads_as_zeros_and_is_checked(tmp_path: Path) -> None:
 
 def test_every_byte_of_the_manifest_counts(quick: Path) -> None:
     work(quick, 2)
-    path = quick / archive.STATE
+    path = quick / log.STATE
     data = path.read_bytes()
     for index in range(len(data)):
         for bit in (0, 5):
@@ -286,7 +286,7 @@ def test_a_name_outside_the_folder_is_refused(tmp_path: Path) -> None:
         "manifest": {},
         "streams": {"../precious": {"bytes": 0, "crc32": 0}},
     }
-    (tmp_path / archive.STATE).write_bytes(archive._file_of(body))
+    (tmp_path / log.STATE).write_bytes(log._file_of(body))
     with pytest.raises(Damaged, match=r"memory\.json"):
         Archive.open(tmp_path)
 

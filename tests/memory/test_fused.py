@@ -10,10 +10,10 @@ import torch
 
 from landmark import LandmarkConfig
 from landmark.memory import layer
+from landmark.memory.geometry import make_geometry, move
 from landmark.memory.layer import LayerMemory
-from landmark.memory.plan import make_plan, move
-from landmark.memory.positions import RotationTables
-from landmark.memory.tiers import TIERS, Tiers
+from landmark.memory.positions import RotaryTables
+from landmark.memory.storage.tiers import TIERS, OffloadConfig
 from landmark.rotary import Rotary
 from numerics import assert_close, low_precision_budget, online_error
 
@@ -85,14 +85,14 @@ def outputs(case, seed, *, upcast=False, tiers=None):
     """Of each call the output (B, T, H, D), which of it is text (B, T), and what was retrieved."""
     noise = torch.Generator().manual_seed(seed)
     memory = LayerMemory(
-        case.config, RotationTables(case.rotary, case.config.block_size), case.layer, tiers
+        case.config, RotaryTables(case.rotary, case.config.block_size), case.layer, tiers
     )
     rows = len(case.calls[0][0])
     starts = [0] * rows
     found = []
     shared = torch.randn(1, case.heads[1], 1, case.dim, generator=noise)
     for lengths, retrieve in case.calls:
-        plan = make_plan(starts, lengths, case.config)
+        plan = make_geometry(starts, lengths, case.config)
         width = plan.cells.shape[1]
         query, key, value = (
             torch.randn(rows, heads, width, case.dim, generator=noise)
@@ -128,7 +128,7 @@ def file(memory, lengths, key, value):
     step = 8 * memory.config.block_size
     for begin in range(0, max(lengths), step):
         starts, ends = ([min(each, border) for each in lengths] for border in (begin, begin + step))
-        plan = make_plan(
+        plan = make_geometry(
             starts, [end - start for start, end in zip(starts, ends, strict=True)], memory.config
         )
         plan = move(plan, torch.device(DEVICE))
@@ -268,8 +268,8 @@ def test_decoding_computes_the_same_bits_on_every_tier(seed, monkeypatch):
     expected, _ = decoded(made, seed, monkeypatch)
     for tiers in (
         None,
-        Tiers("host", device_bytes=5 * block),
-        Tiers("disk", device_bytes=5 * block),
+        OffloadConfig("host", device_bytes=5 * block),
+        OffloadConfig("disk", device_bytes=5 * block),
     ):
         found, used = decoded(made, seed, monkeypatch, tiers)
         assert used
@@ -293,7 +293,7 @@ def test_fused_computes_the_same_bits_on_every_tier(seed, monkeypatch):
     monkeypatch.setattr(layer, "runs_fused", lambda *_: True)
     expected = outputs(made, seed)
     for tier in ("host", "disk"):
-        found = outputs(made, seed, tiers=Tiers(tier, device_bytes=3 * block))
+        found = outputs(made, seed, tiers=OffloadConfig(tier, device_bytes=3 * block))
         for (output, there, read), (right, _, best) in zip(found, expected, strict=True):
             assert torch.equal(output[there], right[there])
             assert torch.equal(read.blocks, best.blocks) and torch.equal(read.weights, best.weights)
@@ -336,7 +336,7 @@ def test_filing_is_plain(seed, tier, monkeypatch):
     heads = 2 * made.heads[0]
     groups = 2 * made.heads[1]
     memories = [
-        LayerMemory(config, RotationTables(made.rotary, 4), made.layer, Tiers(tier))
+        LayerMemory(config, RotaryTables(made.rotary, 4), made.layer, OffloadConfig(tier))
         for _ in range(2)
     ]
     least = [1, 1, 1] if config.max_blocks is None else [140] * 3
@@ -350,7 +350,7 @@ def test_filing_is_plain(seed, tier, monkeypatch):
         file(memory, slots, *first)
     for _ in range(8):
         lengths = [rng.randint(0, 4 - each % 4) for each in slots]
-        plan = move(make_plan(slots, lengths, config), torch.device(DEVICE))
+        plan = move(make_geometry(slots, lengths, config), torch.device(DEVICE))
         query, key, value = (
             some_of(rng, noise, made, each, plan.cells.shape[1]) for each in (heads, groups, groups)
         )

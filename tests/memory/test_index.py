@@ -14,11 +14,12 @@ import models
 import oracle
 from hf.test_histories import History
 from landmark import LandmarkCache, LandmarkConfig
-from landmark.memory import index, layer, retrieval, store
-from landmark.memory.index import VectorIndex
+from landmark.memory import faiss_index, layer, retrieval
+from landmark.memory.faiss_index import VectorIndex
+from landmark.memory.geometry import make_geometry
 from landmark.memory.layer import COPIES, SLAB_BYTES, LayerMemory
-from landmark.memory.plan import make_plan
-from landmark.memory.positions import RotationTables
+from landmark.memory.positions import RotaryTables
+from landmark.memory.storage import store
 from landmark.ops.select import select_top
 from landmark.rotary import Rotary
 
@@ -37,14 +38,14 @@ class Watched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, exact: bool = True) -> None:
         self.exact = exact
         self.compared = self.left_out = self.held = self.best = self.wanted = 0
-        self.choose = layer.choose_indexed
-        monkeypatch.setattr(layer, "choose_indexed", self)
+        self.choose = layer.select_with_index
+        monkeypatch.setattr(layer, "select_with_index", self)
 
     def __call__(
         self, query: Any, grid: Any, blocks: Any, tables: Any, config: Any, found: Any
     ) -> Any:
         chosen, valid = self.choose(query, grid, blocks, tables, config, found)
-        marks = retrieval.marks_at(blocks, 0, blocks.places)
+        marks = retrieval.landmark_keys_at(blocks, 0, blocks.places)
         scores = retrieval.landmark_scores(query.double(), grid, marks, tables, config)
         there = grid.valid[:, None, None].expand(valid.shape[:-1])
         places = blocks.place_of(chosen).masked_fill(~valid, 0)
@@ -113,7 +114,7 @@ def history(
     step, spare = chance.choice(((1, 0), (1, 3), (16, 8)))
     monkeypatch.setattr(store, "EVICTION_STEP", step)
     monkeypatch.setattr(store, "SPARE_BLOCKS", spare)
-    monkeypatch.setattr(index, "MADE_FROM", chance.choice((2, 9)))
+    monkeypatch.setattr(faiss_index, "MADE_FROM", chance.choice((2, 9)))
     model = models.landmark_model(family, settings, kv_heads=kv_heads)
     torch.manual_seed(seed)
     found = History(model, chance.randint(1, 3), chance)
@@ -225,8 +226,8 @@ def test_recall_on_structured_landmarks(kind: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         VectorIndex, "_norms", lambda self, vectors: torch.ones(len(vectors))
     )  # no lengths
-    monkeypatch.setattr(index, "IVF_PROBED", 10**6)
-    monkeypatch.setattr(index, "HNSW_SEARCH", 1)
+    monkeypatch.setattr(faiss_index, "IVF_PROBED", 10**6)
+    monkeypatch.setattr(faiss_index, "HNSW_SEARCH", 1)
     assert recall(kind, products=False) < 0.9
 
 
@@ -244,7 +245,7 @@ def test_what_is_not_allowed_is_not_found(kind: str) -> None:
 
 
 def test_lists_are_made_anew_as_landmarks_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "MADE_FROM", 100)
+    monkeypatch.setattr(faiss_index, "MADE_FROM", 100)
     made = VectorIndex("faiss-ivf", 16)
     lists = []
     for part in structured(3000)[0].split(50):
@@ -253,9 +254,9 @@ def test_lists_are_made_anew_as_landmarks_come(monkeypatch: pytest.MonkeyPatch) 
     assert lists[:2] == [None, 10] and lists[1:] == sorted(lists[1:]) and 27 <= lists[-1] <= 54
 
 
-def unrotated(top_k: int) -> tuple[LandmarkConfig, RotationTables]:
+def unrotated(top_k: int) -> tuple[LandmarkConfig, RotaryTables]:
     config = LandmarkConfig(block_size=2, top_k=top_k, local_blocks=0)
-    return config, RotationTables(Rotary(torch.zeros(2).double(), torch.ones(2).double(), False), 2)
+    return config, RotaryTables(Rotary(torch.zeros(2).double(), torch.ones(2).double(), False), 2)
 
 
 @pytest.mark.parametrize("kind", ["exact", "faiss-flat"])
@@ -273,11 +274,11 @@ def test_ties_go_to_the_lower_block(
     key[0, 0, 11::2] = torch.tensor([1.0, 0.0])  # blocks from 5 on
     key[0, 0, 13:31:2] = 0  # but for 6 to 14
     memory.attend(
-        key, key, key, make_plan([0], [40], config), scale=1.0, retrieve=False, record=False
+        key, key, key, make_geometry([0], [40], config), scale=1.0, retrieve=False, record=False
     )
     query = torch.tensor([1.0, 0.0]).expand(1, 1, 1, 2)
     _, found = memory.attend(
-        query, query, query, make_plan([40], [1], config), scale=1.0, retrieve=True, record=True
+        query, query, query, make_geometry([40], [1], config), scale=1.0, retrieve=True, record=True
     )
     assert found.blocks[0, 0, 0].tolist() == [5, 15]
 
@@ -310,7 +311,7 @@ def test_what_was_dropped_is_not_found_where_every_block_may_be_read() -> None:
     held = store.BlockStore(4)
     held.reserve(6, torch.zeros(1, 1, 1, 8))
     held.landmark_keys[:] = torch.arange(6.0)[None, None, :6, None]
-    row = index.RowIndex("faiss-flat", 1, 8)
+    row = faiss_index.RowIndex("faiss-flat", 1, 8)
     row.follow(held, 0, 6)
     row.follow(held, 0, 4)  # cropped
     _, blocks = row.search(torch.ones(1, 1, 8), 2, lowest=-3, keep_first=True)

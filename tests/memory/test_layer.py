@@ -13,10 +13,10 @@ import torch
 
 import models
 from landmark import LandmarkCache, LandmarkConfig
-from landmark.memory import store
+from landmark.memory.geometry import make_geometry
 from landmark.memory.layer import LayerMemory
-from landmark.memory.plan import make_plan
-from landmark.memory.positions import RotationTables
+from landmark.memory.positions import RotaryTables
+from landmark.memory.storage import store
 from landmark.rotary import Rotary
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -24,7 +24,7 @@ PATHS = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent / 'src'}
 
 
 def tables(dim, block_size):
-    return RotationTables(
+    return RotaryTables(
         Rotary(torch.linspace(0.01, 1, dim).double(), torch.ones(dim).double(), False), block_size
     )
 
@@ -41,7 +41,13 @@ def attend(dtype, slots=90):
     )
     memory = LayerMemory(config, tables(64, 8), layer=1)
     return memory.attend(
-        query, key, value, make_plan([0], [slots], config), scale=0.001, retrieve=True, record=False
+        query,
+        key,
+        value,
+        make_geometry([0], [slots], config),
+        scale=0.001,
+        retrieve=True,
+        record=False,
     )
 
 
@@ -64,7 +70,7 @@ def test_peak_memory_of_a_call(rows, blocks, granularity):
         import re, torch
         from landmark import LandmarkConfig
         from landmark.memory.layer import LayerMemory
-        from landmark.memory.plan import make_plan
+        from landmark.memory.geometry import make_geometry
         from memory.test_layer import tables
 
         def peak():
@@ -75,7 +81,7 @@ def test_peak_memory_of_a_call(rows, blocks, granularity):
         memory = LayerMemory(config, tables(64, 64), layer=1)
         query, key = torch.randn({rows}, 6, 128, 64), torch.randn({rows}, 6, 128, 64)
         memory.store.reserve({blocks} + 2, key)
-        plan = make_plan([{blocks} * 64] * {rows}, [128] * {rows}, config)
+        plan = make_geometry([{blocks} * 64] * {rows}, [128] * {rows}, config)
         before = peak()
         with torch.no_grad():
             memory.attend(query, key, key, plan, scale=0.125, retrieve=True, record=False)

@@ -23,11 +23,12 @@ import torch
 import models
 from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
-from landmark.memory import extents, frames, layer, shelf, store
-from landmark.memory.plan import make_plan
-from landmark.memory.shelf import Shelf
-from landmark.memory.store import BlockStore
-from landmark.memory.tiers import Tiers, Traffic
+from landmark.memory import layer
+from landmark.memory.geometry import make_geometry
+from landmark.memory.storage import cached_pool, extents, offload, store
+from landmark.memory.storage.offload import OffloadStore
+from landmark.memory.storage.store import BlockStore
+from landmark.memory.storage.tiers import OffloadConfig, TransferStats
 
 CASES = 320
 ALWAYS = {*range(15), 208}  # 208 moves an extent down while it is copied
@@ -161,7 +162,7 @@ def test_every_tier_computes_the_same_bits(
     family = chance.choice(models.FAMILIES)
     kv_heads = chance.choice((1, 2, 4))
     monkeypatch.setitem(layer.SLAB_BYTES, "cpu", chance.choice((1, 20_000, 2**26)))
-    monkeypatch.setattr(shelf, "EXTENT_BYTES", chance.choice((1, 3_000, 20_000)))
+    monkeypatch.setattr(offload, "EXTENT_BYTES", chance.choice((1, 3_000, 20_000)))
     monkeypatch.setattr(extents, "MAPPED_BYTES", chance.choice((1, 2**24)))
     step, spare = chance.choice(((1, 3), (2, 8), (16, 8)))
     monkeypatch.setattr(store, "EVICTION_STEP", step)
@@ -217,12 +218,12 @@ def test_counters_and_contents_against_plain_loops(
 ) -> None:
     chance = random.Random(seed)
     unit = 2 * SIZE * DIM * 4
-    monkeypatch.setattr(shelf, "EXTENT_BYTES", chance.choice((1, 5 * unit)))
+    monkeypatch.setattr(offload, "EXTENT_BYTES", chance.choice((1, 5 * unit)))
     rows = chance.randint(1, 3)
     hot = chance.randint(1, 4)
     config = LandmarkConfig(block_size=SIZE, local_blocks=1)
     blocks = BlockStore(
-        SIZE, local_blocks=1, tiers=Tiers(tier, device_bytes=hot * rows * HEADS * unit)
+        SIZE, local_blocks=1, tiers=OffloadConfig(tier, device_bytes=hot * rows * HEADS * unit)
     )
     counted = {(row, head): Counted(hot) for row in range(rows) for head in range(HEADS)}
     written: dict[tuple[int, int], torch.Tensor] = {}  # (2, G, D) of a row's slot
@@ -233,7 +234,7 @@ def test_counters_and_contents_against_plain_loops(
     now = 0
     for _ in range(20):
         lengths = [chance.choice((1, 1, 2, chance.randint(0, 20))) for _ in range(rows)]
-        plan = make_plan(starts, lengths, config)
+        plan = make_geometry(starts, lengths, config)
         width = max(*lengths, 1)
         key, value = torch.rand(2, rows, HEADS, width, DIM)
         blocks.reserve(plan.blocks, key)
@@ -300,7 +301,7 @@ def test_the_device_holds_no_more_when_the_memory_grows(
     budgets: dict[str, Any], monkeypatch: Any
 ) -> None:
     """But for landmarks; and the host no more than its budget."""
-    monkeypatch.setattr(shelf, "EXTENT_BYTES", 2**12)
+    monkeypatch.setattr(offload, "EXTENT_BYTES", 2**12)
     model = models.landmark_model("llama", settings())
     cache = LandmarkCache(model.config, **budgets)
     held = []
@@ -329,7 +330,7 @@ def test_what_a_long_call_needed_near_is_given_back() -> None:
         model = models.landmark_model("llama", settings().replace(chunk_tokens=tokens))
         cache = model.read(models.text(300)[None], cache=LandmarkCache(model.config, "host"))
         for _ in range(2):
-            held.append([memory.store.near.nbytes("device") for memory in cache.made()])
+            held.append([memory.store.near.nbytes("device") for memory in cache.layers_in_use()])
             model(models.text(1)[None], past_key_values=cache)
     for short, after_short, long, after_long in zip(*held, strict=True):
         assert after_long <= after_short <= short < long
@@ -338,11 +339,11 @@ def test_what_a_long_call_needed_near_is_given_back() -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_addresses_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told piece by piece of what moved, a shelf gives the addresses that it would give at once."""
-    monkeypatch.setattr(shelf, "EXTENT_BYTES", 2 * HEADS * 2 * SIZE * DIM * 4)
+    monkeypatch.setattr(offload, "EXTENT_BYTES", 2 * HEADS * 2 * SIZE * DIM * 4)
     chance = random.Random(seed)
     rows = 2
     blocks = 0
-    made = Shelf(Tiers("host"), Traffic())
+    made = OffloadStore(OffloadConfig("host"), TransferStats())
     cpu = torch.device("cpu")
     forks = []
     for _ in range(30):
@@ -380,12 +381,14 @@ def test_addresses_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_extents_in_order_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small tensor for each would scatter the memory of the process."""
-    monkeypatch.setattr(shelf, "EXTENT_BYTES", 1)
+    monkeypatch.setattr(offload, "EXTENT_BYTES", 1)
     model = models.landmark_model("llama", settings())
     for budgets in ({"tier": "host"}, {"tier": "disk"}, {"tier": "disk", "host_bytes": 2**13}):
         cache = model.read(models.text(200)[None], cache=LandmarkCache(model.config, **budgets))
         rows = [
-            each.rows for memory in cache.made() for each in memory.store.near.shelf.held.values()
+            each.rows
+            for memory in cache.layers_in_use()
+            for each in memory.store.near.shelf.held.values()
         ]
         assert len(rows) > 100 and len({each.data_ptr() for each in rows}) == 1
 
@@ -425,7 +428,7 @@ def test_a_fork_writes_nothing_into_the_files_of_its_origin(tmp_path: Path) -> N
 
 def handles(cache: LandmarkCache) -> list[int]:
     """The files that a cache writes to."""
-    return [memory.store.near.shelf.file.handle for memory in cache.made()]
+    return [memory.store.near.shelf.file.handle for memory in cache.layers_in_use()]
 
 
 def content(handle: int) -> bytes:
@@ -493,7 +496,7 @@ def test_a_fork_and_its_origin_go_back_without_the_other(
     """What was finished is rewritten by one of them, while the other goes on reading it: no frames
     hide it.
     """
-    monkeypatch.setattr(frames, "HOT_BLOCKS", 1)
+    monkeypatch.setattr(cached_pool, "HOT_BLOCKS", 1)
     model = models.landmark_model("llama", settings())
     found = []
     for each in ("device", tier):
@@ -524,7 +527,7 @@ def test_more_rows_stay_within_the_budget() -> None:
 def test_places_of_a_file_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``max_blocks`` a memory that goes on for ever takes no more of the disk."""
     for module, name, value in (
-        (shelf, "EXTENT_BYTES", 1),
+        (offload, "EXTENT_BYTES", 1),
         (store, "EVICTION_STEP", 1),
         (store, "SPARE_BLOCKS", 0),
     ):
@@ -575,12 +578,12 @@ def test_a_block_costs_the_same_however_many_came_before(
     """With ``max_blocks``, counted in steps of the interpreter; also where a kernel asks for
     addresses in between.
     """
-    monkeypatch.setattr(shelf, "EXTENT_BYTES", 1)
+    monkeypatch.setattr(offload, "EXTENT_BYTES", 1)
     config = LandmarkConfig(block_size=2, local_blocks=1, max_blocks=20)
-    blocks = BlockStore(2, local_blocks=1, tiers=Tiers(**budgets))
+    blocks = BlockStore(2, local_blocks=1, tiers=OffloadConfig(**budgets))
     taken = []
     for begin in range(0, 800, 16):
-        plan = make_plan([2 * begin], [2 * 16], config)
+        plan = make_geometry([2 * begin], [2 * 16], config)
         key = torch.full((1, 1, 2 * 16, 2), float(begin))
         with Steps() as steps:
             blocks.evict(plan.seen_from)
@@ -605,18 +608,19 @@ def test_what_lies_on_disk_is_not_resident() -> None:
     code = """
         import re, torch
         from landmark import LandmarkConfig
-        from landmark.memory.plan import make_plan
-        from landmark.memory.store import BlockStore
-        from landmark.memory.tiers import Tiers
+        from landmark.memory.geometry import make_geometry
+        from landmark.memory.storage.store import BlockStore
+        from landmark.memory.storage.tiers import OffloadConfig
 
         def resident():
             return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
         torch.set_num_threads(1)
-        store, config = BlockStore(64, local_blocks=2, tiers=Tiers("disk")), LandmarkConfig()
+        store = BlockStore(64, local_blocks=2, tiers=OffloadConfig("disk"))
+        config = LandmarkConfig()
         key = torch.randn(1, 6, 1024, 64)
         for begin in range(0, 100 * 1024, 1024):
-            plan = make_plan([begin], [1024], config)
+            plan = make_geometry([begin], [1024], config)
             store.reserve(plan.blocks, key)
             store.open(plan)
             store.write(key + begin, key, plan.writes)
@@ -642,7 +646,7 @@ def test_a_full_disk_leaves_the_memory_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system's own refusal, by a limit on the size of files."""
-    monkeypatch.setattr(shelf, "EXTENT_BYTES", 2**13)
+    monkeypatch.setattr(offload, "EXTENT_BYTES", 2**13)
     model = models.landmark_model("llama", settings())
     ids = models.text(400)[None]
     expected = model(ids).logits[:, 100:]

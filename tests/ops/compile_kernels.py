@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from landmark.memory.frames import MOST_HOT_BLOCKS
 from landmark.memory.fused import FUSED_BYTES, FUSED_TOP_K
+from landmark.memory.storage.cached_pool import MOST_HOT_BLOCKS
 from landmark.memory.triton import bring, decode, filing
 from landmark.memory.triton import kernels as memory
 from landmark.memory.triton.launch import (

@@ -17,8 +17,8 @@ Folder = Annotated[Path, typer.Argument(help="Folder of a saved memory.")]
 
 def info(folder: Folder) -> None:
     """Show what a memory is, and the bytes of its files."""
-    from landmark.memory.archive import Archive
-    from landmark.memory.manifest import manifest_of, sources_of
+    from landmark.memory.archive.log import Archive
+    from landmark.memory.archive.manifest import manifest_of, sources_of
 
     archive = Archive.open(folder)
     manifest = manifest_of(archive)
@@ -50,8 +50,8 @@ def info(folder: Folder) -> None:
 def verify(folder: Folder) -> int:
     """Read all of a memory and name what is damaged; exit code 1 if anything is."""
     with Shown() as progress:
-        from landmark.memory.manifest import damage_of
-        from landmark.memory.saved import verify as damaged
+        from landmark.memory.archive.layer import verify as damaged
+        from landmark.memory.archive.manifest import damage_of
 
         lines = damage_of(folder) or damaged(folder, progress)
     for line in lines:
@@ -62,8 +62,8 @@ def verify(folder: Folder) -> int:
 
 def compact(folder: Folder) -> None:
     """Remove what an interrupted writer left; it counts as nothing."""
-    from landmark.memory.archive import Archive
-    from landmark.memory.manifest import manifest_of
+    from landmark.memory.archive.log import Archive
+    from landmark.memory.archive.manifest import manifest_of
 
     archive = Archive.open(folder)
     manifest_of(archive)  # what it does not name would be removed

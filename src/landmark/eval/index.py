@@ -22,10 +22,10 @@ from landmark.eval.rank import old_queries
 from landmark.eval.results import IndexRow
 from landmark.eval.subjects import Subject, require_landmark
 from landmark.hf.cache import LandmarkCache
-from landmark.memory.index import KINDS, VectorIndex, require_faiss
+from landmark.memory.faiss_index import KINDS, VectorIndex, require_faiss
+from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import COPIES, SLAB_BYTES, LayerMemory
-from landmark.memory.plan import Plan
-from landmark.memory.positions import RotationTables
+from landmark.memory.positions import RotaryTables
 from landmark.ops.select import best_of
 
 NOISE = 0.1
@@ -101,7 +101,14 @@ class _RecordingMemory(LayerMemory):
     wanted = 1
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scale: float, **rest: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: CallGeometry,
+        *,
+        scale: float,
+        **rest: Any,
     ) -> Any:
         """Attends as ``LayerMemory.attend`` does."""
         turned = (
@@ -117,7 +124,7 @@ class _RecordingMemory(LayerMemory):
         return done
 
 
-def _last(plan: Plan, wanted: int) -> Plan:
+def _last(plan: CallGeometry, wanted: int) -> CallGeometry:
     return replace(plan, offsets=plan.offsets[:, -wanted:])
 
 
@@ -127,7 +134,7 @@ class _RecordingCache(LandmarkCache):
         self._layer = layer
         self._wanted = wanted
 
-    def memory(self, layer: int, tables: RotationTables) -> LayerMemory:
+    def memory(self, layer: int, tables: RotaryTables) -> LayerMemory:
         """Returns layer ``layer``'s memory, made at its first use."""
         if layer == self._layer and self.memories[layer] is None:
             made = self.memories[layer] = _RecordingMemory(self.settings, tables, layer)

@@ -29,9 +29,9 @@ from landmark.eval.passkey import read_into_memory
 from landmark.eval.reading import counted
 from landmark.eval.subjects import Subject, require_landmark
 from landmark.hf.cache import LandmarkCache
+from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory
-from landmark.memory.plan import Plan
-from landmark.memory.positions import RotationTables
+from landmark.memory.positions import RotaryTables
 
 # Documents have no order: all their landmarks stand where old ones do, and none may be evicted.
 SETTINGS: dict[str, Any] = {
@@ -96,7 +96,7 @@ class Found:
     block: int
 
 
-def old_queries(memory: LayerMemory, query: Tensor, plan: Plan, scale: float) -> Tensor:
+def old_queries(memory: LayerMemory, query: Tensor, plan: CallGeometry, scale: float) -> Tensor:
     """Queries as they score old landmarks under ``stingy``, once there are local blocks enough.
 
     Args:
@@ -135,7 +135,7 @@ class _QueryMemory(LayerMemory):
 
 
 class _QueryCache(LandmarkCache):
-    def memory(self, layer: int, tables: RotationTables) -> LayerMemory:
+    def memory(self, layer: int, tables: RotaryTables) -> LayerMemory:
         """Returns layer ``layer``'s memory, made at its first use."""
         if self.memories[layer] is None:
             self.memories[layer] = _QueryMemory(self.settings, tables, layer)

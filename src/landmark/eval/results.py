@@ -170,7 +170,7 @@ class IndexRow:
     """What one kind of index finds, and how fast, among the landmarks of one layer.
 
     Attributes:
-        index: one of ``landmark.memory.index.KINDS``; ``exact`` is what it is compared with.
+        index: one of ``landmark.memory.faiss_index.KINDS``; ``exact`` is what it is compared with.
         model: name or path of the model.
         layer: whose landmarks and queries they are.
         heads: key/value heads that were measured.

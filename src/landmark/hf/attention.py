@@ -12,8 +12,8 @@ from transformers import AttentionInterface
 from landmark.config import LandmarkConfig
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.layout import without_autocast
-from landmark.memory.plan import Plan, move
-from landmark.memory.positions import RotationTables
+from landmark.memory.geometry import CallGeometry, move
+from landmark.memory.positions import RotaryTables
 from landmark.ops.attention import landmark_attention
 from landmark.rotary import Rotation
 
@@ -21,13 +21,13 @@ IMPLEMENTATION = "landmark"
 
 
 @dataclass
-class Call:
+class ForwardContext:
     """One forward pass of a decoder, handed to every layer as the keyword argument ``landmark``."""
 
     settings: LandmarkConfig
     layer_types: tuple[str | None, ...]
 
-    def to(self, *args: Any, **kwargs: Any) -> Call:
+    def to(self, *args: Any, **kwargs: Any) -> ForwardContext:
         """Returns itself: tensors follow each layer's device (accelerate moves arguments by calling
         this).
         """
@@ -45,7 +45,7 @@ class Call:
 
 
 @dataclass
-class OnePass(Call):
+class FullPass(ForwardContext):
     """Mode ``all`` without a memory: every past block, in one differentiable pass."""
 
     rotations: dict[str | None, Rotation]
@@ -54,7 +54,7 @@ class OnePass(Call):
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        """Attends as ``Call.attend`` says."""
+        """Attends as ``ForwardContext.attend`` says."""
         rotation = self._rotation(module).to(query.device)
         segments = None if self.segments is None else self.segments.to(query.device)
         size = self.settings.block_size
@@ -76,7 +76,7 @@ class OnePass(Call):
 
 
 @dataclass
-class Remembered(Call):
+class CachedPass(ForwardContext):
     """A call whose keys are filed in a cache.
 
     Attributes:
@@ -90,18 +90,18 @@ class Remembered(Call):
         plans: the geometry on each device.
     """
 
-    tables: dict[str | None, RotationTables]
+    tables: dict[str | None, RotaryTables]
     cache: LandmarkCache
-    plan: Plan
+    plan: CallGeometry
     retrieve: bool
     dtype: torch.dtype
     prepared: bool = False
-    plans: dict[torch.device, Plan] = field(default_factory=dict)
+    plans: dict[torch.device, CallGeometry] = field(default_factory=dict)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        """Attends as ``Call.attend`` says."""
+        """Attends as ``ForwardContext.attend`` says."""
         if query.device not in self.plans:
             self.plans[query.device] = move(self.plan, query.device)
         layer = _index(module)
@@ -116,13 +116,15 @@ class Remembered(Call):
             )
         if found is not None:
             self.cache.retrievals.append(found)
+        if self.cache.observer is not None:
+            self.cache.observer(memory, query, plan, scale)
         return output.to(value.dtype)
 
     def depends(self) -> tuple[Any, ...] | None:
         """Prepares all memories and returns what a captured call depends on, ``None`` where it
         cannot be captured.
         """
-        if self.cache.record or not self.retrieve:
+        if self.cache.record or self.cache.observer is not None or not self.retrieve:
             return None
         found: list[Any] = [self.plan.grid.local.shape]
         for memory in self.cache.memories:
@@ -132,13 +134,15 @@ class Remembered(Call):
             found.append(each)
         return tuple(found)
 
-    def fixed(self, device: torch.device) -> Remembered:
+    def fixed(self, device: torch.device) -> CachedPass:
         """Returns the same call, prepared, with a geometry whose tensors on ``device`` later ones
         can be copied to.
 
         It may choose among as many blocks as there are places for.
         """
-        places = min(memory.store.first + memory.store.places - 1 for memory in self.cache.made())
+        places = min(
+            memory.store.first + memory.store.places - 1 for memory in self.cache.layers_in_use()
+        )
         plan = replace(move(self.plan, device, apart=True), candidates=places)
         return replace(self, plan=plan, prepared=True, plans={device: plan})
 
@@ -151,11 +155,11 @@ def landmark_attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    landmark: Call | None = None,
+    landmark: ForwardContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered as attention implementation ``landmark``; shapes as in
-    ``Call.attend``.
+    ``ForwardContext.attend``.
     """
     if landmark is None:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ from transformers import Cache
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
+from landmark.hf.cache_io import Saved, Streams, open_saved, require_reader, save
 from landmark.hf.columns import TextColumns
-from landmark.hf.saved import Saved, Streams, open_saved, require_reader, save
 from landmark.memory.cropping import check_crop
-from landmark.memory.index import check_index
+from landmark.memory.faiss_index import check_index
+from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory
-from landmark.memory.positions import RotationTables
+from landmark.memory.positions import RotaryTables
 from landmark.memory.retrieval import Retrieval
-from landmark.memory.tiers import TIERS, Tiers, Traffic
+from landmark.memory.storage.tiers import TIERS, OffloadConfig, TransferStats
 
+# Called with the memory of a layer, the queries ``(B, H, T, D)`` that attended with it (not rotated),
+# the geometry of the call and the softmax scale. What it gets is not to be changed.
+Observer = Callable[[LayerMemory, Tensor, CallGeometry, float], None]
 NEW_CACHE = "make a new LandmarkCache(model.config)"
 
 
@@ -38,19 +43,21 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             ``faiss-ivf`` and ``faiss-hnsw`` ask an index on the CPU. The last two miss some blocks,
             so that results change.
         **budgets: ``device_bytes``, ``host_bytes`` and ``spill_folder`` of
-            ``landmark.memory.tiers.Tiers``.
+            ``landmark.memory.storage.tiers.OffloadConfig``.
 
     Attributes:
         settings: the ``LandmarkConfig`` it was made with.
         index: see above.
         record: whether to keep what each layer retrieves in ``retrievals``.
         retrievals: what was retrieved while ``record`` was set, oldest first.
+        observer: called after each layer has attended, as ``Observer`` says, or ``None``. A fork
+            has the same one.
         saved: the folder that it was opened from or saved to.
         rewound: whether something that was saved has been taken back.
 
     Raises:
         ValueError: ``config`` is not that of a landmark model, settings that an index cannot serve,
-            or as ``Tiers``.
+            or as ``OffloadConfig``.
         FileNotFoundError: there is no such folder.
         ModuleNotFoundError: an index without the package faiss.
     """
@@ -70,8 +77,9 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         check_index(index, self.settings)
         self.index = index
         self.memories: list[LayerMemory | None] = [None] * config.num_hidden_layers
-        self.tiers = Tiers(tier, **budgets)
+        self.tiers = OffloadConfig(tier, **budgets)
         self.record = False
+        self.observer: Observer | None = None
         self.retrievals: list[Retrieval] = []
         self.saved: Saved | None = None
         self.rewound = False
@@ -90,7 +98,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """Slots of each row: its tokens and landmarks."""
         return [slots_for(tokens, self.settings.block_size) for tokens in self._columns.tokens]
 
-    def memory(self, layer: int, tables: RotationTables) -> LayerMemory:
+    def memory(self, layer: int, tables: RotaryTables) -> LayerMemory:
         """Returns layer ``layer``'s memory, made at its first use."""
         while (
             len(self.memories) <= layer
@@ -169,7 +177,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             mask: ``(B, T)`` bool on the CPU, True for text.
             ids: ``(B, T)`` token ids, ``None`` where only embeddings are known.
         """
-        for memory in self.made():
+        for memory in self.layers_in_use():
             memory.settle()
         self._columns.append(mask, ids)
         self._hidden = False
@@ -185,7 +193,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         ``retrieved`` others.
         """
         del self.retrievals[retrieved:]
-        for memory in self.made():
+        for memory in self.layers_in_use():
             memory.undo()
         if (
             self._hidden
@@ -254,14 +262,14 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """
         tokens = mask.sum(1).tolist()
         check_crop(
-            self.made(),
+            self.layers_in_use(),
             self.settings,
             self.slots,
             [slots_for(n, self.settings.block_size) for n in tokens],
         )
         self._note_change(tokens)
         self._columns.replace(mask, ids)
-        for memory in self.made():
+        for memory in self.layers_in_use():
             memory.forget_peak()
 
     def reset(self) -> None:
@@ -310,7 +318,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     @torch.inference_mode(False)
     def _select_rows(self, rows: Tensor) -> None:
         self._note_change([0])
-        for memory in self.made():
+        for memory in self.layers_in_use():
             memory.select_rows(rows)
         if self.is_initialized:
             mask, ids = self._columns.all()
@@ -329,12 +337,14 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """Bytes of keys and values held, those of an index among them, in the given tiers or in
         all.
         """
-        return sum(memory.nbytes(tier) for memory in self.made() for tier in tiers or TIERS)
+        return sum(
+            memory.nbytes(tier) for memory in self.layers_in_use() for tier in tiers or TIERS
+        )
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> TransferStats:
         """What moved between tiers, over all layers."""
-        return sum((memory.store.traffic for memory in self.made()), Traffic())
+        return sum((memory.store.traffic for memory in self.layers_in_use()), TransferStats())
 
     @property
     def decoder(self) -> Any:
@@ -404,7 +414,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         if self.saved is not None and min(tokens) < self.saved.archive.manifest["tokens"]:
             self.rewound = True
 
-    def made(self) -> list[LayerMemory]:
+    def layers_in_use(self) -> list[LayerMemory]:
         """Returns the memories of the layers that have read something."""
         return [memory for memory in self.memories if memory is not None]
 

@@ -18,7 +18,7 @@ from landmark.hf.attempts import kept_on_failure
 from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.compat import CACHE, cache_by_installed_name, check_assisted, columns_of_step
-from landmark.hf.graphs import repeating
+from landmark.hf.decode_graph import capture_scope
 from landmark.hf.model import require_landmark_cache
 from landmark.hf.stub import PackagedMixin
 
@@ -130,7 +130,7 @@ class LandmarkCausalLMMixin(PackagedMixin):
         token = _given.set(_what_is_given(args, kwargs))
         try:
             with (
-                repeating(),
+                capture_scope(),
                 kept_on_failure(cache) if isinstance(cache, LandmarkCache) else nullcontext(),
             ):
                 return super().generate(*args, **kwargs)
@@ -155,9 +155,8 @@ class LandmarkCausalLMMixin(PackagedMixin):
         cache = kwargs.get(CACHE)
         rest = {name: value for name, value in kwargs.items() if name not in NOT_FOR_FORWARD}
         if getattr(self.config, "output_router_logits", False):
-            rest["output_router_logits"] = (
-                False  # nobody asks for the balancing loss of a generated token
-            )
+            # Nobody asks for the balancing loss of a generated token.
+            rest["output_router_logits"] = False
         name = "input_ids"
         text = input_ids
         if is_first_iteration and inputs_embeds is not None:
@@ -194,9 +193,8 @@ class LandmarkCausalLMMixin(PackagedMixin):
                 model_kwargs[CACHE] = LandmarkCache(self.config)
         else:
             require_landmark_cache(cache)._is_user_defined = True
-            model_kwargs["use_cache"] = generation_config.use_cache = (
-                True  # a memory that is given is read on
-            )
+            # A memory that is given is read on.
+            model_kwargs["use_cache"] = generation_config.use_cache = True
 
     def _get_initial_cache_position(
         self, seq_length: int, device: Any, model_kwargs: dict[str, Any]

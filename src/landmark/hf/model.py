@@ -17,17 +17,23 @@ from torch import Tensor, nn
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.attempts import kept_on_failure
-from landmark.hf.attention import Call, OnePass, Remembered, check_attention, claim_attention
+from landmark.hf.attention import (
+    CachedPass,
+    ForwardContext,
+    FullPass,
+    check_attention,
+    claim_attention,
+)
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.columns import device_of, sketch_of
 from landmark.hf.compat import CACHE, cache_by_installed_name
-from landmark.hf.graphs import current
+from landmark.hf.decode_graph import current
 from landmark.hf.layout import Layout, documents_of, packed_layout, padded_layout, plain_layout
 from landmark.hf.rope import layer_types, read_rotaries
 from landmark.hf.states import merge
 from landmark.hf.stub import PackagedMixin
-from landmark.memory.plan import make_plan
-from landmark.memory.positions import RotationTables
+from landmark.memory.geometry import make_geometry
+from landmark.memory.positions import RotaryTables
 
 
 class LandmarkDecoderMixin(PackagedMixin):
@@ -38,7 +44,7 @@ class LandmarkDecoderMixin(PackagedMixin):
         super().__init__(config, *args, **kwargs)
         self.landmark_embedding = nn.Embedding(1, config.hidden_size)
         self._rotaries = read_rotaries(self)
-        self._tables: dict[str | None, RotationTables] | None = None
+        self._tables: dict[str | None, RotaryTables] | None = None
         self._layer_types = _keys(layer_types(config), self._rotaries)
         self._warned = False
 
@@ -173,10 +179,10 @@ class LandmarkDecoderMixin(PackagedMixin):
             )
             for kind, rotary in self._rotaries.items()
         }
-        call = OnePass(settings, self._layer_types, rotations, layout.segments)
+        call = FullPass(settings, self._layer_types, rotations, layout.segments)
         return self._run(embeds, layout, call, kwargs)
 
-    def _run(self, embeds: Tensor, layout: Layout, call: Call, kwargs: Any) -> Any:
+    def _run(self, embeds: Tensor, layout: Layout, call: ForwardContext, kwargs: Any) -> Any:
         tokens = embeds.shape[1]
         inserted = layout.insert(
             embeds, self._landmark(embeds)
@@ -184,7 +190,7 @@ class LandmarkDecoderMixin(PackagedMixin):
         output = self.stock(inserted, call, **kwargs)
         return merge([output], lambda states: layout.extract(states[0], tokens))
 
-    def stock(self, embeds: Tensor, call: Call, **kwargs: Any) -> Any:
+    def stock(self, embeds: Tensor, call: ForwardContext, **kwargs: Any) -> Any:
         """Runs the stock decoder on slots ``(B, width, hidden)``, all at position 0."""
         zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
         return super().forward(
@@ -270,11 +276,11 @@ class LandmarkDecoderMixin(PackagedMixin):
         seen = cache.tokens or [0] * len(counts)
         starts = [slots_for(n, settings.block_size) for n in seen]
         ends = [slots_for(n + c, settings.block_size) for n, c in zip(seen, counts, strict=True)]
-        plan = make_plan(starts, [e - s for s, e in zip(starts, ends, strict=True)], settings)
+        plan = make_geometry(starts, [e - s for s, e in zip(starts, ends, strict=True)], settings)
         if plan.candidates and retrieve:
             self._warn_untrained(settings)
         width = plan.cells.shape[1]
-        call = Remembered(
+        call = CachedPass(
             settings, self._layer_types, self._all_tables(), cache, plan, retrieve, embeds.dtype
         )
         steps = current()
@@ -295,15 +301,15 @@ class LandmarkDecoderMixin(PackagedMixin):
         cache.append(mask, ids)
         return output
 
-    def _all_tables(self) -> dict[str | None, RotationTables]:
+    def _all_tables(self) -> dict[str | None, RotaryTables]:
         if self._tables is None:
             size = self.settings.block_size
             self._tables = {
-                kind: RotationTables(rotary, size) for kind, rotary in self._rotaries.items()
+                kind: RotaryTables(rotary, size) for kind, rotary in self._rotaries.items()
             }
         return self._tables
 
-    def tables_of(self, layer: int) -> RotationTables:
+    def tables_of(self, layer: int) -> RotaryTables:
         """Returns the rotations of a layer's memory."""
         return self._all_tables()[self._layer_types[layer]]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from landmark.config import LandmarkConfig
+from landmark.memory.geometry import oldest_needed
 from landmark.memory.layer import RECENT_BLOCKS, LayerMemory
-from landmark.memory.plan import oldest_needed
 
 
 def check_crop(

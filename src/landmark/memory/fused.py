@@ -12,9 +12,8 @@ from landmark.ops.triton.configs import power_of_two
 FUSED_BYTES = 2**15  # of the keys of a block, at most
 FUSED_TOP_K = 16  # at most, for the choice: sorting more takes a compiler minutes
 FEW_WIDTH = 16
-FEW_QUERIES = (
-    64  # of one row, and of those one key/value head, at most, for the kernels of decoding
-)
+# Of one row, and of those one key/value head, at most, for the kernels of decoding.
+FEW_QUERIES = 64
 
 
 def runs_fused(query: Tensor, config: LandmarkConfig) -> bool:

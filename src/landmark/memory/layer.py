@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
+from landmark.memory.archive.layer import SavedLayer
+from landmark.memory.faiss_index import LandmarkIndex
 from landmark.memory.fused import FEW_QUERIES, FEW_WIDTH, FUSED_TOP_K, runs_fused
-from landmark.memory.index import LandmarkIndex
-from landmark.memory.plan import Grid, Plan, from_grid, to_grid
-from landmark.memory.positions import RotationTables, final_distances
+from landmark.memory.geometry import CallGeometry, QueryGrid, from_grid, to_grid
+from landmark.memory.positions import RotaryTables, final_distances
 from landmark.memory.retrieval import (
     Retrieval,
     choose,
-    choose_each,
-    choose_indexed,
     head_peaks,
+    landmark_keys_at,
     landmark_scores,
-    marks_at,
+    select_per_query,
+    select_with_index,
 )
-from landmark.memory.saved import SavedLayer
-from landmark.memory.store import BlockStore
-from landmark.memory.tiers import Tiers
+from landmark.memory.storage.store import BlockStore
+from landmark.memory.storage.tiers import OffloadConfig
 
 SLAB_BYTES = {"cpu": 2**26, "cuda": 2**31}  # fetched blocks and scores alive at once
 COPIES = 8  # of a score that are alive while softmaxes are taken
@@ -39,16 +39,16 @@ class LayerMemory:
         tables: rotations of this layer's rotary type.
         layer: the layer's index.
         tiers: where its blocks live, ``None`` for the device; budgets of this layer.
-        index: one of ``landmark.memory.index.KINDS``. Where all old landmarks are equal no index
-            can tell them apart, and every one is scored.
+        index: one of ``landmark.memory.faiss_index.KINDS``. Where all old landmarks are equal no
+            index can tell them apart, and every one is scored.
     """
 
     def __init__(
         self,
         config: LandmarkConfig,
-        tables: RotationTables,
+        tables: RotaryTables,
         layer: int,
-        tiers: Tiers | None = None,
+        tiers: OffloadConfig | None = None,
         index: str = "exact",
     ) -> None:
         self.config = config
@@ -65,15 +65,13 @@ class LayerMemory:
         )
         indexed = index != "exact" and self.retrieves and not self.store.shared_landmark
         self.index = LandmarkIndex(index) if indexed else None
-        self._peak: Tensor | None = (
-            None  # (B, G, R, P), `head` only: of the rows' unfinished blocks
-        )
+        # (B, G, R, P), `head` only: of the rows' unfinished blocks.
+        self._peak: Tensor | None = None
         self._queries: Tensor | None = None  # (B, G, R, RECENT_BLOCKS, L, D), `head` only
-        self._queries_before: Tensor | None = (
-            None  # `_queries` before a call that may still fail in another layer
-        )
+        # `_queries` before a call that may still fail in another layer.
+        self._queries_before: Tensor | None = None
 
-    def prepare(self, plan: Plan, like: Tensor) -> None:
+    def prepare(self, plan: CallGeometry, like: Tensor) -> None:
         """Makes room for a call of keys like ``like (B, G, *, D)``, and drops what no query will
         see.
         """
@@ -81,7 +79,7 @@ class LayerMemory:
         self.store.reserve(plan.blocks, like)
         self.store.open(plan)
 
-    def depends(self, plan: Plan) -> tuple[Any, ...] | None:
+    def depends(self, plan: CallGeometry) -> tuple[Any, ...] | None:
         """Prepares a call and returns what it would find it again by if it were captured in a CUDA
         graph.
 
@@ -99,7 +97,7 @@ class LayerMemory:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        plan: Plan,
+        plan: CallGeometry,
         *,
         scale: float,
         retrieve: bool,
@@ -164,7 +162,7 @@ class LayerMemory:
     def _choose(
         self,
         query: Tensor,
-        grid: Grid,
+        grid: QueryGrid,
         blocks: int,
         scale: float,
         earlier: Tensor | None,
@@ -173,18 +171,18 @@ class LayerMemory:
     ) -> tuple[Tensor, Tensor]:
         """Returns chosen blocks and whether each is valid, ``(B, G or 1, R or 1, n, W, K)``."""
         if fused and self._chooses_fused():
-            from landmark.memory.triton.launch import choose_places
+            from landmark.memory.triton.launch import select_fused
 
             count = self._scored(blocks)
-            places, valid = choose_places(
+            places, valid = select_fused(
                 query, grid, count, self.store, self.tables, self.config, scale
             )
             return self.store.block_of(places), valid
         if self.config.granularity == "token_head":
             rest = (self.store, self.tables, self.config)
             if self.index is not None:
-                return choose_indexed(query * scale, grid, *rest, self.index)
-            return choose_each(
+                return select_with_index(query * scale, grid, *rest, self.index)
+            return select_per_query(
                 query * scale, grid, self._scored(blocks), *rest, self._scored_at_once(query)
             )
         scores = self._scores(query, grid, blocks, scale)
@@ -196,7 +194,7 @@ class LayerMemory:
         shape = (*places.shape[:3], *query.shape[3:5], places.shape[-1])
         return self.store.block_of(places).expand(shape), valid.expand(shape)
 
-    def _are_few(self, query: Tensor, plan: Plan) -> bool:
+    def _are_few(self, query: Tensor, plan: CallGeometry) -> bool:
         """Whether one row's queries are so few, and stand in one block, that the kernels for
         decoding take them.
         """
@@ -205,7 +203,14 @@ class LayerMemory:
         return alone and width <= FEW_WIDTH and repeats * width <= FEW_QUERIES
 
     def _attend_few(
-        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, *, record: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: CallGeometry,
+        scale: float,
+        *,
+        record: bool,
     ) -> tuple[Tensor, Retrieval | None]:
         """As ``attend``, prepared, for few queries ``(B, G, R, T, D)``: they stand on the grid as
         they come.
@@ -230,8 +235,8 @@ class LayerMemory:
         alone = self.config.granularity == "token_head" and self.index is None
         return alone and self.config.top_k <= FUSED_TOP_K
 
-    def _scores(self, query: Tensor, grid: Grid, blocks: int, scale: float) -> Tensor:
-        marks = marks_at(self.store, 0, self._scored(blocks))
+    def _scores(self, query: Tensor, grid: QueryGrid, blocks: int, scale: float) -> Tensor:
+        marks = landmark_keys_at(self.store, 0, self._scored(blocks))
         return landmark_scores(query * scale, grid, marks, self.tables, self.config)
 
     def _scored_at_once(self, query: Tensor) -> int:
@@ -249,7 +254,7 @@ class LayerMemory:
     def _attend_slab(
         self,
         query: Tensor,
-        grid: Grid,
+        grid: QueryGrid,
         chosen: tuple[Tensor, Tensor] | None,
         scale: float,
         wide: int,
@@ -263,7 +268,7 @@ class LayerMemory:
         if fused:
             from landmark.memory.triton.launch import attend
         else:
-            from landmark.memory.plain import attend
+            from landmark.memory.eager import attend
         blocks = grid.local
         distances = torch.where(grid.local >= 0, grid.own[..., None] - grid.local, -1)
         if sink:
@@ -295,18 +300,20 @@ class LayerMemory:
         weights = torch.cat(gates, dim=4)
         return output, (torch.where(chosen[1], chosen[0], -1).expand(weights.shape), weights)
 
-    def _distances(self, blocks: Tensor, valid: Tensor, grid: Grid) -> Tensor:
+    def _distances(self, blocks: Tensor, valid: Tensor, grid: QueryGrid) -> Tensor:
         """Distances of retrieved blocks from the queries' own, -1 where there is none."""
         found = final_distances(blocks, valid, grid, self.config.top_k, self.config.positions)
         return found.masked_fill(~valid, -1)
 
-    def _farthest(self, grid: Grid) -> int:
+    def _farthest(self, grid: QueryGrid) -> int:
         """Largest distance in blocks at which a block may stand."""
         if self.config.mode == "all" or self.config.positions == "exact":
             return self.store.first + self.store.places
         return self.config.top_k + 1 + grid.local.shape[-1]
 
-    def _slab(self, query: Tensor, plan: Plan, *, retrieve: bool, fused: bool) -> tuple[int, int]:
+    def _slab(
+        self, query: Tensor, plan: CallGeometry, *, retrieve: bool, fused: bool
+    ) -> tuple[int, int]:
         """Own blocks, and places in them, attended at once, so that what is alive stays within the
         budget.
         """
@@ -337,7 +344,7 @@ class LayerMemory:
             step = blocks  # all queries of the call choose together
         return step, min(width, max(1, budget // (step * each)))
 
-    def _evict(self, plan: Plan) -> None:
+    def _evict(self, plan: CallGeometry) -> None:
         """Drops what neither this call nor a later one sees; what a call needs is there again if it
         fails.
         """
@@ -348,7 +355,9 @@ class LayerMemory:
         if self.store.first != before:
             self._peak = None
 
-    def _record(self, plan: Plan, found: list[tuple[Tensor, Tensor]], query: Tensor) -> Retrieval:
+    def _record(
+        self, plan: CallGeometry, found: list[tuple[Tensor, Tensor]], query: Tensor
+    ) -> Retrieval:
         batch, groups, repeats = query.shape[:3]
         if not found:
             none = plan.positions.new_full(
@@ -368,12 +377,12 @@ class LayerMemory:
 
     # `head` chooses by a maximum over tokens, some of which came in earlier calls.
 
-    def _needs_peak(self, plan: Plan) -> bool:
+    def _needs_peak(self, plan: CallGeometry) -> bool:
         return (
             self.config.granularity == "head" and self.config.local == "blocks" and any(plan.within)
         )
 
-    def _remember_queries(self, query: Tensor, grid: Grid) -> None:
+    def _remember_queries(self, query: Tensor, grid: QueryGrid) -> None:
         batch, groups, repeats, _, _, dim = query.shape
         if self._queries is None:
             shape = (batch, groups, repeats, RECENT_BLOCKS, self.config.block_size, dim)
@@ -387,7 +396,7 @@ class LayerMemory:
         self._queries_before, self._queries = self._queries, self._queries.clone()
         self._queries[rows, :, :, place, grid.offsets[rows, ns, ws]] = query[rows, :, :, ns, ws]
 
-    def _keep_peak(self, peaks: Tensor, grid: Grid) -> None:
+    def _keep_peak(self, peaks: Tensor, grid: QueryGrid) -> None:
         """Keeps the maximum after each row's last query; -1 for a row of which nothing is known."""
         if self.config.local == "chunk":
             return
@@ -400,7 +409,7 @@ class LayerMemory:
             old = torch.nn.functional.pad(self._peak, (0, peak.shape[-1] - self._peak.shape[-1]))
         self._peak = torch.where(reached.any(1)[:, None, None, None], peak, old)
 
-    def _earlier_peak(self, plan: Plan, scale: float) -> Tensor:
+    def _earlier_peak(self, plan: CallGeometry, scale: float) -> Tensor:
         """Maximum over the queries of each row's first own block that came in earlier calls."""
         within = torch.tensor(plan.within, device=plan.cells.device)[:, None, None, None] > 0
         if self._peak is None or bool(((self._peak < 0) & within).any()):

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landmark.memory.plan import Grid
+from landmark.memory.geometry import QueryGrid
 from landmark.rotary import Rotary, Rotation
 
 
-class RotationTables:
+class RotaryTables:
     """Rotations by a place inside a block and by a whole number of blocks, shared by the layers of
     one rotary type.
 
@@ -32,7 +32,7 @@ class RotationTables:
         self._offsets: dict[tuple[torch.device, torch.dtype], Rotation] = {}
         self._blocks: dict[tuple[torch.device, torch.dtype], Rotation] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RotationTables:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RotaryTables:
         """Itself: the tables of a model are the same for all its memories."""
         return self
 
@@ -68,7 +68,7 @@ class RotationTables:
         )
 
 
-def own_slot(grid: Grid, top_k: int) -> Tensor:
+def own_slot(grid: QueryGrid, top_k: int) -> Tensor:
     """Slot of each own block under ``stingy``, ``(B, n)``: its distance to slot 0, where old
     landmarks are scored.
     """
@@ -76,7 +76,7 @@ def own_slot(grid: Grid, top_k: int) -> Tensor:
 
 
 def final_distances(
-    blocks: Tensor, valid: Tensor, grid: Grid, top_k: int, positions: str
+    blocks: Tensor, valid: Tensor, grid: QueryGrid, top_k: int, positions: str
 ) -> Tensor:
     """Distance in blocks from each query's own block to the blocks it chose.
 

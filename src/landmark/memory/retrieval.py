@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
-from landmark.memory.index import LandmarkIndex
-from landmark.memory.plan import Grid
-from landmark.memory.positions import RotationTables, own_slot
-from landmark.memory.store import BlockStore
+from landmark.memory.faiss_index import LandmarkIndex
+from landmark.memory.geometry import QueryGrid
+from landmark.memory.positions import RotaryTables, own_slot
+from landmark.memory.storage.store import BlockStore
 from landmark.ops.select import best_of, select_top
 
 
@@ -35,7 +35,7 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
-class Marks:
+class LandmarkKeys:
     """Landmarks to be scored: those of some blocks of each row.
 
     Attributes:
@@ -51,14 +51,14 @@ class Marks:
     largest: int
 
 
-def marks_at(store: BlockStore, begin: int, end: int) -> Marks:
+def landmark_keys_at(store: BlockStore, begin: int, end: int) -> LandmarkKeys:
     """Returns the landmarks at the places ``begin..end - 1`` of the store."""
     keys = store.landmarks(end)[:, :, begin:]
     blocks = store.block_of(torch.arange(begin, end, device=keys.device))[None]
-    return Marks(blocks, keys, store.shared_landmark, store.first + store.places)
+    return LandmarkKeys(blocks, keys, store.shared_landmark, store.first + store.places)
 
 
-def marks_from(store: BlockStore, first: Tensor, count: int) -> Marks:
+def landmark_keys_from(store: BlockStore, first: Tensor, count: int) -> LandmarkKeys:
     """Returns the landmarks of ``count`` blocks from ``first (B,)`` on; of dropped ones no key is
     right.
     """
@@ -66,11 +66,15 @@ def marks_from(store: BlockStore, first: Tensor, count: int) -> Marks:
     places = store.place_of(blocks).clamp(max=store.places - 1)
     rows = torch.arange(len(first), device=first.device)[:, None]
     keys = store.landmark_keys[rows, :, places].transpose(1, 2)
-    return Marks(blocks, keys, store.shared_landmark, store.first + store.places)
+    return LandmarkKeys(blocks, keys, store.shared_landmark, store.first + store.places)
 
 
 def landmark_scores(
-    query: Tensor, grid: Grid, marks: Marks, tables: RotationTables, config: LandmarkConfig
+    query: Tensor,
+    grid: QueryGrid,
+    marks: LandmarkKeys,
+    tables: RotaryTables,
+    config: LandmarkConfig,
 ) -> Tensor:
     """Scores every candidate's landmark where it stands while choosing.
 
@@ -92,7 +96,7 @@ def landmark_scores(
     return scores(query, grid, marks, tables, config).masked_fill_(barred, -torch.inf)
 
 
-def candidates(grid: Grid, blocks: Tensor, config: LandmarkConfig) -> Tensor:
+def candidates(grid: QueryGrid, blocks: Tensor, config: LandmarkConfig) -> Tensor:
     """Which of ``blocks (B or 1, P)`` each own block may retrieve, ``(B, n, P)`` bool."""
     block = blocks[:, None]
     first = grid.local_first[..., None]
@@ -106,7 +110,11 @@ def candidates(grid: Grid, blocks: Tensor, config: LandmarkConfig) -> Tensor:
 
 
 def _exact_scores(
-    query: Tensor, grid: Grid, marks: Marks, tables: RotationTables, config: LandmarkConfig
+    query: Tensor,
+    grid: QueryGrid,
+    marks: LandmarkKeys,
+    tables: RotaryTables,
+    config: LandmarkConfig,
 ) -> Tensor:
     turns = tables.by_blocks(marks.blocks, query.dtype, marks.largest)[:, None]
     keys = turns.rotate(marks.keys.to(query.dtype))
@@ -116,8 +124,8 @@ def _exact_scores(
     return _against_all(query, keys)
 
 
-def at_slot_zero(
-    query: Tensor, grid: Grid, tables: RotationTables, config: LandmarkConfig
+def at_prefix_start(
+    query: Tensor, grid: QueryGrid, tables: RotaryTables, config: LandmarkConfig
 ) -> Tensor:
     """Turns queries ``(B, G, R, n, W, D)`` to where old landmarks are scored under ``stingy``."""
     largest = config.top_k + 1 + int(grid.local.shape[-1])
@@ -126,12 +134,16 @@ def at_slot_zero(
 
 
 def _stingy_scores(
-    query: Tensor, grid: Grid, marks: Marks, tables: RotationTables, config: LandmarkConfig
+    query: Tensor,
+    grid: QueryGrid,
+    marks: LandmarkKeys,
+    tables: RotaryTables,
+    config: LandmarkConfig,
 ) -> Tensor:
     """All at slot 0, then those of the latest ``top_k`` blocks once more at their true places."""
     keys = marks.keys.to(query.dtype)
     count = marks.keys.shape[2]
-    at_zero = at_slot_zero(query, grid, tables, config)
+    at_zero = at_prefix_start(query, grid, tables, config)
     if marks.equal:
         scores = (
             (at_zero * keys[:, :, None, None, None, 0])
@@ -162,12 +174,12 @@ def _against_all(query: Tensor, keys: Tensor) -> Tensor:
     return torch.unflatten(query.flatten(2, 4) @ keys.transpose(-1, -2), 2, query.shape[2:5])
 
 
-def choose_each(
+def select_per_query(
     query: Tensor,
-    grid: Grid,
+    grid: QueryGrid,
     count: int,
     store: BlockStore,
-    tables: RotationTables,
+    tables: RotaryTables,
     config: LandmarkConfig,
     at_once: int,
 ) -> tuple[Tensor, Tensor]:
@@ -187,17 +199,17 @@ def choose_each(
     """
 
     def scores(begin: int, end: int) -> Tensor:
-        return landmark_scores(query, grid, marks_at(store, begin, end), tables, config)
+        return landmark_scores(query, grid, landmark_keys_at(store, begin, end), tables, config)
 
     _, places, valid = best_of(scores, count, config.top_k, at_once)
     return store.block_of(places), valid
 
 
-def choose_indexed(
+def select_with_index(
     query: Tensor,
-    grid: Grid,
+    grid: QueryGrid,
     store: BlockStore,
-    tables: RotationTables,
+    tables: RotaryTables,
     config: LandmarkConfig,
     index: LandmarkIndex,
 ) -> tuple[Tensor, Tensor]:
@@ -205,18 +217,18 @@ def choose_indexed(
     ones.
 
     The index scores at slot 0, so it may hold only blocks older than the latest ``top_k``
-    candidates of every query. Arguments and what is returned as for ``choose_each``.
+    candidates of every query. Arguments and what is returned as for ``select_per_query``.
     """
     precise = query.to(torch.promote_types(query.dtype, torch.float32))
     lowest = None
     if config.max_blocks is not None:
         lowest = grid.local_first - config.max_blocks
-    turned = at_slot_zero(precise, grid, tables, config)
+    turned = at_prefix_start(precise, grid, tables, config)
     old_scores, old = index.search(
         turned, config.top_k, lowest, keep_first=config.local == "blocks"
     )
     begin = torch.tensor(index.ends, device=query.device)
-    later = marks_from(store, begin, max(1, int((grid.local_first[:, -1] - begin).max())))
+    later = landmark_keys_from(store, begin, max(1, int((grid.local_first[:, -1] - begin).max())))
     scores = torch.cat((old_scores, landmark_scores(query, grid, later, tables, config)), dim=-1)
     found, valid = select_top(scores, config.top_k)
     blocks = later.blocks[:, None, None, None, None].expand(*scores.shape[:-1], -1)
@@ -227,7 +239,7 @@ def choose(
     scores: Tensor, config: LandmarkConfig, peak: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Chooses ``top_k`` places from scaled scores where queries choose together; alone they do by
-    ``choose_each``.
+    ``select_per_query``.
 
     Args:
         scores: ``(B, G, R, n, W, P)``, scaled, ``-inf`` where there is no candidate.
@@ -248,7 +260,7 @@ def choose(
 
 
 def head_peaks(
-    scores: Tensor, grid: Grid, config: LandmarkConfig, earlier: Tensor | None
+    scores: Tensor, grid: QueryGrid, config: LandmarkConfig, earlier: Tensor | None
 ) -> Tensor:
     """Each query's maximum of landmark probabilities over the tokens that choose with it.
 

@@ -72,9 +72,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         self.answer_weight = answer_weight or 0.0
         self._counts: tuple[Tensor | None, Tensor | None] = (None, None)
         if answer_weight is not None:
-            self.model_accepts_loss_kwargs = (
-                True  # the loss is divided by the step's counts, not by its batches
-            )
+            # The loss is divided by the step's counts, not by its batches.
+            self.model_accepts_loss_kwargs = True
         self.step_tokens = row_tokens * self.get_total_train_batch_size(args)
         self._loss = torch.compile(answer_weighted_loss) if compiled else answer_weighted_loss
         self.evaluated = 0

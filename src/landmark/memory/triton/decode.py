@@ -18,7 +18,7 @@ own block a row.
 import triton
 import triton.language as tl
 
-from landmark.memory.triton.kernels import (
+from landmark.memory.triton.prefill import (
     ALIGNED,
     STRIDES,
     load_block,
@@ -443,7 +443,7 @@ def join(
     TOP_K: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
-    """Writes a query's gate weights of what it chose, and its output."""
+    """CacheWrites a query's gate weights of what it chose, and its output."""
     o_item = tl.arange(0, ITEMS)
     o_dim = tl.arange(0, PADDED)
     lse, part = load_parts(p_part, p_lse, 0, n_items, DIM, PADDED)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
-from landmark.memory.frames import SomeNear
-from landmark.memory.plan import Grid
-from landmark.memory.positions import RotationTables, own_slot
-from landmark.memory.store import BlockStore
-from landmark.memory.triton.bring import copy_kernel, place_kernel
+from landmark.memory.geometry import QueryGrid
+from landmark.memory.positions import RotaryTables, own_slot
+from landmark.memory.storage.cached_pool import CachedPool
+from landmark.memory.storage.store import BlockStore
+from landmark.memory.triton.append import file_kernel
 from landmark.memory.triton.decode import CHUNK, best_kernel, read_kernel, score_kernel
-from landmark.memory.triton.filing import file_kernel
-from landmark.memory.triton.kernels import choice_kernel, chosen_kernel, shared_kernel
+from landmark.memory.triton.page_in import copy_kernel, place_kernel
+from landmark.memory.triton.prefill import choice_kernel, chosen_kernel, shared_kernel
 from landmark.ops.triton.configs import kept_of, on_device, power_of_two
 
 ALL_BLOCKS = 2**30  # more than there are
@@ -39,12 +39,12 @@ READ_BYTES = 2**14  # for keys of a block that are no larger, and for others
 FILE_WARPS = 1
 
 
-def choose_places(
+def select_fused(
     query: Tensor,
-    grid: Grid,
+    grid: QueryGrid,
     count: int,
     store: BlockStore,
-    tables: RotationTables,
+    tables: RotaryTables,
     config: LandmarkConfig,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -101,15 +101,15 @@ def choose_places(
 
 def attend(
     query: Tensor,
-    grid: Grid,
+    grid: QueryGrid,
     shared: tuple[Tensor, Tensor],
     chosen: tuple[Tensor, Tensor] | None,
     store: BlockStore,
-    tables: RotationTables,
+    tables: RotaryTables,
     scale: float,
     largest: int,
 ) -> tuple[Tensor, Tensor]:
-    """As ``landmark.memory.plain.attend``."""
+    """As ``landmark.memory.eager.attend``."""
     rows = _rows(query)
     turns = _turns(tables, query, largest)
     shape = {
@@ -175,7 +175,12 @@ def attend(
 
 
 def file(
-    query: Tensor, key: Tensor, value: Tensor, grid: Grid, store: BlockStore, tables: RotationTables
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: QueryGrid,
+    store: BlockStore,
+    tables: RotaryTables,
 ) -> Tensor:
     """Files a call of one own block in each row, but does not finish blocks, in one launch.
 
@@ -201,7 +206,7 @@ def file(
         each if each.stride(-1) == 1 else each.contiguous()
         for each in (query.flatten(1, 2), key, value)
     ]
-    ring = near.recent.shape[1] if isinstance(near, SomeNear) else 0
+    ring = near.recent.shape[1] if isinstance(near, CachedPool) else 0
     with on_device(query.device):
         file_kernel[(heads + groups, width, batch)](
             *given,
@@ -233,14 +238,14 @@ def file(
 
 def decode(
     query: Tensor,
-    grid: Grid,
+    grid: QueryGrid,
     count: int,
     store: BlockStore,
-    tables: RotationTables,
+    tables: RotaryTables,
     config: LandmarkConfig,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``choose_places`` and ``attend`` give, for few queries of one own block in each row, in
+    """What ``select_fused`` and ``attend`` give, for few queries of one own block in each row, in
     two launches.
 
     A third chooses where blocks have to be fetched before they are read.
@@ -331,10 +336,10 @@ def decode(
 
 def _scored(
     query: Tensor,
-    grid: Grid,
+    grid: QueryGrid,
     count: int,
     store: BlockStore,
-    tables: RotationTables,
+    tables: RotaryTables,
     config: LandmarkConfig,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -397,7 +402,7 @@ def _scored(
     return scores, peaks, recent, arrived
 
 
-def _arenas(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...]:
+def _arenas(store: BlockStore, grid: QueryGrid, chosen: Tensor) -> tuple[Tensor, ...]:
     """Keys and values of the own and local blocks, of the chosen ones, and the frame of each item
     of a query.
     """
@@ -416,7 +421,7 @@ def _arenas(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...]
     return keys, values, far_keys, far_values, _numbers(frames)
 
 
-def _bring(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...] | None:
+def _bring(store: BlockStore, grid: QueryGrid, chosen: Tensor) -> tuple[Tensor, ...] | None:
     """As ``_arenas``, by kernels, where all blocks lie in the memory of the CPU and the hot frames
     hold the chosen.
     """
@@ -424,7 +429,7 @@ def _bring(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...] 
     (batch, groups, *_, top_k) = chosen.shape
     wanted = chosen[0, 0].numel()
     items = top_k + 1 + grid.local.shape[-1]
-    if not isinstance(near, SomeNear) or wanted > near.hot.shape[1]:
+    if not isinstance(near, CachedPool) or wanted > near.hot.shape[1]:
         return None
     addresses = near.shelf.addresses(chosen.device)
     if addresses is None:
@@ -475,7 +480,7 @@ def _bring(store: BlockStore, grid: Grid, chosen: Tensor) -> tuple[Tensor, ...] 
 
 
 def _marks(
-    grid: Grid, count: int, store: BlockStore, tables: RotationTables, config: LandmarkConfig
+    grid: QueryGrid, count: int, store: BlockStore, tables: RotaryTables, config: LandmarkConfig
 ) -> tuple[Tensor, int]:
     """Landmark keys as they are scored, and a distance that none of them exceeds."""
     marks = store.landmarks(count)
@@ -515,12 +520,12 @@ def _multiprocessors(device: torch.device) -> int:
     )
 
 
-def _turns(tables: RotationTables, query: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+def _turns(tables: RotaryTables, query: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     table = tables.blocks(query.device, query.dtype, largest)
     return table.cos.contiguous(), table.sin.contiguous()
 
 
-def _turned(tables: RotationTables, query: Tensor) -> dict[str, Any]:
+def _turned(tables: RotaryTables, query: Tensor) -> dict[str, Any]:
     dim = query.shape[-1]
     return {
         "DIM": dim,

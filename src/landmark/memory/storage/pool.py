@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from landmark.memory.plan import Plan, Writes
-from landmark.memory.saved import AT_ONCE, SavedLayer
-from landmark.memory.tiers import Traffic
+from landmark.memory.archive.layer import AT_ONCE, SavedLayer
+from landmark.memory.geometry import CacheWrites, CallGeometry
+from landmark.memory.storage.tiers import TransferStats
 
 
-class Near(Protocol):
+class BlockPool(Protocol):
     """The contract of a tier. Blocks are named by place, as in ``BlockStore``.
 
     Attributes:
@@ -26,13 +26,13 @@ class Near(Protocol):
     values: Tensor
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> TransferStats:
         """What moved."""
 
     def reserve(self, places: int, like: Tensor) -> None:
         """Makes room for so many places of keys like ``like (B, G, *, D)``."""
 
-    def open(self, plan: Plan) -> None:
+    def open(self, plan: CallGeometry) -> None:
         """Begins a call: the blocks that it writes and their unfinished parts are near until the
         next.
         """
@@ -42,7 +42,7 @@ class Near(Protocol):
         something.
         """
 
-    def write(self, key: Tensor, value: Tensor, writes: Writes, places: Tensor) -> None:
+    def write(self, key: Tensor, value: Tensor, writes: CacheWrites, places: Tensor) -> None:
         """Files slots; ``places (M,)`` are those of ``writes.blocks``."""
 
     def finish(self, rows: Tensor, places: Tensor, landmark: Tensor | None) -> None:
@@ -87,7 +87,7 @@ class Near(Protocol):
         """Bytes of keys and values held in a tier."""
 
 
-class AllNear:
+class DevicePool:
     """Tier ``device``: frames are places, nothing moves.
 
     Args:
@@ -100,35 +100,35 @@ class AllNear:
         self.values = torch.empty(0)
 
     @property
-    def traffic(self) -> Traffic:
-        """As ``Near.traffic``: nothing moves."""
-        return Traffic()
+    def traffic(self) -> TransferStats:
+        """As ``BlockPool.traffic``: nothing moves."""
+        return TransferStats()
 
     def reserve(self, places: int, like: Tensor) -> None:
-        """As ``Near.reserve``."""
+        """As ``BlockPool.reserve``."""
         shape = (*like.shape[:2], places, self.block_size, like.shape[-1])
         self.keys = grown(self.keys, like.new_zeros(shape))
         self.values = grown(self.values, like.new_zeros(shape))
 
-    def open(self, plan: Plan) -> None:
-        """As ``Near.open``."""
+    def open(self, plan: CallGeometry) -> None:
+        """As ``BlockPool.open``."""
 
     def depends(self) -> tuple[int, ...] | None:
-        """As ``Near.depends``."""
+        """As ``BlockPool.depends``."""
         return self.keys.data_ptr(), self.values.data_ptr()
 
-    def write(self, key: Tensor, value: Tensor, writes: Writes, places: Tensor) -> None:
-        """As ``Near.write``."""
+    def write(self, key: Tensor, value: Tensor, writes: CacheWrites, places: Tensor) -> None:
+        """As ``BlockPool.write``."""
         self.keys[writes.rows, :, places, writes.offsets] = key[writes.rows, :, writes.columns]
         self.values[writes.rows, :, places, writes.offsets] = value[writes.rows, :, writes.columns]
 
     def finish(self, rows: Tensor, places: Tensor, landmark: Tensor | None) -> None:
-        """As ``Near.finish``."""
+        """As ``BlockPool.finish``."""
         if landmark is not None:
             self.keys[rows, :, places, self.block_size - 1] = landmark
 
     def resume(self, saved: SavedLayer, first: int, tail: Tensor) -> None:
-        """As ``Near.resume``: reads all blocks."""
+        """As ``BlockPool.resume``: reads all blocks."""
         kept = [0, *range(max(first, 1), saved.count)] if saved.count else []
         for begin in range(0, len(kept), AT_ONCE):
             blocks = torch.tensor(kept[begin : begin + AT_ONCE])
@@ -140,24 +140,24 @@ class AllNear:
         self.values[0, :, len(kept)] = tail[:, 1]
 
     def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
-        """As ``Near.fetch``."""
+        """As ``BlockPool.fetch``."""
         return self.keys, self.values, *places
 
     def take(self, owners: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``Near.take``."""
+        """As ``BlockPool.take``."""
         return taken(self.keys, self.values, owners, places)
 
     def evict(self, drop: int) -> None:
-        """As ``Near.evict``."""
+        """As ``BlockPool.evict``."""
         shift(self.keys, drop)
         shift(self.values, drop)
 
     def select_rows(self, rows: Tensor) -> None:
-        """As ``Near.select_rows``."""
+        """As ``BlockPool.select_rows``."""
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
     def nbytes(self, tier: str) -> int:
-        """As ``Near.nbytes``."""
+        """As ``BlockPool.nbytes``."""
         return _bytes(self.keys) + _bytes(self.values) if tier == "device" else 0
 
 

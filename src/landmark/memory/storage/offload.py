@@ -11,9 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from landmark.memory.extents import BlockFile, DiskExtent, Extent, HostExtent, SavedExtent, Written
-from landmark.memory.saved import SavedLayer
-from landmark.memory.tiers import Tiers, Traffic
+from landmark.memory.archive.layer import SavedLayer
+from landmark.memory.storage.extents import (
+    BlockFile,
+    DiskExtent,
+    Extent,
+    HostExtent,
+    SavedExtent,
+    Written,
+)
+from landmark.memory.storage.tiers import OffloadConfig, TransferStats
 
 EXTENT_BYTES = 2**22  # of an extent, at most, unless one block of all rows is larger
 
@@ -32,7 +39,7 @@ class Held(NamedTuple):
     own: bool
 
 
-class Shelf:
+class OffloadStore:
     """Finished blocks in extents of equal length; block ``b`` lies in extent ``b // length``.
 
     A fork shares extents with its origin, and rows that were repeated share what they have in
@@ -45,7 +52,7 @@ class Shelf:
         traffic: where moved bytes are counted.
     """
 
-    def __init__(self, tiers: Tiers, traffic: Traffic) -> None:
+    def __init__(self, tiers: OffloadConfig, traffic: TransferStats) -> None:
         self.tiers = tiers
         self.traffic = traffic
         self.length = 0  # blocks of an extent
@@ -62,10 +69,10 @@ class Shelf:
         self._moved: set[int] = set()  # extents, since then
         self._arriving: torch.cuda.Event | None = None  # when what was written will be there
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shelf:
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadStore:
         """A fork: both share what there is and write no more into it."""
         self._share()
-        fork = Shelf(self.tiers, copy.deepcopy(self.traffic, memo))
+        fork = OffloadStore(self.tiers, copy.deepcopy(self.traffic, memo))
         memo[id(self)] = fork
         self._arrive()
         fork.length = self.length

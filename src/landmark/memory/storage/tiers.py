@@ -9,7 +9,7 @@ TIERS = ("device", "host", "disk")
 
 
 @dataclass(frozen=True)
-class Tiers:
+class OffloadConfig:
     """The lowest tier that blocks may move down to, and the budgets of the tiers above.
 
     Attributes:
@@ -65,7 +65,7 @@ class Tiers:
             )
         object.__setattr__(self, "spill_folder", Path(self.spill_folder).absolute())
 
-    def share(self, layers: int) -> Tiers:
+    def share(self, layers: int) -> OffloadConfig:
         """Returns the same with the budgets of one of ``layers`` layers."""
         device, host = (
             None if each is None else each // layers
@@ -74,9 +74,11 @@ class Tiers:
         return _unchecked(self, device, host)
 
 
-def _unchecked(tiers: Tiers, device_bytes: int | None, host_bytes: int | None) -> Tiers:
+def _unchecked(
+    tiers: OffloadConfig, device_bytes: int | None, host_bytes: int | None
+) -> OffloadConfig:
     """A share may be 0 bytes; what needs one refuses it, naming how many it needs."""
-    share = object.__new__(Tiers)
+    share = object.__new__(OffloadConfig)
     given = {**vars(tiers), "device_bytes": device_bytes, "host_bytes": host_bytes}
     for name, value in given.items():
         object.__setattr__(share, name, value)
@@ -84,7 +86,7 @@ def _unchecked(tiers: Tiers, device_bytes: int | None, host_bytes: int | None) -
 
 
 @dataclass
-class Traffic:
+class TransferStats:
     """What moved between tiers; blocks are those of one row and one key/value head.
 
     Attributes:
@@ -104,9 +106,9 @@ class Traffic:
     written_host: int = 0
     written_disk: int = 0
 
-    def __add__(self, other: Traffic) -> Traffic:
+    def __add__(self, other: TransferStats) -> TransferStats:
         """Returns the sums."""
-        return Traffic(
+        return TransferStats(
             *(getattr(self, field.name) + getattr(other, field.name) for field in fields(self))
         )
 

@@ -8,7 +8,7 @@ own block in each row. Names are those of ``kernels.py``.
 import triton
 import triton.language as tl
 
-from landmark.memory.triton.kernels import ALIGNED, STRIDES, load_queries, load_turn
+from landmark.memory.triton.prefill import ALIGNED, STRIDES, load_queries, load_turn
 
 # Arguments of the kernel for whose values nothing is compiled anew.
 NUMBERS = (*STRIDES, "groups", "n_heads", "n_width", "n_ring", "first_stored")

@@ -1,8 +1,8 @@
 """Two kernels that bring chosen blocks from the memory of the CPU, so that a token of a GPU waits
 for no answer of it.
 
-One program of ``place_kernel`` for each row and key/value head does what ``SomeNear`` does in plain
-PyTorch: it looks up which of the blocks that its queries chose stand in frames, and gives the
+One program of ``place_kernel`` for each row and key/value head does what ``CachedPool`` does in
+plain PyTorch: it looks up which of the blocks that its queries chose stand in frames, and gives the
 others frames of those that were not asked for longest. Then ``copy_kernel`` reads those others
 where they lie, by address.
 
@@ -13,8 +13,8 @@ those of ``kernels.py``.
 import triton
 import triton.language as tl
 
-from landmark.memory.frames import MOST_HOT_BLOCKS
-from landmark.memory.triton.kernels import ALIGNED
+from landmark.memory.storage.cached_pool import MOST_HOT_BLOCKS
+from landmark.memory.triton.prefill import ALIGNED
 
 OLDEST = tl.constexpr(2**20)  # turns: what was not asked for longer is as old
 FRAMES = tl.constexpr(MOST_HOT_BLOCKS)  # hot ones of an owner, at most: a power of two

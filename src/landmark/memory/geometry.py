@@ -20,7 +20,7 @@ Moved = TypeVar("Moved")
 
 
 @dataclass(frozen=True)
-class Grid:
+class QueryGrid:
     """Queries by own block; integers unless said otherwise, ``-1`` for no block.
 
     Attributes:
@@ -40,11 +40,11 @@ class Grid:
     local_first: Tensor
     local: Tensor
 
-    def narrow(self, begin: int, end: int) -> Grid:
+    def narrow(self, begin: int, end: int) -> QueryGrid:
         """Returns the own blocks ``begin..end - 1`` of every row."""
-        return Grid(*(getattr(self, f.name)[:, begin:end] for f in fields(self)))
+        return QueryGrid(*(getattr(self, f.name)[:, begin:end] for f in fields(self)))
 
-    def within(self, cut: slice) -> Grid:
+    def within(self, cut: slice) -> QueryGrid:
         """Returns these places of every own block."""
         return replace(
             self,
@@ -55,7 +55,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Writes:
+class CacheWrites:
     """Where new slots are filed: entry ``i`` is column ``columns[i]`` of row ``rows[i]``; all
     ``(M,)`` integers.
 
@@ -72,7 +72,7 @@ class Writes:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CallGeometry:
     """Geometry of one call.
 
     Attributes:
@@ -90,11 +90,11 @@ class Plan:
         local_from: the same for a layer that does not retrieve.
     """
 
-    grid: Grid
+    grid: QueryGrid
     cells: Tensor
     offsets: Tensor
     positions: Tensor
-    writes: Writes
+    writes: CacheWrites
     within: list[int]
     spans: list[tuple[int, int]]
     closed: list[tuple[int, int]]
@@ -104,7 +104,7 @@ class Plan:
     local_from: int
 
 
-def make_plan(starts: list[int], lengths: list[int], config: LandmarkConfig) -> Plan:
+def make_geometry(starts: list[int], lengths: list[int], config: LandmarkConfig) -> CallGeometry:
     """Plans a call that adds ``lengths[b]`` slots to a row ``b`` of ``starts[b]`` slots.
 
     Rows are aligned at their left: row ``b`` uses columns ``0..lengths[b] - 1`` of
@@ -131,7 +131,7 @@ def make_plan(starts: list[int], lengths: list[int], config: LandmarkConfig) -> 
     local_first = _local_first(own, first, config)
     reach = int((own - local_first).max())
     local = own[..., None] - reach + torch.arange(reach)
-    grid = Grid(
+    grid = QueryGrid(
         own=own,
         offsets=offsets,
         valid=(columns >= 0) & (columns < length[..., None]),
@@ -141,7 +141,7 @@ def make_plan(starts: list[int], lengths: list[int], config: LandmarkConfig) -> 
     )
     new = column < length
     writes = _writes(new, slots, size)
-    return Plan(
+    return CallGeometry(
         grid=grid,
         cells=cells,
         offsets=slots % size,
@@ -184,7 +184,7 @@ def move(part: Moved, device: torch.device, *, apart: bool = False) -> Moved:
     return replace(part, **changes)  # type: ignore[type-var]
 
 
-def to_grid(query: Tensor, grid: Grid) -> Tensor:
+def to_grid(query: Tensor, grid: QueryGrid) -> Tensor:
     """Puts queries on the grid: ``(B, G, R, T, D)`` to ``(B, G, R, n, W, D)``."""
     rows = torch.arange(len(query), device=query.device)[:, None, None]
     return query.permute(0, 3, 1, 2, 4)[rows, grid.columns].permute(0, 3, 4, 1, 2, 5)
@@ -207,9 +207,11 @@ def _local_first(own: Tensor, first: Tensor, config: LandmarkConfig) -> Tensor:
     return (own - config.local_blocks).clamp(min=0)
 
 
-def _writes(new: Tensor, slots: Tensor, size: int) -> Writes:
+def _writes(new: Tensor, slots: Tensor, size: int) -> CacheWrites:
     rows, columns = new.nonzero(as_tuple=True)
     blocks = slots[rows, columns] // size
     offsets = slots[rows, columns] % size
     closing = offsets == size - 1
-    return Writes(rows, columns, blocks, offsets, rows[closing], columns[closing], blocks[closing])
+    return CacheWrites(
+        rows, columns, blocks, offsets, rows[closing], columns[closing], blocks[closing]
+    )

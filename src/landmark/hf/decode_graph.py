@@ -18,25 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landmark.hf.attention import Remembered
-from landmark.memory.plan import Plan
+from landmark.hf.attention import CachedPass
+from landmark.memory.geometry import CallGeometry
 
 WARM_UP = 2  # steps that find all at the same addresses before one is captured
 
-_steps: ContextVar[Steps | None] = ContextVar("steps", default=None)
+_steps: ContextVar[DecodeGraph | None] = ContextVar("steps", default=None)
 
 
 @contextmanager
-def repeating() -> Iterator[None]:
+def capture_scope() -> Iterator[None]:
     """Lets the calls inside, of this thread, be captured and replayed."""
-    before = _steps.set(Steps())
+    before = _steps.set(DecodeGraph())
     try:
         yield
     finally:
         _steps.reset(before)
 
 
-def current() -> Steps | None:
+def current() -> DecodeGraph | None:
     """Returns the steps of the ``generate`` that is running in this thread, if any."""
     return _steps.get()
 
@@ -47,11 +47,11 @@ class Captured:
 
     graph: torch.cuda.CUDAGraph
     embeds: Tensor
-    plan: Plan
+    plan: CallGeometry
     output: Any
 
 
-class Steps:
+class DecodeGraph:
     """The steps of one ``generate``; at most one graph is kept."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Steps:
         self._captured: Captured | None = None
         self._refused = False
 
-    def run(self, call: Remembered, decoder: Any, embeds: Tensor, kwargs: dict[str, Any]) -> Any:
+    def run(self, call: CachedPass, decoder: Any, embeds: Tensor, kwargs: dict[str, Any]) -> Any:
         """Returns what the stock decoder gives for a call of one token a row, ``None`` if it has to
         be called.
 
@@ -77,7 +77,7 @@ class Steps:
             or any(value is not None for value in kwargs.values())
         ):
             return None
-        if self._known is None and watched(decoder):
+        if self._known is None and has_hooks(decoder):
             self._refused = True
             return None
         known = (
@@ -107,7 +107,7 @@ class Steps:
                 return None
             self._captured = captured
         self._captured.embeds.copy_(embeds)
-        refresh(self._captured.plan, call.plan)
+        copy_geometry_(self._captured.plan, call.plan)
         self._captured.graph.replay()
         self.replayed += 1
         output = self._captured.output
@@ -119,7 +119,7 @@ def captures(embeds: Tensor) -> bool:
     return embeds.is_cuda
 
 
-def capture(call: Remembered, decoder: Any, embeds: Tensor) -> Captured:
+def capture(call: CachedPass, decoder: Any, embeds: Tensor) -> Captured:
     """Captures a call; nothing is computed yet."""
     fixed = call.fixed(embeds.device)
     embeds = embeds.clone()
@@ -149,7 +149,7 @@ def require_states_alone(output: Any) -> None:
         raise RuntimeError(f"expected last_hidden_state alone, got {list(output.keys())}")
 
 
-def refresh(to: Any, plan: Any) -> None:
+def copy_geometry_(to: Any, plan: Any) -> None:
     """Puts the numbers of a plan where those of another of the same shape lie."""
     for field in fields(to):
         old = getattr(to, field.name)
@@ -157,10 +157,10 @@ def refresh(to: Any, plan: Any) -> None:
         if isinstance(old, Tensor):
             old.copy_(new, non_blocking=True)
         elif is_dataclass(old):
-            refresh(old, new)
+            copy_geometry_(old, new)
 
 
-def watched(decoder: nn.Module) -> bool:
+def has_hooks(decoder: nn.Module) -> bool:
     """Whether something is called or moved between the layers that a replay would leave out."""
     return any(
         "forward" in vars(module)

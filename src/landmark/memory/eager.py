@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from landmark.memory.plan import Grid
-from landmark.memory.positions import RotationTables
-from landmark.memory.store import BlockStore
+from landmark.memory.geometry import QueryGrid
+from landmark.memory.positions import RotaryTables
+from landmark.memory.storage.store import BlockStore
 
 TILE_ROWS = 64  # queries that read a block together, at most
 QUERY_ROWS = 5  # for each query: it, turned, its angles, scores, what it reads
@@ -20,11 +20,11 @@ PIECE_BYTES = 2**22  # of tiles computed at once: about what a core's cache hold
 
 def attend(
     query: Tensor,
-    grid: Grid,
+    grid: QueryGrid,
     shared: tuple[Tensor, Tensor],
     chosen: tuple[Tensor, Tensor] | None,
     store: BlockStore,
-    tables: RotationTables,
+    tables: RotaryTables,
     scale: float,
     largest: int,
 ) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def _shared(
     places: Tensor,
     distances: Tensor,
     store: BlockStore,
-    tables: RotationTables,
+    tables: RotaryTables,
     largest: int,
 ) -> tuple[Tensor, Tensor]:
     """Landmark scores ``(B, G, R, n, W, m)`` and texts ``(B, G, R, n, W, m, D)`` of blocks ``(B, n,
@@ -110,7 +110,7 @@ def _chosen(
     places: Tensor,
     distances: Tensor,
     store: BlockStore,
-    tables: RotationTables,
+    tables: RotaryTables,
     largest: int,
 ) -> tuple[Tensor, Tensor]:
     """Landmark scores ``(B, G, R, n, W, K)`` and texts ``(B, G, R, n, W, K, D)`` of blocks that

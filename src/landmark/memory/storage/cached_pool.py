@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from landmark.memory.near import taken
-from landmark.memory.plan import Plan, Writes
-from landmark.memory.saved import SavedLayer
-from landmark.memory.shelf import Shelf
-from landmark.memory.tiers import Tiers, Traffic
+from landmark.memory.archive.layer import SavedLayer
+from landmark.memory.geometry import CacheWrites, CallGeometry
+from landmark.memory.storage.offload import OffloadStore
+from landmark.memory.storage.pool import taken
+from landmark.memory.storage.tiers import OffloadConfig, TransferStats
 
 HOT_BLOCKS = 128  # of each row and key/value head, where no budget is given
 MOST_HOT_BLOCKS = 512  # of each row and key/value head, whatever the budget; a power of two
@@ -24,8 +24,8 @@ MANY = 2**32  # more than there are blocks
 SPARE_RING = 4  # a ring more than so many times as long as a call needs is made shorter
 
 
-class SomeNear:
-    """As ``near.Near``, for blocks most of which lie lower.
+class CachedPool:
+    """As ``near.BlockPool``, for blocks most of which lie lower.
 
     Args:
         block_size: positions of a block.
@@ -33,12 +33,12 @@ class SomeNear:
         tiers: the budgets of this layer.
     """
 
-    def __init__(self, block_size: int, local_blocks: int, tiers: Tiers) -> None:
+    def __init__(self, block_size: int, local_blocks: int, tiers: OffloadConfig) -> None:
         self.block_size = block_size
         self.local_blocks = local_blocks
         self.tiers = tiers
-        self._traffic = Traffic()
-        self.shelf = Shelf(tiers, self._traffic)
+        self._traffic = TransferStats()
+        self.shelf = OffloadStore(tiers, self._traffic)
         self.first = 1  # block at place 1
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
@@ -55,8 +55,8 @@ class SomeNear:
         )  # (3,) hits, misses and blocks that a kernel fetched, since `traffic` was asked
 
     @property
-    def traffic(self) -> Traffic:
-        """As ``Near.traffic``."""
+    def traffic(self) -> TransferStats:
+        """As ``BlockPool.traffic``."""
         if self.counted.numel():
             hits, misses, fetched = self.counted.tolist()
             self.counted.zero_()
@@ -66,7 +66,11 @@ class SomeNear:
         return self._traffic
 
     def reserve(self, places: int, like: Tensor) -> None:
-        """As ``Near.reserve``; raises ``ValueError`` where the budget does not hold one block."""
+        """As ``BlockPool.reserve``.
+
+        Raises:
+            ValueError: the budget does not hold one block.
+        """
         if self.keys.numel():
             return
         batch, heads, _, dim = like.shape
@@ -79,8 +83,8 @@ class SomeNear:
         self.asked = torch.zeros_like(self.hot)
         self.counted = torch.zeros(3, dtype=torch.int64, device=like.device)
 
-    def open(self, plan: Plan) -> None:
-        """As ``Near.open``."""
+    def open(self, plan: CallGeometry) -> None:
+        """As ``BlockPool.open``."""
         self._closed = plan.closed
         if plan.spans == self._spans:
             return
@@ -101,7 +105,7 @@ class SomeNear:
         self._show_recent()
 
     def depends(self) -> tuple[int, ...] | None:
-        """As ``Near.depends``: kernels fetch where all blocks lie in the memory of the CPU."""
+        """As ``BlockPool.depends``: kernels fetch where all blocks lie in the memory of the CPU."""
         addresses = self.shelf.addresses(self.keys.device)
         if addresses is None:
             return None
@@ -121,14 +125,14 @@ class SomeNear:
             *(each.data_ptr() for each in tensors),
         )
 
-    def write(self, key: Tensor, value: Tensor, writes: Writes, places: Tensor) -> None:
-        """As ``Near.write``."""
+    def write(self, key: Tensor, value: Tensor, writes: CacheWrites, places: Tensor) -> None:
+        """As ``BlockPool.write``."""
         frames = self._recent_frame(self._block_of(places))
         self.keys[writes.rows, :, frames, writes.offsets] = key[writes.rows, :, writes.columns]
         self.values[writes.rows, :, frames, writes.offsets] = value[writes.rows, :, writes.columns]
 
     def finish(self, rows: Tensor, places: Tensor, landmark: Tensor | None) -> None:
-        """As ``Near.finish``; finished blocks are copied down."""
+        """As ``BlockPool.finish``; finished blocks are copied down."""
         blocks = self._block_of(places)
         frames = self._recent_frame(blocks)
         if landmark is not None:
@@ -139,7 +143,7 @@ class SomeNear:
         self.shelf.write(closed_rows, closed_blocks, data, batch)
 
     def resume(self, saved: SavedLayer, first: int, tail: Tensor) -> None:
-        """As ``Near.resume``: reads block 0 alone."""
+        """As ``BlockPool.resume``: reads block 0 alone."""
         self.first = first
         self.shelf.resume(saved, first)
         own = torch.tensor([saved.count])
@@ -155,7 +159,7 @@ class SomeNear:
             self.values[:, :, frame] = here[:, :, 1][:, :, None]
 
     def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
-        """As ``Near.fetch``.
+        """As ``BlockPool.fetch``.
 
         More blocks than there are hot frames, and older ones that all heads ask for, lie in frames
         of this call alone.
@@ -182,7 +186,7 @@ class SomeNear:
         )
 
     def take(self, owners: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``Near.take``."""
+        """As ``BlockPool.take``."""
         blocks = self._block_of(places)
         if bool(self._is_recent(owners // self.keys.shape[1], blocks).all()):
             keys = self.keys
@@ -195,12 +199,12 @@ class SomeNear:
         return taken(keys, values, owners, frames)
 
     def evict(self, drop: int) -> None:
-        """As ``Near.evict``."""
+        """As ``BlockPool.evict``."""
         self.first += drop
         self.shelf.drop(self.first)
 
     def select_rows(self, rows: Tensor) -> None:
-        """As ``Near.select_rows``; more rows have fewer hot frames each, where there is a
+        """As ``BlockPool.select_rows``; more rows have fewer hot frames each, where there is a
         budget.
         """
         heads = self.keys.shape[1]
@@ -218,7 +222,7 @@ class SomeNear:
         self.shelf.select_rows(rows.cpu())
 
     def nbytes(self, tier: str) -> int:
-        """As ``Near.nbytes``."""
+        """As ``BlockPool.nbytes``."""
         if tier == "device":
             return sum(each.numel() * each.itemsize for each in (self.keys, self.values))
         return self.shelf.nbytes(tier)

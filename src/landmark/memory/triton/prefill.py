@@ -1,8 +1,8 @@
 """Three kernels of a call: choose blocks, attend to what an own block's queries share, attend to
 what each one chose.
 
-Queries lie on the grid (B, G, R, n, W) of ``memory/plan.py``; keys hold their position inside their
-block only, so a query is turned by its distance, in blocks, to wherever a block is thought to
+Queries lie on the grid (B, G, R, n, W) of ``memory/geometry.py``; keys hold their position inside
+their block only, so a query is turned by its distance, in blocks, to wherever a block is thought to
 stand. Scores are in units of log2.
 
 ``p_`` pointer, ``i_`` index, ``o_`` offsets, ``n_`` count. Constants: ``BLOCK`` the block size,

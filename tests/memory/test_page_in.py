@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from landmark import LandmarkConfig
-from landmark.memory.extents import HostExtent
-from landmark.memory.plan import make_plan, move
-from landmark.memory.store import BlockStore
-from landmark.memory.tiers import Tiers
+from landmark.memory.geometry import make_geometry, move
+from landmark.memory.storage.extents import HostExtent
+from landmark.memory.storage.store import BlockStore
+from landmark.memory.storage.tiers import OffloadConfig
 
 pytest.importorskip("triton")
 launch = pytest.importorskip("landmark.memory.triton.launch")
@@ -26,7 +26,9 @@ def remembering(chance, config, rows, groups, slots, hot):
     """A store of tier ``host`` that has seen so many slots of each row."""
     block = 2 * rows * groups * LENGTH * DIM * 4
     store = BlockStore(
-        LENGTH, local_blocks=config.local_blocks, tiers=Tiers("host", device_bytes=hot * block)
+        LENGTH,
+        local_blocks=config.local_blocks,
+        tiers=OffloadConfig("host", device_bytes=hot * block),
     )
     begin = 0
     while begin < slots:
@@ -37,7 +39,7 @@ def remembering(chance, config, rows, groups, slots, hot):
 
 
 def step(store, config, rows, groups, begin, end):
-    plan = move(make_plan([begin] * rows, [end - begin] * rows, config), torch.device(DEVICE))
+    plan = move(make_geometry([begin] * rows, [end - begin] * rows, config), torch.device(DEVICE))
     key, value = (torch.randn(rows, groups, end - begin, DIM, device=DEVICE) for _ in range(2))
     store.reserve(plan.blocks, key)
     store.open(plan)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from landmark.memory.archive import REMEDY, STATE, Archive, Damaged
+from landmark.memory.archive.log import REMEDY, STATE, Archive, Damaged
 
 IDS = "text-ids"
 KINDS = {

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from landmark.memory.frames import SomeNear
-from landmark.memory.near import AllNear, Near, grown, shift
-from landmark.memory.plan import Plan, Writes
-from landmark.memory.saved import AT_ONCE, SavedLayer
-from landmark.memory.tiers import Tiers, Traffic
+from landmark.memory.archive.layer import AT_ONCE, SavedLayer
+from landmark.memory.geometry import CacheWrites, CallGeometry
+from landmark.memory.storage.cached_pool import CachedPool
+from landmark.memory.storage.pool import BlockPool, DevicePool, grown, shift
+from landmark.memory.storage.tiers import OffloadConfig, TransferStats
 
 EVICTION_STEP = 16  # blocks are dropped this many at a time
 SPARE_BLOCKS = 8  # blocks kept beyond what is needed, so that a cache can be cropped a little
@@ -41,26 +41,26 @@ class BlockStore:
         *,
         local_blocks: int = 0,
         shared_landmark: bool = False,
-        tiers: Tiers | None = None,
+        tiers: OffloadConfig | None = None,
     ) -> None:
-        tiers = tiers or Tiers()
+        tiers = tiers or OffloadConfig()
         self.block_size = block_size
         self.shared_landmark = shared_landmark
         self.first = 1
-        self.near: Near = (
-            AllNear(block_size)
+        self.near: BlockPool = (
+            DevicePool(block_size)
             if tiers.tier == "device"
-            else SomeNear(block_size, local_blocks, tiers)
+            else CachedPool(block_size, local_blocks, tiers)
         )
         self.landmark_keys = torch.empty(0)
 
     @property
     def fetches(self) -> bool:
         """Whether blocks are copied to be read."""
-        return isinstance(self.near, SomeNear)
+        return isinstance(self.near, CachedPool)
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> TransferStats:
         """What moved between tiers."""
         return self.near.traffic
 
@@ -94,7 +94,7 @@ class BlockStore:
         self.near.reserve(places, like)
         self.landmark_keys = grown(self.landmark_keys, like.new_zeros(batch, heads, places, dim))
 
-    def open(self, plan: Plan) -> None:
+    def open(self, plan: CallGeometry) -> None:
         """Begins a call: the blocks that it writes and their unfinished parts are near until the
         next.
         """
@@ -111,7 +111,7 @@ class BlockStore:
             else (self.first, self.places, self.landmark_keys.data_ptr(), *found)
         )
 
-    def write(self, key: Tensor, value: Tensor, writes: Writes) -> None:
+    def write(self, key: Tensor, value: Tensor, writes: CacheWrites) -> None:
         """Files new slots.
 
         Args:
@@ -133,7 +133,7 @@ class BlockStore:
             self.landmark_keys[rows, :, places] = shared
         self.finish(writes, shared)
 
-    def finish(self, writes: Writes, landmark: Tensor | None = None) -> None:
+    def finish(self, writes: CacheWrites, landmark: Tensor | None = None) -> None:
         """Told that slots were filed; ``landmark (M, G, D)`` replaces the last key of the blocks
         they finish.
         """
@@ -145,7 +145,7 @@ class BlockStore:
         return self.landmark_keys[:, :, :count]
 
     def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
-        """Brings whole blocks near; as ``Near.fetch``."""
+        """Brings whole blocks near; as ``BlockPool.fetch``."""
         return self.near.fetch(*places)
 
     def gather(self, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,7 +235,7 @@ class BlockStore:
 
     def adopt(self, saved: SavedLayer) -> None:
         """Told that an archive holds these blocks too: files of this memory's own need not."""
-        if isinstance(self.near, SomeNear):
+        if isinstance(self.near, CachedPool):
             self.near.shelf.adopt(saved)
 
     def select_rows(self, rows: Tensor) -> None:

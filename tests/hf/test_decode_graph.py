@@ -1,4 +1,4 @@
-"""Steps of ``generate`` that are replayed compute what steps called one by one compute.
+"""DecodeGraph of ``generate`` that are replayed compute what steps called one by one compute.
 
 Without a GPU a stand-in for a CUDA graph calls the stock decoder again on the tensors that were
 captured.
@@ -16,14 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import landmark
 from landmark import LandmarkCache
-from landmark.hf import graphs
+from landmark.hf import decode_graph
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 BLOCK = 16
 VOCAB = 61
-STEPS = graphs.Steps
+STEPS = decode_graph.DecodeGraph
 
 
 class Again:
@@ -33,29 +33,29 @@ class Again:
         self.replay = call
 
 
-def call_again(call: Any, decoder: Any, embeds: Any) -> graphs.Captured:
+def call_again(call: Any, decoder: Any, embeds: Any) -> decode_graph.Captured:
     fixed = call.fixed(embeds.device)
     embeds = embeds.clone()
     output = decoder.stock(embeds, fixed)
     states = output.last_hidden_state
     again = Again(lambda: states.copy_(decoder.stock(embeds, fixed).last_hidden_state))
-    return graphs.Captured(again, embeds, fixed.plan, output)
+    return decode_graph.Captured(again, embeds, fixed.plan, output)
 
 
 @pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[graphs.Steps]:
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[decode_graph.DecodeGraph]:
     """The steps of each ``generate``."""
-    made: list[graphs.Steps] = []
+    made: list[decode_graph.DecodeGraph] = []
 
-    class Seen(graphs.Steps):
+    class Seen(decode_graph.DecodeGraph):
         def __init__(self) -> None:
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr(graphs, "Steps", Seen)
+    monkeypatch.setattr(decode_graph, "DecodeGraph", Seen)
     if not ON_GPU:
-        monkeypatch.setattr(graphs, "captures", lambda _: True)
-        monkeypatch.setattr(graphs, "capture", call_again)
+        monkeypatch.setattr(decode_graph, "captures", lambda _: True)
+        monkeypatch.setattr(decode_graph, "capture", call_again)
     return made
 
 
@@ -65,7 +65,7 @@ def model(**settings: Any) -> Any:
     config = LlamaConfig(
         vocab_size=VOCAB, intermediate_size=96, num_hidden_layers=2, initializer_range=0.2, **shape
     )
-    with mock.patch.object(graphs, "Steps", STEPS):  # conversion generates, too
+    with mock.patch.object(decode_graph, "DecodeGraph", STEPS):  # conversion generates, too
         made = landmark.convert(
             LlamaForCausalLM(config), block_size=BLOCK, top_k=2, local_blocks=1, **settings
         )
@@ -106,18 +106,22 @@ CASES += [("block 0 alone", "device", 1), ("block 0 alone", "host", 2)]
     list(itertools.product(SETTINGS, ("device", "host"), (1, 2))) if ON_GPU else CASES,
 )
 def test_replayed_steps_are_those_called(
-    name: str, tier: str, rows: int, replays: list[graphs.Steps], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    tier: str,
+    rows: int,
+    replays: list[decode_graph.DecodeGraph],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = model(**SETTINGS[name])
     with monkeypatch.context() as patch:
-        patch.setattr(graphs, "WARM_UP", 10**9)
+        patch.setattr(decode_graph, "WARM_UP", 10**9)
         expected = generated(made, rows, LandmarkCache(made, tier))
     found = generated(made, rows, LandmarkCache(made, tier))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert replays[0].replayed == 0 and replays[1].replayed > BLOCK // 2
 
 
-def test_a_disk_is_asked_by_calls(replays: list[graphs.Steps]) -> None:
+def test_a_disk_is_asked_by_calls(replays: list[decode_graph.DecodeGraph]) -> None:
     made = model()
     expected = generated(made, 1)
     found = generated(made, 1, LandmarkCache(made, "disk"))
@@ -125,7 +129,9 @@ def test_a_disk_is_asked_by_calls(replays: list[graphs.Steps]) -> None:
     assert replays[0].replayed and not replays[1].replayed
 
 
-def test_what_is_called_between_layers_is_not_left_out(replays: list[graphs.Steps]) -> None:
+def test_what_is_called_between_layers_is_not_left_out(
+    replays: list[decode_graph.DecodeGraph],
+) -> None:
     made = model()
     seen = []
     made.base_model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
@@ -133,7 +139,7 @@ def test_what_is_called_between_layers_is_not_left_out(replays: list[graphs.Step
     assert not replays[0].replayed and len(seen) >= 2 * BLOCK
 
 
-def test_records_are_complete(replays: list[graphs.Steps]) -> None:
+def test_records_are_complete(replays: list[decode_graph.DecodeGraph]) -> None:
     made = model()
     cache = LandmarkCache(made)
     cache.record = True
@@ -142,24 +148,24 @@ def test_records_are_complete(replays: list[graphs.Steps]) -> None:
     assert sum(each.positions.shape[1] == 1 for each in cache.retrievals) >= 2 * 17
 
 
-def test_states_of_all_layers_are_returned(replays: list[graphs.Steps]) -> None:
+def test_states_of_all_layers_are_returned(replays: list[decode_graph.DecodeGraph]) -> None:
     made = model()
     cache = made.read(torch.arange(100, device=DEVICE)[None] * 7 % VOCAB)
     made.config.output_hidden_states = True
-    with graphs.repeating():
+    with decode_graph.capture_scope():
         for token in range(6):
             found = made(torch.full((1, 1), token, device=DEVICE), past_key_values=cache)
             assert len(found.hidden_states) == 3
     assert not replays[0].replayed
 
 
-def test_nothing_is_captured_for_beams_that_move(replays: list[graphs.Steps]) -> None:
+def test_nothing_is_captured_for_beams_that_move(replays: list[decode_graph.DecodeGraph]) -> None:
     made = model()
     generated(made, 1, tokens=12, num_beams=2)
     assert not replays[0].replayed
 
 
-def test_weights_may_change_between_two_calls(replays: list[graphs.Steps]) -> None:
+def test_weights_may_change_between_two_calls(replays: list[decode_graph.DecodeGraph]) -> None:
     made = model()
     other = model()
     caches = [LandmarkCache(each) for each in (made, other)]
@@ -174,7 +180,7 @@ def test_weights_may_change_between_two_calls(replays: list[graphs.Steps]) -> No
 
 
 def test_a_stock_layer_that_asks_the_device_is_called(
-    replays: list[graphs.Steps], monkeypatch: pytest.MonkeyPatch
+    replays: list[decode_graph.DecodeGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As mixtures of experts do; a capture raises then."""
     made = model()
@@ -187,7 +193,7 @@ def test_a_stock_layer_that_asks_the_device_is_called(
 
     monkeypatch.setattr(type(made.base_model.layers[0].mlp), "forward", asking)
     if not ON_GPU:
-        monkeypatch.setattr(graphs, "capture", raising)
+        monkeypatch.setattr(decode_graph, "capture", raising)
     found = generated(made, 1)
     assert replays[0].replayed and not replays[1].replayed
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

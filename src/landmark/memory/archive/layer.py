@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landmark.memory.archive import REMEDY, STATE, Archive, Damaged
-from landmark.memory.manifest import are_shapes
+from landmark.memory.archive.log import REMEDY, STATE, Archive, Damaged
+from landmark.memory.archive.manifest import are_shapes
 
 SUM_BYTES = 4
 AT_ONCE = 256  # blocks read or written together

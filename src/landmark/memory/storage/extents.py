@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from landmark.memory.saved import SavedLayer
+from landmark.memory.archive.layer import SavedLayer
 
 MAPPED_BYTES = (
     2**24
@@ -118,7 +118,7 @@ class BlockFile:
         return self.places - 1
 
     def write(self, place: int, offset: int, data: Tensor) -> None:
-        """Writes at a byte offset of an extent."""
+        """CacheWrites at a byte offset of an extent."""
         array = data.contiguous().flatten().view(torch.uint8).numpy()
         left = memoryview(array)  # type: ignore[arg-type]
         begin = place * self.stride + offset

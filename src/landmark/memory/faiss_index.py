@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
-from landmark.memory.store import BlockStore
+from landmark.memory.storage.store import BlockStore
 
 KINDS = ("exact", "faiss-flat", "faiss-ivf", "faiss-hnsw")
 MADE_FROM = 1024  # landmarks, below which every one is looked at
-SPARE_LENGTH = (
-    1.1  # lists and graphs are made anew when a landmark is longer than all before by more
-)
+# Lists and graphs are made anew when a landmark is longer than all before by more.
+SPARE_LENGTH = 1.1
 IVF_PROBED = 8  # one in so many lists is read
 IVF_GROWTH = 4  # when there are so many times as many landmarks, lists are made anew
 HNSW_LINKS = 32

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
-from landmark.memory.archive import REMEDY, STATE, Archive, Damaged
-from landmark.memory.manifest import IDS, manifest_of
-from landmark.memory.saved import SavedLayer, as_bytes, dtype_of, name_of, saved_layers
+from landmark.memory.archive.layer import SavedLayer, as_bytes, dtype_of, name_of, saved_layers
+from landmark.memory.archive.log import REMEDY, STATE, Archive, Damaged
+from landmark.memory.archive.manifest import IDS, manifest_of
 from landmark.versions import versions
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def save(
             "expected a memory whose model still exists, got one without; read something with the "
             "model"
         )
-    held = name_of(cache.made()[0].store.landmark_keys.dtype)
+    held = name_of(cache.layers_in_use()[0].store.landmark_keys.dtype)
     if held != name_of(decoder.dtype):
         raise ValueError(
             f"expected the model in {held}, in which it read this memory, got it in "
@@ -122,7 +122,7 @@ def save(
         raise
     finally:
         archive.unlock()
-    for layer, memory in zip(saved.layers, cache.made(), strict=True):
+    for layer, memory in zip(saved.layers, cache.layers_in_use(), strict=True):
         memory.store.adopt(layer)
     cache.saved = saved
     cache.rewound = False
@@ -134,7 +134,7 @@ def _write(
     """Appends what the folder lacks, and commits."""
     archive = saved.archive
     blocks = cache.slots[0] // cache.settings.block_size
-    for layer, memory in zip(saved.layers, cache.made(), strict=True):
+    for layer, memory in zip(saved.layers, cache.layers_in_use(), strict=True):
         memory.store.save(layer, blocks)
     archive.append(IDS, as_bytes(cache.ids()[archive.length(IDS) // 4 :].contiguous()))
     for name, behind in streams.items():
@@ -209,7 +209,7 @@ def _bound(cache: LandmarkCache, folder: Path) -> Saved:
         return saved
     archive = Archive.create(folder)
     size = cache.settings.block_size
-    marks = [memory.store.landmark_keys for memory in cache.made()]
+    marks = [memory.store.landmark_keys for memory in cache.layers_in_use()]
     layers = [
         SavedLayer(archive, i, (m.shape[1], size, m.shape[3]), m.dtype) for i, m in enumerate(marks)
     ]
@@ -222,7 +222,7 @@ def _manifest(cache: LandmarkCache, decoder: Any, saved: Saved) -> dict[str, Any
         "settings": cache.settings.to_dict(),
         "dtype": name_of(saved.layers[0].dtype),
         "layers": [list(layer.shape) for layer in saved.layers],
-        "first": [memory.store.first for memory in cache.made()],
+        "first": [memory.store.first for memory in cache.layers_in_use()],
         "tokens": cache.tokens[0],
         "versions": _versions(),
     }
@@ -237,7 +237,7 @@ def _versions() -> dict[str, str | None]:
 def _tails(cache: LandmarkCache, blocks: int) -> dict[str, Tensor]:
     """What is not in finished blocks, by ``layer.name``, on the CPU."""
     found = {}
-    for index, memory in enumerate(cache.made()):
+    for index, memory in enumerate(cache.layers_in_use()):
         for name, each in memory.tail(blocks, cache.slots[0] % cache.settings.block_size).items():
             found[f"{index}.{name}"] = each.cpu().contiguous()
     return found

@@ -1,0 +1,1 @@
+"""A memory saved as a folder."""
