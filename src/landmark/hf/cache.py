@@ -25,7 +25,7 @@ from landmark.memory.positions import RotaryTables
 from landmark.memory.retrieval import Retrieval
 from landmark.memory.storage.tiers import TIERS, OffloadConfig, TransferStats
 
-# Called with the memory of a layer, the queries ``(B, H, T, D)`` that attended with it (not rotated),
+# Called with a layer's memory, the queries ``(B, H, T, D)`` that attended with it (not rotated),
 # the geometry of the call and the softmax scale. What it gets is not to be changed.
 Observer = Callable[[LayerMemory, Tensor, CallGeometry, float], None]
 NEW_CACHE = "make a new LandmarkCache(model.config)"
