@@ -8,10 +8,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-MODES = ("retrieval", "all")
-GRANULARITIES = ("token_head", "head", "token", "group")
-POSITIONS = ("stingy", "exact")
-LOCALS = ("blocks", "chunk")
+MODES = ["retrieval", "all"]
+GRANULARITIES = ["token_head", "head", "token", "group"]
+POSITIONS = ["stingy", "exact"]
+LOCALS = ["blocks", "chunk"]
+# What fields with names may be. ``add_choice`` adds to those that take policies.
+CHOICES = {
+    "mode": MODES,
+    "granularity": GRANULARITIES,
+    "positions": POSITIONS,
+    "local": LOCALS,
+}
 FREE_TO_CHANGE = (
     "chunk_tokens",
     "trained_length",
@@ -96,10 +103,8 @@ class LandmarkConfig:
             raise ValueError(
                 f"landmark_trained: expected True or False, got {self.landmark_trained!r}"
             )
-        _require_choice("granularity", self.granularity, GRANULARITIES)
-        _require_choice("positions", self.positions, POSITIONS)
-        _require_choice("local", self.local, LOCALS)
-        _require_choice("mode", self.mode, MODES)
+        for name in CHOICES:
+            _require_choice(name, getattr(self, name))
 
     @property
     def text_per_block(self) -> int:
@@ -181,6 +186,17 @@ def _require_int(name: str, value: object, least: int) -> None:
         )
 
 
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+def _require_choice(name: str, value: object) -> None:
+    if value not in CHOICES[name]:
+        raise ValueError(f"{name}: expected one of {', '.join(CHOICES[name])}, got {value!r}")
+
+
+def add_choice(field: str, name: str) -> None:
+    """Lets a field take one more name: that of a policy (``landmark.memory.policies``).
+
+    Raises:
+        ValueError: the field has this name already.
+    """
+    if name in CHOICES[field]:
+        raise ValueError(f"{field}: expected a new name, got {name!r}; there are {CHOICES[field]}")
+    CHOICES[field].append(name)

@@ -19,7 +19,7 @@ import landmark.library
 from landmark.cli import app as cli
 from landmark.cli import progress as module
 from landmark.cli.progress import CHECKED, EVERY, FIRST, Shown
-from landmark.memory.archive.layer import SavedLayer
+from landmark.memory.archive.layer import ArchivedLayer
 from landmark.memory.archive.log import STATE
 from small_text import sentences, write_books
 from tiny import save_models
@@ -221,7 +221,7 @@ def test_every_command_that_reads_a_document_says_how_far_it_is(
     kind = type(landmark.load(folder / "marked"))
     for name in ("read", "forward"):
         slow_down(kind, name, monkeypatch)
-    slow_down(SavedLayer, "verify", monkeypatch)
+    slow_down(ArchivedLayer, "verify", monkeypatch)
     slow_down(LlamaForCausalLM, "forward", monkeypatch)
     said = run(words, capsys)
     assert expected in said.err

@@ -19,7 +19,7 @@ import torch
 
 from interrupt import Interrupted
 from landmark.memory.archive import log
-from landmark.memory.archive.layer import SavedLayer, saved_layers, verify
+from landmark.memory.archive.layer import ArchivedLayer, saved_layers, verify
 from landmark.memory.archive.log import Archive, Damaged
 
 HEADS = 2
@@ -31,8 +31,8 @@ def described(**more: Any) -> dict[str, Any]:
     return {"dtype": "float32", "layers": [[HEADS, SIZE, DIM]] * 2, **more}
 
 
-def layers_of(opened: Archive) -> list[SavedLayer]:
-    return [SavedLayer(opened, index, (HEADS, SIZE, DIM), torch.float32) for index in range(2)]
+def layers_of(opened: Archive) -> list[ArchivedLayer]:
+    return [ArchivedLayer(opened, index, (HEADS, SIZE, DIM), torch.float32) for index in range(2)]
 
 
 def blocks(begin: int, end: int) -> torch.Tensor:

@@ -24,8 +24,9 @@ from landmark.eval.subjects import Subject, require_landmark
 from landmark.hf.cache import LandmarkCache
 from landmark.memory.faiss_index import KINDS, VectorIndex, require_faiss
 from landmark.memory.geometry import CallGeometry
-from landmark.memory.layer import COPIES, SLAB_BYTES, LayerMemory
-from landmark.memory.positions import RotaryTables
+from landmark.memory.layer import LayerMemory
+from landmark.memory.retrieval import COPIES, SLAB_BYTES
+from landmark.memory.rotary_tables import RotaryTables
 from landmark.ops.select import best_of
 
 NOISE = 0.1
@@ -105,21 +106,21 @@ class _RecordingMemory(LayerMemory):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        plan: CallGeometry,
+        geometry: CallGeometry,
         *,
         scale: float,
         **rest: Any,
     ) -> Any:
         """Attends as ``LayerMemory.attend`` does."""
         turned = (
-            old_queries(self, query[:, :, -self.wanted :], _last(plan, self.wanted), scale)[0]
+            old_queries(self, query[:, :, -self.wanted :], _last(geometry, self.wanted), scale)[0]
             .float()
             .cpu()
         )
         latest = turned if self.query is None else torch.cat((self.query, turned), dim=1)
         self.query = latest[:, -self.wanted :]
-        done = super().attend(query, key, value, plan, scale=scale, **rest)
-        places = self.store.place_of(plan.writes.landmark_blocks)
+        done = super().attend(query, key, value, geometry, scale=scale, **rest)
+        places = self.store.kept.index_of(geometry.writes.landmark_blocks)
         self.keys.append(self.store.landmark_keys[0][:, places].float().cpu())
         return done
 

@@ -31,7 +31,7 @@ from landmark.eval.subjects import Subject, require_landmark
 from landmark.hf.cache import LandmarkCache
 from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory
-from landmark.memory.positions import RotaryTables
+from landmark.memory.rotary_tables import RotaryTables
 
 # Documents have no order: all their landmarks stand where old ones do, and none may be evicted.
 SETTINGS: dict[str, Any] = {
@@ -116,7 +116,7 @@ def old_queries(memory: LayerMemory, query: Tensor, plan: CallGeometry, scale: f
         memory.tables.by_offset(plan.offsets, query.dtype)[:, None].rotate(query).to(precise)
         * scale
     )
-    return memory.tables.by_blocks(distance, precise, int(distance)).rotate(turned)
+    return memory.tables.by_distance(distance, precise, int(distance)).rotate(turned)
 
 
 class _QueryMemory(LayerMemory):
@@ -125,13 +125,13 @@ class _QueryMemory(LayerMemory):
     total: Tensor | None = None
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, plan: Any, *, scale: float, **rest: Any
+        self, query: Tensor, key: Tensor, value: Tensor, geometry: Any, *, scale: float, **rest: Any
     ) -> Any:
         """Attends as ``LayerMemory.attend`` does."""
-        turned = old_queries(self, query, plan, scale)
+        turned = old_queries(self, query, geometry, scale)
         summed = torch.unflatten(turned[0].sum(1), 0, (key.shape[1], -1))
         self.total = summed if self.total is None else self.total + summed
-        return super().attend(query, key, value, plan, scale=scale, **rest)
+        return super().attend(query, key, value, geometry, scale=scale, **rest)
 
 
 class _QueryCache(LandmarkCache):
@@ -175,7 +175,7 @@ def read_text(subject: Subject, ids: Tensor, progress: Progress | None = None) -
             f"landmarks are all equal, got {subject.name}, which retrieves in none; pass another, "
             "or configure its layers"
         )
-    keys = tuple(memory.store.landmarks(slots - tokens)[0].clone() for memory in memories)
+    keys = tuple(memory.store.landmark_keys[0][:, : slots - tokens].clone() for memory in memories)
     return TextRead(
         keys, tuple(memory.total / slots for memory in memories if memory.total is not None)
     )

@@ -13,7 +13,7 @@ from landmark.config import LandmarkConfig
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.layout import without_autocast
 from landmark.memory.geometry import CallGeometry, move
-from landmark.memory.positions import RotaryTables
+from landmark.memory.rotary_tables import RotaryTables
 from landmark.ops.attention import landmark_attention
 from landmark.rotary import Rotation
 
@@ -120,18 +120,23 @@ class CachedPass(ForwardContext):
             self.cache.observer(memory, query, plan, scale)
         return output.to(value.dtype)
 
-    def depends(self) -> tuple[Any, ...] | None:
-        """Prepares all memories and returns what a captured call depends on, ``None`` where it
-        cannot be captured.
+    def graph_key(self) -> tuple[Any, ...] | None:
+        """Prepares all memories, and returns what a CUDA graph of this pass depends on.
+
+        Returns:
+            ``None`` where the pass cannot be captured.
         """
         if self.cache.record or self.cache.observer is not None or not self.retrieve:
             return None
         found: list[Any] = [self.plan.grid.local.shape]
         for memory in self.cache.memories:
-            each = None if memory is None else memory.depends(self.plan)
-            if each is None:
+            if memory is None or not memory.can_be_captured(self.plan):
                 return None
-            found.append(each)
+            memory.prepare(self.plan, memory.store.landmark_keys)
+            key = memory.graph_key()
+            if key is None:
+                return None
+            found.append(key)
         return tuple(found)
 
     def fixed(self, device: torch.device) -> CachedPass:
@@ -141,9 +146,9 @@ class CachedPass(ForwardContext):
         It may choose among as many blocks as there are places for.
         """
         places = min(
-            memory.store.first + memory.store.places - 1 for memory in self.cache.layers_in_use()
+            memory.store.first + memory.store.capacity - 1 for memory in self.cache.layers_in_use()
         )
-        plan = replace(move(self.plan, device, apart=True), candidates=places)
+        plan = replace(move(self.plan, device, own_memory=True), candidates=places)
         return replace(self, plan=plan, prepared=True, plans={device: plan})
 
 

@@ -18,11 +18,11 @@ from landmark.config import LandmarkConfig
 from landmark.hf.cache_io import Saved, Streams, open_saved, require_reader, save
 from landmark.hf.columns import TextColumns
 from landmark.memory.cropping import check_crop
-from landmark.memory.faiss_index import check_index
 from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory
-from landmark.memory.positions import RotaryTables
+from landmark.memory.policies import check_index
 from landmark.memory.retrieval import Retrieval
+from landmark.memory.rotary_tables import RotaryTables
 from landmark.memory.storage.tiers import TIERS, OffloadConfig, TransferStats
 
 # Called with a layer's memory, the queries ``(B, H, T, D)`` that attended with it (not rotated),
@@ -178,7 +178,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             ids: ``(B, T)`` token ids, ``None`` where only embeddings are known.
         """
         for memory in self.layers_in_use():
-            memory.settle()
+            memory.commit()
         self._columns.append(mask, ids)
         self._hidden = False
 
@@ -194,7 +194,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         """
         del self.retrievals[retrieved:]
         for memory in self.layers_in_use():
-            memory.undo()
+            memory.rollback()
         if (
             self._hidden
         ):  # some layers hold other keys now where the hidden tokens were: these do not come back
@@ -270,7 +270,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self._note_change(tokens)
         self._columns.replace(mask, ids)
         for memory in self.layers_in_use():
-            memory.forget_peak()
+            memory.note_crop()
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -344,7 +344,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     @property
     def traffic(self) -> TransferStats:
         """What moved between tiers, over all layers."""
-        return sum((memory.store.traffic for memory in self.layers_in_use()), TransferStats())
+        return sum((memory.store.stats for memory in self.layers_in_use()), TransferStats())
 
     @property
     def decoder(self) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
-from landmark.memory.archive.layer import SavedLayer, as_bytes, dtype_of, name_of, saved_layers
+from landmark.memory.archive.layer import ArchivedLayer, as_bytes, dtype_of, name_of, saved_layers
 from landmark.memory.archive.log import REMEDY, STATE, Archive, Damaged
 from landmark.memory.archive.manifest import IDS, manifest_of
 from landmark.versions import versions
@@ -38,7 +38,7 @@ class Saved:
     """
 
     archive: Archive
-    layers: list[SavedLayer]
+    layers: list[ArchivedLayer]
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def save(
     finally:
         archive.unlock()
     for layer, memory in zip(saved.layers, cache.layers_in_use(), strict=True):
-        memory.store.adopt(layer)
+        memory.store.pool.back_by_archive(layer)
     cache.saved = saved
     cache.rewound = False
 
@@ -211,7 +211,8 @@ def _bound(cache: LandmarkCache, folder: Path) -> Saved:
     size = cache.settings.block_size
     marks = [memory.store.landmark_keys for memory in cache.layers_in_use()]
     layers = [
-        SavedLayer(archive, i, (m.shape[1], size, m.shape[3]), m.dtype) for i, m in enumerate(marks)
+        ArchivedLayer(archive, i, (m.shape[1], size, m.shape[3]), m.dtype)
+        for i, m in enumerate(marks)
     ]
     return Saved(archive, layers)
 
@@ -238,7 +239,9 @@ def _tails(cache: LandmarkCache, blocks: int) -> dict[str, Tensor]:
     """What is not in finished blocks, by ``layer.name``, on the CPU."""
     found = {}
     for index, memory in enumerate(cache.layers_in_use()):
-        for name, each in memory.tail(blocks, cache.slots[0] % cache.settings.block_size).items():
+        for name, each in memory.archive_tensors(
+            blocks, cache.slots[0] % cache.settings.block_size
+        ).items():
             found[f"{index}.{name}"] = each.cpu().contiguous()
     return found
 

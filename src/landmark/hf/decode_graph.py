@@ -86,7 +86,7 @@ class DecodeGraph:
             embeds.shape,
             embeds.dtype,
             torch.is_autocast_enabled(),
-            call.depends(),
+            call.graph_key(),
         )
         if known[-1] is None or known != self._known:
             self._known = known

@@ -33,7 +33,7 @@ from landmark.hf.rope import layer_types, read_rotaries
 from landmark.hf.states import merge
 from landmark.hf.stub import PackagedMixin
 from landmark.memory.geometry import make_geometry
-from landmark.memory.positions import RotaryTables
+from landmark.memory.rotary_tables import RotaryTables
 
 
 class LandmarkDecoderMixin(PackagedMixin):
@@ -279,7 +279,7 @@ class LandmarkDecoderMixin(PackagedMixin):
         plan = make_geometry(starts, [e - s for s, e in zip(starts, ends, strict=True)], settings)
         if plan.candidates and retrieve:
             self._warn_untrained(settings)
-        width = plan.cells.shape[1]
+        width = plan.flat_index.shape[1]
         call = CachedPass(
             settings, self._layer_types, self._all_tables(), cache, plan, retrieve, embeds.dtype
         )

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from landmark.config import LandmarkConfig
 from landmark.memory.geometry import oldest_needed
-from landmark.memory.layer import RECENT_BLOCKS, LayerMemory
+from landmark.memory.head_choice import RECENT_BLOCKS
+from landmark.memory.layer import LayerMemory
 
 
 def check_crop(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landmark.config import LandmarkConfig
 from landmark.memory.storage.store import BlockStore
 
 KINDS = ("exact", "faiss-flat", "faiss-ivf", "faiss-hnsw")
@@ -27,31 +26,6 @@ IVF_GROWTH = 4  # when there are so many times as many landmarks, lists are made
 HNSW_LINKS = 32
 HNSW_BUILD = 100
 HNSW_SEARCH = 256  # links of a landmark; landmarks looked at to find them, and later
-
-
-def check_index(kind: str, config: LandmarkConfig) -> None:
-    """Raises where an index cannot stand in for scoring every landmark.
-
-    Raises:
-        ValueError: an unknown kind, or settings under which choosing needs every score.
-        ModuleNotFoundError: faiss is missing.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"index: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if kind == "exact":
-        return
-    reasons = {
-        "mode": ("retrieval", "nothing is chosen otherwise"),
-        "granularity": ("token_head", "the others need the softmax over every landmark"),
-        "positions": ("stingy", "otherwise each landmark is turned for each query"),
-    }
-    for name, (needed, reason) in reasons.items():
-        if getattr(config, name) != needed:
-            raise ValueError(
-                f"index {kind!r}: expected {name}={needed!r} ({reason}), got "
-                f"{getattr(config, name)!r}; set it, or leave index='exact'"
-            )
-    require_faiss()
 
 
 def require_faiss() -> Any:
@@ -66,7 +40,7 @@ def require_faiss() -> Any:
 
 
 class VectorIndex:
-    """Vectors of one key/value head, numbered as they are added; float32, in the memory of the CPU.
+    """Vectors of one key/value head, numbered as they are added; float32, in host memory.
 
     Lists and graphs want distances. They are made of vectors less their mean, which changes all
     products of a query alike (landmarks lie much closer to each other than to zero), with one more
@@ -252,7 +226,7 @@ class RowIndex:
         if len(new) == 0:
             return
         keys = (
-            store.landmark_keys[row][:, store.place_of(new).to(store.landmark_keys.device)]
+            store.landmark_keys[row][:, store.kept.index_of(new).to(store.landmark_keys.device)]
             .float()
             .cpu()
         )
@@ -263,7 +237,7 @@ class RowIndex:
     def search(
         self, query: Tensor, count: int, lowest: int | None, keep_first: bool
     ) -> tuple[Tensor, Tensor]:
-        """As ``LandmarkIndex.search``, for queries ``(G, M, D)`` that may all read the same
+        """As ``FaissIndex.search``, for queries ``(G, M, D)`` that may all read the same
         blocks.
         """
         allowed = self.blocks >= max(0, lowest or 0)  # what was dropped is -1
@@ -280,7 +254,7 @@ class RowIndex:
         return scores, blocks
 
 
-class LandmarkIndex:
+class FaissIndex:
     """The old landmarks of all rows of one layer, added as blocks grow old enough.
 
     It computes on the CPU: queries on a GPU are copied there, and what was found back.
@@ -300,7 +274,7 @@ class LandmarkIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in the memory of the CPU."""
+        """Bytes held in host memory."""
         return sum(head.nbytes for row in self.rows for head in row.heads)
 
     def follow(self, store: BlockStore, ends: list[int]) -> None:

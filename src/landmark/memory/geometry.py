@@ -1,9 +1,9 @@
-"""What the queries of one call may see, by block index: computed once per call, shared by all
-layers.
+"""Geometry of one call: which slots it adds, and which blocks its queries may see.
 
-Queries stand on a *grid* ``(B, n, W)``: ``n`` own blocks, ``W`` places in each, so that the queries
-of one block share what they see without choosing. A call inside one block keeps ``W`` at the number
-of its slots.
+It is computed once for each call and shared by all layers, from block indices alone. Queries stand
+on a grid ``(B, n, W)``: ``n`` own blocks with ``W`` slots each. The queries of one own block share
+their local blocks, so the grid lets them be computed together. In a call inside one block ``W`` is
+the number of its slots.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ Moved = TypeVar("Moved")
 
 @dataclass(frozen=True)
 class QueryGrid:
-    """Queries by own block; integers unless said otherwise, ``-1`` for no block.
+    """Queries by own block. All tensors hold integers unless said otherwise; -1 is no block.
 
     Attributes:
         own: ``(B, n)`` own block.
-        offsets: ``(B, n, W)`` place of each query inside its own block.
+        offsets: ``(B, n, W)`` offset of each query inside its own block.
         valid: ``(B, n, W)`` bool, whether a query stands there.
         columns: ``(B, n, W)`` column of the call whose query stands there.
-        local_first: ``(B, n)`` first local block; everything older is past its reach and has to be
-            retrieved.
+        local_first: ``(B, n)`` first local block. Older blocks are read by retrieval only.
         local: ``(B, n, m)`` local finished blocks, oldest first.
     """
 
@@ -42,24 +41,33 @@ class QueryGrid:
 
     def narrow(self, begin: int, end: int) -> QueryGrid:
         """Returns the own blocks ``begin..end - 1`` of every row."""
-        return QueryGrid(*(getattr(self, f.name)[:, begin:end] for f in fields(self)))
+        return QueryGrid(*(getattr(self, each.name)[:, begin:end] for each in fields(self)))
 
-    def within(self, cut: slice) -> QueryGrid:
-        """Returns these places of every own block."""
+    def within(self, slots: slice) -> QueryGrid:
+        """Returns these slots of every own block."""
         return replace(
             self,
-            offsets=self.offsets[..., cut],
-            valid=self.valid[..., cut],
-            columns=self.columns[..., cut],
+            offsets=self.offsets[..., slots],
+            valid=self.valid[..., slots],
+            columns=self.columns[..., slots],
         )
 
 
 @dataclass(frozen=True)
 class CacheWrites:
-    """Where new slots are filed: entry ``i`` is column ``columns[i]`` of row ``rows[i]``; all
-    ``(M,)`` integers.
+    """Where the new slots of a call are written. All tensors are ``(M,)`` integers.
 
-    The landmarks among them are listed once more, with the block that each closes.
+    Entry ``i`` is column ``columns[i]`` of row ``rows[i]``. The landmarks among them are listed
+    once more, with the block that each closes.
+
+    Attributes:
+        rows: row of each slot.
+        columns: its column in the call.
+        blocks: its block.
+        offsets: its offset inside the block.
+        landmark_rows: row of each landmark.
+        landmark_columns: its column in the call.
+        landmark_blocks: the block that it closes.
     """
 
     rows: Tensor
@@ -77,37 +85,37 @@ class CallGeometry:
 
     Attributes:
         grid: the queries by own block.
-        cells: ``(B, T)`` where on the flattened grid each column's query stands.
-        offsets: ``(B, T)`` place of each column inside its block.
-        positions: ``(B, T)`` slot of each column, ``-1`` where a row has none.
-        writes: where the call's keys are filed.
-        within: slots of each row's first own block that came in earlier calls.
-        spans: first and last own block of each row.
-        closed: row and block of each landmark, in the order of ``writes``.
-        blocks: blocks that exist after the call, an unfinished one included (the longest row's).
+        flat_index: ``(B, T)`` where on the flattened grid each column's query stands.
+        offsets: ``(B, T)`` offset of each column inside its block.
+        slots: ``(B, T)`` slot of each column, -1 where a row has none.
+        writes: where the call's keys and values are written.
+        filled_before: of each row, slots of its first own block that came in earlier calls.
+        own_spans: of each row, its first and last own block.
+        finished_blocks: row and block of each landmark, in the order of ``writes``.
+        blocks: blocks that exist after the call in the longest row, an unfinished one included.
         candidates: blocks ``0..candidates - 1`` may be retrieved by some query.
-        seen_from: lowest block but 0 that some query of this call or a later one may see.
+        needed_from: the lowest block but 0 that this call or a later one may see.
         local_from: the same for a layer that does not retrieve.
     """
 
     grid: QueryGrid
-    cells: Tensor
+    flat_index: Tensor
     offsets: Tensor
-    positions: Tensor
+    slots: Tensor
     writes: CacheWrites
-    within: list[int]
-    spans: list[tuple[int, int]]
-    closed: list[tuple[int, int]]
+    filled_before: list[int]
+    own_spans: list[tuple[int, int]]
+    finished_blocks: list[tuple[int, int]]
     blocks: int
     candidates: int
-    seen_from: int
+    needed_from: int
     local_from: int
 
 
 def make_geometry(starts: list[int], lengths: list[int], config: LandmarkConfig) -> CallGeometry:
-    """Plans a call that adds ``lengths[b]`` slots to a row ``b`` of ``starts[b]`` slots.
+    """Returns the geometry of a call that adds ``lengths[b]`` slots to a row of ``starts[b]`` slots.
 
-    Rows are aligned at their left: row ``b`` uses columns ``0..lengths[b] - 1`` of
+    Rows are aligned at their left: row ``b`` uses the columns ``0..lengths[b] - 1`` of
     ``max(lengths)``. Tensors are made on the CPU; ``move`` takes them to a device.
     """
     size = config.block_size
@@ -122,11 +130,12 @@ def make_geometry(starts: list[int], lengths: list[int], config: LandmarkConfig)
     if spanned == 1:
         columns = column.expand(len(starts), 1, width)
         offsets = (slots % size)[:, None]
-        cells = column.expand(len(starts), width)
+        flat_index = column.expand(len(starts), width)
     else:
         offsets = torch.arange(size).expand(len(starts), spanned, size)
-        columns = (first + torch.arange(spanned))[..., None] * size + offsets - start[..., None]
-        cells = (start % size + column).clamp(max=spanned * size - 1)
+        first_slot = (first + torch.arange(spanned))[..., None] * size
+        columns = first_slot + offsets - start[..., None]
+        flat_index = (start % size + column).clamp(max=spanned * size - 1)
     own = torch.minimum(first + torch.arange(spanned), last)
     local_first = _local_first(own, first, config)
     reach = int((own - local_first).max())
@@ -139,66 +148,55 @@ def make_geometry(starts: list[int], lengths: list[int], config: LandmarkConfig)
         local_first=local_first,
         local=torch.where(local >= local_first[..., None], local, -1),
     )
-    new = column < length
-    writes = _writes(new, slots, size)
+    is_new = column < length
+    writes = _cache_writes(is_new, slots, size)
+    landmark_rows = writes.landmark_rows.tolist()
+    landmark_blocks = writes.landmark_blocks.tolist()
+    first_blocks = [each // size for each in starts]
     return CallGeometry(
         grid=grid,
-        cells=cells,
+        flat_index=flat_index,
         offsets=slots % size,
-        positions=torch.where(new, slots, -1),
+        slots=torch.where(is_new, slots, -1),
         writes=writes,
-        within=[s % size for s in starts],
-        spans=list(zip(first[:, 0].tolist(), last[:, 0].tolist(), strict=True)),
-        closed=list(
-            zip(writes.landmark_rows.tolist(), writes.landmark_blocks.tolist(), strict=True)
-        ),
+        filled_before=[each % size for each in starts],
+        own_spans=list(zip(first[:, 0].tolist(), last[:, 0].tolist(), strict=True)),
+        finished_blocks=list(zip(landmark_rows, landmark_blocks, strict=True)),
         blocks=int(last.max()) + 1,
         candidates=0 if config.mode == "all" else int(local_first.max()),
-        seen_from=min(oldest_needed(s // size, config) for s in starts),
-        local_from=min(max(0, s // size - config.local_blocks) for s in starts),
+        needed_from=min(oldest_needed(block, config) for block in first_blocks),
+        local_from=min(max(0, block - config.local_blocks) for block in first_blocks),
     )
 
 
 def oldest_needed(own: int, config: LandmarkConfig) -> int:
-    """Lowest block, but for block 0, that a query whose own block is ``own`` may see."""
+    """Returns the lowest block but 0 that a query whose own block is ``own`` may see."""
     if config.mode == "all" or config.max_blocks is None:
         return 0
     local = 0 if config.local == "chunk" else config.local_blocks
     return max(0, own - local - config.max_blocks)
 
 
-def move(part: Moved, device: torch.device, *, apart: bool = False) -> Moved:
-    """Returns a copy of a dataclass with its tensors, also those of dataclasses inside, on
-    ``device``.
+def move(part: Moved, device: torch.device, *, own_memory: bool = False) -> Moved:
+    """Returns a copy of a dataclass whose tensors, also in dataclasses inside, are on ``device``.
 
-    ``apart``: each in memory of its own, so that it can be written to.
+    ``own_memory``: each tensor is contiguous and in memory of its own, so that it can be written.
     """
     changes: dict[str, Any] = {}
     for field in fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
         if isinstance(value, Tensor):
-            kept = torch.contiguous_format if apart else torch.preserve_format
-            changes[field.name] = value.to(device, copy=apart, memory_format=kept)
+            layout = torch.contiguous_format if own_memory else torch.preserve_format
+            changes[field.name] = value.to(device, copy=own_memory, memory_format=layout)
         elif is_dataclass(value):
-            changes[field.name] = move(value, device, apart=apart)
+            changes[field.name] = move(value, device, own_memory=own_memory)
     return replace(part, **changes)  # type: ignore[type-var]
 
 
-def to_grid(query: Tensor, grid: QueryGrid) -> Tensor:
-    """Puts queries on the grid: ``(B, G, R, T, D)`` to ``(B, G, R, n, W, D)``."""
-    rows = torch.arange(len(query), device=query.device)[:, None, None]
-    return query.permute(0, 3, 1, 2, 4)[rows, grid.columns].permute(0, 3, 4, 1, 2, 5)
-
-
-def from_grid(x: Tensor, cells: Tensor) -> Tensor:
-    """Takes what queries have got from the grid: ``(B, G, R, n, W, X)`` to ``(B, T, H, X)``."""
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    return x.permute(0, 3, 4, 1, 2, 5).flatten(1, 2)[rows, cells].flatten(2, 3)
-
-
 def _local_first(own: Tensor, first: Tensor, config: LandmarkConfig) -> Tensor:
-    """First local block of each own block: by index, or the block in which the call begins (the
-    paper's scheme).
+    """Returns the first local block of each own block.
+
+    It is defined by index, or is the block in which the call begins (the paper's scheme).
     """
     if config.mode == "all":
         return torch.zeros_like(own)
@@ -207,11 +205,17 @@ def _local_first(own: Tensor, first: Tensor, config: LandmarkConfig) -> Tensor:
     return (own - config.local_blocks).clamp(min=0)
 
 
-def _writes(new: Tensor, slots: Tensor, size: int) -> CacheWrites:
-    rows, columns = new.nonzero(as_tuple=True)
+def _cache_writes(is_new: Tensor, slots: Tensor, size: int) -> CacheWrites:
+    rows, columns = is_new.nonzero(as_tuple=True)
     blocks = slots[rows, columns] // size
     offsets = slots[rows, columns] % size
-    closing = offsets == size - 1
+    closes = offsets == size - 1
     return CacheWrites(
-        rows, columns, blocks, offsets, rows[closing], columns[closing], blocks[closing]
+        rows=rows,
+        columns=columns,
+        blocks=blocks,
+        offsets=offsets,
+        landmark_rows=rows[closes],
+        landmark_columns=columns[closes],
+        landmark_blocks=blocks[closes],
     )

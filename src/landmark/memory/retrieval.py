@@ -1,20 +1,29 @@
-"""Which older blocks a query reads: scores of their landmarks, and the choice by granularity
-(paper, section 3.2).
+"""Retrieval: which older blocks a query reads (paper, section 3.2).
+
+Every candidate's landmark is scored. A *selector* says who shares a selection of blocks: one class
+for each value of ``LandmarkConfig.granularity``. ``head``, which keeps a state, is in
+``head_choice.py``; ``policies.py`` lists all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
-from landmark.memory.faiss_index import LandmarkIndex
-from landmark.memory.geometry import QueryGrid
-from landmark.memory.positions import RotaryTables, own_slot
-from landmark.memory.storage.store import BlockStore
+from landmark.memory.context import LayerContext
+from landmark.memory.geometry import CallGeometry, QueryGrid
+from landmark.memory.positions import SCHEMES, STINGY
+from landmark.memory.storage.store import LandmarkKeys
 from landmark.ops.select import best_of, select_top
+
+COPIES = 8  # of a score that are alive while softmaxes are taken
+# Scratch memory of one call of a layer, by device type: for scores and copies.
+SLAB_BYTES = defaultdict(lambda: 2**26, {"cpu": 2**26, "cuda": 2**31})
 
 
 @dataclass(frozen=True)
@@ -35,260 +44,253 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
-class LandmarkKeys:
-    """Landmarks to be scored: those of some blocks of each row.
+class Selection:
+    """The blocks that queries selected, ascending, invalid ones last.
 
     Attributes:
-        blocks: ``(B or 1, P)`` their blocks, ascending.
-        keys: ``(B, G, P, D)``.
-        equal: whether all are one vector (a model's first layer under stingy positions).
-        largest: largest distance in blocks under exact positions.
+        blocks: ``(B, G, R, n, W, K)``; a dimension of size 1 stands for "the same for all" (``R``
+            under ``group``, ``G`` and ``R`` under ``token``).
+        valid: the same shape, bool.
     """
 
     blocks: Tensor
-    keys: Tensor
-    equal: bool
-    largest: int
+    valid: Tensor
 
 
-def landmark_keys_at(store: BlockStore, begin: int, end: int) -> LandmarkKeys:
-    """Returns the landmarks at the places ``begin..end - 1`` of the store."""
-    keys = store.landmarks(end)[:, :, begin:]
-    blocks = store.block_of(torch.arange(begin, end, device=keys.device))[None]
-    return LandmarkKeys(blocks, keys, store.shared_landmark, store.first + store.places)
+class Selector:
+    """Who shares a selection of blocks: the interface, and what most selectors have in common.
 
+    A layer has a selector of its own. The base class keeps no state.
 
-def landmark_keys_from(store: BlockStore, first: Tensor, count: int) -> LandmarkKeys:
-    """Returns the landmarks of ``count`` blocks from ``first (B,)`` on; of dropped ones no key is
-    right.
+    Attributes:
+        name: value of ``LandmarkConfig.granularity``.
+        needs_every_score: whether all scores of a query are looked at together, as a softmax over
+            them does. Otherwise the best are found piece by piece, and an index or a Triton kernel
+            may find them.
+        per_query_head: whether query heads of one key/value head may select different blocks.
+        keeps_state: whether the selector has to see every call.
+        selects_whole_call: whether all queries of a call have to be given to ``select`` at once.
+
+    Args:
+        config: the settings.
     """
-    blocks = first[:, None] + torch.arange(count, device=first.device)
-    places = store.place_of(blocks).clamp(max=store.places - 1)
-    rows = torch.arange(len(first), device=first.device)[:, None]
-    keys = store.landmark_keys[rows, :, places].transpose(1, 2)
-    return LandmarkKeys(blocks, keys, store.shared_landmark, store.first + store.places)
+
+    name: ClassVar[str]
+    needs_every_score: ClassVar[bool] = True
+    per_query_head: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = False
+
+    def __init__(self, config: LandmarkConfig) -> None:
+        self.config = config
+        self.selects_whole_call = False
+
+    def select(
+        self,
+        query: Tensor,
+        grid: QueryGrid,
+        candidates: int,
+        context: LayerContext,
+        *,
+        is_first: bool,
+    ) -> Selection:
+        """Selects up to ``top_k`` blocks for each query.
+
+        Args:
+            query: ``(B, G, R, n, W, D)``, rotated by its offset inside the block, not scaled.
+            grid: where these queries stand.
+            candidates: blocks ``0..candidates - 1`` may be selected.
+            context: the layer.
+            is_first: whether these are the first own blocks of the call.
+        """
+        raise NotImplementedError
+
+    def begin_call(
+        self, query: Tensor, geometry: CallGeometry, context: LayerContext, *, retrieve: bool
+    ) -> None:
+        """Called before each call's selections, where the selector keeps a state."""
+
+    def commit(self) -> None:
+        """Called when all layers have done a call: it will not be taken back."""
+
+    def rollback(self) -> None:
+        """Called when a call failed in some layer: the state is that before the call."""
+
+    def note_crop(self) -> None:
+        """Called when rows were cropped, or blocks were evicted."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the state of the one row, for an archive."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Takes up a state that ``state`` returned."""
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replaces the batch by the given rows, repeated or reordered."""
+
+
+class TokenHeadSelector(Selector):
+    """``token_head``: every query of every head selects for itself."""
+
+    name = "token_head"
+    needs_every_score = False
+
+    def select(
+        self,
+        query: Tensor,
+        grid: QueryGrid,
+        candidates: int,
+        context: LayerContext,
+        *,
+        is_first: bool,
+    ) -> Selection:
+        """See ``Selector.select``."""
+        query = query * context.scale
+        if context.index is not None:
+            return select_with_index(query, grid, context)
+        return select_per_query(query, grid, candidates, context)
+
+
+class SharedSelector(Selector):
+    """Heads of a token share a selection: the best by the maximum of their probabilities."""
+
+    per_query_head = False
+    shared_dims: ClassVar[tuple[int, ...]]  # of scores (B, G, R, n, W, P)
+
+    def select(
+        self,
+        query: Tensor,
+        grid: QueryGrid,
+        candidates: int,
+        context: LayerContext,
+        *,
+        is_first: bool,
+    ) -> Selection:
+        """See ``Selector.select``."""
+        landmarks = context.store.landmarks_before(candidates)
+        scores = landmark_scores(query * context.scale, grid, landmarks, context)
+        merits = probabilities(scores).amax(self.shared_dims, keepdim=True)
+        return select_shared(merits, landmarks, self.config.top_k)
+
+
+class TokenSelector(SharedSelector):
+    """``token``: all heads of a token select together."""
+
+    name = "token"
+    shared_dims = (1, 2)
+
+
+class GroupSelector(SharedSelector):
+    """``group``: the query heads of one key/value head select together."""
+
+    name = "group"
+    shared_dims = (2,)
 
 
 def landmark_scores(
-    query: Tensor,
-    grid: QueryGrid,
-    marks: LandmarkKeys,
-    tables: RotaryTables,
-    config: LandmarkConfig,
+    query: Tensor, grid: QueryGrid, landmarks: LandmarkKeys, context: LayerContext
 ) -> Tensor:
-    """Scores every candidate's landmark where it stands while choosing.
+    """Scores landmarks where the position scheme places them.
 
     Args:
-        query: ``(B, G, R, n, W, D)``, rotated by its place inside the block, times the softmax
+        query: ``(B, G, R, n, W, D)``, rotated by its offset inside the block, times the softmax
             scale (before the product: in float16 the product alone may overflow).
         grid: where these queries stand.
-        marks: the ``P`` landmarks to score.
-        tables: rotations.
-        config: the settings.
+        landmarks: the ``P`` landmarks to score.
+        context: the layer.
 
     Returns:
         ``(B, G, R, n, W, P)``, ``-inf`` for blocks that are no candidate; at least float32, so that
         rounding decides between no more blocks than it must.
     """
     query = query.to(torch.promote_types(query.dtype, torch.float32))
-    scores = _stingy_scores if config.positions == "stingy" else _exact_scores
-    barred = ~candidates(grid, marks.blocks, config)[:, None, None, :, None]
-    return scores(query, grid, marks, tables, config).masked_fill_(barred, -torch.inf)
+    scores = SCHEMES[context.config.positions].scores(query, grid, landmarks, context)
+    barred = ~is_candidate(grid, landmarks.blocks, context.config)
+    return scores.masked_fill_(barred[:, None, None, :, None], -torch.inf)
 
 
-def candidates(grid: QueryGrid, blocks: Tensor, config: LandmarkConfig) -> Tensor:
-    """Which of ``blocks (B or 1, P)`` each own block may retrieve, ``(B, n, P)`` bool."""
+def is_candidate(grid: QueryGrid, blocks: Tensor, config: LandmarkConfig) -> Tensor:
+    """Returns which of ``blocks (B or 1, P)`` each own block may retrieve, ``(B, n, P)`` bool."""
     block = blocks[:, None]
     first = grid.local_first[..., None]
-    old = block < first
+    is_older = block < first
     if config.max_blocks is None:
-        return old
-    kept = block >= first - config.max_blocks
+        return is_older
+    is_kept = block >= first - config.max_blocks
     if config.local == "blocks":
-        kept = kept | (block == 0)
-    return old & kept
-
-
-def _exact_scores(
-    query: Tensor,
-    grid: QueryGrid,
-    marks: LandmarkKeys,
-    tables: RotaryTables,
-    config: LandmarkConfig,
-) -> Tensor:
-    turns = tables.by_blocks(marks.blocks, query.dtype, marks.largest)[:, None]
-    keys = turns.rotate(marks.keys.to(query.dtype))
-    query = tables.by_blocks(grid.own, query.dtype, marks.largest)[:, None, None, :, None].rotate(
-        query
-    )
-    return _against_all(query, keys)
-
-
-def at_prefix_start(
-    query: Tensor, grid: QueryGrid, tables: RotaryTables, config: LandmarkConfig
-) -> Tensor:
-    """Turns queries ``(B, G, R, n, W, D)`` to where old landmarks are scored under ``stingy``."""
-    largest = config.top_k + 1 + int(grid.local.shape[-1])
-    turns = tables.by_blocks(own_slot(grid, config.top_k), query.dtype, largest)
-    return turns[:, None, None, :, None].rotate(query)
-
-
-def _stingy_scores(
-    query: Tensor,
-    grid: QueryGrid,
-    marks: LandmarkKeys,
-    tables: RotaryTables,
-    config: LandmarkConfig,
-) -> Tensor:
-    """All at slot 0, then those of the latest ``top_k`` blocks once more at their true places."""
-    keys = marks.keys.to(query.dtype)
-    count = marks.keys.shape[2]
-    at_zero = at_prefix_start(query, grid, tables, config)
-    if marks.equal:
-        scores = (
-            (at_zero * keys[:, :, None, None, None, 0])
-            .sum(-1, keepdim=True)
-            .expand(*query.shape[:-1], count)
-        )
-    else:
-        scores = _against_all(at_zero, keys)
-    recent = grid.local_first[..., None] - 1 - torch.arange(config.top_k, device=query.device)
-    blocks = marks.blocks.expand(len(query), count).contiguous()
-    at = torch.searchsorted(blocks, recent.flatten(1)).clamp(max=count - 1)
-    known = (blocks.gather(1, at) == recent.flatten(1)).view_as(recent)
-    at = at.view_as(recent)
-    near = tables.by_blocks(
-        grid.own[..., None] - recent, query.dtype, config.top_k + 1 + int(grid.local.shape[-1])
-    )
-    rows = torch.arange(len(query), device=query.device)[:, None, None]
-    near_keys = keys[rows, :, at].movedim(3, 1)
-    near_query = near[:, None, None, :, None].rotate(query[..., None, :])
-    near_scores = torch.einsum("bgrnwkd,bgnkd->bgrnwk", near_query, near_keys)
-    spare = torch.nn.functional.pad(scores, (0, 1))
-    at = torch.where(known, at, count)[:, None, None, :, None].expand_as(near_scores)
-    return spare.scatter_(-1, at, near_scores)[..., :count]
-
-
-def _against_all(query: Tensor, keys: Tensor) -> Tensor:
-    """``(B, G, R, n, W, D)`` with ``(B, G, P, D)`` to ``(B, G, R, n, W, P)``."""
-    return torch.unflatten(query.flatten(2, 4) @ keys.transpose(-1, -2), 2, query.shape[2:5])
+        is_kept = is_kept | (block == 0)
+    return is_older & is_kept
 
 
 def select_per_query(
-    query: Tensor,
-    grid: QueryGrid,
-    count: int,
-    store: BlockStore,
-    tables: RotaryTables,
-    config: LandmarkConfig,
-    at_once: int,
-) -> tuple[Tensor, Tensor]:
-    """Chooses for every query alone (``token_head``), among all landmarks.
+    query: Tensor, grid: QueryGrid, candidates: int, context: LayerContext
+) -> Selection:
+    """Selects for every query alone, among all landmarks, piece by piece.
 
     Args:
         query: as for ``landmark_scores``.
         grid: where these queries stand.
-        count: places of the store to choose from.
-        store: the layer's blocks.
-        tables: rotations.
-        config: the settings.
-        at_once: places whose scores are alive at once.
-
-    Returns:
-        as ``choose``, blocks for places.
+        candidates: blocks ``0..candidates - 1`` may be selected.
+        context: the layer.
     """
+
+    landmarks = context.store.landmarks_before(candidates)
 
     def scores(begin: int, end: int) -> Tensor:
-        return landmark_scores(query, grid, landmark_keys_at(store, begin, end), tables, config)
+        part = replace(
+            landmarks,
+            blocks=landmarks.blocks[:, begin:end],
+            keys=landmarks.keys[:, :, begin:end],
+        )
+        return landmark_scores(query, grid, part, context)
 
-    _, places, valid = best_of(scores, count, config.top_k, at_once)
-    return store.block_of(places), valid
+    queries = query.numel() // query.shape[-1]
+    score_bytes = COPIES * max(query.element_size(), 4) * queries
+    at_once = max(1, SLAB_BYTES[query.device.type] // score_bytes)
+    count = landmarks.keys.shape[2]
+    _, index, valid = best_of(scores, count, context.config.top_k, at_once)
+    return Selection(landmarks.blocks[0][index], valid)
 
 
-def select_with_index(
-    query: Tensor,
-    grid: QueryGrid,
-    store: BlockStore,
-    tables: RotaryTables,
-    config: LandmarkConfig,
-    index: LandmarkIndex,
-) -> tuple[Tensor, Tensor]:
-    """Chooses for every query alone among what an index finds of the blocks it holds, and all later
-    ones.
+def select_with_index(query: Tensor, grid: QueryGrid, context: LayerContext) -> Selection:
+    """Selects for every query alone among what an index finds, and all blocks that it lacks.
 
-    The index scores at slot 0, so it may hold only blocks older than the latest ``top_k``
-    candidates of every query. Arguments and what is returned as for ``select_per_query``.
+    The index scores at the start of the prefix, so it may hold only blocks older than the latest
+    ``top_k`` candidates of every query. Arguments as for ``select_per_query``.
     """
+    config = context.config
+    assert context.index is not None
     precise = query.to(torch.promote_types(query.dtype, torch.float32))
     lowest = None
     if config.max_blocks is not None:
         lowest = grid.local_first - config.max_blocks
-    turned = at_prefix_start(precise, grid, tables, config)
-    old_scores, old = index.search(
-        turned, config.top_k, lowest, keep_first=config.local == "blocks"
+    at_start = STINGY.at_prefix_start(precise, grid, context)
+    found_scores, found_blocks = context.index.search(
+        at_start, config.top_k, lowest, keep_first=config.local == "blocks"
     )
-    begin = torch.tensor(index.ends, device=query.device)
-    later = landmark_keys_from(store, begin, max(1, int((grid.local_first[:, -1] - begin).max())))
-    scores = torch.cat((old_scores, landmark_scores(query, grid, later, tables, config)), dim=-1)
-    found, valid = select_top(scores, config.top_k)
-    blocks = later.blocks[:, None, None, None, None].expand(*scores.shape[:-1], -1)
-    return torch.cat((old, blocks), dim=-1).gather(-1, found), valid
+    begin = torch.tensor(context.index.ends, device=query.device)
+    later = context.store.landmarks_from(
+        begin, max(1, int((grid.local_first[:, -1] - begin).max()))
+    )
+    later_scores = landmark_scores(query, grid, later, context)
+    scores = torch.cat((found_scores, later_scores), dim=-1)
+    best, valid = select_top(scores, config.top_k)
+    later_blocks = later.blocks[:, None, None, None, None].expand(*later_scores.shape[:-1], -1)
+    return Selection(torch.cat((found_blocks, later_blocks), dim=-1).gather(-1, best), valid)
 
 
-def choose(
-    scores: Tensor, config: LandmarkConfig, peak: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Chooses ``top_k`` places from scaled scores where queries choose together; alone they do by
-    ``select_per_query``.
-
-    Args:
-        scores: ``(B, G, R, n, W, P)``, scaled, ``-inf`` where there is no candidate.
-        config: the settings.
-        peak: for ``head``, what ``head_peaks`` gave for these queries.
-
-    Returns:
-        places and whether each is valid, ``(B, G, R, n, W, K)``, where a dimension of size 1 stands
-        for "the same for all" (``R`` under ``group``, ``G`` and ``R`` under ``token``, ``n`` and
-        ``W`` under ``head`` in a local chunk).
-    """
-    if config.granularity == "head":
-        assert peak is not None
-        return select_top(peak, config.top_k)
-    heads = (2,) if config.granularity == "group" else (1, 2)
-    shared = _probabilities(scores).amax(heads, keepdim=True)
-    return select_top(shared, config.top_k)
-
-
-def head_peaks(
-    scores: Tensor, grid: QueryGrid, config: LandmarkConfig, earlier: Tensor | None
-) -> Tensor:
-    """Each query's maximum of landmark probabilities over the tokens that choose with it.
+def select_shared(merits: Tensor, landmarks: LandmarkKeys, top_k: int) -> Selection:
+    """Selects the ``top_k`` blocks of the largest merits.
 
     Args:
-        scores: as for ``choose``.
-        grid: where these queries stand.
-        config: with ``local="chunk"`` all queries of the call choose together, else those of the
-            own block up to the query.
-        earlier: ``(B, G, R, P)`` maximum over queries of the first own block in earlier calls
-            (zeros where there are none), or ``None``.
-
-    Returns:
-        ``(B, G, R, n, W, P)``, or ``(B, G, R, 1, 1, P)`` for a local chunk; ``-inf`` where there is
-        no candidate.
+        merits: ``(B, G or 1, R or 1, n or 1, W or 1, P)``, ``-inf`` where there is no candidate.
+        landmarks: the ``P`` landmarks, the same of every row.
+        top_k: how many at most.
     """
-    shares = _probabilities(scores).masked_fill(~grid.valid[:, None, None, ..., None], -torch.inf)
-    if config.local == "chunk":
-        return shares.amax((3, 4), keepdim=True)
-    peaks = shares.cummax(4).values
-    if earlier is not None:
-        earlier = torch.nn.functional.pad(earlier, (0, peaks.shape[-1] - earlier.shape[-1]))
-        first = torch.where(
-            peaks[:, :, :, :1] == -torch.inf, peaks[:, :, :, :1], earlier[:, :, :, None, None]
-        )
-        peaks = torch.cat((torch.maximum(peaks[:, :, :, :1], first), peaks[:, :, :, 1:]), dim=3)
-    return peaks
+    index, valid = select_top(merits, top_k)
+    return Selection(landmarks.blocks[0][index], valid)
 
 
-def _probabilities(scores: Tensor) -> Tensor:
-    """Softmax over the candidates; ``-inf`` for the others."""
+def probabilities(scores: Tensor) -> Tensor:
+    """Returns the softmax over the candidates; ``-inf`` for the others."""
     return torch.softmax(scores, dim=-1).masked_fill(scores == -torch.inf, -torch.inf)

@@ -31,7 +31,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-class SavedLayer:
+class ArchivedLayer:
     """The finished blocks of one layer, as many as their archive counts.
 
     Args:
@@ -57,7 +57,7 @@ class SavedLayer:
             self._sums.frombytes(archive.read(self.name("sums")))
         self._file: int | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SavedLayer:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ArchivedLayer:
         """Itself: what was committed does not change."""
         return self
 
@@ -103,7 +103,7 @@ class SavedLayer:
             self.read(blocks.repeat_interleave(groups), heads), 0, (len(blocks), groups)
         )
 
-    def hold(self) -> None:
+    def open_blocks(self) -> None:
         """Opens the file of the blocks: they can be read whatever becomes of the folder's name."""
         if self._file is None:
             path = self.archive.folder / self.name("blocks")
@@ -157,7 +157,7 @@ class SavedLayer:
                 yield str(error)
 
     def _read_part(self, part: memoryview, index: int) -> None:
-        self.hold()
+        self.open_blocks()
         assert self._file is not None
         length = os.preadv(self._file, [part], index * self._part)
         if length != len(part) or zlib.crc32(part) != self._sums[index]:
@@ -171,7 +171,7 @@ class SavedLayer:
             )
 
 
-def saved_layers(archive: Archive) -> list[SavedLayer]:
+def saved_layers(archive: Archive) -> list[ArchivedLayer]:
     """Returns the layers that an archive's manifest names; raises ``Damaged``."""
     return [_saved_layer(archive, index) for index in _layers(archive)]
 
@@ -185,9 +185,9 @@ def _layers(archive: Archive) -> range:
     return range(len(archive.manifest["layers"]))
 
 
-def _saved_layer(archive: Archive, index: int) -> SavedLayer:
+def _saved_layer(archive: Archive, index: int) -> ArchivedLayer:
     groups, size, dim = archive.manifest["layers"][index]
-    return SavedLayer(archive, index, (groups, size, dim), dtype_of(archive.manifest["dtype"]))
+    return ArchivedLayer(archive, index, (groups, size, dim), dtype_of(archive.manifest["dtype"]))
 
 
 def verify(

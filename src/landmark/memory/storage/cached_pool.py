@@ -1,10 +1,8 @@
-"""Tiers ``host`` and ``disk``: some blocks near in frames, all finished ones below (``shelf.py``).
+"""Device-side block cache: a sliding window plus an LRU cache, in front of host memory or disk.
 
-Frame 0 holds block 0. The next ``recent`` frames are a ring, the same for all heads: block ``b``
-stands at ``b`` modulo their number, so that the blocks of the call in progress and the local ones
-are there without being looked for. The last ``hot`` frames of each row and key/value head hold
-older blocks; the one that was not asked for longest makes room. What is where is known beside the
-frames, so that a kernel can look it up (``triton/bring.py``).
+Tiers ``host`` and ``disk``. Every finished block lies in the offload store (``offload.py``). On the
+device are block 0, the blocks that a call writes and reads as local (the window), and older blocks
+that were read lately (the LRU cache). ``block_table.py`` says which block is where.
 """
 
 from __future__ import annotations
@@ -12,61 +10,63 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from landmark.memory.archive.layer import SavedLayer
-from landmark.memory.geometry import CacheWrites, CallGeometry
+from landmark.memory.archive.layer import ArchivedLayer
+from landmark.memory.geometry import CallGeometry
+from landmark.memory.storage.block_range import BlockRange
+from landmark.memory.storage.block_table import MANY, BlockTable, Misses, rank_in_group
 from landmark.memory.storage.offload import OffloadStore
-from landmark.memory.storage.pool import taken
+from landmark.memory.storage.pool import PageInArguments, Resident, ResidentBlocks
 from landmark.memory.storage.tiers import OffloadConfig, TransferStats
 
-HOT_BLOCKS = 128  # of each row and key/value head, where no budget is given
-MOST_HOT_BLOCKS = 512  # of each row and key/value head, whatever the budget; a power of two
-MANY = 2**32  # more than there are blocks
-SPARE_RING = 4  # a ring more than so many times as long as a call needs is made shorter
+LRU_BLOCKS = 128  # of each row and key/value head, where no budget is given
+MOST_LRU_BLOCKS = 512  # of each row and key/value head, whatever the budget; a power of two
+SPARE_WINDOW = 4  # a window more than this many times as long as a call needs shrinks
 
 
 class CachedPool:
-    """As ``near.BlockPool``, for blocks most of which lie lower.
+    """A ``BlockPool`` that keeps some blocks on the device and all finished ones below it.
 
     Args:
         block_size: positions of a block.
         local_blocks: finished blocks before a query's own that it always sees.
-        tiers: the budgets of this layer.
+        config: budgets of this layer.
+        kept: which blocks are kept.
     """
 
-    def __init__(self, block_size: int, local_blocks: int, tiers: OffloadConfig) -> None:
+    needs_fetch = True
+
+    def __init__(
+        self, block_size: int, local_blocks: int, config: OffloadConfig, kept: BlockRange
+    ) -> None:
         self.block_size = block_size
         self.local_blocks = local_blocks
-        self.tiers = tiers
-        self._traffic = TransferStats()
-        self.shelf = OffloadStore(tiers, self._traffic)
-        self.first = 1  # block at place 1
+        self.config = config
+        self.kept = kept
+        self._stats = TransferStats()
+        self.offload = OffloadStore(config, self._stats)
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
-        self._recent = torch.empty(0)  # `recent`, on the CPU; all below lies beside the keys
-        self.recent = torch.empty(0)  # (B, N) block in each frame of the ring, -1 for none
-        self.hot = torch.empty(0)  # (B * G, H) block in each hot frame, -1 for none
-        self.asked = torch.empty(
-            0
-        )  # (B * G, H) when it was asked for last, by the count of the row and head
-        self._spans: list[tuple[int, int]] | None = None  # of the call that was opened last
-        self._closed: list[tuple[int, int]] = []  # likewise
-        self.counted = torch.empty(
-            0
-        )  # (3,) hits, misses and blocks that a kernel fetched, since `traffic` was asked
+        self.table = BlockTable(0, 1, 0, torch.device("cpu"))
+        # Of the call that began last; a call with the same own blocks finds its window as it is.
+        self._own_spans: list[tuple[int, int]] | None = None
 
     @property
-    def traffic(self) -> TransferStats:
-        """As ``BlockPool.traffic``."""
-        if self.counted.numel():
-            hits, misses, fetched = self.counted.tolist()
-            self.counted.zero_()
-            self._traffic.count("hits", hits)
-            self._traffic.count("misses", misses)
-            self._traffic.count("fetched_host", fetched * 2 * self.keys[0, 0, 0].nbytes)
-        return self._traffic
+    def stats(self) -> TransferStats:
+        """See ``BlockPool.stats``."""
+        hits, misses, copied = self.table.take_stats()
+        if hits or misses or copied:
+            self._stats.count("hits", hits)
+            self._stats.count("misses", misses)
+            self._stats.count("fetched_host", copied * 2 * self.keys[0, 0, 0].nbytes)
+        return self._stats
 
-    def reserve(self, places: int, like: Tensor) -> None:
-        """As ``BlockPool.reserve``.
+    @property
+    def window_size(self) -> int:
+        """See ``BlockPool.window_size``."""
+        return self.table.window_size
+
+    def reserve(self, capacity: int, like: Tensor) -> None:
+        """See ``BlockPool.reserve``; the budget decides how much room there is.
 
         Raises:
             ValueError: the budget does not hold one block.
@@ -74,299 +74,272 @@ class CachedPool:
         if self.keys.numel():
             return
         batch, heads, _, dim = like.shape
-        hot = self._affordable(batch, heads * self.block_size * dim * like.itemsize)
-        self.keys = like.new_zeros(batch, heads, 1 + hot, self.block_size, dim)
+        lru_size = self._affordable(batch, heads * self.block_size * dim * like.itemsize)
+        self.keys = like.new_zeros(batch, heads, 1 + lru_size, self.block_size, dim)
         self.values = torch.zeros_like(self.keys)
-        self._recent = torch.full((batch, 0), -1)
-        self.recent = self._recent.to(like.device)
-        self.hot = torch.full((batch * heads, hot), -1, device=like.device)
-        self.asked = torch.zeros_like(self.hot)
-        self.counted = torch.zeros(3, dtype=torch.int64, device=like.device)
+        self.table = BlockTable(batch, heads, lru_size, like.device)
 
-    def open(self, plan: CallGeometry) -> None:
-        """As ``BlockPool.open``."""
-        self._closed = plan.closed
-        if plan.spans == self._spans:
+    def begin_call(self, geometry: CallGeometry) -> None:
+        """See ``BlockPool.begin_call``.
+
+        The window shrinks when a call needs at most a quarter of it.
+        """
+        if geometry.own_spans == self._own_spans:
             return
-        first, last = torch.tensor(plan.spans).T
-        self._forget_from(first)
-        span = int((last - first).max()) + 1 + self.local_blocks
-        if not span <= self._recent.shape[1] <= SPARE_RING * span:
-            self._resize(span, first)
-        ring = self._recent.shape[1]
-        rows = torch.arange(len(first))
-        started = (torch.tensor(plan.within) > 0) & (first > 0)
-        rows = rows[started & (self._recent[rows, first % ring] != first)]
-        if len(rows):
-            self._load_unfinished(rows, first[rows])
-        own = torch.minimum(first[:, None] + torch.arange(span - self.local_blocks), last[:, None])
-        self._recent[torch.arange(len(own))[:, None], own % ring] = own
-        self._spans = plan.spans
-        self._show_recent()
+        first, last = torch.tensor(geometry.own_spans).T
+        self.table.forget_after(first)
+        own_blocks = int((last - first).max()) + 1
+        needed = own_blocks + self.local_blocks
+        if not needed <= self.table.window_size <= SPARE_WINDOW * needed:
+            self._resize_window(needed, first)
+        self._reload_unfinished(first, geometry)
+        own = torch.minimum(first[:, None] + torch.arange(own_blocks), last[:, None])
+        self.table.place_in_window(own)
+        self._own_spans = geometry.own_spans
 
-    def depends(self) -> tuple[int, ...] | None:
-        """As ``BlockPool.depends``: kernels fetch where all blocks lie in the memory of the CPU."""
-        addresses = self.shelf.addresses(self.keys.device)
-        if addresses is None:
+    def append(self, key: Tensor, value: Tensor, geometry: CallGeometry) -> None:
+        """See ``BlockPool.append``."""
+        self.begin_call(geometry)
+        writes = geometry.writes
+        index = self._window_index(writes.blocks)
+        self.keys[writes.rows, :, index, writes.offsets] = key[writes.rows, :, writes.columns]
+        self.values[writes.rows, :, index, writes.offsets] = value[writes.rows, :, writes.columns]
+        if geometry.finished_blocks:
+            self.seal_blocks(geometry)
+
+    def seal_blocks(self, geometry: CallGeometry) -> None:
+        """Copies the blocks that a call finished to the offload store."""
+        rows = geometry.writes.landmark_rows
+        index = self._window_index(geometry.writes.landmark_blocks)
+        data = torch.stack((self.keys[rows, :, index], self.values[rows, :, index]), dim=2)
+        # Rows and blocks are known on the CPU, so that the device is not asked for them.
+        finished_rows, finished_blocks = torch.tensor(geometry.finished_blocks).T
+        self.offload.write(finished_rows, finished_blocks, data, len(self.keys))
+
+    def make_resident(self, shared: Tensor, selected: Tensor | None) -> Resident:
+        """See ``BlockPool.make_resident``.
+
+        Shared blocks that are not in the window are gathered into memory of this call alone.
+        """
+        found = self.table.translate(shared, selected)
+        if found.misses is not None:
+            self._page_in(found.misses)
+        if found.shared is not None:
+            common = ResidentBlocks(self.keys, self.values, found.shared)
+        else:
+            common = self._gather_shared(shared)
+        if found.selected is None:
+            return Resident(common, None)
+        return Resident(common, ResidentBlocks(self.keys, self.values, found.selected))
+
+    def gather_blocks(self, blocks: Tensor) -> ResidentBlocks:
+        """Copies blocks ``(B, G, ...)`` to memory of this call alone."""
+        batch, heads = self.keys.shape[:2]
+        row_head, block, inverse = self.table.distinct(blocks)
+        keys, values = self.gather(row_head, block)
+        # The distinct blocks of each row head are counted from 0.
+        index = rank_in_group(row_head)
+        shape = (batch * heads, int(index.max()) + 1, *keys.shape[1:])
+        gathered_keys = keys.new_empty(shape)
+        gathered_values = keys.new_empty(shape)
+        gathered_keys[row_head, index] = keys
+        gathered_values[row_head, index] = values
+        return ResidentBlocks(
+            torch.unflatten(gathered_keys, 0, (batch, heads)),
+            torch.unflatten(gathered_values, 0, (batch, heads)),
+            index[inverse],
+        )
+
+    def gather(self, row_head: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``BlockPool.gather``."""
+        distinct, inverse = torch.unique(row_head * MANY + block, return_inverse=True)
+        row_head = distinct // MANY
+        block = distinct % MANY
+        physical = self.table.lookup(row_head, block)
+        is_here = physical >= 0
+        keys = self.keys.new_empty(len(block), *self.keys.shape[3:])
+        values = torch.empty_like(keys)
+        keys[is_here] = self.keys.flatten(0, 1)[row_head[is_here], physical[is_here]]
+        values[is_here] = self.values.flatten(0, 1)[row_head[is_here], physical[is_here]]
+        is_below = ~is_here
+        if bool(is_below.any()):
+            data = self._read(row_head[is_below], block[is_below])
+            keys[is_below] = data[:, 0]
+            values[is_below] = data[:, 1]
+        return keys[inverse], values[inverse]
+
+    def resume(self, saved: ArchivedLayer, partial: Tensor) -> None:
+        """See ``BlockPool.resume``; of the finished blocks, reads block 0 alone."""
+        self.offload.resume(saved, self.kept.first)
+        own = torch.tensor([saved.count])
+        self._resize_window(1 + self.local_blocks, own)
+        self.table.place_in_window(own[:, None])
+        parts = [(self._window_index(own), partial[None])]
+        if saved.count:
+            block_0 = torch.tensor([0])
+            parts.append((block_0, saved.of_all_heads(block_0)))
+        for index, data in parts:
+            here = data.to(self.keys.device)
+            self.keys[:, :, index] = here[:, :, 0][:, :, None]
+            self.values[:, :, index] = here[:, :, 1][:, :, None]
+
+    def evict(self, drop: int) -> None:
+        """See ``BlockPool.evict``."""
+        self.offload.drop(self.kept.first + drop)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """See ``BlockPool.select_rows``; under a budget, more rows get a smaller LRU cache each."""
+        block_bytes = self.keys[0, :, 0].nbytes
+        lru_size = min(self.table.lru_size, self._affordable(len(rows), block_bytes))
+        used = slice(1 + self.table.window_size + lru_size)
+        self.keys = self.keys[:, :, used].index_select(0, rows)
+        self.values = self.values[:, :, used].index_select(0, rows)
+        self.table.select_rows(rows, lru_size)
+        self._own_spans = None
+        self.offload.select_rows(rows.cpu())
+
+    def back_by_archive(self, saved: ArchivedLayer) -> None:
+        """See ``BlockPool.back_by_archive``."""
+        self.offload.back_by_archive(saved)
+
+    def graph_key(self) -> tuple[int, ...] | None:
+        """See ``BlockPool.graph_key``; kernels fetch blocks that all lie in host memory."""
+        pointers = self.offload.device_pointers(self.keys.device)
+        if pointers is None:
             return None
+        table = self.table
         tensors = (
             self.keys,
             self.values,
-            self.recent,
-            self.hot,
-            self.asked,
-            self.counted,
-            addresses,
+            table.window,
+            table.lru,
+            table.last_used,
+            table.stats,
+            pointers,
         )
-        return (
-            self.first,
-            self.keys.shape[2],
-            self.shelf.length,
-            *(each.data_ptr() for each in tensors),
+        addresses = (each.data_ptr() for each in tensors)
+        return self.kept.first, self.keys.shape[2], self.offload.extent_blocks, *addresses
+
+    def page_in_arguments(self) -> PageInArguments | None:
+        """See ``BlockPool.page_in_arguments``; some blocks on disk are what kernels cannot read."""
+        pointers = self.offload.device_pointers(self.keys.device)
+        if pointers is None:
+            return None
+        return PageInArguments(
+            window=self.table.window,
+            lru=self.table.lru,
+            last_used=self.table.last_used,
+            stats=self.table.stats,
+            lru_size=self.table.lru_size,
+            pointers=pointers,
+            extent_blocks=self.offload.extent_blocks,
         )
-
-    def write(self, key: Tensor, value: Tensor, writes: CacheWrites, places: Tensor) -> None:
-        """As ``BlockPool.write``."""
-        frames = self._recent_frame(self._block_of(places))
-        self.keys[writes.rows, :, frames, writes.offsets] = key[writes.rows, :, writes.columns]
-        self.values[writes.rows, :, frames, writes.offsets] = value[writes.rows, :, writes.columns]
-
-    def finish(self, rows: Tensor, places: Tensor, landmark: Tensor | None) -> None:
-        """As ``BlockPool.finish``; finished blocks are copied down."""
-        blocks = self._block_of(places)
-        frames = self._recent_frame(blocks)
-        if landmark is not None:
-            self.keys[rows, :, frames, self.block_size - 1] = landmark
-        data = torch.stack((self.keys[rows, :, frames], self.values[rows, :, frames]), dim=2)
-        batch = len(self.recent)
-        closed_rows, closed_blocks = torch.tensor(self._closed).T  # known without asking the device
-        self.shelf.write(closed_rows, closed_blocks, data, batch)
-
-    def resume(self, saved: SavedLayer, first: int, tail: Tensor) -> None:
-        """As ``BlockPool.resume``: reads block 0 alone."""
-        self.first = first
-        self.shelf.resume(saved, first)
-        own = torch.tensor([saved.count])
-        self._resize(1 + self.local_blocks, own)
-        self._recent[0, saved.count % self._recent.shape[1]] = saved.count
-        self._show_recent()
-        frames = [(self._recent_frame(own), tail[None])]
-        if saved.count:
-            frames.append((torch.tensor([0]), saved.of_all_heads(torch.tensor([0]))))
-        for frame, data in frames:
-            here = data.to(self.keys.device)
-            self.keys[:, :, frame] = here[:, :, 0][:, :, None]
-            self.values[:, :, frame] = here[:, :, 1][:, :, None]
-
-    def fetch(self, *places: Tensor) -> tuple[Tensor, ...]:
-        """As ``BlockPool.fetch``.
-
-        More blocks than there are hot frames, and older ones that all heads ask for, lie in frames
-        of this call alone.
-        """
-        batch, heads = self.keys.shape[:2]
-        blocks = self._block_of(torch.cat([each.flatten(2) for each in places], dim=2))
-        rows = torch.arange(batch, device=blocks.device)[:, None, None]
-        if bool(self._is_recent(rows, blocks).all()):
-            keys = self.keys
-            values = self.values
-            frames = self._recent_frame(blocks)
-        else:
-            owner = torch.arange(batch * heads, device=blocks.device).view(batch, heads, 1)
-            distinct, inverse = torch.unique(owner * MANY + blocks, return_inverse=True)
-            keys, values, frame = self._bring(
-                distinct // MANY, distinct % MANY, alike=blocks.shape[1] < heads
-            )
-            frames = frame[inverse[:, : blocks.shape[1]]]
-        parts = torch.split(frames, [each[0, 0].numel() for each in places], dim=2)
-        return (
-            keys,
-            values,
-            *(part.view(each.shape) for part, each in zip(parts, places, strict=True)),
-        )
-
-    def take(self, owners: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``BlockPool.take``."""
-        blocks = self._block_of(places)
-        if bool(self._is_recent(owners // self.keys.shape[1], blocks).all()):
-            keys = self.keys
-            values = self.values
-            frames = self._recent_frame(blocks)
-        else:
-            distinct, inverse = torch.unique(owners * MANY + blocks, return_inverse=True)
-            keys, values, frame = self._bring(distinct // MANY, distinct % MANY, alike=False)
-            frames = frame[inverse]
-        return taken(keys, values, owners, frames)
-
-    def evict(self, drop: int) -> None:
-        """As ``BlockPool.evict``."""
-        self.first += drop
-        self.shelf.drop(self.first)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """As ``BlockPool.select_rows``; more rows have fewer hot frames each, where there is a
-        budget.
-        """
-        heads = self.keys.shape[1]
-        hot = min(self.hot.shape[1], self._affordable(len(rows), self.keys[0, :, 0].nbytes))
-        near = slice(1 + self.recent.shape[1] + hot)
-        self.keys, self.values = (
-            each[:, :, near].index_select(0, rows) for each in (self.keys, self.values)
-        )
-        owners = (rows[:, None] * heads + torch.arange(heads, device=rows.device)).flatten()
-        self.recent = self.recent[rows]
-        self.hot = self.hot[owners, :hot]
-        self.asked = self.asked[owners, :hot]
-        self._recent = self._recent[rows.cpu()]
-        self._spans = None
-        self.shelf.select_rows(rows.cpu())
 
     def nbytes(self, tier: str) -> int:
-        """As ``BlockPool.nbytes``."""
+        """See ``BlockPool.nbytes``."""
         if tier == "device":
-            return sum(each.numel() * each.itemsize for each in (self.keys, self.values))
-        return self.shelf.nbytes(tier)
+            return self.keys.nbytes + self.values.nbytes
+        return self.offload.nbytes(tier)
+
+    def check_integrity(self) -> None:
+        """See ``BlockPool.check_integrity``; also that cached blocks are those of the store."""
+        self.table.check_integrity()
+        self.offload.check_integrity()
+        size = 1 + self.table.window_size + self.table.lru_size
+        assert not self.keys.numel() or self.keys.shape[2] == size, "room and block table differ"
+        lru = self.table.lru
+        is_kept = (lru == 0) | (lru >= self.kept.first)
+        row_head, slot = is_kept.nonzero(as_tuple=True)
+        if len(row_head) == 0:
+            return
+        physical = 1 + self.table.window_size + slot
+        heads = self.keys.shape[1]
+        rows = row_head.cpu() // heads
+        below = self.offload.peek(rows, lru[row_head, slot].cpu(), row_head.cpu() % heads)
+        below = below.to(self.keys.device)
+        assert torch.equal(self.keys.flatten(0, 1)[row_head, physical], below[:, 0]), "keys"
+        assert torch.equal(self.values.flatten(0, 1)[row_head, physical], below[:, 1]), "values"
 
     def _affordable(self, batch: int, key_bytes: int) -> int:
-        """Hot frames of each row and head, where the keys of a block of a row take
-        ``key_bytes``.
+        """Returns the size of the LRU cache of each row head.
+
+        Args:
+            batch: rows.
+            key_bytes: bytes of the keys of one block of a row, all heads together.
         """
         one = 2 * batch * key_bytes
-        budget = self.tiers.device_bytes
+        budget = self.config.device_bytes
         if budget is None:
-            return HOT_BLOCKS
+            return LRU_BLOCKS
         if budget < one:
             raise ValueError(
-                f"device_bytes: expected at least {one} bytes in each layer, one block of all "
-                f"rows and heads, got {budget}: give more"
+                f"device_bytes: expected at least {one} bytes in each layer, one block of all rows "
+                f"and heads, got {budget}: give more"
             )
-        return min(budget // one, MOST_HOT_BLOCKS)
+        return min(budget // one, MOST_LRU_BLOCKS)
 
-    def _block_of(self, places: Tensor) -> Tensor:
-        return torch.where(places == 0, 0, places.long() + self.first - 1)
+    def _window_index(self, blocks: Tensor) -> Tensor:
+        return torch.where(blocks == 0, 0, 1 + blocks % self.table.window.shape[1])
 
-    def _recent_frame(self, blocks: Tensor) -> Tensor:
-        return torch.where(blocks == 0, 0, 1 + blocks % self.recent.shape[1])
+    def _resize_window(self, size: int, own: Tensor) -> None:
+        """Changes the size of the window; ``own (B,)`` is the latest block of each row."""
+        before = 1 + self.table.window_size
+        rows, old_index, new_index = self.table.resize_window(size, own)
+        self.keys = _resized(self.keys, before, 1 + size, rows, old_index, new_index)
+        self.values = _resized(self.values, before, 1 + size, rows, old_index, new_index)
 
-    def _forget_from(self, first: Tensor) -> None:
-        """Forgets what frames hold of later blocks than ``first (B,)``: cropped, or of a call that
-        failed.
-        """
-        later = self._recent > first[:, None]
-        if not bool(later.any()):
+    def _reload_unfinished(self, first: Tensor, geometry: CallGeometry) -> None:
+        """Brings back first own blocks that were finished before a crop and are written again."""
+        rows = torch.arange(len(first))
+        begun = (torch.tensor(geometry.filled_before) > 0) & (first > 0)
+        absent = self.table.window_host[rows, first % self.table.window_size] != first
+        rows = rows[begun & absent]
+        if len(rows) == 0:
             return
-        self._recent.masked_fill_(later, -1)
-        first_of = first.repeat_interleave(self.keys.shape[1])[:, None].to(self.hot.device)
-        self.hot.masked_fill_(self.hot >= first_of, -1)
-
-    def _resize(self, ring: int, own: Tensor) -> None:
-        """Makes the ring as long as that; ``own (B,)`` is the latest block of each row."""
-        rows, frames = (self._recent > (own - ring)[:, None]).nonzero(as_tuple=True)
-        blocks = self._recent[rows, frames]
-        rows, frames, blocks = (each[blocks > 0] for each in (rows, frames, blocks))
-        recent = torch.full((len(own), ring), -1)
-        recent[rows, blocks % ring] = blocks
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            batch, heads, count, size, dim = old.shape
-            new = old.new_zeros(batch, heads, count + ring - self._recent.shape[1], size, dim)
-            new[:, :, 0] = old[:, :, 0]
-            new[:, :, 1 + ring :] = old[:, :, 1 + self._recent.shape[1] :]
-            new[rows, :, 1 + blocks % ring] = old[rows, :, 1 + frames]
-            setattr(self, name, new)
-        self._recent = recent
-        self._show_recent()
-
-    def _show_recent(self) -> None:
-        """Puts what is known of the ring beside the frames, at the same place as long as the ring
-        is.
-        """
-        if self.recent.shape != self._recent.shape:
-            self.recent = self._recent.to(self.keys.device, copy=True)
-        self.recent.copy_(self._recent)
-
-    def _load_unfinished(self, rows: Tensor, blocks: Tensor) -> None:
-        """Brings blocks that were finished and are no more, after a crop, to where they are
-        written.
-        """
         heads = self.keys.shape[1]
-        owner = (rows[:, None] * heads + torch.arange(heads)).flatten()
-        data = self._read(owner, blocks.repeat_interleave(heads))
+        row_head = (rows[:, None] * heads + torch.arange(heads)).flatten()
+        data = self._read(row_head, first[rows].repeat_interleave(heads))
         data = torch.unflatten(data, 0, (len(rows), heads))
-        frames = self._recent_frame(blocks)
-        self.keys[rows, :, frames] = data[:, :, 0]
-        self.values[rows, :, frames] = data[:, :, 1]
-        self._traffic.count("misses", len(owner))
+        index = self._window_index(first[rows])
+        self.keys[rows, :, index] = data[:, :, 0]
+        self.values[rows, :, index] = data[:, :, 1]
+        self._stats.count("misses", len(row_head))
 
-    def _bring(self, owner: Tensor, block: Tensor, *, alike: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and frames ``(M,)`` of distinct blocks ``(M,)``, ascending by row and head
-        ``owner``.
+    def _page_in(self, misses: Misses) -> None:
+        """Copies blocks from below to the physical blocks that they were given."""
+        try:
+            data = self._read(misses.row_head, misses.block)
+        except BaseException:
+            self.table.remove(misses)
+            raise
+        self.keys.flatten(0, 1)[misses.row_head, misses.physical] = data[:, 0]
+        self.values.flatten(0, 1)[misses.row_head, misses.physical] = data[:, 1]
 
-        ``alike``: the frames are to be the same for all heads of a row, which have the same blocks.
-        """
-        frame = self._find(owner, block)
-        ring = 1 + self.recent.shape[1]
-        old = frame >= ring
-        missing = frame < 0
-        now = self.asked.amax(1) + 1
-        self.asked[owner[old], frame[old] - ring] = now[owner[old]]
-        self.counted[:2] += torch.stack((old.sum(), missing.sum()))
-        data = self.keys.new_empty(0, 2, *self.keys.shape[3:])
-        if bool(missing.any()):
-            data = self._read(owner[missing], block[missing])
-        if alike or int(torch.bincount(owner[old | missing]).max()) > self.hot.shape[1]:
-            return self._apart(owner, frame, data)
-        frame[missing] = self._admit(owner[missing], block[missing], data, now)
-        return self.keys, self.values, frame
-
-    def _is_recent(self, row: Tensor, block: Tensor) -> Tensor:
-        return (block == 0) | (self.recent[row, block % self.recent.shape[1]] == block)
-
-    def _find(self, owner: Tensor, block: Tensor) -> Tensor:
-        """The frame of each block, -1 for those that are not near."""
-        owners = torch.arange(len(self.hot), device=owner.device)[:, None]
-        held, order = (owners * MANY + self.hot).flatten().sort()
-        wanted = owner * MANY + block
-        at = torch.searchsorted(held, wanted).clamp_(max=len(held) - 1)
-        hot = torch.where(
-            held[at] == wanted, 1 + self.recent.shape[1] + order[at] % self.hot.shape[1], -1
-        )
-        return torch.where(
-            self._is_recent(owner // self.keys.shape[1], block), self._recent_frame(block), hot
-        )
-
-    def _read(self, owner: Tensor, block: Tensor) -> Tensor:
-        """Keys and values ``(M, 2, L, D)`` from below."""
+    def _gather_shared(self, blocks: Tensor) -> ResidentBlocks:
+        """Gathers blocks ``(B, ...)``, at the same index for all heads."""
         heads = self.keys.shape[1]
-        owner = owner.cpu()
-        return self.shelf.read(owner // heads, block.cpu(), owner % heads).to(self.keys.device)
+        gathered = self.gather_blocks(blocks[:, None].expand(-1, heads, *blocks.shape[1:]))
+        return ResidentBlocks(gathered.keys, gathered.values, gathered.index[:, 0])
 
-    def _admit(self, owner: Tensor, block: Tensor, data: Tensor, now: Tensor) -> Tensor:
-        """Puts blocks ``data (M, 2, L, D)`` into the hot frames that were not asked for longest."""
-        place = self.asked.argsort(dim=1, stable=True)[owner, _rank(owner)]
-        frame = 1 + self.recent.shape[1] + place
-        for tensor, part in ((self.keys, data[:, 0]), (self.values, data[:, 1])):
-            tensor.view(-1, *tensor.shape[2:])[owner, frame] = part
-        self.hot[owner, place] = block
-        self.asked[owner, place] = now[owner]
-        return frame
-
-    def _apart(self, owner: Tensor, frame: Tensor, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies what is near and ``data (M, 2, L, D)``, the missing, to frames of this call
-        alone.
-        """
-        place = _rank(owner)
-        there = frame >= 0
-        found = []
-        for tensor, part in ((self.keys, data[:, 0]), (self.values, data[:, 1])):
-            new = tensor.new_empty(len(self.hot), int(place.max()) + 1, *tensor.shape[3:])
-            new[owner[there], place[there]] = tensor.flatten(0, 1)[owner[there], frame[there]]
-            new[owner[~there], place[~there]] = part
-            found.append(torch.unflatten(new, 0, tensor.shape[:2]))
-        return found[0], found[1], place
+    def _read(self, row_head: Tensor, block: Tensor) -> Tensor:
+        """Reads keys and values ``(M, 2, L, D)`` of blocks from the offload store."""
+        heads = self.keys.shape[1]
+        row_head = row_head.cpu()
+        found = self.offload.read(row_head // heads, block.cpu(), row_head % heads)
+        return found.to(self.keys.device)
 
 
-def _rank(owner: Tensor) -> Tensor:
-    """Counts the entries of each owner, ascending ``(M,)``, from 0."""
-    counts = torch.bincount(owner)
-    return torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
+def _resized(
+    pool: Tensor, before: int, after: int, rows: Tensor, old_index: Tensor, new_index: Tensor
+) -> Tensor:
+    """Returns a pool ``(B, G, P, L, D)`` whose first ``after`` physical blocks were ``before``.
+
+    Block 0 stays, the LRU cache behind the window stays, and blocks of the window move from
+    ``old_index`` to ``new_index`` in their ``rows``, ``(M,)`` each.
+    """
+    batch, heads, count, size, dim = pool.shape
+    made = pool.new_zeros(batch, heads, count + after - before, size, dim)
+    made[:, :, 0] = pool[:, :, 0]
+    made[:, :, after:] = pool[:, :, before:]
+    made[rows, :, new_index] = pool[rows, :, old_index]
+    return made

@@ -1,4 +1,4 @@
-"""Where blocks may live, how many bytes of them, and how many bytes were moved."""
+"""Offload configuration: where blocks may live and how many bytes of them, and what moved."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 TIERS = ("device", "host", "disk")
+# The tiers that each budget is for.
+USERS = {"device_bytes": TIERS[1:], "host_bytes": TIERS[1:], "spill_folder": TIERS[2:]}
 
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """The lowest tier that blocks may move down to, and the budgets of the tiers above.
+    """The lowest tier that blocks may be offloaded to, and the budgets of the tiers above it.
 
     Attributes:
-        tier: ``device`` keeps all blocks beside the computation, ``host`` in the memory of the CPU
-            (pinned where there is CUDA), ``disk`` in files. Landmark keys stay on the device.
-        device_bytes: of blocks beside the computation that were read lately, over all layers
-            (``None``: 128 blocks for each row and key/value head; 512 at most). The blocks of the
-            call in progress and the local ones come on top, as do, while a call needs them, more
-            blocks than there is room for.
-        host_bytes: of blocks in the memory of the CPU, over all layers; when they are full, the
-            oldest move down. ``None``: no limit for tier ``host``, none at all for tier ``disk``.
+        tier: ``device`` keeps all blocks on the device, ``host`` offloads them to host memory
+            (pinned where there is CUDA), ``disk`` to files. Landmark keys stay on the device.
+        device_bytes: of the LRU cache of blocks on the device, over all layers. ``None``: 128
+            blocks for each row and key/value head; 512 at most. The window of the call and its
+            local blocks comes on top, and so does scratch memory of a call that reads more blocks
+            than the cache holds.
+        host_bytes: of blocks in host memory, over all layers. When they are full, the oldest move
+            to disk. ``None``: no limit for tier ``host``, no host memory for tier ``disk``.
         spill_folder: where the files of tier ``disk`` lie, ``None`` for the system's folder of
-            temporary files. They have no name there, and are removed with the last cache that reads
-            them, or by the system when the process ends. It is kept as an absolute path.
+            temporary files. The files have no name, and are gone with the last cache that reads
+            them or with the process. It is kept as an absolute path.
 
     Raises:
         ValueError: an unknown tier, a budget below 1, or a budget or folder that the tier has no
@@ -45,11 +47,7 @@ class OffloadConfig:
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
                 raise ValueError(f"{name}: expected a number of bytes of at least 1, got {value!r}")
-        for name, users in (
-            ("device_bytes", TIERS[1:]),
-            ("host_bytes", TIERS[1:]),
-            ("spill_folder", TIERS[2:]),
-        ):
+        for name, users in USERS.items():
             given = getattr(self, name)
             if given is not None and self.tier not in users:
                 raise ValueError(
@@ -66,37 +64,30 @@ class OffloadConfig:
         object.__setattr__(self, "spill_folder", Path(self.spill_folder).absolute())
 
     def share(self, layers: int) -> OffloadConfig:
-        """Returns the same with the budgets of one of ``layers`` layers."""
-        device, host = (
-            None if each is None else each // layers
-            for each in (self.device_bytes, self.host_bytes)
-        )
-        return _unchecked(self, device, host)
+        """Returns the same with the budgets of one of ``layers`` layers.
 
-
-def _unchecked(
-    tiers: OffloadConfig, device_bytes: int | None, host_bytes: int | None
-) -> OffloadConfig:
-    """A share may be 0 bytes; what needs one refuses it, naming how many it needs."""
-    share = object.__new__(OffloadConfig)
-    given = {**vars(tiers), "device_bytes": device_bytes, "host_bytes": host_bytes}
-    for name, value in given.items():
-        object.__setattr__(share, name, value)
-    return share
+        A share may be 0 bytes: the pool that needs more says how many.
+        """
+        share = object.__new__(OffloadConfig)  # not checked: 0 bytes would be refused
+        budgets = {name: getattr(self, name) for name in ("device_bytes", "host_bytes")}
+        shares = {name: each if each is None else each // layers for name, each in budgets.items()}
+        for name, value in {**vars(self), **shares}.items():
+            object.__setattr__(share, name, value)
+        return share
 
 
 @dataclass
 class TransferStats:
-    """What moved between tiers; blocks are those of one row and one key/value head.
+    """What moved between tiers. Blocks are counted for each row and key/value head.
 
     Attributes:
-        hits: blocks that were asked for and found among those read lately. Local blocks and block 0
-            are always near and count nowhere.
+        hits: older blocks that were read and found in the LRU cache. Block 0 and blocks of the
+            window count nowhere.
         misses: blocks that had to be fetched.
-        fetched_host: bytes fetched from the memory of the CPU.
+        fetched_host: bytes fetched from host memory.
         fetched_disk: bytes fetched from files.
-        written_host: bytes moved down into the memory of the CPU.
-        written_disk: bytes moved down into files.
+        written_host: bytes offloaded to host memory.
+        written_disk: bytes offloaded to files.
     """
 
     hits: int = 0
