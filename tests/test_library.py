@@ -188,7 +188,7 @@ def test_files_of_tier_disk_lie_where_they_are_told(subject, files, tmp_path):
         assert library.memory.tiers.spill_folder == tmp_path / "spill"
     for library in (made, continued):  # which wrote
         stores = [memory.store for memory in library.memory.layers_in_use()]
-        assert {store.near.shelf.file.folder for store in stores} == {tmp_path / "spill"}
+        assert {store.pool.offload.file.folder for store in stores} == {tmp_path / "spill"}
 
 
 def test_another_working_directory_changes_nothing(subject, files, tmp_path, monkeypatch):

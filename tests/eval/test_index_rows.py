@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from landmark.eval import index, results
-from landmark.memory import layer
+from landmark.memory import retrieval
 from landmark.memory.faiss_index import KINDS
 from small_text import sentences
 from tiny import BLOCK
@@ -31,7 +31,7 @@ def test_what_is_recorded_is_what_an_index_is_asked(marked, monkeypatch):
     ids = ids_of(40 * TEXT)
     asked = []
     recorded = index.record(marked, ids, 1, queries=20)
-    choose = layer.select_with_index
+    choose = retrieval.select_with_index
 
     def kept(query, grid, store, *rest):
         found = rest[-1].rows[0].heads
@@ -42,7 +42,7 @@ def test_what_is_recorded_is_what_an_index_is_asked(marked, monkeypatch):
             )
         return choose(query, grid, store, *rest)
 
-    monkeypatch.setattr(layer, "select_with_index", kept)
+    monkeypatch.setattr(retrieval, "select_with_index", kept)
     with marked.configured(
         layers=(1,)
     ):  # what layer 1 reads does not depend on what an earlier one retrieves
@@ -58,7 +58,7 @@ def test_what_is_recorded_is_what_an_index_is_asked(marked, monkeypatch):
     assert torch.allclose(found.view(heads, repeats, -1), expected, atol=1e-5)
     old = recorded.keys.shape[1]
     assert torch.allclose(
-        recorded.keys, cache.memories[1].store.landmarks(old)[0].float(), atol=1e-5
+        recorded.keys, cache.memories[1].store.landmark_keys[0][:, :old].float(), atol=1e-5
     )
 
 

@@ -84,7 +84,7 @@ def test_a_relative_spill_folder_stays_where_it_was(
     cache = LandmarkCache(model(), "disk", spill_folder="spill")
     elsewhere()
     model().read(models.text(90)[None], cache=cache)
-    assert {str(each.store.near.shelf.file.folder) for each in cache.layers_in_use()} == {
+    assert {str(each.store.pool.offload.file.folder) for each in cache.layers_in_use()} == {
         str(tmp_path / "here" / "spill")
     }
 
@@ -96,7 +96,7 @@ def test_an_opened_memory_spills_where_it_is_told(tmp_path: Path) -> None:
         tmp_path / "memory", model(), "disk", spill_folder=tmp_path / "spill"
     )
     model().read(models.text(90)[None], cache=cache)
-    assert {each.store.near.shelf.file.folder for each in cache.layers_in_use()} == {
+    assert {each.store.pool.offload.file.folder for each in cache.layers_in_use()} == {
         tmp_path / "spill"
     }
     assert list((tmp_path / "spill").iterdir()) == [], "its files have no name"

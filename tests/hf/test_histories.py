@@ -14,7 +14,7 @@ import models
 import oracle
 from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
-from landmark.memory import layer
+from landmark.memory import retrieval
 from landmark.memory.storage import store
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
@@ -98,7 +98,7 @@ def test_any_history_equals_the_oracle(seed: int, monkeypatch: pytest.MonkeyPatc
     settings = draw(chance)
     family = chance.choice(models.FAMILIES)
     kv_heads = chance.choice((1, 2, 4))
-    monkeypatch.setitem(layer.SLAB_BYTES, "cpu", chance.choice((1, 20_000, 2**26)))
+    monkeypatch.setitem(retrieval.SLAB_BYTES, "cpu", chance.choice((1, 20_000, 2**26)))
     step, spare = chance.choice(((1, 3), (2, 8), (16, 8)))
     monkeypatch.setattr(store, "EVICTION_STEP", step)
     monkeypatch.setattr(store, "SPARE_BLOCKS", spare)

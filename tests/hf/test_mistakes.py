@@ -19,7 +19,7 @@ import models
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.hf.layout import Layout
-from landmark.memory import eager, layer, retrieval
+from landmark.memory import eager, retrieval
 from landmark.ops import select
 from landmark.ops.select import select_top
 
@@ -151,7 +151,7 @@ def test_7_a_cut_off_computed_finely_and_met_coarsely(granularity: str) -> None:
     turns_red(lambda: green(policy_case(6, granularity=granularity)), put_in)
 
 
-@pytest.mark.parametrize("term", ["_shared", "_chosen"])
+@pytest.mark.parametrize("term", ["_read_shared", "_read_selected"])
 def test_8_a_term_without_the_scale(term: str) -> None:
     """Scores of the local blocks, or of the retrieved ones."""
     real = getattr(eager, term)
@@ -163,14 +163,14 @@ def test_8_a_term_without_the_scale(term: str) -> None:
 
 
 def test_8_a_choice_without_the_scale() -> None:
-    real = layer.LayerMemory._scores
+    real = retrieval.landmark_scores
 
-    def unscaled(self: Any, *arguments: Any) -> Any:
-        assert arguments[3] == pytest.approx(8**-0.5)
-        return real(self, *arguments[:3], 1.0)
+    def unscaled(query: Any, grid: Any, landmarks: Any, context: Any) -> Any:
+        assert context.scale == pytest.approx(8**-0.5)
+        return real(query / context.scale, grid, landmarks, context)
 
     def put_in(patch: Patch) -> None:
-        patch.setattr(layer.LayerMemory, "_scores", unscaled)
+        patch.setattr(retrieval, "landmark_scores", unscaled)
 
     turns_red(lambda: green(policy_case(6, granularity="group")), put_in)
 

@@ -16,8 +16,7 @@ import models
 import oracle
 from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
-from landmark.memory import eager
-from landmark.memory import layer as memory_layer
+from landmark.memory import eager, retrieval
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
 
@@ -189,7 +188,7 @@ def test_every_chunk_size_gives_the_same_logits(granularity: str, positions: str
 @pytest.mark.parametrize("seed", range(0, 48, 3))
 def test_own_blocks_computed_one_at_a_time(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long call is computed in slabs of own blocks; here each is a slab."""
-    monkeypatch.setitem(memory_layer.SLAB_BYTES, "cpu", 1)
+    monkeypatch.setitem(retrieval.SLAB_BYTES, "cpu", 1)
     assert worst(draw(seed)) < 1e-8
 
 
@@ -321,21 +320,21 @@ def test_retrievals_are_those_of_the_oracle(seed: int) -> None:
         expected(case, row, [len(case.rows[row])], trace)
     layers = range(LAYERS) if case.settings.layers is None else case.settings.layers
     seen = set()
-    for retrieval in cache.retrievals:
+    for one in cache.retrievals:
         for row, head in itertools.product(range(len(traces)), range(models.HEADS)):
-            for column, slot in enumerate(retrieval.positions[row].tolist()):
-                blocks = retrieval.blocks[row, head, column].tolist()
-                weights = retrieval.weights[row, head, column].tolist()
+            for column, slot in enumerate(one.positions[row].tolist()):
+                blocks = one.blocks[row, head, column].tolist()
+                weights = one.weights[row, head, column].tolist()
                 found = {
                     block: weight
                     for block, weight in zip(blocks, weights, strict=True)
                     if block >= 0
                 }
-                if slot < 0 or retrieval.layer not in layers:
+                if slot < 0 or one.layer not in layers:
                     assert found == {}
                     continue
-                assert found == pytest.approx(traces[row][retrieval.layer, head, slot], abs=1e-6)
-                seen.add((row, retrieval.layer, head, slot))
+                assert found == pytest.approx(traces[row][one.layer, head, slot], abs=1e-6)
+                seen.add((row, one.layer, head, slot))
     slots = [oracle.slots_of(len(row), case.settings.block_size) for row in case.rows]
     first = mask[:, :1].sum(dim=1).tolist()
     texts = [(row, slot) for row in range(len(slots)) for slot in slots[row][first[row] :]]

@@ -24,7 +24,8 @@ from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
 from landmark.hf import cache_io as hf_saved
 from landmark.memory.archive import log
 from landmark.memory.archive.layer import verify
-from landmark.memory.archive.log import Archive, Damaged, near, shelf, store
+from landmark.memory.archive.log import Archive, Damaged
+from landmark.memory.storage import offload, pool, store
 
 CASES = 240
 ALWAYS = 16
@@ -143,9 +144,10 @@ class Lives:
             self.cache.ids(), self.twin.ids()
         )
         for ours, theirs in zip(self.cache.layers_in_use(), self.twin.layers_in_use(), strict=True):
-            assert equal(ours._peak, theirs._peak) and equal(ours._queries, theirs._queries), (
-                "what head knows"
-            )
+            state = ours.selector.state()
+            expected = theirs.selector.state()
+            assert state.keys() == expected.keys(), "what the selector of `head` knows"
+            assert all(equal(state[name], expected[name]) for name in expected)
         self.opened += 1
 
 
@@ -160,9 +162,9 @@ def test_a_saved_memory_answers_bit_for_bit(
     chance = random.Random(seed)
     family = chance.choice(models.FAMILIES)
     kv_heads = chance.choice((1, 2, 4))
-    monkeypatch.setattr(shelf, "EXTENT_BYTES", chance.choice((1, 3_000, 20_000)))
+    monkeypatch.setattr(offload, "EXTENT_BYTES", chance.choice((1, 3_000, 20_000)))
     at_once = chance.choice((1, 3, 256))
-    for module in (store, near):
+    for module in (store, pool):
         monkeypatch.setattr(module, "AT_ONCE", at_once)
     step, spare = chance.choice(((1, 3), (2, 8), (16, 8)))
     monkeypatch.setattr(store, "EVICTION_STEP", step)
@@ -236,7 +238,7 @@ def test_what_was_evicted_stays_away(
 ) -> None:
     """Neither saving a memory nor opening it brings back blocks that nobody will see."""
     for module, name, value in (
-        (shelf, "EXTENT_BYTES", 1),
+        (offload, "EXTENT_BYTES", 1),
         (store, "EVICTION_STEP", 1),
         (store, "SPARE_BLOCKS", 0),
     ):

@@ -1,5 +1,6 @@
-"""The memory's fused kernels against plain PyTorch: through Triton's interpreter, or on a GPU
-(`make test-gpu`).
+"""Tests that the memory's kernels compute what plain PyTorch computes.
+
+They run through Triton's interpreter, or on a GPU (`make test-gpu`).
 """
 
 import dataclasses
@@ -10,40 +11,47 @@ import torch
 
 from landmark import LandmarkConfig
 from landmark.memory import layer
+from landmark.memory.context import LayerContext
 from landmark.memory.geometry import make_geometry, move
 from landmark.memory.layer import LayerMemory
-from landmark.memory.positions import RotaryTables
+from landmark.memory.rotary_tables import RotaryTables
 from landmark.memory.storage.tiers import TIERS, OffloadConfig
 from landmark.rotary import Rotary
 from numerics import assert_close, low_precision_budget, online_error
 
 pytest.importorskip("triton")
-launch = pytest.importorskip("landmark.memory.triton.launch")
+append_kernel = pytest.importorskip("landmark.memory.triton.append")
+decode_kernels = pytest.importorskip("landmark.memory.triton.decode")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 CASES = 60 if ON_GPU else 20
-# A power of two: the scaled query is rounded nowhere, so that both choose by the same float32
+# A power of two: the scaled query is rounded nowhere, so that both select by the same float32
 # scores.
 SCALE = 0.125
 
 
 @dataclasses.dataclass
 class Case:
+    """A layer, and the calls that it is given.
+
+    Attributes:
+        calls: slots that each row adds, and whether the call retrieves; ``None`` for a call that
+            only appends.
+    """
+
     config: LandmarkConfig
     layer: int
     rotary: Rotary
     dtype: torch.dtype
     heads: tuple[int, int]
     dim: int
-    calls: list[
-        tuple[list[int], bool | None]
-    ]  # slots that each row adds; whether the call retrieves, None: none attend
+    calls: list[tuple[list[int], bool | None]]
 
 
 def case(seed):
-    """A draw; every fourth has ``max_blocks`` 0, block 0 alone being a candidate."""
+    """Draws a case; every fourth has ``max_blocks`` 0, so that block 0 alone is a candidate."""
     rng = random.Random(seed)
     block_size = rng.choice([51, 64] if ON_GPU else [16, 16, 20])
     dim = rng.choice([40, 64, 128] if ON_GPU else [32, 40])
@@ -57,9 +65,9 @@ def case(seed):
         positions=positions,
         mode=rng.choice(["retrieval"] * 5 + ["all"]),
     )
-    turned = rng.choice([dim, dim // 2])
+    rotated = rng.choice([dim, dim // 2])
     rotary = Rotary(
-        torch.linspace(0.01, 1, turned).double(), torch.ones(turned).double(), rng.random() < 0.3
+        torch.linspace(0.01, 1, rotated).double(), torch.ones(rotated).double(), rng.random() < 0.3
     )
     rows = rng.choice([1, 2])
     groups = rng.choice([1, 1 + ON_GPU])
@@ -81,27 +89,28 @@ def case(seed):
     )
 
 
-def outputs(case, seed, *, upcast=False, tiers=None):
-    """Of each call the output (B, T, H, D), which of it is text (B, T), and what was retrieved."""
+def outputs(case, seed, *, upcast=False, offload=None):
+    """Returns of each call the output (B, T, H, D), which of it is text (B, T), and what was
+    retrieved.
+    """
     noise = torch.Generator().manual_seed(seed)
     memory = LayerMemory(
-        case.config, RotaryTables(case.rotary, case.config.block_size), case.layer, tiers
+        case.config, RotaryTables(case.rotary, case.config.block_size), case.layer, offload
     )
     rows = len(case.calls[0][0])
     starts = [0] * rows
     found = []
     shared = torch.randn(1, case.heads[1], 1, case.dim, generator=noise)
     for lengths, retrieve in case.calls:
-        plan = make_geometry(starts, lengths, case.config)
-        width = plan.cells.shape[1]
+        geometry = make_geometry(starts, lengths, case.config)
+        width = geometry.flat_index.shape[1]
         query, key, value = (
             torch.randn(rows, heads, width, case.dim, generator=noise)
             for heads in (case.heads[0], case.heads[1], case.heads[1])
         )
         if case.layer == 0:  # all landmarks are the same vector
-            key = torch.where(
-                (plan.offsets == case.config.block_size - 1)[:, None, :, None], shared, key
-            )
+            is_landmark = geometry.offsets == case.config.block_size - 1
+            key = torch.where(is_landmark[:, None, :, None], shared, key)
         tensors = [
             (spread * each).to(case.dtype).to(DEVICE)
             for each, spread in ((query, 2), (key, 1), (value, 1))
@@ -109,44 +118,42 @@ def outputs(case, seed, *, upcast=False, tiers=None):
         if upcast:
             tensors = [each.double() for each in tensors]
         if retrieve is None:
-            file(memory, lengths, *tensors[1:])
+            append_alone(memory, lengths, *tensors[1:])
         else:
             output, read = memory.attend(
                 *tensors,
-                move(plan, torch.device(DEVICE)),
+                move(geometry, torch.device(DEVICE)),
                 scale=SCALE,
                 retrieve=retrieve,
                 record=True,
             )
-            found.append((output, (plan.positions >= 0).to(DEVICE), read))
+            found.append((output, (geometry.slots >= 0).to(DEVICE), read))
         starts = [start + length for start, length in zip(starts, lengths, strict=True)]
     return found
 
 
-def file(memory, lengths, key, value):
+def append_alone(memory, lengths, key, value):
     """Begins a memory without attending, a few blocks at a time."""
     step = 8 * memory.config.block_size
     for begin in range(0, max(lengths), step):
-        starts, ends = ([min(each, border) for each in lengths] for border in (begin, begin + step))
-        plan = make_geometry(
-            starts, [end - start for start, end in zip(starts, ends, strict=True)], memory.config
-        )
-        plan = move(plan, torch.device(DEVICE))
-        columns = (plan.positions.clamp(min=0))[:, None, :, None].expand(
+        starts = [min(each, begin) for each in lengths]
+        ends = [min(each, begin + step) for each in lengths]
+        added = [end - start for start, end in zip(starts, ends, strict=True)]
+        geometry = move(make_geometry(starts, added, memory.config), torch.device(DEVICE))
+        columns = (geometry.slots.clamp(min=0))[:, None, :, None].expand(
             -1, key.shape[1], -1, key.shape[3]
         )
-        memory.store.reserve(plan.blocks, key)
-        memory.store.open(plan)
-        rotation = memory.tables.by_offset(plan.offsets, key.dtype)[:, None]
-        memory.store.write(
-            rotation.rotate(key.gather(2, columns)), value.gather(2, columns), plan.writes
+        memory.store.begin_call(geometry, key)
+        rotation = memory.tables.by_offset(geometry.offsets, key.dtype)[:, None]
+        memory.store.append(
+            rotation.rotate(key.gather(2, columns)), value.gather(2, columns), geometry, begun=True
         )
 
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_fused_is_plain(seed, monkeypatch):
-    """The choices of plain PyTorch in the same dtype, and at most twice its error, where float64
-    chooses alike.
+    """The selections of plain PyTorch in the same dtype, and at most twice its error, where float64
+    selects alike.
 
     Beside that, what an online softmax in float32 adds, with no score above the product of the
     usual norms.
@@ -163,8 +170,8 @@ def test_fused_is_plain(seed, monkeypatch):
 
 
 def compare(made, found, plain, exact):
-    """Of each call which share of the tokens and heads chooses as float64 does, and is compared
-    with it.
+    """Returns of each call which share of the tokens and heads selects as float64 does, and is
+    compared with it.
     """
     shares = []
     for (output, there, read), (eager, _, ours), (right, _, best) in zip(
@@ -194,8 +201,8 @@ def many(seed):
 
 
 def decoding(seed):
-    """A long memory, filed, then calls of one or a few tokens inside a block, and one row may be
-    short.
+    """Draws a long memory that was appended without attending, then calls of one or a few tokens
+    inside a block; one row may be short.
     """
     made = case(seed)
     rng = random.Random(-1 - seed)
@@ -222,17 +229,17 @@ def decoding(seed):
     )
 
 
-def decoded(made, seed, monkeypatch, tiers=None):
-    """As ``outputs``, where small calls are fused, and how many of them the kernels for decoding
+def decoded(made, seed, monkeypatch, offload=None):
+    """Returns ``outputs`` where small calls are fused, and how many of them the decode kernels
     took.
     """
     used = []
-    attend = LayerMemory._attend_few
+    decode = LayerMemory._decode
     monkeypatch.setattr(layer, "runs_fused", lambda query, _: query.shape[3] <= 5)
     monkeypatch.setattr(
-        LayerMemory, "_attend_few", lambda *args, **named: used.append(1) or attend(*args, **named)
+        LayerMemory, "_decode", lambda *args, **named: used.append(1) or decode(*args, **named)
     )
-    found = outputs(made, seed, tiers=tiers)
+    found = outputs(made, seed, offload=offload)
     monkeypatch.undo()
     return found, len(used)
 
@@ -245,8 +252,8 @@ def test_decoding_is_plain(seed, monkeypatch):
     plain = outputs(made, seed)
     exact = outputs(made, seed, upcast=True)
     if many(seed):
-        monkeypatch.setattr(launch, "PEAKS", (4, 4))
-    monkeypatch.setattr(launch, "WAVES", random.Random(seed).choice([1, 3, 20]))
+        monkeypatch.setattr(decode_kernels, "PEAKS", (4, 4))
+    monkeypatch.setattr(decode_kernels, "WAVES", random.Random(seed).choice([1, 3, 20]))
     found, used = decoded(made, seed, monkeypatch)
     assert used == 2
     shares = compare(made, found, plain, exact)
@@ -266,12 +273,12 @@ def test_decoding_computes_the_same_bits_on_every_tier(seed, monkeypatch):
         * made.dtype.itemsize
     )
     expected, _ = decoded(made, seed, monkeypatch)
-    for tiers in (
+    for offload in (
         None,
         OffloadConfig("host", device_bytes=5 * block),
         OffloadConfig("disk", device_bytes=5 * block),
     ):
-        found, used = decoded(made, seed, monkeypatch, tiers)
+        found, used = decoded(made, seed, monkeypatch, offload)
         assert used
         for (output, there, read), (right, _, best) in zip(found, expected, strict=True):
             assert torch.equal(output[there], right[there])
@@ -280,7 +287,7 @@ def test_decoding_computes_the_same_bits_on_every_tier(seed, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(CASES if ON_GPU else 3))
 def test_fused_computes_the_same_bits_on_every_tier(seed, monkeypatch):
-    """With few frames, so that blocks come and go."""
+    """With room for few blocks in the LRU cache, so that blocks come and go."""
     made = case(seed)
     block = (
         2
@@ -293,26 +300,25 @@ def test_fused_computes_the_same_bits_on_every_tier(seed, monkeypatch):
     monkeypatch.setattr(layer, "runs_fused", lambda *_: True)
     expected = outputs(made, seed)
     for tier in ("host", "disk"):
-        found = outputs(made, seed, tiers=OffloadConfig(tier, device_bytes=3 * block))
+        found = outputs(made, seed, offload=OffloadConfig(tier, device_bytes=3 * block))
         for (output, there, read), (right, _, best) in zip(found, expected, strict=True):
             assert torch.equal(output[there], right[there])
             assert torch.equal(read.blocks, best.blocks) and torch.equal(read.weights, best.weights)
 
 
 def stored(memory, slots):
-    """Landmark keys of every block of each row, its keys and its values."""
+    """Yields landmark keys of every block of each row, its keys and its values."""
     store = memory.store
+    heads = store.landmark_keys.shape[1]
     for row, count in enumerate(slots):
-        kept = [0, *range(store.first, -(-count // store.block_size))]
-        places = store.place_of(torch.tensor(kept, device=DEVICE))
-        yield (
-            store.landmark_keys[row][:, places],
-            *store.take(store.numbered(places[None, None])[row]),
-        )
+        kept = torch.tensor([0, *range(store.first, -(-count // store.block_size))], device=DEVICE)
+        row_head = row * heads + torch.arange(heads, device=DEVICE)
+        keys, values = store.pool.gather(row_head.repeat_interleave(len(kept)), kept.repeat(heads))
+        yield store.landmark_keys[row][:, store.kept.index_of(kept)], keys, values
 
 
 def some_of(rng, noise, made, heads, width):
-    """Tensors ``(3, heads, width, D)`` as layers hand them on, some in another order."""
+    """Draws a tensor ``(3, heads, width, D)`` as layers hand them on, some in another order."""
     order = rng.choice([(0, 1, 2, 3), (0, 2, 1, 3), (2, 1, 0, 3), (0, 1, 3, 2)])
     shape = [(3, heads, width, made.dim)[each] for each in order]
     found = torch.randn(shape, generator=noise).permute([order.index(each) for each in range(4)])
@@ -321,9 +327,9 @@ def some_of(rng, noise, made, heads, width):
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("seed", range(CASES if ON_GPU else 8))
-def test_filing_is_plain(seed, tier, monkeypatch):
-    """Bit for bit, calls in which blocks are closed, and those in which a row has no token, among
-    them.
+def test_append_kernel_is_plain(seed, tier, monkeypatch):
+    """Bit for bit; among the calls are some that finish blocks, and some in which a row has no
+    token.
     """
     if not ON_GPU:  # the interpreter rounds a product before it adds to it, `addcmul` does not
         monkeypatch.setattr(torch, "addcmul", lambda x, y, z: x + y * z)
@@ -340,37 +346,37 @@ def test_filing_is_plain(seed, tier, monkeypatch):
         for _ in range(2)
     ]
     least = [1, 1, 1] if config.max_blocks is None else [140] * 3
-    closed = 0
+    finished = 0
     absent = 0
     slots = [
         rng.randint(begin, end) for begin, end in zip(least, (least[0] + 2, 160, 160), strict=True)
     ]
     first = [some_of(rng, noise, made, groups, max(slots)) for _ in range(2)]
     for memory in memories:
-        file(memory, slots, *first)
+        append_alone(memory, slots, *first)
     for _ in range(8):
         lengths = [rng.randint(0, 4 - each % 4) for each in slots]
-        plan = move(make_geometry(slots, lengths, config), torch.device(DEVICE))
+        geometry = move(make_geometry(slots, lengths, config), torch.device(DEVICE))
         query, key, value = (
-            some_of(rng, noise, made, each, plan.cells.shape[1]) for each in (heads, groups, groups)
+            some_of(rng, noise, made, each, geometry.flat_index.shape[1])
+            for each in (heads, groups, groups)
         )
         for memory in memories:
-            memory.prepare(plan, key)
-        rotation = memories[0].tables.by_offset(plan.offsets, key.dtype)[:, None]
-        memories[0].store.write(rotation.rotate(key), value, plan.writes)
-        found = launch.file(
-            query.unflatten(1, (groups, -1)),
-            key,
-            value,
-            plan.grid,
-            memories[1].store,
-            memories[1].tables,
+            memory.prepare(geometry, key)
+        rotation = memories[0].tables.by_offset(geometry.offsets, key.dtype)[:, None]
+        memories[0].store.append(rotation.rotate(key), value, geometry, begun=True)
+        store = memories[1].store
+        context = LayerContext(store, memories[1].tables, config, SCALE)
+        found = append_kernel.append(
+            query.unflatten(1, (groups, -1)), key, value, geometry.grid, context
         )
-        memories[1].store.finish(plan.writes)
+        if geometry.finished_blocks:
+            store.pool.seal_blocks(geometry)
         assert torch.equal(found.flatten(1, 3), rotation.rotate(query))
         slots = [start + length for start, length in zip(slots, lengths, strict=True)]
-        closed = closed + len(plan.closed)
+        finished = finished + len(geometry.finished_blocks)
         absent = absent + lengths.count(0)
-    assert closed and absent and (memories[1].store.first > 1) == (config.max_blocks is not None)
-    for plain, filed in zip(*(stored(memory, slots) for memory in memories), strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(plain, filed, strict=True))
+    assert finished and absent
+    assert (memories[1].store.first > 1) == (config.max_blocks is not None)
+    for plain, appended in zip(*(stored(memory, slots) for memory in memories), strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(plain, appended, strict=True))

@@ -14,11 +14,13 @@ import models
 import oracle
 from hf.test_histories import History
 from landmark import LandmarkCache, LandmarkConfig
-from landmark.memory import faiss_index, layer, retrieval
+from landmark.memory import faiss_index, retrieval
+from landmark.memory.context import LayerContext
 from landmark.memory.faiss_index import VectorIndex
 from landmark.memory.geometry import make_geometry
-from landmark.memory.layer import COPIES, SLAB_BYTES, LayerMemory
-from landmark.memory.positions import RotaryTables
+from landmark.memory.layer import LayerMemory
+from landmark.memory.retrieval import COPIES, SLAB_BYTES, Selection
+from landmark.memory.rotary_tables import RotaryTables
 from landmark.memory.storage import store
 from landmark.ops.select import select_top
 from landmark.rotary import Rotary
@@ -38,18 +40,22 @@ class Watched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, exact: bool = True) -> None:
         self.exact = exact
         self.compared = self.left_out = self.held = self.best = self.wanted = 0
-        self.choose = layer.select_with_index
-        monkeypatch.setattr(layer, "select_with_index", self)
+        self.select = retrieval.select_with_index
+        monkeypatch.setattr(retrieval, "select_with_index", self)
 
-    def __call__(
-        self, query: Any, grid: Any, blocks: Any, tables: Any, config: Any, found: Any
-    ) -> Any:
-        chosen, valid = self.choose(query, grid, blocks, tables, config, found)
-        marks = retrieval.landmark_keys_at(blocks, 0, blocks.places)
-        scores = retrieval.landmark_scores(query.double(), grid, marks, tables, config)
+    def __call__(self, query: Any, grid: Any, context: LayerContext) -> Selection:
+        selection = self.select(query, grid, context)
+        chosen = selection.blocks
+        valid = selection.valid
+        blocks = context.store
+        config = context.config
+        found = context.index
+        assert found is not None
+        landmarks = blocks.landmarks_before(blocks.first + blocks.capacity - 1)
+        scores = retrieval.landmark_scores(query.double(), grid, landmarks, context)
         there = grid.valid[:, None, None].expand(valid.shape[:-1])
-        places = blocks.place_of(chosen).masked_fill(~valid, 0)
-        assert (scores.gather(-1, places)[valid & there[..., None]] > -torch.inf).all(), (
+        index = blocks.kept.index_of(chosen).masked_fill(~valid, 0)
+        assert (scores.gather(-1, index)[valid & there[..., None]] > -torch.inf).all(), (
             "only candidates"
         )
         neighbours = valid[..., 1:]
@@ -59,7 +65,7 @@ class Watched:
         best, full = select_top(scores, config.top_k)
         kept = min(valid.shape[-1], full.shape[-1])
         assert not valid[..., kept:].any() and not full[..., kept:].any()
-        alike = ((places == best) | ~full)[..., :kept].all(-1) & (valid == full)[..., :kept].all(-1)
+        alike = ((index == best) | ~full)[..., :kept].all(-1) & (valid == full)[..., :kept].all(-1)
         close = self.close(query, blocks, scores, config.top_k) & there
         if self.exact:
             assert (alike | close | ~there).all()
@@ -67,11 +73,11 @@ class Watched:
         self.left_out += int(close.sum())
         self.held += int(there.sum()) * any(end > 0 for end in found.ends)
         hits = (
-            (places[..., :, None] == best[..., None, :]) & valid[..., :, None] & full[..., None, :]
+            (index[..., :, None] == best[..., None, :]) & valid[..., :, None] & full[..., None, :]
         )
         self.best = self.best + int(hits[there].sum())
         self.wanted = self.wanted + int(full[there].sum())
-        return chosen, valid
+        return selection
 
     @staticmethod
     def close(query: Any, blocks: Any, scores: Any, top_k: int) -> Any:
@@ -110,7 +116,7 @@ def history(
     settings = draw(chance)
     family = chance.choice(models.FAMILIES)
     kv_heads = chance.choice((1, 2, 4))
-    monkeypatch.setitem(layer.SLAB_BYTES, "cpu", chance.choice((1, 20_000, 2**26)))
+    monkeypatch.setitem(SLAB_BYTES, "cpu", chance.choice((1, 20_000, 2**26)))
     step, spare = chance.choice(((1, 0), (1, 3), (16, 8)))
     monkeypatch.setattr(store, "EVICTION_STEP", step)
     monkeypatch.setattr(store, "SPARE_BLOCKS", spare)
@@ -309,7 +315,7 @@ def test_exact_scores_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_was_dropped_is_not_found_where_every_block_may_be_read() -> None:
     """``max_blocks`` may reach farther back than the first block."""
     held = store.BlockStore(4)
-    held.reserve(6, torch.zeros(1, 1, 1, 8))
+    held._reserve(6, torch.zeros(1, 1, 1, 8))
     held.landmark_keys[:] = torch.arange(6.0)[None, None, :6, None]
     row = faiss_index.RowIndex("faiss-flat", 1, 8)
     row.follow(held, 0, 6)

@@ -15,7 +15,7 @@ import models
 from landmark import LandmarkCache, LandmarkConfig
 from landmark.memory.geometry import make_geometry
 from landmark.memory.layer import LayerMemory
-from landmark.memory.positions import RotaryTables
+from landmark.memory.rotary_tables import RotaryTables
 from landmark.memory.storage import store
 from landmark.rotary import Rotary
 
@@ -80,8 +80,8 @@ def test_peak_memory_of_a_call(rows, blocks, granularity):
         config = LandmarkConfig(granularity="{granularity}")
         memory = LayerMemory(config, tables(64, 64), layer=1)
         query, key = torch.randn({rows}, 6, 128, 64), torch.randn({rows}, 6, 128, 64)
-        memory.store.reserve({blocks} + 2, key)
         plan = make_geometry([{blocks} * 64] * {rows}, [128] * {rows}, config)
+        memory.prepare(plan, key)
         before = peak()
         with torch.no_grad():
             memory.attend(query, key, key, plan, scale=0.125, retrieve=True, record=False)

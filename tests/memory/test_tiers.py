@@ -23,7 +23,7 @@ import torch
 import models
 from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
-from landmark.memory import layer
+from landmark.memory import retrieval
 from landmark.memory.geometry import make_geometry
 from landmark.memory.storage import cached_pool, extents, offload, store
 from landmark.memory.storage.offload import OffloadStore
@@ -38,7 +38,7 @@ DIM = 2
 HEADS = 2  # of the blocks of the tests below the models
 
 
-def few_frames(chance: random.Random) -> int:
+def small_budget(chance: random.Random) -> int:
     """A budget of one block at least, for both layers: at most 3 rows, 6 slots, 12 numbers of 8
     bytes a head.
     """
@@ -46,7 +46,7 @@ def few_frames(chance: random.Random) -> int:
 
 
 def tiers(chance: random.Random, folder: Path) -> list[dict[str, Any]]:
-    near = chance.choice((None, few_frames(chance)))
+    near = chance.choice((None, small_budget(chance)))
     return [
         {},
         {"tier": "host", "device_bytes": near},
@@ -161,7 +161,7 @@ def test_every_tier_computes_the_same_bits(
     settings = draw(chance)
     family = chance.choice(models.FAMILIES)
     kv_heads = chance.choice((1, 2, 4))
-    monkeypatch.setitem(layer.SLAB_BYTES, "cpu", chance.choice((1, 20_000, 2**26)))
+    monkeypatch.setitem(retrieval.SLAB_BYTES, "cpu", chance.choice((1, 20_000, 2**26)))
     monkeypatch.setattr(offload, "EXTENT_BYTES", chance.choice((1, 3_000, 20_000)))
     monkeypatch.setattr(extents, "MAPPED_BYTES", chance.choice((1, 2**24)))
     step, spare = chance.choice(((1, 3), (2, 8), (16, 8)))
@@ -183,32 +183,32 @@ def test_every_tier_computes_the_same_bits(
 
 
 class Counted:
-    """One row and key/value head of a tier, in plain loops: what is near, and what was counted."""
+    """Block table of one row and key/value head in plain loops, and what was counted."""
 
-    def __init__(self, hot: int) -> None:
-        self.frames: list[tuple[int, int]] = [(-1, 0)] * hot  # block, when it was asked for last
-        self.ring = 0
-        self.recent = {0}
+    def __init__(self, lru_size: int) -> None:
+        self.lru: list[tuple[int, int]] = [(-1, 0)] * lru_size  # block, when it was used last
+        self.window_size = 0
+        self.window = {0}
 
     def open(self, first: int, latest: int, span: int) -> None:
-        self.ring = max(self.ring, span)
-        written = self.recent | set(range(first, latest + 1))
-        self.recent = {0} | {block for block in written if block > latest - self.ring}
+        self.window_size = max(self.window_size, span)
+        written = self.window | set(range(first, latest + 1))
+        self.window = {0} | {block for block in written if block > latest - self.window_size}
 
     def ask(self, blocks: set[int], now: int) -> tuple[list[int], list[int]]:
-        held = {block: index for index, (block, _) in enumerate(self.frames)}
-        old = sorted(blocks - self.recent)
+        held = {block: index for index, (block, _) in enumerate(self.lru)}
+        old = sorted(blocks - self.window)
         for block in old:
             if block in held:
-                self.frames[held[block]] = (block, now)
+                self.lru[held[block]] = (block, now)
         return [block for block in old if block in held], [
             block for block in old if block not in held
         ]
 
     def admit(self, blocks: list[int], now: int) -> None:
         for block in blocks:
-            oldest = min(range(len(self.frames)), key=lambda index: (self.frames[index][1], index))
-            self.frames[oldest] = (block, now)
+            oldest = min(range(len(self.lru)), key=lambda index: (self.lru[index][1], index))
+            self.lru[oldest] = (block, now)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -220,12 +220,14 @@ def test_counters_and_contents_against_plain_loops(
     unit = 2 * SIZE * DIM * 4
     monkeypatch.setattr(offload, "EXTENT_BYTES", chance.choice((1, 5 * unit)))
     rows = chance.randint(1, 3)
-    hot = chance.randint(1, 4)
+    lru_size = chance.randint(1, 4)
     config = LandmarkConfig(block_size=SIZE, local_blocks=1)
     blocks = BlockStore(
-        SIZE, local_blocks=1, tiers=OffloadConfig(tier, device_bytes=hot * rows * HEADS * unit)
+        SIZE,
+        local_blocks=1,
+        offload=OffloadConfig(tier, device_bytes=lru_size * rows * HEADS * unit),
     )
-    counted = {(row, head): Counted(hot) for row in range(rows) for head in range(HEADS)}
+    counted = {(row, head): Counted(lru_size) for row in range(rows) for head in range(HEADS)}
     written: dict[tuple[int, int], torch.Tensor] = {}  # (2, G, D) of a row's slot
     starts = [0] * rows
     finished = 0
@@ -237,9 +239,8 @@ def test_counters_and_contents_against_plain_loops(
         plan = make_geometry(starts, lengths, config)
         width = max(*lengths, 1)
         key, value = torch.rand(2, rows, HEADS, width, DIM)
-        blocks.reserve(plan.blocks, key)
-        blocks.open(plan)
-        blocks.write(key, value, plan.writes)
+        blocks.append(key, value, plan)
+        blocks.check_integrity()
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             for column in range(length):
                 written[row, start + column] = torch.stack(
@@ -256,38 +257,44 @@ def test_counters_and_contents_against_plain_loops(
         for _ in range(3):
             count = chance.randint(1, 5)
             whole = [max(1, end // SIZE) for end in ends]
-            places = torch.tensor(
+            wanted = torch.tensor(
                 [
                     [[chance.randrange(whole[row]) for _ in range(count)] for _ in range(HEADS)]
                     for row in range(rows)
                 ]
             )
-            keys, values, frames = blocks.fetch(places)
+            first = torch.zeros(rows, 1, dtype=torch.long)
+            resident = blocks.pool.make_resident(first, wanted).selected
+            if resident is None:
+                resident = blocks.pool.gather_blocks(wanted)
             now = now + 1
             asked = {}
             for (row, head), each in counted.items():
-                asked[row, head] = each.ask(set(places[row, head].tolist()), now)
-                for place, frame in zip(
-                    places[row, head].tolist(), frames[row, head].tolist(), strict=True
+                asked[row, head] = each.ask(set(wanted[row, head].tolist()), now)
+                for block, index in zip(
+                    wanted[row, head].tolist(), resident.index[row, head].tolist(), strict=True
                 ):
                     for slot in range(SIZE):
                         found = torch.stack(
-                            (keys[row, head, frame, slot], values[row, head, frame, slot])
+                            (
+                                resident.keys[row, head, index, slot],
+                                resident.values[row, head, index, slot],
+                            )
                         )
-                        expected = written.get((row, place * SIZE + slot))
+                        expected = written.get((row, block * SIZE + slot))
                         assert expected is None or torch.equal(found, expected[:, head])
             hits += sum(len(each[0]) for each in asked.values())
             misses += sum(len(each[1]) for each in asked.values())
-            if all(len(found) + len(missing) <= hot for found, missing in asked.values()):
-                for owner, (_, missing) in asked.items():
-                    counted[owner].admit(missing, now)
+            if all(len(found) + len(missing) <= lru_size for found, missing in asked.values()):
+                for row_head, (_, missing) in asked.items():
+                    counted[row_head].admit(missing, now)
         starts = ends
-    traffic = blocks.traffic
+    stats = blocks.stats
     assert misses > 0 and finished > 0
-    assert (traffic.hits, traffic.misses) == (hits, misses)
+    assert (stats.hits, stats.misses) == (hits, misses)
     moved = {f"fetched_{tier}": misses * unit, f"written_{tier}": finished * HEADS * unit}
     empty = dict.fromkeys(("fetched_host", "fetched_disk", "written_host", "written_disk"), 0)
-    assert dataclasses.asdict(traffic) == {"hits": hits, "misses": misses, **empty, **moved}
+    assert dataclasses.asdict(stats) == {"hits": hits, "misses": misses, **empty, **moved}
 
 
 def settings() -> LandmarkConfig:
@@ -330,15 +337,15 @@ def test_what_a_long_call_needed_near_is_given_back() -> None:
         model = models.landmark_model("llama", settings().replace(chunk_tokens=tokens))
         cache = model.read(models.text(300)[None], cache=LandmarkCache(model.config, "host"))
         for _ in range(2):
-            held.append([memory.store.near.nbytes("device") for memory in cache.layers_in_use()])
+            held.append([memory.store.pool.nbytes("device") for memory in cache.layers_in_use()])
             model(models.text(1)[None], past_key_values=cache)
     for short, after_short, long, after_long in zip(*held, strict=True):
         assert after_long <= after_short <= short < long
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_addresses_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told piece by piece of what moved, a shelf gives the addresses that it would give at once."""
+def test_pointers_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told piece by piece of what moved, a store gives the pointers that it would give at once."""
     monkeypatch.setattr(offload, "EXTENT_BYTES", 2 * HEADS * 2 * SIZE * DIM * 4)
     chance = random.Random(seed)
     rows = 2
@@ -365,18 +372,19 @@ def test_addresses_are_kept_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
         elif do == "rows":
             rows = chance.choice((1, 2, 3))
             made.select_rows(
-                torch.tensor([chance.randrange(len(made.held[0].rows)) for _ in range(rows)])
+                torch.tensor([chance.randrange(len(made.extents[0].rows)) for _ in range(rows)])
             )
         else:
             forks.append(made)
             made = copy.deepcopy(made)
         other = copy.deepcopy(made)
-        other._move_all()
-        found = made.addresses(cpu)
-        right = other.addresses(cpu)
+        other._pointers = None
+        other._dirty = set(other.extents)
+        found = made.device_pointers(cpu)
+        right = other.device_pointers(cpu)
         assert found is not None and right is not None
-        assert torch.equal(found[list(made.held)], right[list(made.held)])
-    assert max(made.held) > 4
+        assert torch.equal(found[list(made.extents)], right[list(made.extents)])
+    assert max(made.extents) > 4
 
 
 def test_extents_in_order_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +396,7 @@ def test_extents_in_order_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> N
         rows = [
             each.rows
             for memory in cache.layers_in_use()
-            for each in memory.store.near.shelf.held.values()
+            for each in memory.store.pool.offload.extents.values()
         ]
         assert len(rows) > 100 and len({each.data_ptr() for each in rows}) == 1
 
@@ -428,7 +436,7 @@ def test_a_fork_writes_nothing_into_the_files_of_its_origin(tmp_path: Path) -> N
 
 def handles(cache: LandmarkCache) -> list[int]:
     """The files that a cache writes to."""
-    return [memory.store.near.shelf.file.handle for memory in cache.layers_in_use()]
+    return [memory.store.pool.offload.file.handle for memory in cache.layers_in_use()]
 
 
 def content(handle: int) -> bytes:
@@ -493,10 +501,10 @@ def test_a_killed_process_leaves_no_file(named: bool, tmp_path: Path) -> None:
 def test_a_fork_and_its_origin_go_back_without_the_other(
     tier: str, forked_goes_back: bool, monkeypatch: Any
 ) -> None:
-    """What was finished is rewritten by one of them, while the other goes on reading it: no frames
-    hide it.
+    """What was finished is rewritten by one of them, while the other goes on reading it: no cache
+    hides it.
     """
-    monkeypatch.setattr(cached_pool, "HOT_BLOCKS", 1)
+    monkeypatch.setattr(cached_pool, "LRU_BLOCKS", 1)
     model = models.landmark_model("llama", settings())
     found = []
     for each in ("device", tier):
@@ -517,14 +525,14 @@ def test_more_rows_stay_within_the_budget() -> None:
     found = []
     for rows in (1, 2, 4):
         cache.reorder_cache(torch.zeros(rows, dtype=torch.long))
-        found += [memory.store.near.hot.shape[1] for memory in cache.memories]
+        found += [memory.store.pool.table.lru_size for memory in cache.memories]
     assert found == [4, 4, 2, 2, 1, 1]
     with pytest.raises(ValueError, match="device_bytes: expected at least"):
         cache.reorder_cache(torch.zeros(5, dtype=torch.long))
     assert len(cache.tokens) == 4
 
 
-def test_places_of_a_file_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extents_of_a_file_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``max_blocks`` a memory that goes on for ever takes no more of the disk."""
     for module, name, value in (
         (offload, "EXTENT_BYTES", 1),
@@ -546,7 +554,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.taken = 0
-        self.folder = str(Path(store.__file__).parent)
+        self.folder = str(Path(store.__file__).parents[1])
 
     def __enter__(self) -> Steps:
         sys.settrace(self.entered)
@@ -576,27 +584,24 @@ def test_a_block_costs_the_same_however_many_came_before(
     budgets: dict[str, Any], asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With ``max_blocks``, counted in steps of the interpreter; also where a kernel asks for
-    addresses in between.
+    pointers in between.
     """
     monkeypatch.setattr(offload, "EXTENT_BYTES", 1)
     config = LandmarkConfig(block_size=2, local_blocks=1, max_blocks=20)
-    blocks = BlockStore(2, local_blocks=1, tiers=OffloadConfig(**budgets))
+    blocks = BlockStore(2, local_blocks=1, offload=OffloadConfig(**budgets))
     taken = []
     for begin in range(0, 800, 16):
         plan = make_geometry([2 * begin], [2 * 16], config)
         key = torch.full((1, 1, 2 * 16, 2), float(begin))
         with Steps() as steps:
-            blocks.evict(plan.seen_from)
-            blocks.reserve(plan.blocks, key)
-            blocks.open(plan)
-            blocks.write(key, key, plan.writes)
+            blocks.append(key, key, plan)
             if asked:
-                blocks.near.shelf.addresses(torch.device("cpu"))
+                blocks.pool.offload.device_pointers(torch.device("cpu"))
         taken.append(steps.taken)
     early = sum(taken[10:20])
     late = sum(taken[-10:])
     assert early > 0 and late < 1.05 * early
-    kept = blocks.near.shelf.held
+    kept = blocks.pool.offload.extents
     assert len(kept) < 20 + 16 + store.SPARE_BLOCKS + 16 + 2 and blocks.first > 700
 
 
@@ -616,23 +621,23 @@ def test_what_lies_on_disk_is_not_resident() -> None:
             return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
         torch.set_num_threads(1)
-        store = BlockStore(64, local_blocks=2, tiers=OffloadConfig("disk"))
+        store = BlockStore(64, local_blocks=2, offload=OffloadConfig("disk"))
         config = LandmarkConfig()
         key = torch.randn(1, 6, 1024, 64)
         for begin in range(0, 100 * 1024, 1024):
             plan = make_geometry([begin], [1024], config)
-            store.reserve(plan.blocks, key)
-            store.open(plan)
-            store.write(key + begin, key, plan.writes)
+            store.append(key + begin, key, plan)
             if begin == 4096:
                 before = resident()
-        for place in range(0, 1600, 16):
-            store.fetch(torch.arange(place, place + 16).expand(1, 6, 16))
-        assert store.traffic.fetched_disk > 2**28 < store.nbytes("disk")
+        first = torch.zeros(1, 1, dtype=torch.long)
+        for begin in range(0, 1600, 16):
+            blocks = torch.arange(begin, begin + 16).expand(1, 6, 16)
+            store.pool.make_resident(first, blocks)
+        assert store.stats.fetched_disk > 2**28 < store.nbytes("disk")
         print(resident() - before)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    paths = {**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[2])}
+    paths = {**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[3])}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=paths)
     assert int(done.stdout) / 2**10 < 100
 

@@ -14,23 +14,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from landmark.memory.fused import FUSED_BYTES, FUSED_TOP_K
-from landmark.memory.storage.cached_pool import MOST_HOT_BLOCKS
-from landmark.memory.triton import bring, decode, filing
-from landmark.memory.triton import kernels as memory
-from landmark.memory.triton.launch import (
-    FILE_WARPS,
-    LEAST_ROWS,
-    MARKS,
-    MOST_ROWS,
-    PARTS,
-    PEAKS,
-    READ_STAGES,
-    WARPS,
-    read_warps,
-    rows_of_choice,
-    stages_of_marks,
-)
+from landmark.memory.kernel_limits import FUSED_BYTES, FUSED_TOP_K
+from landmark.memory.storage.cached_pool import MOST_LRU_BLOCKS
+from landmark.memory.triton import append, decode, page_in, prefill
+from landmark.memory.triton.append import APPEND_WARPS
+from landmark.memory.triton.arguments import LEAST_ROWS, MOST_ROWS, WARPS, landmark_stages
+from landmark.memory.triton.decode import DECODE_STAGES, PARTS, PEAKS, attention_warps
+from landmark.memory.triton.prefill import LANDMARK_TILE, select_rows
 from landmark.ops.triton import configs
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
 from landmark.ops.triton.forward import forward_kernel
@@ -51,22 +41,28 @@ ABSENT = (
     "p_tiles",
     "p_borders",
 )
-MEMORY = (memory.choice_kernel, memory.shared_kernel, memory.chosen_kernel)
-BRING = (bring.place_kernel, bring.copy_kernel)
-DECODE = (decode.score_kernel, decode.best_kernel, decode.read_kernel, filing.file_kernel)
+PREFILL = (prefill.select_kernel, prefill.attend_shared_kernel, prefill.attend_selected_kernel)
+PAGE_IN = (page_in.lru_lookup_kernel, page_in.page_in_kernel)
+DECODE = (
+    decode.score_kernel,
+    decode.top_k_kernel,
+    decode.decode_attention_kernel,
+    append.append_kv_kernel,
+)
 IN_INT64 = {each: ("p_own", "p_first", "p_offset") for each in DECODE}
 IN_INT64 |= dict.fromkeys(
-    BRING, ("p_own", "p_recent", "p_hot", "p_asked", "p_counted", "p_address")
+    PAGE_IN, ("p_own", "p_window", "p_lru", "p_last_used", "p_stats", "p_pointer")
 )
 IN_INT32 = (
     "p_own",
     "p_first",
     "p_distance",
     "p_chosen",
+    "p_selected",
     "p_shared",
     "p_offset",
-    "p_arrived",
-    "p_frame",
+    "p_done",
+    "p_physical",
     "p_missing",
 )
 IN_FLOAT32 = (
@@ -78,10 +74,10 @@ IN_FLOAT32 = (
     "p_lse_grad",
     "p_cos",
     "p_sin",
-    "p_part",
+    "p_partial",
     "p_gate",
 )
-BRING_TILES = configs.Tiles(LEAST_ROWS, MARKS, WARPS, 3)  # of which only the warps count
+PAGE_IN_TILES = configs.Tiles(LEAST_ROWS, LANDMARK_TILE, WARPS, 3)  # of which only the warps count
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOP_K = 64
 
@@ -112,29 +108,29 @@ def memory_constants(kernel, dtype, dim, block_size, rows):
         "DIM": dim,
         "PADDED": dim,
     }
-    kept = dict.fromkeys(
-        ("TOP_K", "KEPT", "RECENT"), FUSED_TOP_K if kernel is memory.choice_kernel else TOP_K
-    )
+    top_k = FUSED_TOP_K if kernel is prefill.select_kernel else TOP_K
     shape |= {
-        "TURNED": dim,
-        "PAIRS": False,
+        "ROTATED": dim,
+        "INTERLEAVED": False,
         "ROWS": rows,
-        "MARKS": MARKS,
+        "LANDMARKS": LANDMARK_TILE,
         "EQUAL": False,
         "KEEP_FIRST": True,
-        **kept,
+        "TOP_K": top_k,
+        "PADDED_K": top_k,
+        "N_RECENT": top_k,
     }
     shape |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32x3"}
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
 def variants(kernel, dtype):
-    """Landmarks at exact positions are turned, in float32; read blocks may have been fetched."""
-    if kernel in (decode.read_kernel, filing.file_kernel):
-        return ("", " fetched")
+    """Landmarks at exact positions are rotated, in float32; blocks may have been paged in."""
+    if kernel in (decode.decode_attention_kernel, append.append_kv_kernel):
+        return ("", " paged")
     return (
-        ("", " turned")
-        if kernel in (memory.choice_kernel, decode.score_kernel) and dtype == "bf16"
+        ("", " rotated")
+        if kernel in (prefill.select_kernel, decode.score_kernel) and dtype == "bf16"
         else ("",)
     )
 
@@ -143,15 +139,15 @@ def decode_constants(kernel, dtype, dim, block_size, variant):
     shape = {"SHARED": True, **memory_constants(kernel, dtype, dim, block_size, LEAST_ROWS)}
     shape |= {
         "TOP_K": FUSED_TOP_K,
-        "KEPT": FUSED_TOP_K,
-        "RECENT": FUSED_TOP_K,
+        "PADDED_K": FUSED_TOP_K,
+        "N_RECENT": FUSED_TOP_K,
         "STINGY": True,
         "PEAKS": PEAKS[1],
     }
     shape |= {
         "ITEMS": 2 * FUSED_TOP_K,
-        "FETCHED": variant == " fetched",
-        "PAIRS": False,
+        "PAGED": variant == " paged",
+        "INTERLEAVED": False,
         "KEEP_FIRST": True,
     }
     shape |= {"EQUAL": False, "QUERIES": LEAST_ROWS}
@@ -160,28 +156,30 @@ def decode_constants(kernel, dtype, dim, block_size, variant):
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
-def decode_tiles(kernel, dim, block_size, dtype, marks):
+def decode_tiles(kernel, dim, block_size, dtype, landmarks):
     stages = 3
     if kernel is decode.score_kernel:
-        stages = stages_of_marks(decode.CHUNK.value * dim * marks.itemsize)
-    if kernel is decode.read_kernel:
-        return configs.Tiles(
-            LEAST_ROWS, MARKS, read_warps(block_size * dim * dtype.itemsize), READ_STAGES
-        )
-    return configs.Tiles(
-        LEAST_ROWS, MARKS, FILE_WARPS if kernel is filing.file_kernel else WARPS, stages
-    )
+        stages = landmark_stages(decode.CHUNK.value * dim * landmarks.itemsize)
+    warps = WARPS
+    if kernel is append.append_kv_kernel:
+        warps = APPEND_WARPS
+    if kernel is decode.decode_attention_kernel:
+        warps = attention_warps(block_size * dim * dtype.itemsize)
+        stages = DECODE_STAGES
+    return configs.Tiles(LEAST_ROWS, LANDMARK_TILE, warps, stages)
 
 
-def bring_constants(kernel, dim, block_size, wanted, hot):
+def page_in_constants(kernel, dim, block_size, wanted, lru_size):
     shape = {"TOP_K": FUSED_TOP_K, "WIDTH": triton.next_power_of_2(block_size * dim)}
     shape["SIZE"] = (
-        block_size * dim if kernel is bring.copy_kernel else triton.next_power_of_2(wanted + hot)
+        block_size * dim
+        if kernel is page_in.page_in_kernel
+        else triton.next_power_of_2(wanted + lru_size)
     )
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
-def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None, marks=None):
+def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None, landmarks=None):
     fixed = fixed or constants(kernel, tiles, dim, block_size)
     described = BY_DESCRIPTOR.get(kernel.__name__, ("p_query", "p_grad")) if tiles.tma else ()
     rows = tiles.rows if "p_query" in described else fixed.get("BLOCKS", 0) * fixed.get("WIDTH", 0)
@@ -197,7 +195,8 @@ def shared_memory(kernel, tiles, dtype, dim, block_size, capability, fixed=None,
             types[name] = (
                 "*fp32" if name in IN_FLOAT32 else "*i32" if name in IN_INT32 else f"*{dtype}"
             )
-            types[name] = f"*{marks}" if marks and name == "p_mark" else types[name]
+            if landmarks and name == "p_landmark":
+                types[name] = f"*{landmarks}"
             types[name] = (
                 "*i64"
                 if name in IN_INT64.get(kernel, ())
@@ -266,41 +265,49 @@ def main(capability):
             for block_size in (64, 200):
                 if triton.next_power_of_2(block_size) * dim * exact.itemsize > FUSED_BYTES:
                     continue
-                for kernel in MEMORY:
+                for kernel in PREFILL:
                     whole = torch.empty(1, 1, 1, 1, MOST_ROWS, dim)
-                    chooses = kernel is memory.choice_kernel
-                    rows = rows_of_choice(whole) if chooses else MOST_ROWS
+                    selects = kernel is prefill.select_kernel
+                    rows = select_rows(whole) if selects else MOST_ROWS
                     fixed = memory_constants(kernel, dtype, dim, block_size, rows)
                     for variant in variants(kernel, dtype):
-                        marks = "fp32" if variant else dtype
+                        landmarks = "fp32" if variant else dtype
                         stages = (
-                            stages_of_marks(MARKS * dim * (DTYPES[marks].itemsize + 4))
-                            if chooses
+                            landmark_stages(LANDMARK_TILE * dim * (DTYPES[landmarks].itemsize + 4))
+                            if selects
                             else 3
                         )
-                        tiles = configs.Tiles(rows, MARKS, WARPS, stages)
+                        tiles = configs.Tiles(rows, LANDMARK_TILE, WARPS, stages)
                         name = f"memory {kernel.__name__} {dtype} {dim} {block_size}{variant}"
                         found[name] = shared_memory(
-                            kernel, tiles, dtype, dim, block_size, capability, fixed, marks
+                            kernel, tiles, dtype, dim, block_size, capability, fixed, landmarks
                         )
                 for kernel in DECODE:
                     for variant in variants(kernel, dtype):
-                        marks = "fp32" if variant == " turned" else dtype
+                        landmarks = "fp32" if variant == " rotated" else dtype
                         fixed = decode_constants(kernel, dtype, dim, block_size, variant)
-                        tiles = decode_tiles(kernel, dim, block_size, DTYPES[dtype], DTYPES[marks])
+                        tiles = decode_tiles(
+                            kernel, dim, block_size, DTYPES[dtype], DTYPES[landmarks]
+                        )
                         name = f"decode {kernel.__name__} {dtype} {dim} {block_size}{variant}"
                         found[name] = shared_memory(
-                            kernel, tiles, dtype, dim, block_size, capability, fixed, marks
+                            kernel, tiles, dtype, dim, block_size, capability, fixed, landmarks
                         )
-                copied = bring_constants(bring.copy_kernel, dim, block_size, 0, 0)
-                found[f"bring copy_kernel {dtype} {dim} {block_size}"] = shared_memory(
-                    bring.copy_kernel, BRING_TILES, dtype, dim, block_size, capability, copied
+                copied = page_in_constants(page_in.page_in_kernel, dim, block_size, 0, 0)
+                found[f"page_in page_in_kernel {dtype} {dim} {block_size}"] = shared_memory(
+                    page_in.page_in_kernel,
+                    PAGE_IN_TILES,
+                    dtype,
+                    dim,
+                    block_size,
+                    capability,
+                    copied,
                 )
-    for wanted, hot in ((64, 128), (128, 128), (128, MOST_HOT_BLOCKS)):
-        fixed = bring_constants(bring.place_kernel, 0, 0, wanted, hot)
-        name = f"bring place_kernel {wanted} {hot}"
+    for wanted, lru_size in ((64, 128), (128, 128), (128, MOST_LRU_BLOCKS)):
+        fixed = page_in_constants(page_in.lru_lookup_kernel, 0, 0, wanted, lru_size)
+        name = f"page_in lru_lookup_kernel {wanted} {lru_size}"
         found[name] = shared_memory(
-            bring.place_kernel, BRING_TILES, "bf16", 0, 0, capability, fixed
+            page_in.lru_lookup_kernel, PAGE_IN_TILES, "bf16", 0, 0, capability, fixed
         )
     print(json.dumps(found))
 

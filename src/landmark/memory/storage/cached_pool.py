@@ -97,9 +97,12 @@ class CachedPool:
         self.table.place_in_window(own)
         self._own_spans = geometry.own_spans
 
-    def append(self, key: Tensor, value: Tensor, geometry: CallGeometry) -> None:
+    def append(
+        self, key: Tensor, value: Tensor, geometry: CallGeometry, *, begun: bool = False
+    ) -> None:
         """See ``BlockPool.append``."""
-        self.begin_call(geometry)
+        if not begun:
+            self.begin_call(geometry)
         writes = geometry.writes
         index = self._window_index(writes.blocks)
         self.keys[writes.rows, :, index, writes.offsets] = key[writes.rows, :, writes.columns]

@@ -98,13 +98,16 @@ class BlockPool(Protocol):
     def begin_call(self, geometry: CallGeometry) -> None:
         """Gives the blocks that a call writes their physical blocks; room was reserved."""
 
-    def append(self, key: Tensor, value: Tensor, geometry: CallGeometry) -> None:
-        """Begins a call, writes its slots, and seals the blocks that they finish.
+    def append(
+        self, key: Tensor, value: Tensor, geometry: CallGeometry, *, begun: bool = False
+    ) -> None:
+        """Writes the slots of a call, and seals the blocks that they finish.
 
         Args:
             key: ``(B, G, T, D)``, rotated by its offset inside the block.
             value: ``(B, G, T, D)``.
             geometry: the call, on the device of the keys.
+            begun: whether ``begin_call`` was called; otherwise this does it.
         """
 
     def seal_blocks(self, geometry: CallGeometry) -> None:
@@ -195,7 +198,9 @@ class DevicePool:
     def begin_call(self, geometry: CallGeometry) -> None:
         """Does nothing: every block has its physical block."""
 
-    def append(self, key: Tensor, value: Tensor, geometry: CallGeometry) -> None:
+    def append(
+        self, key: Tensor, value: Tensor, geometry: CallGeometry, *, begun: bool = False
+    ) -> None:
         """See ``BlockPool.append``."""
         writes = geometry.writes
         index = self.kept.index_of(writes.blocks)

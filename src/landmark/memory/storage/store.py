@@ -120,7 +120,8 @@ class BlockStore:
         """
         if not begun:
             self._make_room(geometry, key)
-        self.pool.append(self._write_landmarks(key, geometry.writes), value, geometry)
+        key = self._write_landmarks(key, geometry.writes)
+        self.pool.append(key, value, geometry, begun=begun)
 
     def landmarks_before(self, block: int) -> LandmarkKeys:
         """Returns the landmark keys of the kept blocks before ``block``, at least of block 0."""
