@@ -217,6 +217,8 @@ class Memory(RuleBasedStateMachine):
             if len(found) and self.is_certain(row + more):
                 wrong = float((found - self.truth.logits(row + more, len(found))).abs().max())
                 assert wrong < BOUNDS[self.dtype], f"logits differ by {wrong:.1e}"
+        for memory in self.cache.layers_in_use():
+            memory.check_integrity()
 
     def call(
         self, new: list[Row], mask: str, function: Callable[..., Any], rows: list[Row] | None = None

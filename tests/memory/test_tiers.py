@@ -92,6 +92,9 @@ class Histories:
         for each in logits[1:]:
             assert torch.equal(each[mask == 1], logits[0][mask == 1])
             self.compared += 1
+        for cache in caches:
+            for memory in cache.layers_in_use():
+                memory.check_integrity()
 
     def crop(self) -> None:
         tokens = self.chance.randint(0, min(self.columns, self.chance.choice((1, 3, 8, 30, 90))))

@@ -79,12 +79,14 @@ def scored_landmarks(grid: QueryGrid, candidates: int, context: LayerContext) ->
 
     Under exact positions each key is rotated to its own block, so that the query is rotated once.
     """
-    landmarks = context.store.landmarks_before(candidates)
+    store = context.store
+    keys = store.landmark_keys[:, :, : store.kept.count_before(candidates)]
     largest = SCHEMES[context.config.positions].largest_distance(grid, context)
     if context.config.positions == "stingy":
-        return landmarks.keys, largest
-    rotation = context.tables.by_distance(landmarks.blocks[0], torch.float32, largest)
-    return rotation.rotate(landmarks.keys.float()), largest
+        return keys, largest
+    blocks = store.kept.blocks_before(candidates, keys.device)
+    rotation = context.tables.by_distance(blocks, torch.float32, largest)
+    return rotation.rotate(keys.float()), largest
 
 
 def latest_candidates(config: LandmarkConfig) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor
 from landmark.memory.context import LayerContext
 from landmark.memory.geometry import QueryGrid
 from landmark.memory.positions import SCHEMES
+from landmark.memory.storage.block_range import BlockRange
 from landmark.memory.storage.pool import ResidentBlocks
 from landmark.memory.triton.arguments import (
     LEAST_ROWS,
@@ -674,13 +675,20 @@ class Decoded:
 
     Attributes:
         output: ``(B, W, H, D)``, of the dtype of the query.
-        blocks: ``(B, G, R, 1, W, K)`` selected blocks, ascending, -1 for none.
+        index: ``(B, G, R, 1, W, K)`` int32 indices of the selected blocks, ascending, -1 for none.
         gates: the same shape, their gate weights.
+        kept: which blocks are kept.
     """
 
     output: Tensor
-    blocks: Tensor
+    index: Tensor
     gates: Tensor
+    kept: BlockRange
+
+    @property
+    def blocks(self) -> Tensor:
+        """The selected blocks, -1 for none; few calls ask for them, and no other launches this."""
+        return torch.where(self.index >= 0, self.kept.block_of(self.index), -1)
 
 
 @dataclass(frozen=True)
@@ -774,9 +782,7 @@ def decode(query: Tensor, grid: QueryGrid, candidates: int, context: LayerContex
             **distance_rotation(query, _largest_distance(grid, context), context),
         )
     found = slice(min(config.top_k, scored.count))
-    index = selected[..., found]
-    blocks = torch.where(index >= 0, store.kept.block_of(index), -1)
-    return Decoded(result, blocks, gates[..., found])
+    return Decoded(result, selected[..., found], gates[..., found], store.kept)
 
 
 def score(query: Tensor, grid: QueryGrid, candidates: int, context: LayerContext) -> Scores:
