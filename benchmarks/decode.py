@@ -7,8 +7,8 @@ dense attention.
 random. Eight layers with tensors of their own take turns, so that no cache holds what is read next.
 Figures without ``graph`` are launched from Python, the others replay a CUDA graph of the eight.
 Dense attention is cuDNN's, on the very same keys, nothing rotated. Before anything is timed,
-choices are compared with those of plain PyTorch in float32, and the error of the output with that
-of plain PyTorch in bfloat16.
+selections are compared with those of plain PyTorch in float32, and the error of the output with
+that of plain PyTorch in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,18 +18,24 @@ import copy
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from landmark import LandmarkConfig
+from landmark.memory.context import LayerContext
 from landmark.memory.geometry import CallGeometry, make_geometry, move
 from landmark.memory.layer import LayerMemory
-from landmark.memory.positions import RotaryTables
+from landmark.memory.retrieval import landmark_scores
+from landmark.memory.rotary_tables import RotaryTables
 from landmark.rotary import Rotary
 from landmark.versions import versions
+
+if TYPE_CHECKING:
+    from landmark.memory.triton.decode import Decoded
 
 LAYERS = 8
 HEADS = 32
@@ -52,7 +58,21 @@ class Token(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    plan: CallGeometry
+    geometry: CallGeometry
+
+
+class PlainStep(NamedTuple):
+    """What plain PyTorch computes for one token.
+
+    Attributes:
+        output: ``(1, G, R, 1, 1, D)``.
+        blocks: ``(1, G, R, 1, 1, K)`` selected blocks.
+        scores: ``(1, G, R, 1, 1, P)`` landmark scores, by index.
+    """
+
+    output: Tensor
+    blocks: Tensor
+    scores: Tensor
 
 
 def token(
@@ -77,67 +97,75 @@ def token(
     )
     store = memory.store
     shape = (1, heads[1], slots // block, block, dim)
-    store.near.keys, store.near.values = (
-        torch.randn(shape, dtype=dtype, device=device) for _ in range(2)
-    )
-    store.landmark_keys = store.near.keys[:, :, :, -1].contiguous()
-    plan = move(make_geometry([slots - 1 - min(LEFT, block - 2)], [1], config), query.device)
-    return Token(memory, query, key, value, plan)
+    store.pool.keys = torch.randn(shape, dtype=dtype, device=device)
+    store.pool.values = torch.randn(shape, dtype=dtype, device=device)
+    store.landmark_keys = store.pool.keys[:, :, :, -1].contiguous()
+    geometry = move(make_geometry([slots - 1 - min(LEFT, block - 2)], [1], config), query.device)
+    return Token(memory, query, key, value, geometry)
 
 
 def on_grid(case: Token) -> Tensor:
-    """The query as the layer hands it on, ``(1, G, R, 1, 1, D)``."""
-    rotated = case.memory.tables.by_offset(case.plan.offsets, case.query.dtype)[:, None].rotate(
-        case.query
-    )
+    """Returns the query as the layer hands it on, ``(1, G, R, 1, 1, D)``."""
+    rotation = case.memory.tables.by_offset(case.geometry.offsets, case.query.dtype)
+    rotated = rotation[:, None].rotate(case.query)
     return rotated.unflatten(1, (case.key.shape[1], -1))[:, :, :, None]
 
 
-def attended(case: Token, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, chosen places and gates of the kernels."""
-    from landmark.memory.triton.launch import decode
-
+def context_of(case: Token) -> LayerContext:
+    """Returns the layer as its kernels are given it."""
     memory = case.memory
-    plan = case.plan
-    count = memory._scored(plan.candidates)
-    output, *rest = decode(
-        query, plan.grid, count, memory.store, memory.tables, memory.config, SCALE
-    )
-    return output.view(query.shape), *rest
+    return LayerContext(memory.store, memory.tables, memory.config, SCALE)
 
 
-def plain(case: Token, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, chosen blocks and landmark scores of plain PyTorch, in the dtype of ``query``."""
-    memory = copy.copy(case.memory)
-    grid = case.plan.grid
-    memory.store = copy.copy(case.memory.store)
-    memory.store.take = lambda numbers: tuple(  # type: ignore[method-assign]
-        each.to(query.dtype) for each in case.memory.store.take(numbers)
+def attended(case: Token, query: Tensor) -> Decoded:
+    """Returns what the kernels compute for a query ``(1, G, R, 1, 1, D)``."""
+    from landmark.memory.triton.decode import decode
+
+    return decode(query, case.geometry.grid, case.geometry.candidates, context_of(case))
+
+
+def plain(case: Token, query: Tensor) -> PlainStep:
+    """Returns what plain PyTorch computes, in the dtype of ``query``."""
+    geometry = case.geometry
+    store = copy.copy(case.memory.store)
+    store.pool = copy.copy(store.pool)
+    store.pool.keys = store.pool.keys.to(query.dtype)
+    store.pool.values = store.pool.values.to(query.dtype)
+    context = replace(context_of(case), store=store)
+    found = case.memory.reader.read(
+        query[:, :, :, 0], geometry, context, retrieve=True, fused=False, record=True
     )
-    chosen = memory._choose(query, grid, case.plan.candidates, SCALE, None, fused=False)
-    output, _ = memory._attend_slab(query, grid, chosen, SCALE, 1, sink=False, fused=False)
-    return output, chosen[0], memory._scores(query, grid, case.plan.candidates, SCALE)
+    assert found.retrieval is not None
+    blocks = found.retrieval.blocks.view(*query.shape[:-1], -1).to(query.device)
+    landmarks = store.landmarks_before(geometry.candidates)
+    scores = landmark_scores(query * SCALE, geometry.grid, landmarks, context)
+    return PlainStep(found.output.view(query.shape), blocks, scores)
 
 
 def check(case: Token) -> dict[str, float]:
     """Compares the kernels with plain PyTorch.
 
     Raises:
-        RuntimeError: another choice than rounding explains, or an error above twice that of plain
-            PyTorch.
+        RuntimeError: another selection than rounding explains, or an error above twice that of
+            plain PyTorch.
     """
     query = on_grid(case)
-    output, places, _ = attended(case, query)
-    exact, blocks, scores = plain(case, query.float())
-    near, near_blocks, _ = plain(case, query)
-    one, other = (scores.gather(-1, each.long()).sort(-1).values for each in (places, blocks))
+    decoded = attended(case, query)
+    output = decoded.output.view(query.shape)
+    exact = plain(case, query.float())
+    rounded = plain(case, query)
+    scores = exact.scores
+    best = case.memory.store.kept.index_of(exact.blocks)
+    one, other = (scores.gather(-1, each.long()).sort(-1).values for each in (decoded.index, best))
     gap = ((one - other).abs().max() / scores[scores > -torch.inf].abs().max()).item()
     if gap > CLOSE:
         raise RuntimeError(
-            f"choice: expected scores within {CLOSE:g} of the best, got {gap:g} below"
+            f"selection: expected scores within {CLOSE:g} of the best, got {gap:g} below"
         )
-    alike = (places == blocks).all(-1) & (near_blocks == blocks).all(-1)
-    error, usual = ((each.float() - exact)[alike].abs().max().item() for each in (output, near))
+    alike = (decoded.blocks == exact.blocks).all(-1) & (rounded.blocks == exact.blocks).all(-1)
+    error, usual = (
+        (each.float() - exact.output)[alike].abs().max().item() for each in (output, rounded.output)
+    )
     if not alike.any() or error > 2 * usual + 1e-6:
         raise RuntimeError(
             f"output: expected an error of at most twice {usual:g}, got {error:g} in "
@@ -146,23 +174,24 @@ def check(case: Token) -> dict[str, float]:
     return {"heads_alike": int(alike.sum()), "error": error, "plain_error": usual}
 
 
-def bytes_read(case: Token, places: Tensor) -> dict[str, int]:
-    """Bytes that the kernels ask for, and the least: landmarks once, each chosen block once for
-    each key/value head.
+def bytes_read(case: Token, selected: Tensor) -> dict[str, int]:
+    """Returns the bytes that the kernels ask for, and the least: landmarks once, each selected
+    block once for each key/value head.
     """
-    grid = case.plan.grid
+    grid = case.geometry.grid
     config = case.memory.config
     store = case.memory.store
-    _, groups, _, size, dim = store.near.keys.shape
-    block = 2 * size * dim * case.key.element_size()
+    _, groups, _, size, dim = store.pool.keys.shape
+    itemsize = case.key.element_size()
+    block = 2 * size * dim * itemsize
     heads = case.query.shape[1]
-    near = 1 + grid.local.shape[-1]
-    marks = groups * case.memory._scored(case.plan.candidates) * dim * case.key.element_size()
-    distinct = sum(len(each.unique()) for each in places.flatten(2)[0])
+    local = 1 + grid.local.shape[-1]
+    landmarks = groups * store.kept.count_before(case.geometry.candidates) * dim * itemsize
+    distinct = sum(len(each.unique()) for each in selected.flatten(2)[0])
     return {
-        "landmark_bytes": marks,
-        "bytes": marks + heads * (config.top_k + near) * block,
-        "least_bytes": marks + (distinct + groups * near) * block,
+        "landmark_bytes": landmarks,
+        "bytes": landmarks + heads * (config.top_k + local) * block,
+        "least_bytes": landmarks + (distinct + groups * local) * block,
     }
 
 
@@ -200,12 +229,12 @@ def dense(case: Token) -> Tensor:
     """Attention to all keys, by cuDNN."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    near = case.memory.store.near
+    pool = case.memory.store.pool
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return torch.nn.functional.scaled_dot_product_attention(
             case.query,
-            near.keys.flatten(2, 3),
-            near.values.flatten(2, 3),
+            pool.keys.flatten(2, 3),
+            pool.values.flatten(2, 3),
             scale=SCALE,
             enable_gqa=True,
         )
@@ -237,7 +266,7 @@ def measure(slots: int, copied: float) -> dict[str, Any]:
     row = {
         "slots": slots,
         **check(cases[0]),
-        **bytes_read(cases[0], attended(cases[0], on_grid(cases[0]))[1]),
+        **bytes_read(cases[0], attended(cases[0], on_grid(cases[0])).index),
     }
     row["least_ms"] = row["least_bytes"] / copied * 1e3
     for name, run in ways(cases).items():

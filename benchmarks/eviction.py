@@ -1,5 +1,4 @@
-"""Times one layer that files a text without end and keeps its latest blocks (``max_blocks``), block
-by block.
+"""Times one layer that appends a text without end and keeps its latest blocks (``max_blocks``).
 
     python benchmarks/eviction.py --blocks 100000 --tier host --out benchmarks/results/eviction.json
 
@@ -38,7 +37,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file; replaced")
-    parser.add_argument("--blocks", type=int, default=100_000, help="filed in all")
+    parser.add_argument("--blocks", type=int, default=100_000, help="appended in all")
     parser.add_argument("--max-blocks", type=int, default=64, help="kept for retrieval")
     parser.add_argument("--tier", choices=TIERS, default="host")
     parser.add_argument(
@@ -64,15 +63,15 @@ def main() -> None:
 def measure(tier: str, blocks: int, max_blocks: int, window: int) -> list[dict[str, Any]]:
     """Returns the time of a block after a tenth, a half and all of them."""
     config = LandmarkConfig(block_size=SIZE, local_blocks=1, max_blocks=max_blocks)
-    store = BlockStore(SIZE, local_blocks=1, tiers=OffloadConfig(tier))
+    store = BlockStore(SIZE, local_blocks=1, offload=OffloadConfig(tier))
     begin = 0
     rows = []
     for mark in MARKS:
         end = round(mark * blocks)
-        begin = file(store, config, begin, max(begin, end - window))
+        begin = append(store, config, begin, max(begin, end - window))
         start = time.process_time()
         count = end - begin
-        begin = file(store, config, begin, end)
+        begin = append(store, config, begin, end)
         seconds = (time.process_time() - start) / max(1, count)
         rows.append(
             {
@@ -89,18 +88,16 @@ def measure(tier: str, blocks: int, max_blocks: int, window: int) -> list[dict[s
     return rows
 
 
-def file(store: BlockStore, config: LandmarkConfig, begin: int, end: int) -> int:
-    """Files the blocks ``begin..end - 1``, a step of the eviction at a time, and drops what no
+def append(store: BlockStore, config: LandmarkConfig, begin: int, end: int) -> int:
+    """Appends the blocks ``begin..end - 1``, a step of the eviction at a time, and drops what no
     query will see.
     """
     for first in range(begin, end, EVICTION_STEP):
         count = min(EVICTION_STEP, end - first)
-        plan = make_geometry([first * SIZE], [count * SIZE], config)
+        geometry = make_geometry([first * SIZE], [count * SIZE], config)
         key = torch.full((1, 1, count * SIZE, DIM), float(first))
-        store.evict(plan.seen_from)
-        store.reserve(plan.blocks, key)
-        store.open(plan)
-        store.write(key, key, plan.writes)
+        store.begin_call(geometry, key)
+        store.append(key, key, geometry, begun=True)
     return end
 
 

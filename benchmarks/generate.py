@@ -46,7 +46,8 @@ from landmark.blocks import slots_for
 from landmark.data.text import read_documents
 from landmark.eval.fillers import tokenize
 from landmark.eval.subjects import load
-from landmark.memory.triton import decode, launch
+from landmark.memory.triton import decode
+from landmark.memory.triton.decode import Scores
 from landmark.versions import versions
 
 SHAPES = {
@@ -205,9 +206,9 @@ def landmark_row(model: Any, tokens: int, tier: str) -> dict[str, Any]:
     for begin, end in ((0, tokens // 10), (tokens // 10, tokens)):
         model.read(ids[:, begin:end], cache=cache, retrieve=False)
         device = allocated() - before - ids.nbytes
-        marks = sum(each.store.landmark_keys.nbytes for each in cache.layers_in_use())
+        landmarks = sum(each.store.landmark_keys.nbytes for each in cache.layers_in_use())
         when = "" if begin else "tenth_"
-        row |= {f"{when}device_bytes": device, f"{when}mark_bytes": marks}
+        row |= {f"{when}device_bytes": device, f"{when}mark_bytes": landmarks}
     row |= {"read_seconds": time.perf_counter() - begun, "host_bytes_held": cache.nbytes("host")}
     row |= timed(model, ids, cache)
     return row | {"generating_device_bytes": allocated() - before - ids.nbytes}
@@ -282,7 +283,7 @@ def real(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def drop(cache: LandmarkCache) -> None:
     """Lets the system forget what it holds of the files of blocks."""
     for memory in cache.layers_in_use():
-        file = memory.store.near.shelf.file
+        file = memory.store.pool.offload.file
         file._map = None
         os.fsync(file.handle)
         os.posix_fadvise(file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -347,37 +348,37 @@ def choosing(model: Any, cache: LandmarkCache, choices: dict[int, Tensor]) -> It
     def of_every_step(
         layer: int, heads: torch.Size, latest_width: int, width: int
     ) -> tuple[Tensor, ...]:
-        """Scores, the best of each chunk, and scores of the latest."""
+        """Returns scores, the best of each chunk, and scores of the latest."""
         blocks = choices[layer % len(choices)]
         blocks = blocks[:, torch.arange(HEADS, device=DEVICE) % blocks.shape[1]].view(
             steps, *heads, -1
         )
         latest = blocks >= latest_from
         parts = []
-        for places, there, wide in (
+        for index, there, wide in (
             (blocks, ~latest & (blocks >= 0), width),
             (blocks - latest_from, latest, latest_width),
         ):
             room = torch.full((*blocks.shape[:3], wide + 1), -torch.inf, device=DEVICE)
-            room.scatter_(-1, torch.where(there, places, wide), 1.0)
+            room.scatter_(-1, torch.where(there, index, wide), 1.0)
             parts.append(room[..., :wide].contiguous())
         return parts[0], parts[0].unflatten(-1, (-1, CHUNK_OF_SCORES)).amax(-1), parts[1]
 
-    def replaced(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def replaced(query: Tensor, *rest: Any) -> Scores:
         found = scored(query, *rest)
-        key = (layer[0], found[0].shape[-1])
+        key = (layer[0], found.scores.shape[-1])
         layer[0] = (layer[0] + 1) % len(cache.memories)
         if query.shape[4] > 1:
             return found
-        if (
-            key not in known
-        ):  # also for the graph that may be captured next, which scores all places
-            places = cache.memories[key[0]].store.places
-            for width in (key[1], -(-places // CHUNK_OF_SCORES) * CHUNK_OF_SCORES):
+        # Also for the graph that may be captured next, which scores all indices.
+        if key not in known:
+            capacity = cache.memories[key[0]].store.capacity
+            for width in (key[1], -(-capacity // CHUNK_OF_SCORES) * CHUNK_OF_SCORES):
                 known[key[0], width] = of_every_step(
-                    key[0], found[0].shape[1:3], found[2].shape[-1], width
+                    key[0], found.scores.shape[1:3], found.recent.shape[-1], width
                 )
-        return *(each.index_select(0, now) for each in known[key]), found[3]
+        scores, peaks, recent = (each.index_select(0, now) for each in known[key])
+        return Scores(scores, peaks, recent, found.done, found.count)
 
     def counted(self: Any, embeds: Tensor, *rest: Any, **named: Any) -> Any:
         now.fill_(min(calls[0], steps - 1))
@@ -385,14 +386,14 @@ def choosing(model: Any, cache: LandmarkCache, choices: dict[int, Tensor]) -> It
         return extend(self, embeds, *rest, **named)
 
     decoder = type(model.base_model)
-    scored = launch._scored
+    scored = decode.score
     extend = decoder.extend
-    launch._scored = replaced
+    decode.score = replaced
     decoder.extend = counted
     try:
         yield
     finally:
-        launch._scored = scored
+        decode.score = scored
         decoder.extend = extend
 
 

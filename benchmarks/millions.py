@@ -63,7 +63,7 @@ def main() -> None:
     )
     parser.add_argument("--tier", choices=TIERS, default="host")
     parser.add_argument(
-        "--host-bytes", type=int, help="of blocks in the memory of the CPU; see LandmarkCache"
+        "--host-bytes", type=int, help="of blocks in host memory; see LandmarkCache"
     )
     parser.add_argument("--folder", type=Path, help="where the files of tier disk lie")
     parser.add_argument("--seed", type=int, default=0)
@@ -164,16 +164,16 @@ def held(subject: Subject, cache: LandmarkCache) -> dict[str, int]:
     depends on the driver, so ``pinned_bytes`` says what torch has asked the driver for, rounding
     included.
     """
-    marks = sum(memory.store.landmark_keys.nbytes for memory in cache.layers_in_use())
+    landmarks = sum(memory.store.landmark_keys.nbytes for memory in cache.layers_in_use())
     found = {
         "tokens": cache.tokens[0],
         **{f"{tier}_tier_bytes": cache.nbytes(tier) for tier in TIERS},
     }
-    found |= {"landmark_bytes": marks, "near_bytes": found["device_tier_bytes"] - marks}
+    found |= {"landmark_bytes": landmarks, "near_bytes": found["device_tier_bytes"] - landmarks}
     if subject.device.startswith("cuda"):
         torch.cuda.synchronize()
         found["device_bytes"] = torch.cuda.memory_allocated()
-        found["device_bytes_but_landmarks"] = found["device_bytes"] - marks
+        found["device_bytes_but_landmarks"] = found["device_bytes"] - landmarks
         found["device_peak_bytes"] = torch.cuda.max_memory_allocated()
         found["pinned_bytes"] = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     return {**found, "resident_bytes": resident_bytes()}

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -381,7 +382,7 @@ def test_an_archive_is_asked_before_and_after(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_long_text_is_remembered_and_asked(tmp_path):
-    """Blocks lie on the host and below, what is near does not grow, and both ways to ask agree."""
+    """Blocks lie in host memory and below, the pools do not grow, and both ways to ask agree."""
     data = small_books(tmp_path)
     out = tmp_path / "millions.json"
     command = [
@@ -419,7 +420,7 @@ def test_a_long_text_is_remembered_and_asked(tmp_path):
     assert last["host_tier_bytes"] + last["disk_tier_bytes"] >= 7000 // 63 * block * 6
     assert last["landmark_bytes"] > 7 * first["landmark_bytes"]
     assert last["near_bytes"] - first["near_bytes"] <= 6 * block, (
-        "at most one more block in each ring"
+        "at most one more block in each window"
     )
     named = row["named"]
     assert (
@@ -467,27 +468,29 @@ def test_decoding_is_compared_before_it_is_timed(decode, monkeypatch):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case = decode.token(40 * 16, (4, 2), 32, 16, 3, torch.float32, device)
     assert decode.check(case)["heads_alike"] == 4
-    output, places, gates = decode.attended(case, decode.on_grid(case))
-    monkeypatch.setattr(decode, "attended", lambda *_: (output, (places - 1).clamp(min=0), gates))
-    with pytest.raises(RuntimeError, match="choice: expected scores within"):
+    decoded = decode.attended(case, decode.on_grid(case))
+    other_blocks = replace(decoded, index=(decoded.index - 1).clamp(min=0))
+    monkeypatch.setattr(decode, "attended", lambda *_: other_blocks)
+    with pytest.raises(RuntimeError, match="selection: expected scores within"):
         decode.check(case)
-    monkeypatch.setattr(decode, "attended", lambda *_: (output * 1.01, places, gates))
+    other_output = replace(decoded, output=decoded.output * 1.01)
+    monkeypatch.setattr(decode, "attended", lambda *_: other_output)
     with pytest.raises(RuntimeError, match="output: expected an error"):
         decode.check(case)
 
 
 def test_bytes_of_decoding(decode):
-    """40 blocks, of which the own one, two local ones and two more chosen are read: one by both
+    """40 blocks, of which the own one, two local ones and two more selected are read: one by both
     heads of a group.
     """
     case = decode.token(40 * 16, (2, 1), 32, 16, 2, torch.float32, "cpu")
-    places = torch.tensor([[3, 5], [5, 9]]).view(1, 1, 2, 1, 1, 2)
+    selected = torch.tensor([[3, 5], [5, 9]]).view(1, 1, 2, 1, 1, 2)
     block = 2 * 16 * 32 * 4
-    marks = 37 * 32 * 4
-    assert decode.bytes_read(case, places) == {
-        "landmark_bytes": marks,
-        "bytes": marks + 2 * 5 * block,
-        "least_bytes": marks + (3 + 3) * block,
+    landmarks = 37 * 32 * 4
+    assert decode.bytes_read(case, selected) == {
+        "landmark_bytes": landmarks,
+        "bytes": landmarks + 2 * 5 * block,
+        "least_bytes": landmarks + (3 + 3) * block,
     }
 
 

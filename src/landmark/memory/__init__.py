@@ -1,3 +1,1 @@
-"""What a layer remembers: blocks, the search over their landmarks, and where they are thought to
-stand.
-"""
+"""What a layer remembers: its blocks, which of them a query reads, and at which positions."""

@@ -1,17 +1,16 @@
-"""How far rows can go back: what their next queries see has to be there still."""
+"""How far a cache can be cropped: blocks that its next queries see have to be kept still."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from landmark.config import LandmarkConfig
 from landmark.memory.geometry import oldest_needed
-from landmark.memory.head_choice import RECENT_BLOCKS
 from landmark.memory.layer import LayerMemory
 
 
 def check_crop(
-    layers: Iterable[LayerMemory], config: LandmarkConfig, before: list[int], after: list[int]
+    layers: Sequence[LayerMemory], config: LandmarkConfig, before: list[int], after: list[int]
 ) -> None:
     """Makes sure that rows can go on from where they are cropped to.
 
@@ -23,7 +22,7 @@ def check_crop(
 
     Raises:
         ValueError: blocks that are needed were evicted (``max_blocks``), or more blocks than
-            ``head`` knows queries of.
+            the selector knows queries of.
     """
     size = config.block_size
     own = min(slots // size for slots in after)
@@ -34,12 +33,14 @@ def check_crop(
                 f"cannot go back to where block {lowest} is seen: blocks before "
                 f"{layer.store.first} were evicted; keep a cache.fork() from there instead"
             )
-    if config.granularity == "head":
-        far = [
-            old // size - new // size for old, new in zip(before, after, strict=True) if new % size
-        ]
-        if far and max(far) >= RECENT_BLOCKS:
-            raise ValueError(
-                f"granularity head can go back less than {RECENT_BLOCKS} blocks, or to a block's "
-                f"border, got {max(far)} blocks; keep a cache.fork() from there instead"
-            )
+    limits = [layer.selector.crop_blocks for layer in layers]
+    limit = min((each for each in limits if each is not None), default=None)
+    if limit is None:
+        return
+    pairs = zip(before, after, strict=True)
+    far = [old // size - new // size for old, new in pairs if new % size]
+    if far and max(far) >= limit:
+        raise ValueError(
+            f"granularity {config.granularity} can go back less than {limit} blocks, or to a "
+            f"block's border, got {max(far)} blocks; keep a cache.fork() from there instead"
+        )

@@ -1,9 +1,6 @@
-"""Indexes of faiss over old landmarks: what stands in for scoring every landmark, where a user asks
-for it.
+"""Indexes of faiss over old landmarks, for users who do not want every landmark scored.
 
-Under stingy positions all blocks older than the latest ``top_k`` candidates stand at slot 0 while
-they are scored, so that a score is one inner product of the query, turned to there, with the key as
-it is kept.
+``landmark_index.py`` has the interface, and says why a score is one inner product.
 """
 
 from __future__ import annotations
@@ -18,14 +15,14 @@ from torch import Tensor
 from landmark.memory.storage.store import BlockStore
 
 KINDS = ("exact", "faiss-flat", "faiss-ivf", "faiss-hnsw")
-MADE_FROM = 1024  # landmarks, below which every one is looked at
-# Lists and graphs are made anew when a landmark is longer than all before by more.
+MADE_FROM = 1024  # landmarks; below that every one is looked at
+# Lists and graphs are built again when a landmark is longer than all before by more than this.
 SPARE_LENGTH = 1.1
-IVF_PROBED = 8  # one in so many lists is read
-IVF_GROWTH = 4  # when there are so many times as many landmarks, lists are made anew
-HNSW_LINKS = 32
-HNSW_BUILD = 100
-HNSW_SEARCH = 256  # links of a landmark; landmarks looked at to find them, and later
+IVF_PROBED = 8  # one in this many lists is read
+IVF_GROWTH = 4  # lists are built again when there are this many times as many landmarks
+HNSW_LINKS = 32  # of a landmark
+HNSW_BUILD = 100  # landmarks looked at to find its links
+HNSW_SEARCH = 256  # landmarks looked at by a search
 
 
 def require_faiss() -> Any:

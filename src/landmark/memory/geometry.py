@@ -113,7 +113,8 @@ class CallGeometry:
 
 
 def make_geometry(starts: list[int], lengths: list[int], config: LandmarkConfig) -> CallGeometry:
-    """Returns the geometry of a call that adds ``lengths[b]`` slots to a row of ``starts[b]`` slots.
+    """Returns the geometry of a call that adds ``lengths[b]`` slots to a row of ``starts[b]``
+    slots.
 
     Rows are aligned at their left: row ``b`` uses the columns ``0..lengths[b] - 1`` of
     ``max(lengths)``. Tensors are made on the CPU; ``move`` takes them to a device.

@@ -37,11 +37,13 @@ class HeadSelector(Selector):
 
     name = "head"
     keeps_state = True
+    crop_blocks = RECENT_BLOCKS
 
     def __init__(self, config: LandmarkConfig) -> None:
         super().__init__(config)
         self.selects_whole_call = config.local == "chunk"
-        # Peaks (B, G, R, P) of the rows' unfinished blocks; below 0 for a row of which none is known.
+        # Peaks (B, G, R, P) of the rows' unfinished blocks; below 0 for a row of which none is
+        # known.
         self._peak: Tensor | None = None
         # Latest queries (B, G, R, RECENT_BLOCKS, L, D), rotated by their offset inside the block.
         self._queries: Tensor | None = None
@@ -49,7 +51,8 @@ class HeadSelector(Selector):
         self._queries_before: Tensor | None = None
         # Peaks of this call's first own blocks over earlier calls.
         self._earlier: Tensor | None = None
-        # The first kept block when the peak was computed: indices of its last dimension count on it.
+        # The first kept block when the peak was computed: indices of its last dimension count on
+        # it.
         self._first_kept = 1
 
     def begin_call(

@@ -1,10 +1,10 @@
 """Position schemes: the RoPE positions assigned to retrieved blocks.
 
 A scheme says at which distance from a query, in blocks, a landmark is scored, and at which distance
-a selected block is read. ``stingy`` (paper, section 3.3.2) places a prefix of ``top_k + 1`` slots of
-one block each before the local blocks, so that any distance maps into the positions the model was
-trained on: a query whose own block follows ``n`` local blocks has its own block at slot
-``top_k + 1 + n``. ``exact`` keeps true distances. ``policies.py`` says how to add a scheme.
+a selected block is read. ``stingy`` (paper, section 3.3.2) places a prefix of ``top_k + 1`` slots
+of one block each before the local blocks, so that any distance maps into the positions the model
+was trained on: a query whose own block follows ``n`` local blocks has its own block at slot ``top_k
++ 1 + n``. ``exact`` keeps true distances. ``policies.py`` says how to add a scheme.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ class Selector:
             may find them.
         per_query_head: whether query heads of one key/value head may select different blocks.
         keeps_state: whether the selector has to see every call.
+        crop_blocks: a cache can be cropped into so many of the latest blocks, ``None`` for all.
         selects_whole_call: whether all queries of a call have to be given to ``select`` at once.
 
     Args:
@@ -79,6 +80,7 @@ class Selector:
     needs_every_score: ClassVar[bool] = True
     per_query_head: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = False
+    crop_blocks: ClassVar[int | None] = None
 
     def __init__(self, config: LandmarkConfig) -> None:
         self.config = config

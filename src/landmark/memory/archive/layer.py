@@ -1,5 +1,4 @@
-"""A layer in an archive: its finished blocks with a checksum for each key/value head, its landmark
-keys, its tail.
+"""One layer in an archive: its finished blocks, their checksums and its landmark keys.
 
 ``layer-NN.blocks`` is a plain array ``(blocks, G, 2, L, D)``, so that a block of one head is read
 without its neighbours; ``layer-NN.sums`` holds the CRC-32 of each, ``(blocks, G)``;
@@ -58,16 +57,16 @@ class ArchivedLayer:
         self._file: int | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ArchivedLayer:
-        """Itself: what was committed does not change."""
+        """Returns itself: what was committed does not change."""
         return self
 
     @property
     def count(self) -> int:
-        """Blocks, those included that were appended and not yet committed."""
+        """Blocks, those that were appended and not committed yet included."""
         return self.archive.length(self.name("sums")) // (SUM_BYTES * self.shape[0])
 
     def name(self, kind: str) -> str:
-        """Returns the stream of a kind."""
+        """Returns the name of the file of a kind."""
         return f"layer-{self.layer:02d}.{kind}"
 
     def landmarks(self) -> Tensor:
@@ -104,12 +103,11 @@ class ArchivedLayer:
         )
 
     def open_blocks(self) -> None:
-        """Opens the file of the blocks: they can be read whatever becomes of the folder's name."""
+        """Opens the file of the blocks, so that they can be read after the folder was renamed."""
         if self._file is None:
             path = self.archive.folder / self.name("blocks")
-            self._file = os.open(
-                path, os.O_RDONLY | os.O_NONBLOCK
-            )  # a pipe in its place is not waited for
+            # A pipe in its place is not waited for.
+            self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             weakref.finalize(self, os.close, self._file)
 
     @property
@@ -118,7 +116,7 @@ class ArchivedLayer:
         return self.shape[0] * self._part
 
     def append(self, data: Tensor, landmarks: Tensor) -> None:
-        """Writes the next finished blocks, which count from the archive's next commit on.
+        """Appends the next finished blocks; they count from the archive's next commit on.
 
         Args:
             data: ``(n, G, 2, L, D)`` on the CPU.
@@ -129,18 +127,17 @@ class ArchivedLayer:
             "I", (zlib.crc32(view[i : i + self._part]) for i in range(0, len(view), self._part))
         )
         self.archive.append(self.name("blocks"), view, summed=False)
-        self._count(sums, landmarks)
+        self._append_rest(sums, landmarks)
 
     def skip(self, blocks: int) -> None:
-        """Goes on behind blocks that are kept no more: zeros are read there, which take no room on
-        the disk.
-        """
+        """Skips blocks that were dropped: zeros are read there, and take no room on disk."""
         groups, _, dim = self.shape
         self.archive.skip(self.name("blocks"), blocks * self.block_bytes)
         sums = array("I", [zlib.crc32(bytes(self._part))]) * (blocks * groups)
-        self._count(sums, torch.zeros(blocks, groups, dim, dtype=self.dtype))
+        self._append_rest(sums, torch.zeros(blocks, groups, dim, dtype=self.dtype))
 
-    def _count(self, sums: array[int], landmarks: Tensor) -> None:
+    def _append_rest(self, sums: array[int], landmarks: Tensor) -> None:
+        """Appends the checksums and landmark keys of blocks that were appended."""
         del self._sums[self.count * self.shape[0] :]  # of blocks that were never committed
         self._sums.extend(sums)
         self.archive.append(self.name("landmarks"), as_bytes(landmarks.contiguous()))
@@ -177,7 +174,7 @@ def saved_layers(archive: Archive) -> list[ArchivedLayer]:
 
 
 def _layers(archive: Archive) -> range:
-    """The layers that the manifest names; raises ``Damaged`` where it names none."""
+    """Returns the numbers of the layers of the manifest; raises ``Damaged`` for no layers."""
     if not are_shapes(archive.manifest.get("layers")):
         raise Damaged(
             f"{archive.folder / STATE}: expected the shapes of layers, got others; {REMEDY}"
@@ -193,7 +190,7 @@ def _saved_layer(archive: Archive, index: int) -> ArchivedLayer:
 def verify(
     folder: str | Path, progress: Callable[[str, int, int], None] | None = None
 ) -> list[str]:
-    """Reads all of a memory, without a model.
+    """Reads all of a memory without a model, and says what is damaged.
 
     Args:
         folder: where it lies.
@@ -218,9 +215,8 @@ def verify(
         try:
             found += _saved_layer(archive, index).verify()
         except (Damaged, OSError) as error:
-            found += (
-                [] if found else [str(error)]
-            )  # else its checksums or its file were named above
+            if not found:  # otherwise its checksums or its file are named already
+                found.append(str(error))
     return verify(folder, progress) if found and archive.is_outdated() else found
 
 

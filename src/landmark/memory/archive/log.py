@@ -1,12 +1,12 @@
-"""A memory on disk: a folder of files that only grow, and one small file, replaced whole, that says
-how far they count.
+"""A memory on disk: a folder of append-only files, and one small file that says how far they count.
 
-``memory.json`` holds what the memory is, and for every stream (a file of its own) how many bytes
-were committed and their checksum. A writer appends to streams, flushes them to the disk and then
-replaces ``memory.json`` in one step, so that after a crash there is either the old state or the new
-one; what lies in a stream beyond its committed length was being written and counts as nothing. A
-change of any committed byte is found: ``memory.json`` has a checksum of its own, streams have one
-over all their bytes or, where they are read in parts, one for each part (``sums`` of ``saved.py``).
+``memory.json`` holds what the memory is, and for every append-only file, called a stream here, how
+many bytes were committed and their checksum. A writer appends to streams, flushes them to disk and
+then replaces ``memory.json`` in one step. After a crash there is either the old state or the new
+one: bytes of a stream beyond its committed length were being written and count as nothing.
+
+A change of any committed byte is found. ``memory.json`` has a checksum of its own. A stream has one
+over all its bytes or, where it is read in parts, one for each part (``sums`` of ``layer.py``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What the manifest of a memory says, checked: a whole ``memory.json`` may have been written by
-something else.
-"""
+"""The manifest of a memory, checked: something else may have written a whole ``memory.json``."""
 
 from __future__ import annotations
 

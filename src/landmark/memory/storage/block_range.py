@@ -25,7 +25,7 @@ class BlockRange:
         return torch.where(index == 0, 0, index + self.first - 1)
 
     def blocks_before(self, block: int, device: torch.device) -> Tensor:
-        """Returns the kept blocks before ``block`` in the order of their indices; always block 0."""
+        """Returns the kept blocks before ``block``, ascending; block 0 always."""
         index = torch.arange(self.count_before(block), device=device)
         return self.block_of(index)
 

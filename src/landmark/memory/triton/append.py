@@ -88,8 +88,8 @@ def append_kv_kernel(
     """Rotates a query by its offset inside the block, or appends a rotated key and a value.
 
     Rotated queries go to ``p_rotated`` (B, H, W, D). The key of a block's last slot is its
-    landmark's, and with ``SHARED`` that of block 0. With ``PAGED`` the own block lies in a window of
-    ``n_window`` physical blocks, otherwise at its index.
+    landmark's, and with ``SHARED`` that of block 0. With ``PAGED`` the own block lies in a window
+    of ``n_window`` physical blocks, otherwise at its index.
     """
     i_head = tl.program_id(0)
     i_slot = tl.program_id(1)

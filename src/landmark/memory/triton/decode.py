@@ -8,8 +8,9 @@ reach a bound finds the bound that just the best reach.
 
 ``decode_attention_kernel`` is split-K attention. Each selected block, the own block and each local
 block are a *work item*, with a program each. The last program of a query to finish reduces the
-partial results in the order of the items, so that the sum is the same in every run. Where blocks are
-on the device it selects as well; where they have to be paged in, ``top_k_kernel`` selects before.
+partial results in the order of the items, so that the sum is the same in every run. Where blocks
+are on the device it selects as well; where they have to be paged in, ``top_k_kernel`` selects
+before.
 
 Names are those of ``primitives.py``. Queries ``(B, G, R, W)`` are numbered in that order.
 """
@@ -107,8 +108,8 @@ def score_recent(
     N_RECENT: tl.constexpr,
     KEEP_FIRST: tl.constexpr,
 ):
-    """Scores (PADDED_K,) of one query and the latest ``N_RECENT`` candidates, each at its own distance;
-    -inf for none.
+    """Scores (PADDED_K,) of one query and the latest ``N_RECENT`` candidates, each at its own
+    distance; -inf for none.
     """
     o_k = tl.arange(0, PADDED_K)
     o_dim = tl.arange(0, PADDED)
@@ -371,12 +372,12 @@ def best_indices(
     """Where the ``TOP_K`` highest scores of a query are, among those of the best chunks and of the
     latest candidates.
 
-    With as few chunks as ``PADDED_K``, ``PEAKS`` is ``PADDED_K`` and all of them are looked at. What was
-    not written is hidden after it was loaded, so that no load waits for the count.
+    With as few chunks as ``PADDED_K``, ``PEAKS`` is ``PADDED_K`` and all of them are looked at.
+    What was not written is hidden after it was loaded, so that no load waits for the count.
 
     Returns:
-        indices (PADDED_K * CHUNK,) and their ranks among the selected, by index, -1 for those that are not
-        selected; the same (PADDED_K,) of the latest candidates; how many are selected.
+        indices (PADDED_K * CHUNK,) and their ranks among the selected, by index, -1 for those that
+        are not selected; the same (PADDED_K,) of the latest candidates; how many are selected.
     """
     o_k = tl.arange(0, PADDED_K)
     n_used = tl.cdiv(old_count(first - N_RECENT, first_kept, n_index), CHUNK)
@@ -433,7 +434,9 @@ def top_k_kernel(
     N_RECENT: tl.constexpr,
     PEAKS: tl.constexpr,
 ):
-    """What ``decode_attention_kernel`` chooses, alone: the indices of a query's blocks, -1 for none."""
+    """What ``decode_attention_kernel`` chooses, alone: the indices of a query's blocks, -1 for
+    none.
+    """
     i_query = tl.program_id(0).to(tl.int64)
     first = tl.load(p_first + i_query // (groups * repeats * n_width)).to(tl.int32)
     choice = best_indices(
@@ -455,8 +458,8 @@ def top_k_kernel(
 
 @triton.jit
 def load_partials(p_partial, p_lse, i_first, n_items, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Log-sum-exps (REDUCED_AT_ONCE,) and outputs (REDUCED_AT_ONCE, PADDED) of a query's items from ``i_first``
-    on.
+    """Log-sum-exps (REDUCED_AT_ONCE,) and outputs (REDUCED_AT_ONCE, PADDED) of a query's items from
+    ``i_first`` on.
     """
     o_part = i_first + tl.arange(0, REDUCED_AT_ONCE)
     o_dim = tl.arange(0, PADDED)
@@ -550,8 +553,8 @@ def decode_attention_kernel(
 ):
     """Attention of a query to one item; the last item to arrive joins them all.
 
-    Item ``i < TOP_K`` is the query's ``i``-th selected block, ``TOP_K`` the own block, ``TOP_K + j``
-    the ``j``-th before it. With ``PAGED`` the choice is given and lies in the ``far`` keys and
+    Item ``i < TOP_K`` is the query's ``i``-th selected block, ``TOP_K`` the own block, ``TOP_K +
+    j`` the ``j``-th before it. With ``PAGED`` the choice is given and lies in the ``far`` keys and
     values, and ``p_physical`` says where the items lie; otherwise it is made here and written, and
     physical blocks are indices. ``p_result`` is (B, W, G, R, D).
     """

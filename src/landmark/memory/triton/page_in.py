@@ -1,8 +1,9 @@
 """Kernels that page blocks in from host memory, so that a decode step never waits for the CPU.
 
-One program of ``lru_lookup_kernel`` for each row and key/value head does what ``BlockTable`` does in
-plain PyTorch: it looks up which selected blocks are on the device, and gives the others the physical
-blocks that were used longest ago. ``page_in_kernel`` then copies those from host memory, by address.
+One program of ``lru_lookup_kernel`` for each row and key/value head does what ``BlockTable`` does
+in plain PyTorch: it looks up which selected blocks are on the device, and gives the others the
+physical blocks that were used longest ago. ``page_in_kernel`` then copies those from host memory,
+by address.
 
 A *row head* is a row and key/value head. It *wants* the blocks that its queries selected. A work
 item is a block that a query reads. Other names are those of ``primitives.py``.
@@ -162,7 +163,8 @@ def page_in_kernel(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Copies the keys, or the values, of one missing block, ``SIZE`` numbers, to its physical block.
+    """Copies the keys, or the values, of one missing block, ``SIZE`` numbers, to its physical
+    block.
 
     ``p_pointer`` (extents, n_rows, 2): where the first of ``n_extent`` blocks begins, and bytes
     from one to the next.

@@ -5,10 +5,10 @@ inside their block only, so a query is rotated by its distance, in blocks, to ea
 reads. Scores are in units of log2.
 
 Prefixes: ``p_`` pointer, ``i_`` index, ``o_`` offsets, ``n_`` count. Constants: ``BLOCK`` the block
-size, ``WIDTH`` the power of two that holds it, ``DIM`` the head dim, ``PADDED`` the power of two that
-holds that, ``ROTATED`` how many columns are rotated, ``INTERLEAVED`` whether adjacent columns are
-rotated together (otherwise halves). The *index* of a block is where the store keeps its landmark
-key: 0 for block 0, ``block - first_kept + 1`` for others.
+size, ``WIDTH`` the power of two that holds it, ``DIM`` the head dim, ``PADDED`` the power of two
+that holds that, ``ROTATED`` how many columns are rotated, ``INTERLEAVED`` whether adjacent columns
+are rotated together (otherwise halves). The *index* of a block is where the store keeps its
+landmark key: 0 for block 0, ``block - first_kept + 1`` for others.
 """
 
 import triton
@@ -36,7 +36,7 @@ def load_queries(
     ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Queries (rows, PADDED) at ``p_rows`` (rows, 1), and what turns into each of their columns, in
+    """Returns queries (rows, PADDED) at ``p_rows`` (rows, 1), and their partner columns, in
     float32.
     """
     o_dim = tl.arange(0, PADDED)
@@ -49,9 +49,7 @@ def load_queries(
 
 @triton.jit
 def load_rotation(p_cos, p_sin, distance, PADDED: tl.constexpr, ROTATED: tl.constexpr):
-    """Cosine and signed sine (one or rows, PADDED) of a ``distance`` in blocks, one or (rows,
-    1).
-    """
+    """Returns cosine and signed sine of a ``distance`` in blocks, which is one or (rows, 1)."""
     o_dim = tl.arange(0, PADDED)[None, :]
     o_angle = distance * ROTATED + o_dim
     cos = tl.load(p_cos + o_angle, mask=o_dim < ROTATED, other=1.0)
@@ -71,7 +69,7 @@ def rotate(
     ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Queries (rows, PADDED) at ``p_rows`` (rows, 1), scaled and turned, in float32.
+    """Returns queries (rows, PADDED) at ``p_rows`` (rows, 1), rotated and scaled, in float32.
 
     ``distance``, in blocks, is one for all rows or (rows, 1).
     """
@@ -84,7 +82,7 @@ def rotate(
 def load_block(
     p_head, index, BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Keys or values (WIDTH, PADDED) of the block at ``index``; zeros outside."""
+    """Returns keys or values (WIDTH, PADDED) of the block at ``index``; zeros outside."""
     o_slot = tl.arange(0, WIDTH)[:, None]
     o_dim = tl.arange(0, PADDED)[None, :]
     p_block = p_head + index.to(tl.int64) * (BLOCK * DIM) + o_slot * DIM + o_dim
@@ -95,5 +93,5 @@ def load_block(
 
 @triton.jit
 def old_count(last, first_kept, n_index):
-    """How many indices hold the blocks before ``last``."""
+    """Returns how many indices hold the blocks before ``last``."""
     return tl.minimum(tl.maximum(last - first_kept + 1, tl.minimum(last, 1)), n_index)
