@@ -64,8 +64,9 @@ def random_tiles(monkeypatch, seed):
 
 
 def results(attention, query, key, value, options, seed=0):
-    """Output, log-sum-exp and the gradients of a random function of both, the same one in every
-    dtype.
+    """Output, log-sum-exp and the gradients of a random function of both.
+
+    The function is the same in every dtype.
     """
     leaves = [each.detach().clone().requires_grad_() for each in (query, key, value)]
     out, lse = attention(*leaves, **options)

@@ -1,5 +1,4 @@
-"""Compiles the kernels for a GPU that need not be there; prints the shared memory that each takes,
-in bytes.
+"""Compiles all kernels for a GPU that need not be there, and prints their shared memory in bytes.
 
     python tests/ops/compile_kernels.py 86
 
@@ -16,8 +15,7 @@ from triton.compiler import ASTSource
 
 from landmark.memory.fused import FUSED_BYTES, FUSED_TOP_K
 from landmark.memory.storage.cached_pool import MOST_HOT_BLOCKS
-from landmark.memory.triton import bring, decode, filing
-from landmark.memory.triton import kernels as memory
+from landmark.memory.triton import append, decode, page_in, prefill
 from landmark.memory.triton.launch import (
     FILE_WARPS,
     LEAST_ROWS,
@@ -34,7 +32,7 @@ from landmark.memory.triton.launch import (
 from landmark.ops.triton import configs
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
 from landmark.ops.triton.forward import forward_kernel
-from landmark.ops.triton.select import choice_kernel
+from landmark.ops.triton.select import select_blocks_kernel
 
 KERNELS = (forward_kernel, query_gradient_kernel, key_value_gradient_kernel)
 BY_DESCRIPTOR = {
@@ -45,23 +43,24 @@ ABSENT = (
     "p_start",
     "p_origin",
     "p_end",
-    "p_chosen",
+    "p_selected",
     "p_listed",
     "p_counts",
     "p_tiles",
-    "p_borders",
+    "p_indptr",
 )
-MEMORY = (memory.choice_kernel, memory.shared_kernel, memory.chosen_kernel)
-BRING = (bring.place_kernel, bring.copy_kernel)
-DECODE = (decode.score_kernel, decode.best_kernel, decode.read_kernel, filing.file_kernel)
+MEMORY = (prefill.choice_kernel, prefill.shared_kernel, prefill.chosen_kernel)
+PAGE_IN = (page_in.place_kernel, page_in.copy_kernel)
+DECODE = (decode.score_kernel, decode.best_kernel, decode.read_kernel, append.file_kernel)
 IN_INT64 = {each: ("p_own", "p_first", "p_offset") for each in DECODE}
 IN_INT64 |= dict.fromkeys(
-    BRING, ("p_own", "p_recent", "p_hot", "p_asked", "p_counted", "p_address")
+    PAGE_IN, ("p_own", "p_recent", "p_hot", "p_asked", "p_counted", "p_address")
 )
 IN_INT32 = (
     "p_own",
     "p_first",
     "p_distance",
+    "p_selected",
     "p_chosen",
     "p_shared",
     "p_offset",
@@ -81,7 +80,7 @@ IN_FLOAT32 = (
     "p_part",
     "p_gate",
 )
-BRING_TILES = configs.Tiles(LEAST_ROWS, MARKS, WARPS, 3)  # of which only the warps count
+PAGE_IN_TILES = configs.Tiles(LEAST_ROWS, MARKS, WARPS, 3)  # of which only the warps count
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOP_K = 64
 
@@ -99,9 +98,9 @@ def constants(kernel, tiles, dim, block_size):
     }
     shape |= {"BLOCKS": max(1, tiles.keys // padded), "PIECES": triton.cdiv(block_size, width)}
     shape |= {"STARTS": False, "SEGMENTS": False, "TOP_K": 0, "KEPT": 0, **dict.fromkeys(ABSENT)}
-    if kernel is choice_kernel:
-        shape |= {"TOP_K": TOP_K, "KEPT": TOP_K, "MARKS": tiles.keys}
-        del shape["p_chosen"]
+    if kernel is select_blocks_kernel:
+        shape |= {"TOP_K": TOP_K, "KEPT": TOP_K, "LANDMARKS": tiles.keys}
+        del shape["p_selected"]
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
@@ -113,7 +112,7 @@ def memory_constants(kernel, dtype, dim, block_size, rows):
         "PADDED": dim,
     }
     kept = dict.fromkeys(
-        ("TOP_K", "KEPT", "RECENT"), FUSED_TOP_K if kernel is memory.choice_kernel else TOP_K
+        ("TOP_K", "KEPT", "RECENT"), FUSED_TOP_K if kernel is prefill.choice_kernel else TOP_K
     )
     shape |= {
         "TURNED": dim,
@@ -129,12 +128,12 @@ def memory_constants(kernel, dtype, dim, block_size, rows):
 
 
 def variants(kernel, dtype):
-    """Landmarks at exact positions are turned, in float32; read blocks may have been fetched."""
-    if kernel in (decode.read_kernel, filing.file_kernel):
+    """Landmarks at exact positions are rotated, in float32; blocks may have been fetched."""
+    if kernel in (decode.read_kernel, append.file_kernel):
         return ("", " fetched")
     return (
-        ("", " turned")
-        if kernel in (memory.choice_kernel, decode.score_kernel) and dtype == "bf16"
+        ("", " rotated")
+        if kernel in (prefill.choice_kernel, decode.score_kernel) and dtype == "bf16"
         else ("",)
     )
 
@@ -169,14 +168,14 @@ def decode_tiles(kernel, dim, block_size, dtype, marks):
             LEAST_ROWS, MARKS, read_warps(block_size * dim * dtype.itemsize), READ_STAGES
         )
     return configs.Tiles(
-        LEAST_ROWS, MARKS, FILE_WARPS if kernel is filing.file_kernel else WARPS, stages
+        LEAST_ROWS, MARKS, FILE_WARPS if kernel is append.file_kernel else WARPS, stages
     )
 
 
-def bring_constants(kernel, dim, block_size, wanted, hot):
+def page_in_constants(kernel, dim, block_size, wanted, hot):
     shape = {"TOP_K": FUSED_TOP_K, "WIDTH": triton.next_power_of_2(block_size * dim)}
     shape["SIZE"] = (
-        block_size * dim if kernel is bring.copy_kernel else triton.next_power_of_2(wanted + hot)
+        block_size * dim if kernel is page_in.copy_kernel else triton.next_power_of_2(wanted + hot)
     )
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
@@ -227,7 +226,7 @@ def pipelined_memory(dtype, dim):
         types[name] = "i32"
         if name == "STAGES":
             types[name] = "constexpr"
-        elif name in ("key", "value", "mark"):
+        elif name in ("key", "value", "landmark_key"):
             types[name] = f"tensordesc<{dtype}[1, 1, {configs.PIPELINED_BLOCK}, {dim}],{LAYOUT!r}>"
         elif name.startswith("p_"):
             types[name] = "*fp32" if name in IN_FLOAT32 else f"*{dtype}"
@@ -258,9 +257,9 @@ def main(capability):
             else configs.SAFE
         )
         for dim, config in table.items():
-            chosen = (choice_kernel, configs.tiles_of_choice(exact, dim))
+            selecting = (select_blocks_kernel, configs.tiles_of_selection(exact, dim))
             for block_size in (64, 200) if dtype == "bf16" else (64,):
-                for kernel, tiles in (*zip(KERNELS, config, strict=True), chosen):
+                for kernel, tiles in (*zip(KERNELS, config, strict=True), selecting):
                     name = f"{kernel.__name__} {dtype} {dim} {block_size}"
                     found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability)
             for block_size in (64, 200):
@@ -268,7 +267,7 @@ def main(capability):
                     continue
                 for kernel in MEMORY:
                     whole = torch.empty(1, 1, 1, 1, MOST_ROWS, dim)
-                    chooses = kernel is memory.choice_kernel
+                    chooses = kernel is prefill.choice_kernel
                     rows = rows_of_choice(whole) if chooses else MOST_ROWS
                     fixed = memory_constants(kernel, dtype, dim, block_size, rows)
                     for variant in variants(kernel, dtype):
@@ -285,22 +284,22 @@ def main(capability):
                         )
                 for kernel in DECODE:
                     for variant in variants(kernel, dtype):
-                        marks = "fp32" if variant == " turned" else dtype
+                        marks = "fp32" if variant == " rotated" else dtype
                         fixed = decode_constants(kernel, dtype, dim, block_size, variant)
                         tiles = decode_tiles(kernel, dim, block_size, DTYPES[dtype], DTYPES[marks])
                         name = f"decode {kernel.__name__} {dtype} {dim} {block_size}{variant}"
                         found[name] = shared_memory(
                             kernel, tiles, dtype, dim, block_size, capability, fixed, marks
                         )
-                copied = bring_constants(bring.copy_kernel, dim, block_size, 0, 0)
-                found[f"bring copy_kernel {dtype} {dim} {block_size}"] = shared_memory(
-                    bring.copy_kernel, BRING_TILES, dtype, dim, block_size, capability, copied
+                copied = page_in_constants(page_in.copy_kernel, dim, block_size, 0, 0)
+                found[f"page_in copy_kernel {dtype} {dim} {block_size}"] = shared_memory(
+                    page_in.copy_kernel, PAGE_IN_TILES, dtype, dim, block_size, capability, copied
                 )
     for wanted, hot in ((64, 128), (128, 128), (128, MOST_HOT_BLOCKS)):
-        fixed = bring_constants(bring.place_kernel, 0, 0, wanted, hot)
-        name = f"bring place_kernel {wanted} {hot}"
+        fixed = page_in_constants(page_in.place_kernel, 0, 0, wanted, hot)
+        name = f"page_in place_kernel {wanted} {hot}"
         found[name] = shared_memory(
-            bring.place_kernel, BRING_TILES, "bf16", 0, 0, capability, fixed
+            page_in.place_kernel, PAGE_IN_TILES, "bf16", 0, 0, capability, fixed
         )
     print(json.dumps(found))
 

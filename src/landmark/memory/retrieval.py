@@ -14,7 +14,7 @@ from landmark.memory.faiss_index import LandmarkIndex
 from landmark.memory.geometry import QueryGrid
 from landmark.memory.positions import RotaryTables, own_slot
 from landmark.memory.storage.store import BlockStore
-from landmark.ops.select import best_of, select_top
+from landmark.ops.select import running_top_k, select_top
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def select_per_query(
     def scores(begin: int, end: int) -> Tensor:
         return landmark_scores(query, grid, landmark_keys_at(store, begin, end), tables, config)
 
-    _, places, valid = best_of(scores, count, config.top_k, at_once)
+    _, places, valid = running_top_k(scores, count, config.top_k, at_once)
     return store.block_of(places), valid
 
 
