@@ -15,6 +15,7 @@ from landmark.ops.triton.primitives import (
     LOWEST,
     NUMBERS,
     Document,
+    HeadTensor,
     ListedBlocks,
     Queries,
     TileShape,
@@ -47,23 +48,7 @@ class Gradients(NamedTuple):
     delta: Any
 
 
-class HeadTensor(NamedTuple):
-    """A tensor (B, heads, rows, DIM) with its strides, as ``head_of`` takes it.
-
-    Attributes:
-        p_tensor: pointer to it, or its descriptor.
-        batch_stride: distance between rows of the batch.
-        head_stride: distance between heads.
-        row_stride: distance between rows.
-    """
-
-    p_tensor: Any
-    batch_stride: Any
-    head_stride: Any
-    row_stride: Any
-
-
-class QuerySums(NamedTuple):
+class SumPointers(NamedTuple):
     """Pointers to numbers of each query (B, H, T), moved to one head.
 
     Attributes:
@@ -99,7 +84,9 @@ def tile_products(queries, grad, key, value, block, piece, n_keys, shape, CLEAR:
     """
     scores = tl.dot(queries.query, tl.trans(key), input_precision="ieee")
     products = tl.dot(grad, tl.trans(value), input_precision="ieee")
-    text, landmark = text_scores(scores, queries.slot, block, piece, n_keys, shape, CLEAR=CLEAR)
+    text, landmark = text_scores(
+        scores, queries.slot, block, piece, n_keys=n_keys, shape=shape, CLEAR=CLEAR
+    )
     return text, landmark, tl.reshape(products, (shape.ROWS, shape.BLOCKS, shape.WIDTH))
 
 
@@ -125,10 +112,18 @@ def block_products(
     weighted = tl.zeros((shape.ROWS, 1), tl.float32)
     landmark = tl.zeros((shape.ROWS, 1), tl.float32)
     for piece in range(0, shape.PIECES):
-        key = load_keys(keys, document, block, piece, shape, TMA=TMA, CLEAR=CLEAR)
-        value = load_keys(values, document, block, piece, shape, TMA=TMA, CLEAR=CLEAR)
+        key = load_keys(keys, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
+        value = load_keys(values, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
         text, here, products = tile_products(
-            queries, grad, key, value, block, piece, document.n_keys, shape, CLEAR=CLEAR
+            queries,
+            grad,
+            key,
+            value,
+            block=block,
+            piece=piece,
+            n_keys=document.n_keys,
+            shape=shape,
+            CLEAR=CLEAR,
         )
         higher = tl.maximum(peak, tl.max(text, axis=2) * factor)
         exponent = tl.exp2(text * factor - higher[:, :, None])
@@ -160,7 +155,15 @@ def tile_gradient(
     read in pieces.
     """
     text, landmark, products = tile_products(
-        queries, gradients.grad, key, value, block, piece, document.n_keys, shape, CLEAR=CLEAR
+        queries,
+        gradients.grad,
+        key,
+        value,
+        block=block,
+        piece=piece,
+        n_keys=document.n_keys,
+        shape=shape,
+        CLEAR=CLEAR,
     )
     if shape.PIECES == 1:
         peak = tl.maximum(tl.max(text, axis=2) * factor, LOWEST)
@@ -170,9 +173,9 @@ def tile_gradient(
     else:
         peak, total, weighted, landmark = whole
         exponent = tl.exp2(text * factor - peak[:, :, None])
-    past, own = relation(block, queries.own_block, queries.selected, document.n_closed, shape)
+    past, own = relation(block, queries.own_block, queries.selected, document.n_closed, shape=shape)
     ALL: tl.constexpr = CLEAR and shape.TOP_K == 0
-    logit = gate_logit(peak, total, landmark * factor, past, own, CLEAR=ALL)
+    logit = gate_logit(peak, total, landmark * factor, past, own=own, CLEAR=ALL)
     gate = tl.exp2(logit - gradients.lse[:, None])
     share = text_share(gate, total, past, CLEAR=ALL)
     mean = weighted / tl.maximum(total, 1.0)
@@ -181,10 +184,10 @@ def tile_gradient(
         products,
         share,
         gate,
-        mean,
-        past,
-        gradients.delta,
-        piece,
+        mean=mean,
+        past=past,
+        delta=gradients.delta,
+        piece=piece,
         BLOCK=shape.BLOCK,
         WIDTH=shape.WIDTH,
         CLEAR=ALL,
@@ -219,27 +222,27 @@ def query_tile(
             gradients.grad,
             keys,
             values,
-            document,
-            block,
-            factor,
-            shape,
+            document=document,
+            block=block,
+            factor=factor,
+            shape=shape,
             TMA=TMA,
             CLEAR=CLEAR,
         )
     for piece in range(0, shape.PIECES):
-        key = load_keys(keys, document, block, piece, shape, TMA=TMA, CLEAR=CLEAR)
-        value = load_keys(values, document, block, piece, shape, TMA=TMA, CLEAR=CLEAR)
+        key = load_keys(keys, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
+        value = load_keys(values, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
         _, gradient = tile_gradient(
             queries,
             gradients,
             key,
             value,
-            whole,
-            document,
-            block,
-            piece,
-            factor,
-            shape,
+            whole=whole,
+            document=document,
+            block=block,
+            piece=piece,
+            factor=factor,
+            shape=shape,
             CLEAR=CLEAR,
         )
         d_query = tl.dot(gradient.to(key.dtype), key, d_query, input_precision="ieee")
@@ -268,7 +271,9 @@ def query_document(
 
     It is visited as ``attend_document`` does.
     """
-    slot, own_block, document, n_clear, n_seen = visible(first, o_slot, origin, end, n_keys, shape)
+    slot, own_block, document, n_clear, n_seen = visible(
+        first, o_slot, origin, end, n_keys=n_keys, shape=shape
+    )
     queries = Queries(query=query, slot=slot, own_block=own_block, selected=selected)
     for block in range(n_clear, n_seen, shape.BLOCKS):
         d_query = query_tile(
@@ -276,11 +281,11 @@ def query_document(
             queries,
             gradients,
             keys,
-            values,
-            document,
-            block,
-            factor,
-            shape,
+            values=values,
+            document=document,
+            block=block,
+            factor=factor,
+            shape=shape,
             TMA=TMA,
             CLEAR=False,
         )
@@ -292,11 +297,11 @@ def query_document(
                 queries,
                 gradients,
                 keys,
-                values,
-                document,
-                block,
-                factor,
-                shape,
+                values=values,
+                document=document,
+                block=block,
+                factor=factor,
+                shape=shape,
                 TMA=TMA,
                 CLEAR=True,
             )
@@ -307,11 +312,11 @@ def query_document(
                 queries,
                 gradients,
                 keys,
-                values,
-                document,
-                block,
-                factor,
-                shape,
+                values=values,
+                document=document,
+                block=block,
+                factor=factor,
+                shape=shape,
                 TMA=TMA,
                 CLEAR=True,
             )
@@ -379,13 +384,19 @@ def query_gradient_kernel(
     i_row = tl.program_id(0) // n_tiles // n_heads
     i_head = tl.program_id(0) // n_tiles % n_heads
     i_group = i_head // group_size
-    keys = head_of(p_key, key_batch, key_head, key_stride, i_row, i_group, TMA=TMA)
-    values = head_of(p_value, value_batch, value_head, value_stride, i_row, i_group, TMA=TMA)
-    queries = head_of(p_query, query_batch, query_head, query_stride, i_row, i_head, TMA=False)
-    outs = head_of(p_out, out_batch, out_head, out_stride, i_row, i_head, TMA=False)
-    grads = head_of(p_grad, grad_batch, grad_head, grad_stride, i_row, i_head, TMA=False)
+    keys = head_of(HeadTensor(p_key, key_batch, key_head, key_stride), i_row, i_group, TMA=TMA)
+    values = head_of(
+        HeadTensor(p_value, value_batch, value_head, value_stride), i_row, i_group, TMA=TMA
+    )
+    queries = head_of(
+        HeadTensor(p_query, query_batch, query_head, query_stride), i_row, i_head, TMA=False
+    )
+    outs = head_of(HeadTensor(p_out, out_batch, out_head, out_stride), i_row, i_head, TMA=False)
+    grads = head_of(
+        HeadTensor(p_grad, grad_batch, grad_head, grad_stride), i_row, i_head, TMA=False
+    )
     d_queries = head_of(
-        p_d_query, d_query_batch, d_query_head, d_query_stride, i_row, i_head, TMA=False
+        HeadTensor(p_d_query, d_query_batch, d_query_head, d_query_stride), i_row, i_head, TMA=False
     )
 
     o_query = tl.arange(0, ROWS)
@@ -444,7 +455,7 @@ def query_gradient_kernel(
             i_row * n_heads + i_head,
             n_queries,
             i_query,
-            o_query,
+            o_row=o_query,
             TOP_K=TOP_K,
             KEPT=KEPT,
         )
@@ -520,7 +531,7 @@ def key_value_tile(
         i_head,
         n_queries,
         i_query,
-        o_query,
+        o_row=o_query,
         TOP_K=shape.TOP_K,
         KEPT=shape.KEPT,
     )
@@ -537,10 +548,10 @@ def key_value_tile(
             grad,
             keys,
             values,
-            document,
-            block,
-            factor,
-            shape,
+            document=document,
+            block=block,
+            factor=factor,
+            shape=shape,
             TMA=False,
             CLEAR=CLEAR,
         )
@@ -549,12 +560,12 @@ def key_value_tile(
         Gradients(grad=grad, lse=lse, delta=delta),
         key,
         value,
-        whole,
-        document,
-        block,
-        piece,
-        factor,
-        shape,
+        whole=whole,
+        document=document,
+        block=block,
+        piece=piece,
+        factor=factor,
+        shape=shape,
         CLEAR=CLEAR,
     )
     d_value = tl.dot(tl.trans(weights.to(grad.dtype)), grad, d_value, input_precision="ieee")
@@ -599,8 +610,8 @@ def key_value_blocks(
     n_keys = tl.minimum(n_keys, end) - origin
     document = Document(origin=origin, n_keys=n_keys, n_closed=n_keys // shape.BLOCK)
     n_seeing = tl.minimum(n_queries, end - query_start)
-    key = load_keys(keys, document, block, piece, shape, TMA=False, CLEAR=False)
-    value = load_keys(values, document, block, piece, shape, TMA=False, CLEAR=False)
+    key = load_keys(keys, document, block, piece, shape=shape, TMA=False, CLEAR=False)
+    value = load_keys(values, document, block, piece, shape=shape, TMA=False, CLEAR=False)
     d_key = tl.zeros((shape.BLOCKS * shape.WIDTH, shape.PADDED), tl.float32)
     d_value = tl.zeros((shape.BLOCKS * shape.WIDTH, shape.PADDED), tl.float32)
     first = query_start - origin
@@ -612,24 +623,8 @@ def key_value_blocks(
         begin = begin // shape.ROWS * shape.ROWS
     clear = begin + tl.cdiv(tl.maximum(clear - begin, 0), shape.ROWS) * shape.ROWS
     for i_member in range(0, group_size):
-        queries = head_of(
-            query.p_tensor,
-            query.batch_stride,
-            query.head_stride,
-            query.row_stride,
-            i_row,
-            i_head + i_member,
-            TMA=TMA,
-        )
-        grads = head_of(
-            grad.p_tensor,
-            grad.batch_stride,
-            grad.head_stride,
-            grad.row_stride,
-            i_row,
-            i_head + i_member,
-            TMA=TMA,
-        )
+        queries = head_of(query, i_row, i_head + i_member, TMA=TMA)
+        grads = head_of(grad, i_row, i_head + i_member, TMA=TMA)
         i_member_head = i_row * n_heads + i_head + i_member
         for i_query in range(begin, tl.minimum(clear, n_seeing), shape.ROWS):
             d_key, d_value = key_value_tile(
@@ -637,8 +632,8 @@ def key_value_blocks(
                 d_value,
                 key,
                 value,
-                keys,
-                values,
+                keys=keys,
+                values=values,
                 queries=queries,
                 grads=grads,
                 sums=sums,
@@ -665,8 +660,8 @@ def key_value_blocks(
                     d_value,
                     key,
                     value,
-                    keys,
-                    values,
+                    keys=keys,
+                    values=values,
                     queries=queries,
                     grads=grads,
                     sums=sums,
@@ -691,8 +686,8 @@ def key_value_blocks(
                     d_value,
                     key,
                     value,
-                    keys,
-                    values,
+                    keys=keys,
+                    values=values,
                     queries=queries,
                     grads=grads,
                     sums=sums,
@@ -710,7 +705,7 @@ def key_value_blocks(
                     TMA=TMA,
                     CLEAR=True,
                 )
-        sums = QuerySums(p_lse=sums.p_lse + n_queries, p_delta=sums.p_delta + n_queries)
+        sums = SumPointers(p_lse=sums.p_lse + n_queries, p_delta=sums.p_delta + n_queries)
     o_key = key_offsets(piece, shape.BLOCK, shape.BLOCKS, shape.WIDTH)
     first_key = origin + block * shape.BLOCK
     store_rows(
@@ -798,27 +793,24 @@ def key_value_gradient_kernel(
     i_row = i_group // (n_heads // group_size)
     i_group = i_group % (n_heads // group_size)
     i_head = i_group * group_size
-    keys = head_of(p_key, key_batch, key_head, key_stride, i_row, i_group, TMA=False)
-    values = head_of(p_value, value_batch, value_head, value_stride, i_row, i_group, TMA=False)
-    d_keys = head_of(p_d_key, d_key_batch, d_key_head, d_key_stride, i_row, i_group, TMA=False)
+    keys = head_of(HeadTensor(p_key, key_batch, key_head, key_stride), i_row, i_group, TMA=False)
+    values = head_of(
+        HeadTensor(p_value, value_batch, value_head, value_stride), i_row, i_group, TMA=False
+    )
+    d_keys = head_of(
+        HeadTensor(p_d_key, d_key_batch, d_key_head, d_key_stride), i_row, i_group, TMA=False
+    )
     d_values = head_of(
-        p_d_value, d_value_batch, d_value_head, d_value_stride, i_row, i_group, TMA=False
+        HeadTensor(p_d_value, d_value_batch, d_value_head, d_value_stride),
+        i_row,
+        i_group,
+        TMA=False,
     )
-    query = HeadTensor(
-        p_tensor=p_query,
-        batch_stride=query_batch,
-        head_stride=query_head,
-        row_stride=query_stride,
-    )
-    grad = HeadTensor(
-        p_tensor=p_grad,
-        batch_stride=grad_batch,
-        head_stride=grad_head,
-        row_stride=grad_stride,
-    )
+    query = HeadTensor(p_query, query_batch, query_head, query_stride)
+    grad = HeadTensor(p_grad, grad_batch, grad_head, grad_stride)
     p_lse += (i_row * n_heads + i_head).to(tl.int64) * n_queries
     p_delta += (i_row * n_heads + i_head).to(tl.int64) * n_queries
-    sums = QuerySums(p_lse=p_lse, p_delta=p_delta)
+    sums = SumPointers(p_lse=p_lse, p_delta=p_delta)
     start = 0
     if STARTS:
         start = tl.minimum(tl.load(p_start + i_row), n_keys)

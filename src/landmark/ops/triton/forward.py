@@ -7,6 +7,7 @@ from landmark.ops.triton.primitives import (
     LN_2,
     LOWEST,
     NUMBERS,
+    HeadTensor,
     ListedBlocks,
     Queries,
     TileShape,
@@ -38,10 +39,10 @@ def block_scores(
     total = tl.zeros((shape.ROWS, 1), tl.float32)
     landmark = tl.zeros((shape.ROWS, 1), tl.float32)
     for piece in range(0, shape.PIECES):
-        key = load_keys(keys, document, block, piece, shape, TMA=TMA, CLEAR=CLEAR)
+        key = load_keys(keys, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
         scores = tl.dot(queries.query, tl.trans(key), input_precision="ieee")
         text, here = text_scores(
-            scores, queries.slot, block, piece, document.n_keys, shape, CLEAR=CLEAR
+            scores, queries.slot, block, piece, n_keys=document.n_keys, shape=shape, CLEAR=CLEAR
         )
         higher = tl.maximum(peak, tl.max(text, axis=2) * factor)
         total = total * tl.exp2(peak - higher) + tl.sum(
@@ -106,21 +107,21 @@ def attend_tile(
     and without ``TOP_K`` the peak must already be that of all past blocks.
     """
     if shape.PIECES == 1:
-        key = load_keys(keys, document, block, 0, shape, TMA=TMA, CLEAR=CLEAR)
+        key = load_keys(keys, document, block, 0, shape=shape, TMA=TMA, CLEAR=CLEAR)
         scores = tl.dot(queries.query, tl.trans(key), input_precision="ieee")
         text, landmark = text_scores(
-            scores, queries.slot, block, 0, document.n_keys, shape, CLEAR=CLEAR
+            scores, queries.slot, block, 0, n_keys=document.n_keys, shape=shape, CLEAR=CLEAR
         )
         peak = tl.maximum(tl.max(text, axis=2) * factor, LOWEST)
         exponent = tl.exp2(text * factor - peak[:, :, None])
         total = tl.sum(exponent, axis=2)
     else:
         peak, total, landmark = block_scores(
-            queries, keys, document, block, factor, shape, TMA=TMA, CLEAR=CLEAR
+            queries, keys, document, block, factor=factor, shape=shape, TMA=TMA, CLEAR=CLEAR
         )
-    past, own = relation(block, queries.own_block, queries.selected, document.n_closed, shape)
+    past, own = relation(block, queries.own_block, queries.selected, document.n_closed, shape=shape)
     ALL: tl.constexpr = CLEAR and shape.TOP_K == 0
-    logit = gate_logit(peak, total, landmark * factor, past, own, CLEAR=ALL)
+    logit = gate_logit(peak, total, landmark * factor, past, own=own, CLEAR=ALL)
     if not ALL:
         state = raise_peak(state, tl.max(logit, axis=1))
     out, gate_peak, gate_total = state
@@ -129,14 +130,14 @@ def attend_tile(
     share = text_share(gate, total, past, CLEAR=ALL)
     for piece in range(0, shape.PIECES):
         if shape.PIECES > 1:
-            key = load_keys(keys, document, block, piece, shape, TMA=TMA, CLEAR=CLEAR)
+            key = load_keys(keys, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
             scores = tl.dot(queries.query, tl.trans(key), input_precision="ieee")
             text, _ = text_scores(
-                scores, queries.slot, block, piece, document.n_keys, shape, CLEAR=CLEAR
+                scores, queries.slot, block, piece, n_keys=document.n_keys, shape=shape, CLEAR=CLEAR
             )
             exponent = tl.exp2(text * factor - peak[:, :, None])
         weights = tl.reshape(exponent * share[:, :, None], (shape.ROWS, shape.BLOCKS * shape.WIDTH))
-        value = load_keys(values, document, block, piece, shape, TMA=TMA, CLEAR=CLEAR)
+        value = load_keys(values, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
         out = tl.dot(weights.to(value.dtype), value, out, input_precision="ieee")
     return out, gate_peak, gate_total
 
@@ -164,24 +165,53 @@ def attend_document(
     Their own blocks come first, then past blocks. With ``TOP_K`` the past blocks are those of
     ``listed``, which some query of the tile selected.
     """
-    slot, own_block, document, n_clear, n_seen = visible(first, o_slot, origin, end, n_keys, shape)
+    slot, own_block, document, n_clear, n_seen = visible(
+        first, o_slot, origin, end, n_keys=n_keys, shape=shape
+    )
     queries = Queries(query=query, slot=slot, own_block=own_block, selected=selected)
     for block in range(n_clear, n_seen, shape.BLOCKS):
         state = attend_tile(
-            state, queries, keys, values, document, block, factor, shape, TMA=TMA, CLEAR=False
+            state,
+            queries,
+            keys,
+            values,
+            document=document,
+            block=block,
+            factor=factor,
+            shape=shape,
+            TMA=TMA,
+            CLEAR=False,
         )
     if shape.TOP_K > 0:
         for i_listed in range(0, listed.n_blocks):
             block = tl.load(listed.p_blocks + i_listed)
             state = attend_tile(
-                state, queries, keys, values, document, block, factor, shape, TMA=TMA, CLEAR=True
+                state,
+                queries,
+                keys,
+                values,
+                document=document,
+                block=block,
+                factor=factor,
+                shape=shape,
+                TMA=TMA,
+                CLEAR=True,
             )
     else:
-        peak = clear_peak(query, landmark_keys, origin, n_clear, factor, shape)
+        peak = clear_peak(query, landmark_keys, origin, n_clear, factor=factor, shape=shape)
         state = raise_peak(state, peak)
         for block in range(0, n_clear, shape.BLOCKS):
             state = attend_tile(
-                state, queries, keys, values, document, block, factor, shape, TMA=TMA, CLEAR=True
+                state,
+                queries,
+                keys,
+                values,
+                document=document,
+                block=block,
+                factor=factor,
+                shape=shape,
+                TMA=TMA,
+                CLEAR=True,
             )
     return state
 
@@ -241,13 +271,17 @@ def forward_kernel(
     i_row = tl.program_id(0) // n_tiles // n_heads
     i_head = tl.program_id(0) // n_tiles % n_heads
     i_group = i_head // group_size
-    keys = head_of(p_key, key_batch, key_head, key_stride, i_row, i_group, TMA=TMA)
-    values = head_of(p_value, value_batch, value_head, value_stride, i_row, i_group, TMA=TMA)
-    landmark_keys = head_of(
-        p_landmark_key, key_batch, key_head, key_stride, i_row, i_group, TMA=False
+    keys = head_of(HeadTensor(p_key, key_batch, key_head, key_stride), i_row, i_group, TMA=TMA)
+    values = head_of(
+        HeadTensor(p_value, value_batch, value_head, value_stride), i_row, i_group, TMA=TMA
     )
-    queries = head_of(p_query, query_batch, query_head, query_stride, i_row, i_head, TMA=False)
-    outs = head_of(p_out, out_batch, out_head, out_stride, i_row, i_head, TMA=False)
+    landmark_keys = head_of(
+        HeadTensor(p_landmark_key, key_batch, key_head, key_stride), i_row, i_group, TMA=False
+    )
+    queries = head_of(
+        HeadTensor(p_query, query_batch, query_head, query_stride), i_row, i_head, TMA=False
+    )
+    outs = head_of(HeadTensor(p_out, out_batch, out_head, out_stride), i_row, i_head, TMA=False)
 
     o_query = tl.arange(0, ROWS)
     query = load_rows(
@@ -295,7 +329,7 @@ def forward_kernel(
             i_row * n_heads + i_head,
             n_queries,
             i_query,
-            o_query,
+            o_row=o_query,
             TOP_K=TOP_K,
             KEPT=KEPT,
         )

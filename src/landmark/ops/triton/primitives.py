@@ -59,6 +59,22 @@ class TileShape(NamedTuple):
     KEPT: Any
 
 
+class HeadTensor(NamedTuple):
+    """A tensor (B, heads, rows, DIM) with its strides.
+
+    Attributes:
+        p_tensor: pointer to it, or its descriptor.
+        batch_stride: distance between rows of the batch.
+        head_stride: distance between heads.
+        row_stride: distance between rows.
+    """
+
+    p_tensor: Any
+    batch_stride: Any
+    head_stride: Any
+    row_stride: Any
+
+
 class Matrix(NamedTuple):
     """One head of a tensor (B, heads, rows, DIM), as ``load_rows`` takes it.
 
@@ -118,13 +134,14 @@ class ListedBlocks(NamedTuple):
 
 
 @triton.jit
-def head_of(p_tensor, batch_stride, head_stride, row_stride, i_row, i_head, TMA: tl.constexpr):
-    """Returns the ``Matrix`` of one head: a descriptor as it is, a pointer moved to the head."""
+def head_of(tensor, i_row, i_head, TMA: tl.constexpr):
+    """Returns one head of a ``HeadTensor`` as a ``Matrix``; a pointer is moved to the head."""
     if TMA:
-        matrix = Matrix(p_rows=p_tensor, row_stride=0, i_row=i_row, i_head=i_head)
+        matrix = Matrix(p_rows=tensor.p_tensor, row_stride=0, i_row=i_row, i_head=i_head)
     else:
-        p_head = p_tensor + i_row.to(tl.int64) * batch_stride + i_head.to(tl.int64) * head_stride
-        matrix = Matrix(p_rows=p_head, row_stride=row_stride, i_row=0, i_head=0)
+        o_batch = i_row.to(tl.int64) * tensor.batch_stride
+        p_head = tensor.p_tensor + o_batch + i_head.to(tl.int64) * tensor.head_stride
+        matrix = Matrix(p_rows=p_head, row_stride=tensor.row_stride, i_row=0, i_head=0)
     return matrix
 
 

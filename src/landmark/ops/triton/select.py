@@ -7,7 +7,7 @@ the higher score wins, and among equals the lower block.
 import triton
 import triton.language as tl
 
-from landmark.ops.triton.primitives import NUMBERS, head_of, load_rows
+from landmark.ops.triton.primitives import NUMBERS, HeadTensor, head_of, load_rows
 
 NOTHING = tl.constexpr(-(2**63))  # below every packed score
 
@@ -73,8 +73,12 @@ def select_blocks_kernel(
     i_query = (n_tiles - 1 - tl.program_id(0) % n_tiles) * ROWS
     i_row = tl.program_id(0) // n_tiles // n_heads
     i_head = tl.program_id(0) // n_tiles % n_heads
-    queries = head_of(p_query, query_batch, query_head, query_stride, i_row, i_head, TMA=False)
-    keys = head_of(p_key, key_batch, key_head, key_stride, i_row, i_head // group_size, TMA=False)
+    queries = head_of(
+        HeadTensor(p_query, query_batch, query_head, query_stride), i_row, i_head, TMA=False
+    )
+    keys = head_of(
+        HeadTensor(p_key, key_batch, key_head, key_stride), i_row, i_head // group_size, TMA=False
+    )
     start = 0
     if STARTS:
         start = tl.minimum(tl.load(p_start + i_row), n_keys)
