@@ -332,12 +332,19 @@ def judge(
 
 def least_seconds(case: Case, peer: Peer, backward: bool, ceilings: dict[str, float]) -> float:
     """Returns the seconds below which the machine cannot compute a case."""
-    shape = (case.rows, case.heads, case.groups, case.queries, case.keys, case.dim)
+    shape = {
+        "rows": case.rows,
+        "heads": case.heads,
+        "groups": case.groups,
+        "queries": case.queries,
+        "keys": case.keys,
+        "dim": case.dim,
+    }
     # Dense attention is landmark attention inside one unfinished block.
     block_size = case.keys + 1 if peer.block_size is None else peer.block_size
-    costs = [forward_cost(*shape, block_size=block_size, top_k=peer.top_k)]
+    costs = [forward_cost(**shape, block_size=block_size, top_k=peer.top_k)]
     if backward:
-        costs.append(backward_cost(*shape, block_size=block_size, top_k=peer.top_k))
+        costs.append(backward_cost(**shape, block_size=block_size, top_k=peer.top_k))
     return sum(
         max(cost.flops / ceilings["flops"], cost.bytes / ceilings["bytes"]) for cost in costs
     )

@@ -10,7 +10,8 @@ import torch
 
 from ops.eager import smallest_gap
 
-ROWS = ("plain", "starts", "segments")  # and "blocks": plain ones whose first query opens a block
+# Kinds of rows; one more is "blocks": plain rows whose first query is the first slot of a block.
+ROWS = ("plain", "starts", "segments")
 
 
 class Variant(NamedTuple):

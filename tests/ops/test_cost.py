@@ -1,4 +1,4 @@
-"""Counts of work against counting one pair at a time."""
+"""Costs from shapes against counting one pair at a time."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Selection against sorting by (score, index)."""
+"""Top-k against sorting by (score, index)."""
 
 import random
 
@@ -63,8 +63,8 @@ def test_no_candidates():
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_the_running_choice_is_that_of_all_at_once(seed):
-    """Few values, so that most choices tie across the borders of what is scored at once."""
+def test_the_running_selection_is_that_of_all_at_once(seed):
+    """Few values, so that most selections tie across parts that are scored one after the other."""
     random = torch.Generator().manual_seed(seed)
     count, k, at_once = (int(torch.randint(1, most, (), generator=random)) for most in (30, 6, 8))
     scores = torch.randint(-1, 3, (4, count), generator=random).double()

@@ -19,7 +19,7 @@ FUSED_DIMS = (32, 256)
 FUSED_BLOCKS = (16, 256)
 MOST_TOP_K = 64
 LEAST_CAPABILITY = (8, 0)
-LEAST_SHARED = 96 * 1024  # bytes that the largest tiles of GPUs other than Hopper take
+LEAST_SHARED = 96 * 1024  # bytes; the largest tiles for GPUs other than Hopper
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -124,7 +124,7 @@ def refusal(
             f"expected a block_size from {FUSED_BLOCKS[0]} to {FUSED_BLOCKS[1]}, got {block_size}"
         )
     if irregular:
-        return "expected landmarks at regular places, got the argument landmarks"
+        return "expected a landmark at every block_size-th slot, got the argument landmarks"
     if top_k is not None and (packed or top_k > MOST_TOP_K):
         return f"expected top_k of at most {MOST_TOP_K} and no segments beside it, got {top_k}"
     if _INTERPRETED:

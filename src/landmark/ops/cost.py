@@ -134,12 +134,12 @@ def backward_cost(
     )
     products = 5 * (pairs.own + pairs.past) + 3 * pairs.landmarks
     forward = forward_cost(
-        rows,
-        heads,
-        groups,
-        queries,
-        keys,
-        dim,
+        rows=rows,
+        heads=heads,
+        groups=groups,
+        queries=queries,
+        keys=keys,
+        dim=dim,
         block_size=block_size,
         top_k=top_k,
         query_start=query_start,

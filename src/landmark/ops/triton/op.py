@@ -66,7 +66,10 @@ def fused(
     query, key, value = (_with_adjacent_columns(each) for each in (query, key, value))
     if starts is not None:
         starts = starts.int().clamp(min=0).contiguous()
-    origins, ends = (None, None) if segments is None else documents_of(segments, starts)
+    origins = None
+    ends = None
+    if segments is not None:
+        origins, ends = documents_of(segments, starts)
     selection: tuple[Tensor | None, ...] = (None,) * 5
     if metadata.top_k is not None:
         selection = select_blocks_op(
