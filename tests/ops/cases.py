@@ -79,7 +79,7 @@ def results(attention, query, key, value, options, seed=0):
 
 
 def random_weights(out, lse, seed=0):
-    """Random weights of output and log-sum-exp in the function whose gradients ``results`` takes."""
+    """Random weights of output and log-sum-exp, of whose sum ``results`` takes gradients."""
     noise = torch.Generator().manual_seed(seed)
     weights = torch.randn(out.shape, generator=noise).bfloat16().to(out.device, out.dtype)
     return weights, torch.randn(lse.shape, generator=noise).bfloat16().to(out.device, lse.dtype)
