@@ -1,4 +1,4 @@
-"""What the operation is measured on: shapes, each with a name, and tensors of them."""
+"""Cases on which the operation is measured: named shapes, and tensors of these shapes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Topics of which a structured query is made, and queries after which they are all others.
+# Topics that a structured query mixes, and number of queries after which all topics have changed.
 TOPICS = 12
 CHANGE = 256
 
@@ -17,10 +17,10 @@ PEERS = {"cudnn": "cuDNN", "flash": "flash", "flex": "flex", "landmark": "landma
 
 
 class Case(NamedTuple):
-    """A call; its queries are the last of its keys.
+    """Shape of one call, whose queries are the last of its keys.
 
     Attributes:
-        name: what it is called, once for all.
+        name: name of the case.
         rows: B.
         heads: H, query heads.
         groups: G, key/value heads.
@@ -29,7 +29,7 @@ class Case(NamedTuple):
         dim: D.
         block_size: slots of a block, landmark included.
         top_k: as for ``landmark_attention``.
-        tensors: what it is asked about, one of ``MAKERS``.
+        tensors: kind of tensors, one of ``MAKERS``.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Case(NamedTuple):
     tensors: str = "normal"
 
     def pairs(self) -> int:
-        """Pairs of a query and a key that is not behind it, in one row and head."""
+        """Returns the pairs of a query and a key up to it, in one row and head."""
         return self.queries * self.keys - self.queries * (self.queries - 1) // 2
 
     def flops(self, backward: bool = False) -> int:
-        """Operations of dense causal attention, by which all are counted: forward, or forward and
-        backward.
+        """Returns the operations of dense causal attention, by which all peers are counted.
 
-        Two products for each pair forward, five backward; a product is ``2 * dim`` operations.
+        Of the forward pass, or of both passes. Two products for each pair forward, five backward; a
+        product is ``2 * dim`` operations.
         """
         return (7 if backward else 2) * 2 * self.rows * self.heads * self.dim * self.pairs()
 
@@ -85,8 +85,9 @@ CASES = {case.name: case for case in (*DENSE, *GROUPED, *OFFSET, *TOP_K)}
 
 
 def normal(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random query (B, H, T, D), key and value (B, G, S, D) in bfloat16, laid out as transformers
-    hands them.
+    """Returns random query (B, H, T, D), key and value (B, G, S, D) in bfloat16.
+
+    They are laid out in memory as transformers hands them.
     """
     noise = torch.Generator(device).manual_seed(seed)
     shapes = ((case.heads, case.queries), (case.groups, case.keys), (case.groups, case.keys))
@@ -100,17 +101,17 @@ def normal(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def structured(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``normal``, but adjacent queries choose about the same blocks, and distant ones choose
-    others.
+    """Returns tensors as ``normal`` in which adjacent queries select about the same blocks.
 
-    Each block has a topic, a random vector: its landmark key is the topic, its other keys are the
-    topic and noise. A query is a mixture of the topics of blocks before it, which changes slowly,
-    and some noise. Neighbours share about 7.5 of 8 blocks, and 64 of them choose about 12 in all:
-    what a model chooses may agree less.
+    Distant queries select others. Each block has a topic, a random vector: its landmark key is the
+    topic, its other keys are the topic and noise. A query is a mixture of the topics of blocks
+    before it, which changes slowly, and some noise. Neighbours share about 7.5 of 8 blocks, and 64
+    of them select about 12 in all: what a model selects may agree less.
     """
     noise = torch.Generator(device).manual_seed(seed)
     size = case.block_size
-    (rows, heads) = (case.rows, case.heads)
+    rows = case.rows
+    heads = case.heads
     topics = torch.randn(
         rows, case.groups, -(-case.keys // size), case.dim, generator=noise, device=device
     )
@@ -140,11 +141,11 @@ def structured(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tens
 
 
 def recorded(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a middle layer of the bundled model, which reads Python's
-    language reference.
+    """Returns queries, keys and values of a middle layer of the bundled model.
 
-    As the memory scores them: keys turned by their place in the block, queries by theirs and the
-    distance to the place where old landmarks are scored. ``seed`` says where in the text it begins.
+    It reads Python's language reference. As the memory scores them: keys rotated by their offset in
+    the block, queries by theirs and the distance to the slot where old landmarks are scored.
+    ``seed`` says where in the text it begins.
     """
     from landmark.blocks import tokens_for
     from landmark.eval.fillers import load_filler
@@ -174,10 +175,10 @@ def recorded(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor
     query, key, value = (torch.cat(parts, dim=2) for parts in zip(*taken, strict=True))
     settings = subject.model.landmark
     rotary = next(iter(subject.model.base_model._rotaries.values()))
-    place = torch.arange(case.keys, device=device) % case.block_size
+    offset = torch.arange(case.keys, device=device) % case.block_size
     distance = (settings.top_k + 1 + settings.local_blocks) * case.block_size
-    key = rotary.rotation(place, key.dtype).rotate(key)
-    query = rotary.rotation(place + distance, query.dtype).rotate(query)[:, :, -case.queries :]
+    key = rotary.rotation(offset, key.dtype).rotate(key)
+    query = rotary.rotation(offset + distance, query.dtype).rotate(query)[:, :, -case.queries :]
     query, key, value = (
         each.bfloat16().transpose(1, 2).contiguous().transpose(1, 2) for each in (query, key, value)
     )

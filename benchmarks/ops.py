@@ -1,16 +1,15 @@
-"""Times landmark attention beside cuDNN, flash and FlexAttention of torch, in bfloat16 on one
-NVIDIA GPU.
+"""Times landmark attention beside torch's cuDNN, flash and FlexAttention on one NVIDIA GPU.
 
     python benchmarks/ops.py --out benchmarks/results/ops.json --plot benchmarks/results/ops.png
 
-Every peer gets the same tensors, in the same run. A forward pass keeps what its backward pass
-needs, as in training. Landmark attention is compared with the chunked implementation in float32
-before a case is timed; where they lie apart, the command ends with exit code 1 and the case has no
-figures. Operations are counted as for dense causal attention, whoever does them; ``of_roofline``
-counts what each has to do by ``landmark.ops.cost``. ``first_seconds`` is the first forward and
-backward pass of the case in this process, compilation included as far as no earlier case and no
-cache on disk (``TRITON_CACHE_DIR``, ``TORCHINDUCTOR_CACHE_DIR``) spared it. Rows are written after
-every case; ``model_cards.py`` makes README's table of them.
+Every peer gets the same bfloat16 tensors, in the same run. A forward pass keeps what its backward
+pass needs, as in training. Landmark attention is compared with the chunked implementation in
+float32 before a case is timed; where they lie apart, the command ends with exit code 1 and the case
+has no figures. Operations are counted as for dense causal attention, whoever does them;
+``of_roofline`` counts what each has to do by ``landmark.ops.cost``. ``first_seconds`` is the first
+forward and backward pass of the case in this process, compilation included as far as no earlier
+case and no cache on disk (``TRITON_CACHE_DIR``, ``TORCHINDUCTOR_CACHE_DIR``) spared it. Rows are
+written after every case; ``model_cards.py`` makes README's table of them.
 """
 
 from __future__ import annotations
@@ -52,14 +51,14 @@ Attend = Callable[..., Tensor]
 
 
 class Peer(NamedTuple):
-    """One that computes a case, or the reason why it cannot.
+    """An implementation of attention that is timed on a case, or the reason why it cannot be.
 
     Attributes:
         name: one of ``PEERS``, or ``ALL_BLOCKS``.
         make: makes the function that is timed.
-        block_size: of landmark attention; ``None`` for dense attention.
-        top_k: of landmark attention.
-        refused: the reason, ``None`` if it may try.
+        block_size: block size of landmark attention; ``None`` for dense attention.
+        top_k: ``top_k`` of landmark attention.
+        refused: reason why it cannot compute the case; ``None`` if it may try.
     """
 
     name: str
@@ -70,9 +69,7 @@ class Peer(NamedTuple):
 
 
 def peers(case: Case, query: Tensor) -> list[Peer]:
-    """Returns everyone who is asked for a case, cuDNN first; ``query`` (B, H, T, D) says dtype and
-    device.
-    """
+    """Returns the peers of a case, cuDNN first; ``query`` (B, H, T, D) says dtype and device."""
     top_k = {"landmark": case.top_k}
     if case.top_k is not None:
         top_k[ALL_BLOCKS] = None
@@ -94,8 +91,7 @@ def peers(case: Case, query: Tensor) -> list[Peer]:
 
 
 def sdpa(case: Case, backend: SDPBackend) -> Attend:
-    """Returns one backend of torch's attention; without the right to choose another it runs or
-    raises.
+    """Returns torch's attention on one backend, which runs or raises.
 
     Torch gives cuDNN no causal mask that is aligned to the last key: fewer queries than keys see
     all keys there.
@@ -139,11 +135,12 @@ def landmark(case: Case, top_k: int | None) -> Attend:
 
 
 def measure(case: Case, milliseconds: float, ceilings: dict[str, float]) -> list[dict[str, Any]]:
-    """Returns a row for each peer; times them only after all have begun and landmark attention was
-    found right.
+    """Returns a row for each peer.
+
+    They are timed after all of them have run once and landmark attention was found right.
 
     Raises:
-        SystemExit: landmark attention computes something else.
+        SystemExit: landmark attention differs from the chunked implementation.
     """
     leaves = [each.requires_grad_() for each in MAKERS[case.tensors](case, DEVICE, SEED)]
     grad = normal(case, DEVICE, SEED + 1)[0]
@@ -180,11 +177,14 @@ def settings(case: Case, peer: Peer, milliseconds: float) -> dict[str, Any]:
 def begin(
     case: Case, peer: Peer, leaves: list[Tensor], grad: Tensor, close: Tensor
 ) -> tuple[Attend | None, dict[str, Any]]:
-    """Runs a peer once; returns what is to be timed, ``None`` if it is refused, and what its row
-    has to say by now.
+    """Runs a peer once.
+
+    Returns:
+        The function to be timed, ``None`` if the peer cannot compute the case; and the fields of
+        its row that are known by now.
 
     Raises:
-        SystemExit: landmark attention computes something else.
+        SystemExit: landmark attention differs from the chunked implementation.
     """
     if peer.refused is not None:
         return None, {"refused": peer.refused}
@@ -230,16 +230,16 @@ def both_passes(attend: Attend, leaves: list[Tensor], grad: Tensor) -> tuple[Ten
 
 def exact(peer: Peer, leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     """Returns what is right for the first row and first key/value head, in float32."""
-    repeats = leaves[0].shape[1] // leaves[1].shape[1]
+    group_size = leaves[0].shape[1] // leaves[1].shape[1]
     parts = [
         each.detach()[:1, :heads].float()
-        for each, heads in zip(leaves, (repeats, 1, 1), strict=True)
+        for each, heads in zip(leaves, (group_size, 1, 1), strict=True)
     ]
     chunked = partial(
         landmark_attention, block_size=peer.block_size, top_k=peer.top_k, impl="chunked"
     )
     return both_passes(
-        chunked, [each.requires_grad_() for each in parts], grad[:1, :repeats].float()
+        chunked, [each.requires_grad_() for each in parts], grad[:1, :group_size].float()
     )
 
 
@@ -261,26 +261,26 @@ def errors(
 
 @torch.no_grad()
 def near_ties(case: Case, query: Tensor, key: Tensor) -> Tensor:
-    """Returns which queries choose by less than rounding (1, H / G, T), of the first row and
-    key/value head.
+    """Returns which queries (1, H / G, T) select blocks by less than a rounding.
 
-    That is where the scores of the last block chosen and of the next one are closer than twice what
-    the order of the additions in a product can change: D roundings of ``|query| |key|``.
+    They are of the first row and key/value head. For them the scores of the last block selected and
+    of the next one are closer than twice what the order of the additions in a product can change:
+    D roundings of ``|query| |key|``.
     """
     query = query[:1, : case.heads // case.groups].float()
     size = case.block_size
     close = torch.zeros(query.shape[:3], dtype=torch.bool, device=query.device)
-    marks = key[0, 0, size - 1 :: size].float()
-    if case.top_k is None or len(marks) <= case.top_k:
+    landmark_keys = key[0, 0, size - 1 :: size].float()
+    if case.top_k is None or len(landmark_keys) <= case.top_k:
         return close
-    rounding = 2 * case.dim * 2**-24 * marks.norm(dim=-1).max() * query.norm(dim=-1)
+    rounding = 2 * case.dim * 2**-24 * landmark_keys.norm(dim=-1).max() * query.norm(dim=-1)
     own = torch.arange(case.keys - case.queries, case.keys, device=query.device) // size
-    step = max(1, 2**26 // (query.shape[1] * len(marks)))
+    step = max(1, 2**26 // (query.shape[1] * len(landmark_keys)))
     for begin in range(0, case.queries, step):
         part = slice(begin, begin + step)
-        scores = query[:, :, part] @ marks.T
+        scores = query[:, :, part] @ landmark_keys.T
         scores = scores.masked_fill(
-            torch.arange(len(marks), device=own.device) >= own[part, None], -torch.inf
+            torch.arange(len(landmark_keys), device=own.device) >= own[part, None], -torch.inf
         )
         best = scores.topk(case.top_k + 1, dim=-1).values
         close[:, :, part] = best[..., -2] - best[..., -1] < rounding[:, :, part]
@@ -319,9 +319,7 @@ def median(run: Callable[[], Any], milliseconds: float) -> float:
 def judge(
     case: Case, peer: Peer, row: dict[str, Any], cudnn: dict[str, Any], ceilings: dict[str, float]
 ) -> dict[str, Any]:
-    """Returns rates, the ratio to cuDNN (``None`` where it was refused) and the share of the
-    roofline.
-    """
+    """Returns rates, ratios to cuDNN (``None`` where that was refused) and roofline shares."""
     found: dict[str, Any] = {}
     for name, backward in zip(PASSES, (False, True), strict=True):
         spent = row[f"{name}_ms"]
@@ -334,20 +332,28 @@ def judge(
 
 def least_seconds(case: Case, peer: Peer, backward: bool, ceilings: dict[str, float]) -> float:
     """Returns the seconds below which the machine cannot compute a case."""
-    shape = (case.rows, case.heads, case.groups, case.queries, case.keys, case.dim)
+    shape = {
+        "rows": case.rows,
+        "heads": case.heads,
+        "groups": case.groups,
+        "queries": case.queries,
+        "keys": case.keys,
+        "dim": case.dim,
+    }
     # Dense attention is landmark attention inside one unfinished block.
     block_size = case.keys + 1 if peer.block_size is None else peer.block_size
-    costs = [forward_cost(*shape, block_size=block_size, top_k=peer.top_k)]
+    costs = [forward_cost(**shape, block_size=block_size, top_k=peer.top_k)]
     if backward:
-        costs.append(backward_cost(*shape, block_size=block_size, top_k=peer.top_k))
+        costs.append(backward_cost(**shape, block_size=block_size, top_k=peer.top_k))
     return sum(
         max(cost.flops / ceilings["flops"], cost.bytes / ceilings["bytes"]) for cost in costs
     )
 
 
 def measure_ceilings(milliseconds: float) -> dict[str, float]:
-    """Returns what the machine does in a second: operations of a product 8192^3, bytes of a copy,
-    read and written.
+    """Returns what the machine does in a second.
+
+    ``flops`` are operations of a product 8192^3, ``bytes`` those that a copy reads and writes.
     """
     square = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
     source = torch.zeros(2**30, device=DEVICE, dtype=torch.uint8)

@@ -3,8 +3,8 @@
     python benchmarks/step.py --out benchmarks/results/step.json
 
 A Llama of 1.2B random weights in bfloat16, one row of 8,192 positions (for the landmark model these
-are 8,064 text tokens and 128 landmarks), layers compiled, AdamW. Both take their steps in turns,
-one after the other, in one run; the medians, their ratio and the peak memory of each are written.
+are 8,064 text tokens and 128 landmarks), layers compiled, AdamW. Both take their steps
+alternately in one run; the medians, their ratio and the peak memory of each are written.
 ``first_seconds`` is the first step, compilation included.
 """
 
@@ -76,8 +76,9 @@ def stepper(
 
 
 def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:
-    """Returns milliseconds of a step (median), of the first one in seconds, and bytes, of each;
-    taken in turns.
+    """Returns the median milliseconds, seconds of the first step and peak bytes of each model.
+
+    The models take their steps alternately.
     """
     found: dict[str, dict[str, float]] = {}
     times: dict[str, list[float]] = {name: [] for name in steps}

@@ -1,4 +1,4 @@
-"""The geometry of blocks: where landmarks sit, and what a query may see.
+"""Geometry of blocks: where landmarks are inserted, and which block a key or query belongs to.
 
 A block is ``block_size - 1`` text tokens followed by one landmark, counted from the first text
 token of a row (or of a document in a packed row), never from padding. A *token index* counts text
@@ -19,32 +19,33 @@ IGNORE = -100
 
 
 def slots_for(tokens: IntOrTensor, block_size: int) -> IntOrTensor:
-    """Slots that ``tokens`` text tokens occupy; a landmark comes at once with the last token of its
-    block.
+    """Returns how many slots ``tokens`` text tokens take, landmarks included.
+
+    A landmark follows at once on the last text token of its block.
     """
     return tokens + tokens // (block_size - 1)
 
 
 def tokens_for(slots: IntOrTensor, block_size: int) -> IntOrTensor:
-    """Text tokens among the first ``slots`` slots."""
+    """Returns how many of the first ``slots`` slots are text tokens."""
     return slots - slots // block_size
 
 
 def slot_of(token_index: IntOrTensor, block_size: int) -> IntOrTensor:
-    """Slot of the text token with index ``token_index``."""
+    """Returns the slot of the text token with index ``token_index``."""
     return token_index + token_index // (block_size - 1)
 
 
 def insert_landmarks(
     input_ids: Tensor, *, block_size: int, landmark_id: int, starts: Tensor | None = None
 ) -> Tensor:
-    """Puts a landmark after every ``block_size - 1`` text tokens.
+    """Inserts a landmark after every ``block_size - 1`` text tokens.
 
     Args:
         input_ids: (..., T) integers; (B, T) where ``starts`` is given.
         block_size: slots of a block, landmark included.
         landmark_id: the id to insert.
-        starts: (B,) index of the first text token of each row; what lies before it is padding.
+        starts: (B,) index of the first text token of each row; the tokens before it are padding.
 
     Returns:
         (..., slots_for(T, block_size)). Rows stay aligned at their right end: the text of row ``b``
@@ -52,8 +53,7 @@ def insert_landmarks(
         the row's first id.
 
     Raises:
-        ValueError: ``block_size`` below 2, ids that are not integers, or ``starts`` that do not
-            fit.
+        ValueError: ``block_size`` is below 2, ids are no integers, or ``starts`` does not fit them.
     """
     _check_ids(input_ids, block_size, starts)
     tokens = input_ids.shape[-1]
@@ -72,7 +72,7 @@ def insert_landmarks(
 
 
 def strip_landmarks(input_ids: Tensor, *, block_size: int, starts: Tensor | None = None) -> Tensor:
-    """Removes what sits at landmark slots; the inverse of ``insert_landmarks``.
+    """Removes the ids at landmark slots; the inverse of ``insert_landmarks``.
 
     Args:
         input_ids: (..., S) ids with landmarks; (B, S) where ``starts`` is given.
@@ -97,16 +97,20 @@ def strip_landmarks(input_ids: Tensor, *, block_size: int, starts: Tensor | None
 
 
 def slot_starts(starts: IntOrTensor, tokens: int, block_size: int) -> IntOrTensor:
-    """Slot where a row's text begins after ``insert_landmarks``; before, it began at index
-    ``starts`` of ``tokens``.
+    """Returns the slot where a row's text begins after ``insert_landmarks``.
+
+    Args:
+        starts: index of the row's first text token before.
+        tokens: tokens of the row before, padding included.
+        block_size: slots of a block, landmark included.
     """
     return slots_for(tokens, block_size) - slots_for(tokens - starts, block_size)
 
 
 def slot_labels(labels: Tensor, *, block_size: int, starts: Tensor | None = None) -> Tensor:
-    """Next-token targets at every slot, already shifted.
+    """Returns the next-token target of every slot, already shifted.
 
-    A text token predicts the next *text* token, also across a landmark; a landmark predicts
+    A text token predicts the next *text* token, also across a landmark. A landmark predicts
     nothing.
 
     Args:
@@ -128,14 +132,14 @@ def slot_labels(labels: Tensor, *, block_size: int, starts: Tensor | None = None
     return insert_landmarks(shifted, block_size=block_size, landmark_id=IGNORE, starts=starts)
 
 
-class Grid(NamedTuple):
-    """Which block each key belongs to; ``R`` is B, or 1 where all rows are alike.
+class SlotGrid(NamedTuple):
+    """Block of each slot of a batch; ``R`` is B, or 1 where all rows are alike.
 
     Attributes:
-        block: (R, S) number of the key's block within its row, -1 for padding. Numbers grow along
-            the row and no two documents share one.
-        landmark: (R, S) whether the key is a landmark.
-        first: (R, S) number of the first block of the key's document.
+        block: (R, S) number of the slot's block within its row, -1 for padding. Numbers grow along
+            the row, and no two documents share one.
+        landmark: (R, S) whether the slot is a landmark.
+        first: (R, S) number of the first block of the slot's document.
     """
 
     block: Tensor
@@ -151,16 +155,16 @@ def key_grid(
     segments: Tensor | None = None,
     landmarks: Tensor | None = None,
     device: torch.device | str | None = None,
-) -> Grid:
+) -> SlotGrid:
     """Numbers the blocks of ``length`` keys.
 
     Args:
         length: S, the number of slots.
-        block_size: slots of a block; unused where ``landmarks`` says where they sit.
-        starts: (B,) slot of each row's first text; padding lies before it.
+        block_size: slots of a block, landmark included; unused where ``landmarks`` is given.
+        starts: (B,) slot of each row's first text; the slots before it are padding.
         segments: (B, S) ids of documents; a document is a run of equal ids.
-        landmarks: (B, S) booleans, for blocks of any length.
-        device: where to build the grid.
+        landmarks: (B, S) booleans, whether a slot is a landmark; blocks may have any length.
+        device: device of the grid.
     """
     slot = torch.arange(length, device=device)[None]
     origin = (
@@ -181,21 +185,21 @@ def key_grid(
     after[:, 1:] = landmark[:, :-1]
     block = ((begins | after) & ~padding).cumsum(dim=1) - 1
     first = torch.where(begins & ~padding, block, -1).cummax(dim=1).values
-    return Grid(block, landmark, first)
+    return SlotGrid(block, landmark, first)
 
 
 def query_blocks(
-    grid: Grid, queries: Tensor, *, block_size: int, regular: bool
+    grid: SlotGrid, queries: Tensor, *, block_size: int, regular: bool
 ) -> tuple[Tensor, Tensor]:
-    """Own block of each query and the first block of its document.
+    """Returns the own block of each query and the first block of its document.
 
     Args:
-        grid: the keys' grid.
-        queries: (T,) slots of the queries. From S on a query lies behind all keys: on a regular
-            grid in the block that its slot falls into, otherwise in the last block, or behind it
-            where that is closed by a landmark.
-        block_size: slots of a block.
-        regular: whether landmarks sit every ``block_size`` slots.
+        grid: the grid of the keys.
+        queries: (T,) slots of the queries. From S on a query lies behind all keys. On a regular
+            grid it is in the block that its slot falls into; otherwise in the last block, or in a
+            new one where a landmark closed that.
+        block_size: slots of a block, landmark included.
+        regular: whether every ``block_size``-th slot is a landmark.
 
     Returns:
         (R, T) own block and (R, T) first block; the own block is -1 for padding.

@@ -1,6 +1,4 @@
-"""The settings of landmark attention: one frozen dataclass, stored in a model's
-``config.landmark``.
-"""
+"""Settings of landmark attention; a model stores them as ``config.landmark``."""
 
 from __future__ import annotations
 
@@ -19,49 +17,52 @@ CHOICES = {
     "positions": POSITIONS,
     "local": LOCALS,
 }
+# Fields that may change while a memory is used.
 FREE_TO_CHANGE = (
     "chunk_tokens",
     "trained_length",
     "landmark_trained",
     "position_gap",
-)  # while a memory is used
-GREATEST = 2**31 - 1  # of any integer: places and positions are counted in int64
+)
+# Greatest integer that a setting may have; positions are counted in int64.
+GREATEST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class LandmarkConfig:
-    """How a model inserts landmarks and what its queries may see.
+    """How a model inserts landmarks, and what its queries may see.
 
-    Lengths are in *positions* (landmarks included) unless a name says tokens.
+    The defaults of all settings stand here and nowhere else. Lengths are in *positions* (landmarks
+    included) unless a name says tokens.
 
     Attributes:
-        block_size: positions of a block, its landmark included (``block_size - 1`` text tokens and
-            one landmark).
-        top_k: retrieved blocks of a query.
-        granularity: who shares a choice of blocks: ``token_head`` (nobody), ``head`` (all tokens of
-            a block up to the query), ``token`` (all heads), ``group`` (the query heads of one
-            key/value head). Paper, section 3.2.
-        positions: ``stingy`` maps any distance into the trained length (paper, section 3.3.2);
-            ``exact`` keeps it.
+        block_size: positions of a block: ``block_size - 1`` text tokens and one landmark.
+        top_k: blocks that a query retrieves.
+        granularity: which queries share one selection of blocks: ``token_head`` (each token and
+            head has its own), ``head`` (the tokens of a block up to the query share it), ``token``
+            (all heads share it), ``group`` (the query heads of one key/value head share it). Paper,
+            section 3.2.
+        positions: RoPE positions of retrieved blocks. ``stingy`` maps any distance into the trained
+            length (paper, section 3.3.2); ``exact`` keeps distances.
         local_blocks: finished blocks before a query's own block that it always sees.
-        max_blocks: candidates for retrieval are the latest so many older blocks and block 0;
-            ``None`` for all.
-        layers: indices of the layers that retrieve, ``None`` for all. The others see their local
+        max_blocks: candidates for retrieval are the latest ``max_blocks`` older blocks and block 0;
+            ``None`` for all older blocks.
+        layers: indices of the layers that retrieve; ``None`` for all. The others see their local
             context and block 0.
-        local: ``blocks`` defines what is local by block index; ``chunk`` makes the whole chunk
-            local and all before it memory, as the paper's evaluation does (results then depend on
-            the chunk size).
+        local: what is local. ``blocks`` defines it by block index. With ``chunk`` the whole chunk
+            is local and all before it is memory, as in the paper's evaluation; results then depend
+            on the chunk size.
         mode: ``retrieval``, or ``all``: every query attends to every past block (training).
-        chunk_tokens: text tokens computed at once while a long text is read; a matter of
-            computation only (except with ``local="chunk"``).
+        chunk_tokens: text tokens of a prefill chunk. It changes no result, except with
+            ``local="chunk"``.
         trained_length: positions the model was trained on; ``None`` when unknown.
         landmark_trained: whether the landmark embedding has been trained.
-        position_gap: during training, half of the rows draw ``J`` uniformly from
-            ``0..position_gap`` and let positions jump by a uniform ``0..J`` after each landmark
-            (after the paper's appendix E). 0 switches it off.
+        position_gap: in training, half of the rows draw ``J`` uniformly from ``0..position_gap``
+            and let positions jump by a uniform ``0..J`` after each landmark (after the paper's
+            appendix E). 0 switches it off.
 
     Raises:
-        ValueError: a field is outside what is described here.
+        ValueError: a field has a value that is not described here.
     """
 
     block_size: int = 64
@@ -108,21 +109,20 @@ class LandmarkConfig:
 
     @property
     def text_per_block(self) -> int:
-        """Text tokens of a block, ``block_size - 1``."""
+        """Text tokens of a block: ``block_size - 1``."""
         return self.block_size - 1
 
     @property
     def stingy_positions(self) -> int:
-        """Positions that ``stingy`` uses: a prefix of ``top_k + 1`` slots, the local blocks and the
-        own block.
+        """Positions that ``stingy`` uses.
+
+        They are a prefix of ``top_k + 1`` blocks, the local blocks and the own block.
         """
         return (self.top_k + 1 + self.local_blocks + 1) * self.block_size
 
     @property
     def largest_top_k(self) -> int | None:
-        """The largest ``top_k`` whose stingy positions fit ``trained_length``; ``None`` when that
-        is unknown.
-        """
+        """Largest ``top_k`` whose stingy positions fit ``trained_length``; ``None`` if unknown."""
         if self.trained_length is None:
             return None
         return self.trained_length // self.block_size - self.local_blocks - 2
@@ -131,7 +131,7 @@ class LandmarkConfig:
         """Returns a copy with the given fields changed.
 
         Raises:
-            ValueError: an unknown field, or a value outside its range.
+            ValueError: a field is unknown or has a value outside its range.
         """
         known = {field.name for field in dataclasses.fields(self)}
         unknown = sorted(set(changes) - known)
@@ -142,8 +142,9 @@ class LandmarkConfig:
         return dataclasses.replace(self, **changes)
 
     def differences(self, other: LandmarkConfig) -> dict[str, tuple[Any, Any]]:
-        """Returns the fields by which ``other`` computes something else from a memory, with both
-        values.
+        """Returns the fields by which ``other`` computes other results from a memory.
+
+        Each has its value in ``self`` and in ``other``. ``FREE_TO_CHANGE`` fields are left out.
         """
         if self == other:
             return {}
@@ -163,8 +164,10 @@ class LandmarkConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> LandmarkConfig:
-        """Builds the settings from ``to_dict``'s result; raises ``ValueError`` as ``replace``, and
-        for no mapping.
+        """Builds the settings from what ``to_dict`` returned.
+
+        Raises:
+            ValueError: ``fields`` is no mapping, a field is unknown, or a value is out of range.
         """
         if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
             raise ValueError(

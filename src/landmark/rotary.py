@@ -1,8 +1,8 @@
-"""Rotary position embedding as a function of any position, with angles computed in float64.
+"""Rotary position embedding (RoPE) at any position, with angles computed in float64.
 
 A rotation by ``a`` followed by one by ``b`` is the rotation by ``a + b``. Keys are therefore kept
-rotated by their place inside the block only, and a query is rotated by its distance to wherever a
-block is thought to stand.
+rotated by their offset inside the block only, and a query is rotated by its distance to the
+position that is assigned to a block.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotary:
-    """One layer type's rotary embedding: ``y = x * cos(p * f) + partner(x) * sign * sin(p * f)``.
+    """Rotary embedding of one layer type.
+
+    At position ``p`` it is ``y = x * cos(p * f) + partner(x) * sign * sin(p * f)``.
 
     Attributes:
-        frequencies: ``(R,)`` float64, radians per position of each rotated column, ``R <= D``;
-            columns from ``R`` on pass unchanged.
+        frequencies: ``(R,)`` float64, radians per position of each rotated column, ``R <= D``.
+            Columns from ``R`` on pass unchanged.
         signs: ``(R,)`` float64, +1 or -1.
-        interleaved: whether column ``2i`` pairs with ``2i + 1`` (else ``i`` with ``i + R / 2``).
+        interleaved: whether column ``2i`` pairs with ``2i + 1``, or else ``i`` with ``i + R / 2``.
     """
 
     frequencies: Tensor
@@ -39,7 +41,13 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A rotation to given positions: ``cos`` and signed ``sin`` of shape ``(*positions, R)``."""
+    """A rotation to given positions.
+
+    Attributes:
+        cos: ``(*positions, R)``.
+        sin: ``(*positions, R)``, multiplied by the signs.
+        interleaved: as for ``Rotary``.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -50,8 +58,9 @@ class Rotation:
         return Rotation(self.cos[index], self.sin[index], self.interleaved)
 
     def at(self, index: Tensor) -> Rotation:
-        """As ``self[index]`` for positions of one dimension and integers of any shape, by a faster
-        kernel.
+        """Returns ``self[index]`` by a faster kernel.
+
+        The positions must have one dimension; ``index`` may have any shape.
         """
         look_up = torch.nn.functional.embedding
         return Rotation(look_up(index, self.cos), look_up(index, self.sin), self.interleaved)
@@ -61,8 +70,9 @@ class Rotation:
         return Rotation(self.cos.to(device), self.sin.to(device), self.interleaved)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Rotates ``x (..., D)``, whose leading shape broadcasts with the positions; computes in at
-        least float32.
+        """Returns ``x (..., D)`` rotated, computed in at least float32.
+
+        The leading shape of ``x`` must broadcast with the positions.
         """
         rotated = self.cos.shape[-1]
         head = x[..., :rotated].to(self.cos.dtype)

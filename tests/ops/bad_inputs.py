@@ -6,7 +6,7 @@ from landmark import landmark_attention
 
 
 def call(query=(2, 4, 6, 8), key=(2, 2, 6, 8), value=None, dtype=torch.float32, **options):
-    """Calls the operation on tensors of the given shapes, or on what is given in their place."""
+    """Calls the operation on tensors of the given shapes, or on what is passed instead."""
     tensors = [
         torch.zeros(each, dtype=dtype) if isinstance(each, tuple) else each
         for each in (query, key, key if value is None else value)
@@ -155,7 +155,7 @@ CASES = [
         "segments: expected each document's slots side by side, got a split document in row 1",
     ),
     (
-        "landmarks as places",
+        "landmarks as integers",
         lambda: call(landmarks=integers(2, 6)),
         "landmarks: expected booleans .* got torch.int64",
     ),
@@ -212,7 +212,7 @@ CASES = [
     (
         "kernels: irregular landmarks",
         lambda: fused(landmarks=torch.zeros(1, 20, dtype=torch.bool)),
-        "triton': expected landmarks at regular places",
+        "triton': expected a landmark at every block_size-th slot",
     ),
     (
         "kernels: mixed dtypes",

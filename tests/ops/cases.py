@@ -64,8 +64,9 @@ def random_tiles(monkeypatch, seed):
 
 
 def results(attention, query, key, value, options, seed=0):
-    """Output, log-sum-exp and the gradients of a random function of both, the same one in every
-    dtype.
+    """Output, log-sum-exp and the gradients of a random function of both.
+
+    The function is the same in every dtype.
     """
     leaves = [each.detach().clone().requires_grad_() for each in (query, key, value)]
     out, lse = attention(*leaves, **options)
@@ -78,7 +79,7 @@ def results(attention, query, key, value, options, seed=0):
 
 
 def random_weights(out, lse, seed=0):
-    """What the gradients of ``results`` weigh output and log-sum-exp with."""
+    """Random weights of output and log-sum-exp, of whose sum ``results`` takes gradients."""
     noise = torch.Generator().manual_seed(seed)
     weights = torch.randn(out.shape, generator=noise).bfloat16().to(out.device, out.dtype)
     return weights, torch.randn(lse.shape, generator=noise).bfloat16().to(out.device, lse.dtype)

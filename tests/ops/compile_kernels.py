@@ -1,5 +1,4 @@
-"""Compiles the kernels for a GPU that need not be there; prints the shared memory that each takes,
-in bytes.
+"""Compiles all kernels for a GPU that need not be there, and prints their shared memory in bytes.
 
     python tests/ops/compile_kernels.py 86
 
@@ -24,7 +23,7 @@ from landmark.memory.triton.prefill import LANDMARK_TILE, select_rows
 from landmark.ops.triton import configs
 from landmark.ops.triton.backward import key_value_gradient_kernel, query_gradient_kernel
 from landmark.ops.triton.forward import forward_kernel
-from landmark.ops.triton.select import choice_kernel
+from landmark.ops.triton.select import select_blocks_kernel
 
 KERNELS = (forward_kernel, query_gradient_kernel, key_value_gradient_kernel)
 BY_DESCRIPTOR = {
@@ -35,11 +34,11 @@ ABSENT = (
     "p_start",
     "p_origin",
     "p_end",
-    "p_chosen",
+    "p_selected",
     "p_listed",
     "p_counts",
     "p_tiles",
-    "p_borders",
+    "p_indptr",
 )
 PREFILL = (prefill.select_kernel, prefill.attend_shared_kernel, prefill.attend_selected_kernel)
 PAGE_IN = (page_in.lru_lookup_kernel, page_in.page_in_kernel)
@@ -57,7 +56,6 @@ IN_INT32 = (
     "p_own",
     "p_first",
     "p_distance",
-    "p_chosen",
     "p_selected",
     "p_shared",
     "p_offset",
@@ -95,9 +93,9 @@ def constants(kernel, tiles, dim, block_size):
     }
     shape |= {"BLOCKS": max(1, tiles.keys // padded), "PIECES": triton.cdiv(block_size, width)}
     shape |= {"STARTS": False, "SEGMENTS": False, "TOP_K": 0, "KEPT": 0, **dict.fromkeys(ABSENT)}
-    if kernel is choice_kernel:
-        shape |= {"TOP_K": TOP_K, "KEPT": TOP_K, "MARKS": tiles.keys}
-        del shape["p_chosen"]
+    if kernel is select_blocks_kernel:
+        shape |= {"TOP_K": TOP_K, "KEPT": TOP_K, "LANDMARKS": tiles.keys}
+        del shape["p_selected"]
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
@@ -226,7 +224,7 @@ def pipelined_memory(dtype, dim):
         types[name] = "i32"
         if name == "STAGES":
             types[name] = "constexpr"
-        elif name in ("key", "value", "mark"):
+        elif name in ("key", "value", "landmark_key"):
             types[name] = f"tensordesc<{dtype}[1, 1, {configs.PIPELINED_BLOCK}, {dim}],{LAYOUT!r}>"
         elif name.startswith("p_"):
             types[name] = "*fp32" if name in IN_FLOAT32 else f"*{dtype}"
@@ -257,9 +255,9 @@ def main(capability):
             else configs.SAFE
         )
         for dim, config in table.items():
-            chosen = (choice_kernel, configs.tiles_of_choice(exact, dim))
+            selecting = (select_blocks_kernel, configs.tiles_of_selection(exact, dim))
             for block_size in (64, 200) if dtype == "bf16" else (64,):
-                for kernel, tiles in (*zip(KERNELS, config, strict=True), chosen):
+                for kernel, tiles in (*zip(KERNELS, config, strict=True), selecting):
                     name = f"{kernel.__name__} {dtype} {dim} {block_size}"
                     found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability)
             for block_size in (64, 200):

@@ -1,8 +1,8 @@
-"""Landmark attention in plain PyTorch, every step rounded to the dtype of its inputs: it judges a
-kernel's error.
+"""Landmark attention in plain PyTorch, to judge a kernel's error by.
 
-One document at a time, on whole blocks. It shares the loop's geometry and nothing with the package.
-Blocks are chosen by scores in float64: what a rounding does to a choice is no matter of tolerance.
+Every step is rounded to the dtype of the inputs. It takes one document at a time, in whole blocks.
+It shares the loop's geometry and nothing with the package. Blocks are selected by scores in
+float64: what a rounding does to a selection is no matter of tolerance.
 """
 
 import torch
@@ -98,8 +98,9 @@ def one_document(query, key, value, slots, block_size, scale, top_k):
 
 
 def kept(scores, past, top_k):
-    """Which past blocks (H, T, N) are among the ``top_k`` of highest score, the lower first among
-    equals.
+    """Whether past blocks (H, T, N) are among the ``top_k`` of highest score.
+
+    Of equal scores the lower block wins.
     """
     order = (
         scores.detach()
@@ -112,20 +113,18 @@ def kept(scores, past, top_k):
 
 
 def smallest_gap(query, key, options):
-    """Least distance in float64 of two different landmark scores of a query, over the spread of all
-    scores.
-    """
+    """Least distance of two different landmark scores of a query, over the spread of all scores."""
     size = options["block_size"]
     groups = key.shape[1]
     starts = options.get("starts", torch.zeros(1, dtype=torch.long)).tolist() * len(query)
     gaps = [1.0]
     for row, start in zip(range(len(query)), starts, strict=False):
-        marks = (
+        landmark_keys = (
             key[row, :, start + size - 1 :: size]
             .double()
             .repeat_interleave(query.shape[1] // groups, dim=0)
         )
-        scores = (query[row].double() @ marks.mT).sort(dim=-1).values
+        scores = (query[row].double() @ landmark_keys.mT).sort(dim=-1).values
         gap = scores.diff(dim=-1)
         gap = gap[gap > 0]
         gaps += [gap.min().item() / scores.abs().max().item()] if gap.numel() else []

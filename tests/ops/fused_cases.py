@@ -1,5 +1,6 @@
-"""Random calls for the fused kernels: a *variant* is what a kernel is compiled for, a case is a
-call of it.
+"""Random calls for the fused kernels.
+
+A *variant* is what a kernel is compiled for, a *case* is a call of it.
 """
 
 import random
@@ -9,7 +10,8 @@ import torch
 
 from ops.eager import smallest_gap
 
-ROWS = ("plain", "starts", "segments")  # and "blocks": plain ones whose first query opens a block
+# Kinds of rows; one more is "blocks": plain rows whose first query is the first slot of a block.
+ROWS = ("plain", "starts", "segments")
 
 
 class Variant(NamedTuple):
@@ -27,7 +29,7 @@ class Variant(NamedTuple):
 def random_call(variant, seed, longest, device="cpu", most=2):
     """Query, key, value and options; lengths up to ``longest``, up to ``most`` rows and groups.
 
-    With a ``top_k``, no choice hangs on a rounding.
+    With a ``top_k``, no selection hangs on a rounding.
     """
     for attempt in range(100):
         tensors, options = any_call(variant, f"{seed} {attempt}", longest, most)
@@ -48,7 +50,7 @@ def any_call(variant, seed, longest, most):
     noise = torch.Generator().manual_seed(rng.randrange(2**31))
     rows = rng.randint(1, most)
     groups = rng.randint(1, most)
-    repeats = rng.choice([1, 1, 2, most + 1])
+    group_size = rng.choice([1, 1, 2, most + 1])
     keys = rng.choice([rng.randint(1, longest // 4), rng.randint(longest // 4, longest)])
     queries = keys
     options = {"block_size": variant.block_size}
@@ -77,7 +79,7 @@ def any_call(variant, seed, longest, most):
             options["query_start"] = rng.choice(
                 [rng.randint(0, keys), keys, keys + rng.randint(0, 2 * longest)]
             )
-    shape = rows, groups * repeats, queries, variant.dim
+    shape = rows, groups * group_size, queries, variant.dim
     tensors = [strided(rng, noise, shape, variant.dtype, rng.choice([0.5, 2.0]))]
     for _ in range(2):
         tensors.append(strided(rng, noise, (rows, groups, keys, variant.dim), variant.dtype, 1.0))
@@ -85,10 +87,10 @@ def any_call(variant, seed, longest, most):
 
 
 def strided(rng, noise, shape, dtype, spread):
-    """A random tensor (B, H, T, D): contiguous, laid out as transformers hands it, or part of a
-    wider one.
+    """A random tensor (B, H, T, D) with random strides.
 
-    Parts of a wider one are aligned to 16 bytes or not, and heads may be one and the same.
+    It is contiguous, laid out as transformers hands it, or part of a wider tensor, aligned to 16
+    bytes or not; or all heads are the same memory.
     """
     rows, heads, length, dim = shape
     tensor = (spread * torch.randn(shape, generator=noise)).to(dtype)

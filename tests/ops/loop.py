@@ -1,8 +1,7 @@
-"""Landmark attention as a loop over rows, heads and queries in float64, written from the
-definition.
+"""Landmark attention written from the definition, as a loop in float64.
 
-It uses nothing of the package. Blocks are lists of slots; gradients come from autograd through
-short vectors.
+The loop runs over rows, heads and queries. It uses nothing of the package. Blocks are lists of
+slots; gradients come from autograd through short vectors.
 """
 
 import math
@@ -11,8 +10,9 @@ import torch
 
 
 def blocks_of_row(length, block_size, start=0, segments=None, landmarks=None):
-    """Documents of a row as lists of blocks; a block is ``(text slots, landmark slot or None)``, in
-    order.
+    """Documents of a row as lists of blocks.
+
+    A block is ``(text slots, landmark slot or None)``.
     """
     documents = []
     previous = None

@@ -1,4 +1,4 @@
-"""The public operation: its checks and its choice of implementation."""
+"""The public function: its checks, and which implementation it picks."""
 
 from typing import NamedTuple
 

@@ -1,6 +1,4 @@
-"""What is particular to ``chunked``: its ways through a call, low precision, compilation, and the
-memory it takes.
-"""
+"""Tests of ``chunked`` alone: its ways through a call, low precision, compilation, memory."""
 
 import subprocess
 import sys
@@ -25,9 +23,7 @@ def run(impl):
 
 
 def plain(query, key, value, block_size):
-    """Landmark attention on whole blocks, one line for each step, all in the dtype of its
-    inputs.
-    """
+    """Landmark attention on whole blocks, every step in the dtype of the inputs."""
     length = query.shape[2]
     scores = (query.shape[3] ** -0.5 * (query @ key.transpose(-1, -2))).unflatten(
         -1, (-1, block_size)
@@ -47,10 +43,10 @@ def plain(query, key, value, block_size):
 def one_tile(monkeypatch):
     """The single tile that a GPU and a compiler get."""
 
-    def regular(call, query, key):
-        return call.even and call.starts is None and call.top_k is None
+    def regular(metadata, query, key):
+        return metadata.has_equal_blocks and metadata.starts is None and metadata.top_k is None
 
-    monkeypatch.setattr(chunked.Call, "is_direct", regular)
+    monkeypatch.setattr(chunked, "is_direct", regular)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -135,22 +131,23 @@ def test_layout_stays_linear_where_blocks_differ_widely():
     landmarks[:, 3 : length // 2 : 4] = True
     options = {"block_size": 2, "starts": None, "segments": None, "landmarks": landmarks}
     layout = lay_out(length, torch.arange(length), **options)
-    assert layout.owner is not None
+    assert layout.piece_block is not None
     assert layout.slot.numel() <= 4 * length
-    slots = layout.place[layout.place < length]
+    slots = layout.gather_slot[layout.gather_slot < length]
     assert torch.equal(slots.sort().values, (~landmarks[0]).nonzero()[:, 0])
     grid = key_grid(length, block_size=2, landmarks=landmarks)
     own = query_blocks(grid, slots, block_size=2, regular=False)[0]
-    pieces = layout.owner[:, :, None].expand_as(layout.place)[layout.place < length]
+    pieces = layout.piece_block[:, :, None].expand_as(layout.gather_slot)[
+        layout.gather_slot < length
+    ]
     assert torch.equal(own[0], pieces)
 
 
 def peak_mebibytes(queries, keys, options="", groups=1, heads=1, backward=True):
-    """Peak memory that one call adds, operands included, in a fresh process that has made a small
-    call before.
+    """Peak memory that one call adds, operands included, after a small call before it.
 
-    ``VmHWM`` is the peak of this process alone; ``ru_maxrss`` would start at the peak of the
-    process that started it.
+    It runs in a fresh process. ``VmHWM`` is the peak of this process alone; ``ru_maxrss`` would
+    start at the peak of the process that started it.
     """
     code = f"""
         import re, torch

@@ -1,4 +1,4 @@
-"""Counts of work against counting one pair at a time."""
+"""Costs from shapes against counting one pair at a time."""
 
 import pytest
 
@@ -6,16 +6,18 @@ from landmark.ops.cost import Cost, backward_cost, forward_cost, visible_pairs
 
 
 def by_hand(queries, keys, block_size, top_k, start):
-    own = marks = past = 0
+    own = 0
+    landmarks = 0
+    past = 0
     for query in range(start, start + queries):
         finished = [each for each in range(keys // block_size) if each < query // block_size]
-        marks += len(finished)
+        landmarks += len(finished)
         kept = finished if top_k is None else finished[:top_k]
         for key in range(keys):
             text = key % block_size != block_size - 1
             own += text and key // block_size == query // block_size and key <= query
             past += text and key // block_size in kept
-    return own, marks, past
+    return own, landmarks, past
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 3])
@@ -37,8 +39,9 @@ def test_long_texts_approach_dense_causal_attention():
 
 
 def test_one_decoded_token_by_hand():
-    """8 finished blocks of 4 and no own key: 8 landmarks and 2 * 3 text tokens, for 2 heads on one
-    key/value head.
+    """2 heads on one key/value head read 8 landmarks and 2 * 3 text tokens.
+
+    There are 8 finished blocks of 4, and no own key.
     """
     cost = forward_cost(1, 2, 1, 1, 32, 10, block_size=4, top_k=2, query_start=32)
     assert cost == Cost(flops=2 * 2 * 10 * (2 * 6 + 8), bytes=2 * 10 * (2 * 2 + 8 + 2 * 12) + 4 * 2)

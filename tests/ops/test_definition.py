@@ -69,8 +69,9 @@ def test_gradcheck(impl, seed, monkeypatch):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("cuts", [(8,), (24,), (25,), (27,), (8, 16, 26)])
 def test_parts_merge_by_their_log_sum_exp(impl, cuts):
-    """Cuts at block borders, and anywhere inside the queries' own block; the gradients of the whole
-    come out too.
+    """Cuts lie at block borders, or anywhere inside the queries' own block.
+
+    The gradients are those of the whole, too.
     """
     torch.manual_seed(sum(cuts))
     block_size = 8

@@ -16,8 +16,9 @@ BLOCK = 8
 
 @pytest.fixture(params=[*IMPLS, "chunked, small tiles", "chunked, gathering"])
 def attention(request, monkeypatch):
-    """Output and log-sum-exp by each implementation; ``chunked`` also in many tiles, and gathering
-    every choice.
+    """Output and log-sum-exp by each implementation.
+
+    ``chunked`` also runs in many tiles, and gathering all selected blocks.
     """
     if request.param.endswith("tiles"):
         monkeypatch.setattr(chunked, "CPU_TILE", 500)

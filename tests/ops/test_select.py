@@ -1,11 +1,11 @@
-"""Selection against sorting by (score, index)."""
+"""Top-k against sorting by (score, index)."""
 
 import random
 
 import pytest
 import torch
 
-from landmark.ops.select import best_of, select_top
+from landmark.ops.select import running_top_k, select_top
 
 
 def by_sorting(scores, k):
@@ -31,7 +31,7 @@ def test_ties_go_to_the_lower_index(seed):
     ):
         expected = by_sorting(row.tolist(), k)
         assert kept.tolist() == expected + [0] * (min(k, count) - len(expected))
-        assert is_valid.tolist() == [place < len(expected) for place in range(min(k, count))]
+        assert is_valid.tolist() == [rank < len(expected) for rank in range(min(k, count))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -63,17 +63,17 @@ def test_no_candidates():
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_the_running_choice_is_that_of_all_at_once(seed):
-    """Few values, so that most choices tie across the borders of what is scored at once."""
+def test_the_running_selection_is_that_of_all_at_once(seed):
+    """Few values, so that most selections tie across parts that are scored one after the other."""
     random = torch.Generator().manual_seed(seed)
     count, k, at_once = (int(torch.randint(1, most, (), generator=random)) for most in (30, 6, 8))
     scores = torch.randint(-1, 3, (4, count), generator=random).double()
     scores = scores.masked_fill(scores < 0, -torch.inf)
-    best, places, valid = best_of(lambda begin, end: scores[:, begin:end], count, k, at_once)
+    best, indices, valid = running_top_k(lambda begin, end: scores[:, begin:end], count, k, at_once)
     for row in range(len(scores)):
-        there = [place for place in range(count) if scores[row, place] > -torch.inf]
-        ranked = sorted(sorted(there, key=lambda place: (-scores[row, place], place))[:k])
-        assert places[row, valid[row]].tolist() == ranked
+        there = [index for index in range(count) if scores[row, index] > -torch.inf]
+        ranked = sorted(sorted(there, key=lambda index: (-scores[row, index], index))[:k])
+        assert indices[row, valid[row]].tolist() == ranked
         assert best[row, valid[row]].tolist() == scores[row, ranked].tolist()
         assert (best[row, ~valid[row]] == -torch.inf).all()
-    assert places.shape[-1] == min(k, count)
+    assert indices.shape[-1] == min(k, count)

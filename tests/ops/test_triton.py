@@ -1,5 +1,6 @@
-"""The fused kernels against float64: small calls through Triton's interpreter, or many on a GPU
-(``make test-gpu``).
+"""The fused kernels against float64.
+
+Small calls run through Triton's interpreter, many calls on a GPU (``make test-gpu``).
 """
 
 import json
@@ -82,13 +83,12 @@ def poisoned(monkeypatch):
 
 
 def rounded_output(tensors, options, exact):
-    """How far the gradients (query, key) move because ``delta`` and what it is subtracted from were
-    rounded.
+    """How far rounding ``delta``, and what it is subtracted from, moves the gradients.
 
-    ``delta`` is the product of the output, rounded to its dtype, with the gradient; it and the
-    products of the gradient with the values are sums in float32. A backward pass takes all that
-    only where it subtracts the gradient of the log-sum-exp too: the shift is the gradient of the
-    log-sum-exp, weighed by these roundings.
+    Those of query and key. ``delta`` is the product of the output, rounded to its dtype, with the
+    gradient; it and the products of the gradient with the values are sums in float32. A backward
+    pass takes all that only where it subtracts the gradient of the log-sum-exp too: the shift is
+    the gradient of the log-sum-exp, weighed by these roundings.
     """
     leaves = [each.double().requires_grad_() for each in tensors]
     _, lse = reference(*leaves, **options)
@@ -101,12 +101,11 @@ def rounded_output(tensors, options, exact):
 
 
 def check(tensors, options):
-    """Results within twice the error of eager PyTorch in the same dtype, and what a kernel rounds
-    beside that.
+    """Checks results: within twice the error of eager PyTorch in the same dtype, and a little more.
 
-    That is the result, the weights that are computed again, and the output that the gradients are
-    made from (twice the shift of an exact output, as the kernel's own lies up to twice as far from
-    it as eager's).
+    What a kernel rounds beside that is the result, the weights that are computed again, and the
+    output that the gradients are made from (twice the shift of an exact output, as the kernel's own
+    lies up to twice as far from it as eager's).
     """
     exact = results(reference, *(each.double() for each in tensors), options)
     moved = rounded_output(tensors, options, exact)
@@ -164,8 +163,9 @@ PIPELINED = [Variant(dtype, 128, 64, "blocks") for dtype in (torch.bfloat16, tor
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("variant", PIPELINED, ids=str)
 def test_pipelined_within_the_budget_on_a_gpu(variant, part, monkeypatch):
-    """The forward pass in Gluon, which no interpreter runs, ran wherever tensors can be
-    described.
+    """The forward pass in Gluon, which no interpreter runs.
+
+    It ran wherever the tensors can be loaded by descriptors.
     """
     launch = pytest.importorskip("landmark.ops.triton.launch")
     ran = []
@@ -222,14 +222,16 @@ def test_operators_keep_the_rules_of_torch(options, monkeypatch):
     origins, ends = (None, None) if segments is None else op.documents_of(segments, None)
     starts = None if starts is None else starts.int()
     leaves = [each.requires_grad_() for each in small_tensors()]
-    choice = (None,) * 5
+    selection = (None,) * 5
     if segments is None:
         torch.library.opcheck(
-            op.choose, (leaves[0].detach(), leaves[1].detach(), starts, 16, 0, 0.2, 2)
+            op.select_blocks_op, (leaves[0].detach(), leaves[1].detach(), starts, 16, 0, 0.2, 2)
         )
-        choice = op.choose(leaves[0].detach(), leaves[1].detach(), starts, 16, 0, 0.2, 2)
+        selection = op.select_blocks_op(
+            leaves[0].detach(), leaves[1].detach(), starts, 16, 0, 0.2, 2
+        )
     torch.library.opcheck(op.attention, (*leaves, starts, origins, ends, *(None,) * 5, 16, 0, 0.2))
-    torch.library.opcheck(op.attention, (*leaves, starts, origins, ends, *choice, 16, 0, 0.2))
+    torch.library.opcheck(op.attention, (*leaves, starts, origins, ends, *selection, 16, 0, 0.2))
 
 
 @interpreted
@@ -276,9 +278,7 @@ def test_memory_that_overlaps_and_scales_that_vanish():
 @interpreted
 @pytest.mark.parametrize("top_k", [None, 1])
 def test_the_very_first_call_may_be_a_compiled_one(top_k):
-    """In a fresh process: one graph, forward and backward, and the results of the uncompiled
-    call.
-    """
+    """A fresh process makes one graph, forward and backward, with the results of a plain call."""
     code = f"""
         import torch
         from landmark import landmark_attention
@@ -301,9 +301,7 @@ def test_the_very_first_call_may_be_a_compiled_one(top_k):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_auto_is_compiled_into_one_graph(device):
-    """In a fresh process, whichever implementation ``auto`` chooses there, with and without
-    ``top_k``.
-    """
+    """In a fresh process, whatever ``auto`` runs there, with and without ``top_k``."""
     code = f"""
         import torch
         from landmark import landmark_attention

@@ -27,7 +27,7 @@ from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory
 from landmark.memory.retrieval import COPIES, SLAB_BYTES
 from landmark.memory.rotary_tables import RotaryTables
-from landmark.ops.select import best_of
+from landmark.ops.select import running_top_k
 
 NOISE = 0.1
 ARRIVING = 1024  # landmarks that are added at once
@@ -298,10 +298,10 @@ def exact(query: Tensor, keys: Tensor, top_k: int) -> Tensor:
     """
     flat = query.flatten(1, 2)
     at_once = max(1, SLAB_BYTES["cpu"] // (COPIES * 4 * flat.shape[0] * flat.shape[1]))
-    found = best_of(
+    found = running_top_k(
         lambda i, j: flat @ keys[:, i:j].transpose(-1, -2), keys.shape[1], top_k, at_once
-    )[1]
-    return found.view(*query.shape[:3], -1)
+    )
+    return found.indices.view(*query.shape[:3], -1)
 
 
 def _measure(kind: str, recorded: Recorded, top_k: int, right: Tensor | None) -> dict[str, Any]:

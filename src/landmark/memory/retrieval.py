@@ -19,7 +19,7 @@ from landmark.memory.context import LayerContext
 from landmark.memory.geometry import CallGeometry, QueryGrid
 from landmark.memory.positions import SCHEMES, STINGY
 from landmark.memory.storage.store import LandmarkKeys
-from landmark.ops.select import best_of, select_top
+from landmark.ops.select import running_top_k, select_top
 
 COPIES = 8  # of a score that are alive while softmaxes are taken
 # Scratch memory of one call of a layer, by device type: for scores and copies.
@@ -250,7 +250,7 @@ def select_per_query(
     score_bytes = COPIES * max(query.element_size(), 4) * queries
     at_once = max(1, SLAB_BYTES[query.device.type] // score_bytes)
     count = landmarks.keys.shape[2]
-    _, index, valid = best_of(scores, count, context.config.top_k, at_once)
+    _, index, valid = running_top_k(scores, count, context.config.top_k, at_once)
     return Selection(landmarks.blocks[0][index], valid)
 
 

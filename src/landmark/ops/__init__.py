@@ -1,1 +1,1 @@
-"""The operation: landmark attention over given queries, keys and values."""
+"""Landmark attention as one operation on given queries, keys and values."""

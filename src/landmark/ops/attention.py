@@ -1,4 +1,4 @@
-"""The public operation: what it computes, what it accepts, and which implementation runs."""
+"""Public function ``landmark_attention``: its contract, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from landmark.ops.choice import choose
+from landmark.ops.choice import pick_implementation
+from landmark.ops.metadata import AttentionMetadata
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -27,20 +28,21 @@ def landmark_attention(
     impl: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention through landmarks: a gate over blocks, times a softmax inside each block.
+    """Computes landmark attention: a gate over blocks, times a softmax inside each block.
 
-    With scaled scores ``s[i, j] = scale * query_i . key_j``, a query ``i`` takes one *gate softmax*
-    over the landmarks of the past blocks and the text of its own block up to ``i``, and one
-    *in-block softmax* over the text of every past block. Own text weighs its gate weight; past text
-    weighs the gate weight of its landmark times its in-block weight; a landmark's own value weighs
-    nothing. The weights of a query sum to 1. A landmark used as a query sees the text of the block
-    that it closes and the past landmarks. Source: Mohtashami and Jaggi, arXiv 2305.16300, section
-    3.1; ``docs/mathematics.md`` derives the forms that the implementations use.
+    The scaled scores are ``s[i, j] = scale * query_i . key_j``. A query ``i`` takes one *gate
+    softmax* (the paper's grouped softmax) over the landmarks of the past blocks and the text of
+    its own block up to ``i``, and one *in-block softmax* over the text of every past block. The
+    weight of own text is its gate weight. The weight of past text is the gate weight of its
+    landmark times its in-block weight. The weight of a landmark's own value is 0. The weights of a
+    query sum to 1. A landmark used as a query sees the text of the block that it closes and the
+    past landmarks. Source: Mohtashami and Jaggi, arXiv 2305.16300, section 3.1;
+    ``docs/mathematics.md`` derives the forms that the implementations use.
 
     A *past block* of a query lies before the query's own block in the same document, ends with a
-    landmark among the keys and has text. Keys of an earlier block without landmark are invisible:
-    nothing could open the gate to them. A query that sees nothing (padding, for instance) yields
-    zeros and a log-sum-exp of ``-inf``.
+    landmark among the keys, and has text. Keys of an earlier block without landmark are invisible,
+    as nothing could open the gate to them. A query that sees nothing (padding, for instance) gets
+    an output of zeros and a log-sum-exp of ``-inf``.
 
     Shapes: ``B`` rows, ``H`` query heads, ``G`` key/value heads, ``T`` queries, ``S`` keys, ``D``
     head dim. Query head ``h`` reads key/value head ``h // (H // G)``. All slots count landmarks.
@@ -49,31 +51,30 @@ def landmark_attention(
         query: (B, H, T, D), floating point.
         key: (B, G, S, D), ``H % G == 0``, dtype and device of ``query``.
         value: (B, G, S, D).
-        block_size: slots of a block, landmark included, at least 2. Landmarks sit where
-            ``p % block_size == block_size - 1``. Where ``landmarks`` is given it says where they
-            sit instead.
+        block_size: slots of a block, landmark included, at least 2. Slot ``p`` of a document is a
+            landmark where ``p % block_size == block_size - 1``, unless ``landmarks`` is given.
         scale: factor of the scores, ``D ** -0.5`` by default.
-        top_k: per query, keep only so many past blocks, those of highest landmark score; equal
-            scores are taken from the lower block on. All others get weight 0 and leave the gate.
+        top_k: past blocks that each query keeps, those with the highest landmark scores; of equal
+            scores the lower block wins. The other past blocks get weight 0 and leave the gate.
             ``None`` keeps all.
-        query_start: slot of the first query, ``S - T`` by default. Keys behind a query are
-            invisible to it. Queries may lie behind all keys (``query_start >= S``, any ``T``): they
-            see finished blocks as past blocks, and the keys of an unfinished last block only where
-            their own slot lies in that same block.
-        starts: (B,) integers, slot of each row's first text; what lies before it is padding, and
-            the row's blocks are counted from it. 0 by default.
+        query_start: slot of the first query, ``S - T`` by default. Keys at later slots than a query
+            are invisible to it. Queries may lie behind all keys (``query_start >= S``, any ``T``):
+            they see finished blocks as past blocks, and the keys of an unfinished last block only
+            where their own slot lies in that same block.
+        starts: (B,) integers, slot of each row's first text. Slots before it are padding, and the
+            row's blocks are counted from it. 0 by default.
         segments: (B, S) integers, the document of each key in a packed row. A document is a run of
-            equal ids; it has its own blocks and sees nothing of the others. Not together with
+            equal ids. It has its own blocks and sees nothing of other documents. Not together with
             ``query_start``.
-        landmarks: (B, S) booleans, landmarks at any place; blocks may have any length. A query
-            behind all keys continues the last block, or begins a new one if a landmark closed that.
+        landmarks: (B, S) booleans, whether a key is a landmark; blocks may have any length. A query
+            behind all keys continues the last block, or begins a new one if a landmark closed it.
         impl: ``reference`` (the definition), ``chunked`` (plain PyTorch in memory linear in S),
             ``triton`` (fused kernels for NVIDIA GPUs, see ``docs/kernels.md``), or ``auto``. A
             named implementation runs or raises; only ``auto`` chooses.
-        return_lse: also return the gate's log-sum-exp, natural, of the scaled scores, over past
-            landmarks and own text. Results over parts of the keys merge by it (weights ``softmax``
-            over the parts' ``lse``) if every past block lies wholly in one part, all parts share
-            one block grid, and ``top_k`` was chosen over their union.
+        return_lse: also return the gate's log-sum-exp: natural, of the scaled scores, over past
+            landmarks and own text. Results over parts of the keys merge by it, with the ``softmax``
+            over the parts' ``lse`` as weights, if every past block lies wholly in one part, all
+            parts share one block grid, and ``top_k`` was chosen over their union.
 
     Returns:
         The output (B, H, T, D) in the dtype of ``query``; with ``return_lse`` also (B, H, T) in
@@ -82,11 +83,12 @@ def landmark_attention(
 
     Raises:
         ValueError: an argument that does not fit; the message says what was expected, what was got,
-            and the remedy. The contents of ``starts`` and ``segments`` are checked on CPU only,
-            where looking is free.
+            and the remedy. The contents of ``starts`` and ``segments`` are checked on a CPU only:
+            on a GPU the check would have to wait for the device.
     """
     _check_tensors(query, key, value)
-    top_k, scale = _check_numbers(block_size, top_k, scale, query.shape[3])
+    _check_numbers(block_size, top_k, scale)
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     query_start = _check_query_start(query_start, segments, query.shape[2], key.shape[2])
     _check_rows(key, starts, segments, landmarks)
     device_type = query.device.type
@@ -94,11 +96,16 @@ def landmark_attention(
         query, key, value = (
             each.to(torch.get_autocast_dtype(device_type)) for each in (query, key, value)
         )
-    irregular = landmarks is not None
-    packed = segments is not None
-    chosen = choose(
-        impl, query, block_size=block_size, top_k=top_k, irregular=irregular, packed=packed
+    metadata = AttentionMetadata(
+        block_size=block_size,
+        scale=scale,
+        top_k=top_k,
+        query_start=query_start,
+        starts=starts,
+        segments=segments,
+        landmarks=landmarks,
     )
+    chosen = pick_implementation(impl, query, metadata)
     if chosen == "triton":
         from landmark.ops.triton.op import fused as run
     elif chosen == "reference":
@@ -106,18 +113,7 @@ def landmark_attention(
     else:
         from landmark.ops.chunked import chunked as run
     with torch.autocast(device_type, enabled=False):
-        out, lse = run(
-            query,
-            key,
-            value,
-            block_size=block_size,
-            scale=scale,
-            top_k=top_k,
-            query_start=query_start,
-            starts=starts,
-            segments=segments,
-            landmarks=landmarks,
-        )
+        out, lse = run(query, key, value, metadata)
     return (out, lse) if return_lse else out
 
 
@@ -174,9 +170,7 @@ def _is_integer(number: object) -> bool:
     return isinstance(number, int | torch.SymInt) and not isinstance(number, bool)
 
 
-def _check_numbers(
-    block_size: int, top_k: int | None, scale: float | None, dim: int
-) -> tuple[int | None, float]:
+def _check_numbers(block_size: int, top_k: int | None, scale: float | None) -> None:
     if not _is_integer(block_size) or block_size < 2:
         raise ValueError(
             f"block_size: expected an integer of at least 2, got {block_size!r}; a block is text "
@@ -188,13 +182,12 @@ def _check_numbers(
             "all past blocks"
         )
     if scale is None:
-        return top_k, dim**-0.5
+        return
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ValueError(
             f"scale: expected None or a finite number, got {scale!r}; pass None for head_dim ** "
             "-0.5"
         )
-    return top_k, float(scale)
 
 
 def _check_query_start(
@@ -243,9 +236,9 @@ def _check_rows(
         elif fits:
             fits = each.dtype == torch.bool
         if not fits:
+            item = "row" if len(shape) == 1 else "key"
             raise ValueError(
-                f"{name}: expected {kind} of shape {shape}, got {found}; pass one for each row's "
-                "slot"
+                f"{name}: expected {kind} of shape {shape}, got {found}; pass one for each {item}"
             )
         if each.device != key.device:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Which implementation runs, and why not the others."""
+"""Choice of the implementation that runs, with the reasons against the others."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from landmark.config import LandmarkConfig
+from landmark.ops.metadata import AttentionMetadata
+
 IMPLS = ("auto", "reference", "chunked", "triton")
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FUSED_DIMS = (32, 256)
 FUSED_BLOCKS = (16, 256)
 MOST_TOP_K = 64
 LEAST_CAPABILITY = (8, 0)
-LEAST_SHARED = 96 * 1024  # the largest of the tiles for cards that are not Hopper
+LEAST_SHARED = 96 * 1024  # bytes; the largest tiles for GPUs other than Hopper
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Choice(NamedTuple):
-    """What ``impl="auto"`` runs, and why it runs none of the others."""
+    """What ``impl="auto"`` runs for a call, and why nothing else.
+
+    Attributes:
+        chosen: name of the implementation that runs.
+        refused: reason against each of the others, by name.
+    """
 
     chosen: str
     refused: dict[str, str]
@@ -31,20 +39,19 @@ class Choice(NamedTuple):
 def explain_impl(
     query: Tensor,
     *,
-    block_size: int = 64,
+    block_size: int = LandmarkConfig.block_size,
     top_k: int | None = None,
     irregular: bool = False,
     packed: bool = False,
 ) -> Choice:
-    """The implementation that ``impl="auto"`` chooses for a call, with the reason against each of
-    the others.
+    """Returns which implementation ``impl="auto"`` chooses for a call, with reasons.
 
     Args:
         query: (B, H, T, D), or any tensor of that dtype, device and head dim.
-        block_size: slots of a block.
+        block_size: slots of a block, landmark included.
         top_k: as for ``landmark_attention``.
-        irregular: whether ``landmarks`` says where they sit.
-        packed: whether there are ``segments``.
+        irregular: whether the call passes ``landmarks``.
+        packed: whether the call passes ``segments``.
     """
     refused = {
         "reference": "the definition: exact, but its memory grows with T x S; only when asked for"
@@ -58,24 +65,35 @@ def explain_impl(
     )
 
 
-def choose(
-    impl: str, query: Tensor, *, block_size: int, top_k: int | None, irregular: bool, packed: bool
-) -> str:
-    """Returns the implementation that runs.
+def pick_implementation(impl: str, query: Tensor, metadata: AttentionMetadata) -> str:
+    """Returns the name of the implementation that runs a call.
+
+    Args:
+        impl: what the caller asked for, one of ``IMPLS``.
+        query: (B, H, T, D).
+        metadata: the other arguments of the call.
 
     Raises:
-        ValueError: an unknown one, or ``triton`` where it cannot run.
+        ValueError: an unknown ``impl``, or ``triton`` where it cannot run.
     """
     if impl not in IMPLS:
         raise ValueError(
             f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}; pass impl='auto'"
         )
+    irregular = metadata.landmarks is not None
+    packed = metadata.segments is not None
     if impl == "auto":
         return explain_impl(
-            query, block_size=block_size, top_k=top_k, irregular=irregular, packed=packed
+            query,
+            block_size=metadata.block_size,
+            top_k=metadata.top_k,
+            irregular=irregular,
+            packed=packed,
         ).chosen
     if impl == "triton":
-        reason = refusal(query, block_size, top_k, irregular=irregular, packed=packed)
+        reason = refusal(
+            query, metadata.block_size, metadata.top_k, irregular=irregular, packed=packed
+        )
         if reason is not None:
             raise ValueError(f"impl='triton': {reason}; pass impl='auto' for what can run here")
     return impl
@@ -89,7 +107,10 @@ def refusal(
     irregular: bool = False,
     packed: bool = False,
 ) -> str | None:
-    """Returns why the fused kernels cannot run a call, ``None`` if they can."""
+    """Returns why the fused kernels cannot run a call; ``None`` if they can.
+
+    Arguments as for ``explain_impl``.
+    """
     dim = query.shape[-1]
     if not _INSTALLED:
         return "expected the package triton, which is not installed (pip install triton)"
@@ -103,7 +124,7 @@ def refusal(
             f"expected a block_size from {FUSED_BLOCKS[0]} to {FUSED_BLOCKS[1]}, got {block_size}"
         )
     if irregular:
-        return "expected landmarks at regular places, got the argument landmarks"
+        return "expected a landmark at every block_size-th slot, got the argument landmarks"
     if top_k is not None and (packed or top_k > MOST_TOP_K):
         return f"expected top_k of at most {MOST_TOP_K} and no segments beside it, got {top_k}"
     if _INTERPRETED:

@@ -1,8 +1,8 @@
-"""Work and traffic of landmark attention as functions of shapes, to say how far an implementation
-is from the machine.
+"""Floating point operations and memory traffic of landmark attention, from shapes alone.
 
-Counted is what the definition needs, on a regular grid without padding: a product for each visible
-query and key, each operand read once. What an implementation does beyond that is its own loss.
+Benchmarks compare an implementation with them. Counted is what the definition needs on a regular
+grid without padding: one product for each visible pair of query and key, one read of each operand.
+What an implementation does beyond that is its own loss.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """Floating point operations (an addition and a product are two) and bytes to and from
-    memory.
+    """Work of a call.
+
+    Attributes:
+        flops: floating point operations; a multiplication and an addition are two.
+        bytes: bytes read from memory and written to it.
     """
 
     flops: int
@@ -20,12 +23,16 @@ class Cost(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Visible (query, key) pairs of one row and head: own text, past landmarks, and text of the
-    past blocks read.
+    """Counts of the visible pairs of query and key, of one row and head.
+
+    Attributes:
+        own: pairs with text of the query's own block.
+        landmarks: pairs with landmarks of past blocks.
+        past: pairs with text of the past blocks that are read.
     """
 
     own: int
-    marks: int
+    landmarks: int
     past: int
 
 
@@ -37,18 +44,26 @@ def visible_pairs(
     top_k: int | None = None,
     query_start: int | None = None,
 ) -> Pairs:
-    """Counts pairs for ``queries`` queries from slot ``query_start`` (``keys - queries`` by
-    default) on.
+    """Counts the visible pairs of queries at consecutive slots.
+
+    Args:
+        queries: T.
+        keys: S.
+        block_size: slots of a block, landmark included.
+        top_k: as for ``landmark_attention``.
+        query_start: slot of the first query, ``keys - queries`` by default.
     """
     start = keys - queries if query_start is None else query_start
-    own = marks = past = 0
+    own = 0
+    landmarks = 0
+    past = 0
     for slot in range(start, start + queries):
-        block, place = divmod(slot, block_size)
+        block, offset = divmod(slot, block_size)
         before = min(block, keys // block_size)
-        own += max(0, min(place + 1, block_size - 1, keys - block * block_size))
-        marks += before
+        own += max(0, min(offset + 1, block_size - 1, keys - block * block_size))
+        landmarks += before
         past += (before if top_k is None else min(before, top_k)) * (block_size - 1)
-    return Pairs(own, marks, past)
+    return Pairs(own, landmarks, past)
 
 
 def forward_cost(
@@ -64,7 +79,7 @@ def forward_cost(
     query_start: int | None = None,
     element_bytes: int = 2,
 ) -> Cost:
-    """Cost of the output and its log-sum-exp (float32).
+    """Returns the cost of the output and its log-sum-exp (float32).
 
     Args:
         rows: B.
@@ -74,15 +89,15 @@ def forward_cost(
         keys: S.
         dim: D.
         block_size: slots of a block, landmark included.
-        top_k: as for ``landmark_attention``; blocks that several queries choose are counted as read
-            once for each, up to all text.
+        top_k: as for ``landmark_attention``. A block that several queries select counts as read
+            once for each of them, up to all text.
         query_start: as for ``landmark_attention``.
         element_bytes: bytes of a number in the inputs.
     """
     pairs = visible_pairs(
         queries, keys, block_size=block_size, top_k=top_k, query_start=query_start
     )
-    products = 2 * (pairs.own + pairs.past) + pairs.marks
+    products = 2 * (pairs.own + pairs.past) + pairs.landmarks
     blocks = keys // block_size
     text = keys - blocks
     if top_k is not None:
@@ -108,23 +123,23 @@ def backward_cost(
     query_start: int | None = None,
     element_bytes: int = 2,
 ) -> Cost:
-    """Cost of the three gradients, the scores computed again; arguments as for ``forward_cost``.
+    """Returns the cost of the three gradients, with the scores computed again.
 
-    Five products for each pair of a query and a text key (scores, values with the gradient, and one
-    for each gradient), three for a landmark. Queries, output, its gradient and the query's gradient
-    pass once, keys and values twice.
+    A pair of a query and a text key takes five products (the scores, the gradient with the values,
+    and one for each gradient), a pair with a landmark three. Queries, output, its gradient and the
+    query's gradient pass once, keys and values twice. Arguments as for ``forward_cost``.
     """
     pairs = visible_pairs(
         queries, keys, block_size=block_size, top_k=top_k, query_start=query_start
     )
-    products = 5 * (pairs.own + pairs.past) + 3 * pairs.marks
+    products = 5 * (pairs.own + pairs.past) + 3 * pairs.landmarks
     forward = forward_cost(
-        rows,
-        heads,
-        groups,
-        queries,
-        keys,
-        dim,
+        rows=rows,
+        heads=heads,
+        groups=groups,
+        queries=queries,
+        keys=keys,
+        dim=dim,
         block_size=block_size,
         top_k=top_k,
         query_start=query_start,

@@ -1,9 +1,8 @@
-"""Keys laid out as blocks: dense pieces that matrix products can work on, for any grid of
-landmarks.
+"""Keys laid out as blocks, so that dense matrix products can work on any grid of landmarks.
 
-A *piece* is ``W`` places of one block's text. On ordinary grids a piece is a block; where a few
-blocks are far longer than the others, long ones are cut into several pieces, so that the places
-stay linear in the number of keys.
+A *piece* holds up to ``W`` text keys of one block. Mostly a piece is a whole block. Where a few
+blocks are far longer than the others, long ones are cut into several pieces, so that the memory
+stays linear in the number of keys.
 """
 
 from __future__ import annotations
@@ -14,50 +13,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from landmark.blocks import Grid, key_grid, query_blocks
+from landmark.blocks import SlotGrid, key_grid, query_blocks
 
-FAR = 2**62
+FAR = 2**62  # a slot behind every query
 
 
-class Layout(NamedTuple):
-    """Where the keys of a block stand; ``R`` is B, or 1 where all rows are alike.
+class BlockLayout(NamedTuple):
+    """Where the keys of each block stand; ``R`` is B, or 1 where all rows are alike.
 
     Attributes:
-        slot: (R, P, W) slot of the text at each place, ``FAR`` where there is none.
-        place: (R, P, W) the same with S for none, to gather by; ``None`` where pieces are the keys
-            as they lie, ``W = block_size``, the last place being the landmark.
-        mark: (R, N) slot of each block's landmark, S where it cannot be opened (no landmark, or no
-            text).
-        owner: (R, P) block of each piece; ``None`` where pieces are blocks.
-        own: (R, T) block of each query, -1 for padding.
-        first: (R, T) first block of each query's document.
-        length: S.
+        slot: (R, P, W) slot of each text key of a piece; ``FAR`` where there is none.
+        gather_slot: (R, P, W) the same with S where there is none, to gather by. ``None`` where the
+            pieces are the keys as they lie, with ``W = block_size`` and the landmark as last key.
+        landmark_slot: (R, N) slot of each block's landmark; S where the block cannot be a past
+            block, because it has no landmark or no text.
+        piece_block: (R, P) block of each piece; ``None`` where pieces are blocks.
+        own_block: (R, T) own block of each query, -1 for padding.
+        first_block: (R, T) first block of each query's document.
+        length: S, the number of keys.
     """
 
     slot: Tensor
-    place: Tensor | None
-    mark: Tensor
-    owner: Tensor | None
-    own: Tensor
-    first: Tensor
+    gather_slot: Tensor | None
+    landmark_slot: Tensor
+    piece_block: Tensor | None
+    own_block: Tensor
+    first_block: Tensor
     length: int
 
     @property
-    def opens(self) -> Tensor:
+    def can_be_past(self) -> Tensor:
         """(R, N) whether a block can be a past block."""
-        return self.mark < self.length
+        return self.landmark_slot < self.length
 
-    def rows(self, rows: slice) -> Layout:
-        """The layout of some rows of the batch."""
+    def rows(self, rows: slice) -> BlockLayout:
+        """Returns the layout of some rows of the batch."""
         if self.slot.shape[0] == 1:
             return self
         return self._replace(
             slot=self.slot[rows],
-            place=None if self.place is None else self.place[rows],
-            mark=self.mark[rows],
-            owner=None if self.owner is None else self.owner[rows],
-            own=self.own[rows],
-            first=self.first[rows],
+            gather_slot=None if self.gather_slot is None else self.gather_slot[rows],
+            landmark_slot=self.landmark_slot[rows],
+            piece_block=None if self.piece_block is None else self.piece_block[rows],
+            own_block=self.own_block[rows],
+            first_block=self.first_block[rows],
         )
 
 
@@ -69,9 +68,10 @@ def lay_out(
     starts: Tensor | None,
     segments: Tensor | None,
     landmarks: Tensor | None,
-) -> Layout:
-    """The layout of ``length`` keys for queries at slots (T,); ``segments`` and ``landmarks`` wait
-    for a GPU.
+) -> BlockLayout:
+    """Returns the layout of ``length`` keys for queries at slots (T,).
+
+    With ``segments`` or ``landmarks`` it waits for the GPU, as sizes depend on their contents.
     """
     if starts is None and segments is None and landmarks is None:
         return _regular(length, queries, block_size)
@@ -83,99 +83,131 @@ def lay_out(
         landmarks=landmarks,
         device=queries.device,
     )
-    own, first = query_blocks(grid, queries, block_size=block_size, regular=landmarks is None)
+    own_block, first_block = query_blocks(
+        grid, queries, block_size=block_size, regular=landmarks is None
+    )
     if segments is None and landmarks is None:
-        blocks = -(-length // block_size)
-        width = block_size - 1
-        cut = False
+        sizes = _PieceSizes(blocks=-(-length // block_size), width=block_size - 1, cut=False)
     else:
-        blocks, width, cut = _sizes(grid)
-    place, mark, owner = _pack(grid, blocks, width, cut)
-    return Layout(torch.where(place < length, place, FAR), place, mark, owner, own, first, length)
+        sizes = _piece_sizes(grid)
+    gather_slot, landmark_slot, piece_block = _pack(grid, sizes)
+    return BlockLayout(
+        slot=torch.where(gather_slot < length, gather_slot, FAR),
+        gather_slot=gather_slot,
+        landmark_slot=landmark_slot,
+        piece_block=piece_block,
+        own_block=own_block,
+        first_block=first_block,
+        length=length,
+    )
 
 
-def gather_slots(keys: Tensor, places: Tensor) -> Tensor:
-    """Keys (B, G, S, D) at places (R, ...): (B, G, ..., D), zeros where the place is S."""
+def gather_slots(keys: Tensor, slots: Tensor) -> Tensor:
+    """Gathers keys (B, G, S, D) at slots (R, ...) as (B, G, ..., D); zeros where a slot is S."""
     rows, groups, _, dim = keys.shape
     padded = F.pad(keys, (0, 0, 0, 1))
-    index = places.flatten(1)[:, None, :, None].expand(rows, groups, -1, dim)
-    return torch.unflatten(padded.gather(2, index), 2, places.shape[1:])
+    index = slots.flatten(1)[:, None, :, None].expand(rows, groups, -1, dim)
+    return torch.unflatten(padded.gather(2, index), 2, slots.shape[1:])
 
 
-def scatter_slots(pieces: Tensor, places: Tensor, length: int) -> Tensor:
-    """The inverse of ``gather_slots`` where no place repeats: (B, G, ..., D) to (B, G, S, D)."""
-    rows, groups, dim = *pieces.shape[:2], pieces.shape[-1]
+def scatter_slots(pieces: Tensor, slots: Tensor, length: int) -> Tensor:
+    """Inverts ``gather_slots`` where no slot repeats: (B, G, ..., D) to (B, G, S, D)."""
+    rows, groups = pieces.shape[:2]
+    dim = pieces.shape[-1]
     flat = pieces.reshape(rows, groups, -1, dim)
-    index = places.flatten(1)[:, None, :, None].expand_as(flat)
+    index = slots.flatten(1)[:, None, :, None].expand_as(flat)
     return flat.new_zeros(rows, groups, length + 1, dim).scatter_(2, index, flat)[:, :, :length]
 
 
-def as_pieces(keys: Tensor, layout: Layout) -> Tensor:
-    """Keys (B, G, S, D) as (B, G, P, W, D)."""
-    if layout.place is not None:
-        return gather_slots(keys, layout.place)
+def as_pieces(keys: Tensor, layout: BlockLayout) -> Tensor:
+    """Returns keys (B, G, S, D) as pieces (B, G, P, W, D)."""
+    if layout.gather_slot is not None:
+        return gather_slots(keys, layout.gather_slot)
     _, pieces, width = layout.slot.shape
     padded = F.pad(keys, (0, 0, 0, pieces * width - layout.length))
     return torch.unflatten(padded, 2, (pieces, width))
 
 
-def from_pieces(pieces: Tensor, layout: Layout) -> Tensor:
-    """Sums (B, G, P, W, D) back at the slots of the keys (B, G, S, D)."""
-    if layout.place is not None:
-        return scatter_slots(pieces, layout.place, layout.length)
+def from_pieces(pieces: Tensor, layout: BlockLayout) -> Tensor:
+    """Returns pieces (B, G, P, W, D) at the slots of the keys, (B, G, S, D)."""
+    if layout.gather_slot is not None:
+        return scatter_slots(pieces, layout.gather_slot, layout.length)
     return pieces.flatten(2, 3)[:, :, : layout.length]
 
 
-def _regular(length: int, queries: Tensor, block_size: int) -> Layout:
+def _regular(length: int, queries: Tensor, block_size: int) -> BlockLayout:
     blocks = -(-length // block_size)
     slot = torch.arange(blocks * block_size, device=queries.device).view(1, blocks, block_size)
-    text = (slot % block_size != block_size - 1) & (slot < length)
-    mark = slot[:, :, -1].clamp(max=length)
-    own = (queries // block_size)[None]
-    return Layout(
-        torch.where(text, slot, FAR), None, mark, None, own, torch.zeros_like(own), length
+    is_text = (slot % block_size != block_size - 1) & (slot < length)
+    own_block = (queries // block_size)[None]
+    return BlockLayout(
+        slot=torch.where(is_text, slot, FAR),
+        gather_slot=None,
+        landmark_slot=slot[:, :, -1].clamp(max=length),
+        piece_block=None,
+        own_block=own_block,
+        first_block=torch.zeros_like(own_block),
+        length=length,
     )
 
 
-def _text_counts(grid: Grid, blocks: int) -> Tensor:
-    text = (~grid.landmark & (grid.block >= 0)).long()
-    return text.new_zeros(text.shape[0], blocks).scatter_add_(1, grid.block.clamp(min=0), text)
+class _PieceSizes(NamedTuple):
+    """How blocks become pieces.
+
+    Attributes:
+        blocks: N, blocks of the row that has most.
+        width: W, text keys of a piece at most.
+        cut: whether some blocks are cut into several pieces.
+    """
+
+    blocks: int
+    width: int
+    cut: bool
 
 
-def _sizes(grid: Grid) -> tuple[int, int, bool]:
-    """Blocks of the fullest row, places of a piece, and whether some blocks must be cut."""
+def _piece_sizes(grid: SlotGrid) -> _PieceSizes:
     length = grid.block.shape[1]
     most, longest = torch.stack([grid.block.max() + 1, _text_counts(grid, length).max()]).tolist()
     blocks = max(int(most), 1)
     width = max(int(longest), 1)
     if blocks * width <= 4 * length:
-        return blocks, width, False
-    return blocks, -(-length // blocks), True
+        return _PieceSizes(blocks, width, cut=False)
+    return _PieceSizes(blocks, -(-length // blocks), cut=True)
 
 
-def _pack(grid: Grid, blocks: int, width: int, cut: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``place``, ``mark`` and ``owner`` of a layout."""
+def _text_counts(grid: SlotGrid, blocks: int) -> Tensor:
+    """Returns (R, blocks), the text keys of each block."""
+    is_text = (~grid.landmark & (grid.block >= 0)).long()
+    zeros = is_text.new_zeros(is_text.shape[0], blocks)
+    return zeros.scatter_add_(1, grid.block.clamp(min=0), is_text)
+
+
+def _pack(grid: SlotGrid, sizes: _PieceSizes) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns ``gather_slot``, ``landmark_slot`` and ``piece_block`` of a layout."""
     rows, length = grid.block.shape
-    text = ~grid.landmark & (grid.block >= 0)
+    blocks = sizes.blocks
+    width = sizes.width
+    is_text = ~grid.landmark & (grid.block >= 0)
     block = grid.block.clamp(min=0)
     slot = torch.arange(length, device=block.device).expand(rows, -1)
     counts = _text_counts(grid, blocks)
-    rank = text.cumsum(1) - 1 - (counts.cumsum(1) - counts).gather(1, block)
+    rank = is_text.cumsum(1) - 1 - (counts.cumsum(1) - counts).gather(1, block)
     piece = block
     pieces = blocks
-    owner = None
-    if cut:
+    piece_block = None
+    if sizes.cut:
         parts = (counts + width - 1) // width
         piece = (parts.cumsum(1) - parts).gather(1, block) + rank // width
         rank = rank % width
         pieces = length // width + blocks
-        owner = slot.new_zeros(rows, pieces + 1).scatter_(
-            1, torch.where(text, piece, pieces), block
+        piece_block = slot.new_zeros(rows, pieces + 1).scatter_(
+            1, torch.where(is_text, piece, pieces), block
         )[:, :pieces]
-    target = torch.where(text, piece * width + rank, pieces * width)
-    place = slot.new_full((rows, pieces * width + 1), length).scatter_(1, target, slot)[:, :-1]
+    # What is no text, or no landmark of a past block, goes to one more column, which is cut off.
+    target = torch.where(is_text, piece * width + rank, pieces * width)
+    gather_slot = slot.new_full((rows, pieces * width + 1), length)
+    gather_slot = gather_slot.scatter_(1, target, slot)[:, :-1]
     opens = grid.landmark & (counts.gather(1, block) > 0)
-    mark = slot.new_full((rows, blocks + 1), length).scatter_(
-        1, torch.where(opens, block, blocks), slot
-    )[:, :-1]
-    return torch.unflatten(place, 1, (pieces, width)), mark, owner
+    landmark_slot = slot.new_full((rows, blocks + 1), length)
+    landmark_slot = landmark_slot.scatter_(1, torch.where(opens, block, blocks), slot)[:, :-1]
+    return torch.unflatten(gather_slot, 1, (pieces, width)), landmark_slot, piece_block

@@ -1,7 +1,7 @@
-"""The definition of landmark attention in plain PyTorch, with a T x S tensor and expanded heads:
-slow and clear.
+"""The definition of landmark attention in plain PyTorch: slow and clear.
 
-Everything else is measured against this file; it calls none of the other implementations.
+It makes a T x S tensor of scores and expands key/value heads. Every other implementation is
+compared with this file, and it calls none of them.
 """
 
 from __future__ import annotations
@@ -10,46 +10,45 @@ import torch
 from torch import Tensor
 
 from landmark.blocks import key_grid, query_blocks
+from landmark.ops.metadata import AttentionMetadata
 from landmark.ops.select import select_top
 
 
 def reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    block_size: int,
-    scale: float,
-    top_k: int | None,
-    query_start: int,
-    starts: Tensor | None,
-    segments: Tensor | None,
-    landmarks: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, D) and the gate's log-sum-exp (B, H, T); arguments as checked by
-    ``landmark_attention``.
+    """Computes landmark attention as it is defined.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, G, S, D).
+        value: (B, G, S, D).
+        metadata: the other arguments, as checked by ``landmark_attention``.
+
+    Returns:
+        Output (B, H, T, D) and the gate's log-sum-exp (B, H, T).
     """
     if key.shape[2] == 0:
         return query * 0, query.new_full(query.shape[:3], -torch.inf)
     exact = torch.promote_types(query.dtype, torch.float32)
-    group = query.shape[1] // key.shape[1]
-    keys = key.to(exact).repeat_interleave(group, dim=1)
-    values = value.to(exact).repeat_interleave(group, dim=1)
-    scores = scale * (query.to(exact) @ keys.transpose(-1, -2))
+    group_size = query.shape[1] // key.shape[1]
+    keys = key.to(exact).repeat_interleave(group_size, dim=1)
+    values = value.to(exact).repeat_interleave(group_size, dim=1)
+    scores = metadata.scale * (query.to(exact) @ keys.transpose(-1, -2))
 
     length = key.shape[2]
     device = key.device
     grid = key_grid(
         length,
-        block_size=block_size,
-        starts=starts,
-        segments=segments,
-        landmarks=landmarks,
+        block_size=metadata.block_size,
+        starts=metadata.starts,
+        segments=metadata.segments,
+        landmarks=metadata.landmarks,
         device=device,
     )
-    slots = torch.arange(query.shape[2], device=device) + query_start
+    slots = torch.arange(query.shape[2], device=device) + metadata.query_start
     own_block, first_block = query_blocks(
-        grid, slots, block_size=block_size, regular=landmarks is None
+        grid, slots, block_size=metadata.block_size, regular=metadata.landmarks is None
     )
     key_block = grid.block[:, None, None, :]
     text = ~grid.landmark[:, None, None, :]
@@ -65,7 +64,7 @@ def reference(
     # No row has more blocks than keys; padding is counted in one more.
     block = torch.where(key_block < 0, length, key_block).expand_as(scores)
     empty = scores.new_full((*scores.shape[:-1], length + 1), -torch.inf)
-    marks = empty.scatter(-1, torch.where(text, length, block), scores)[..., :length]
+    landmark_scores = empty.scatter(-1, torch.where(text, length, block), scores)[..., :length]
     inner, has_text = _softmax_by_block(scores.masked_fill(~text, -torch.inf), block)
 
     number = torch.arange(length, device=device)
@@ -73,24 +72,25 @@ def reference(
         (number >= first_block)
         & (number < own_block)
         & has_text[..., :length]
-        & (marks > -torch.inf)
+        & (landmark_scores > -torch.inf)
     )
-    if top_k is not None:
-        chosen, valid = select_top(marks.detach().masked_fill(~past, -torch.inf), top_k)
-        past = torch.zeros_like(marks).scatter_add(-1, chosen, valid.to(exact)) > 0
+    if metadata.top_k is not None:
+        candidates = landmark_scores.detach().masked_fill(~past, -torch.inf)
+        selected, valid = select_top(candidates, metadata.top_k)
+        past = torch.zeros_like(landmark_scores).scatter_add(-1, selected, valid.to(exact)) > 0
 
-    logits = torch.cat(
-        [marks.masked_fill(~past, -torch.inf), scores.masked_fill(~own, -torch.inf)], dim=-1
-    )
-    gate, lse = _softmax(logits)
+    past_logits = landmark_scores.masked_fill(~past, -torch.inf)
+    own_logits = scores.masked_fill(~own, -torch.inf)
+    gate, lse = _softmax(torch.cat([past_logits, own_logits], dim=-1))
     gate_of_block = torch.cat([gate[..., :length], torch.zeros_like(gate[..., :1])], dim=-1)
     weights = gate[..., length:] + gate_of_block.gather(-1, block) * inner
     return (weights @ values).to(query.dtype), lse
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the last dimension and its log-sum-exp; zeros and ``-inf`` where every logit is
-    ``-inf``.
+    """Returns the softmax over the last dimension and its log-sum-exp.
+
+    Where every logit is ``-inf``, these are zeros and ``-inf``.
     """
     peak = logits.detach().amax(dim=-1, keepdim=True)
     seen = peak > -torch.inf
@@ -101,8 +101,14 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax_by_block(scores: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """In-block softmax over keys (..., S) with block numbers (..., S), and which blocks (..., S +
-    1) hold text.
+    """Returns the softmax inside each block, and which blocks hold text.
+
+    Args:
+        scores: (..., S) scores of the keys, ``-inf`` at landmarks.
+        block: (..., S) block of each key, S for padding.
+
+    Returns:
+        In-block weights (..., S), and whether a block holds text, (..., S + 1).
     """
     length = scores.shape[-1]
     peaks = scores.new_full((*scores.shape[:-1], length + 1), -torch.inf)

@@ -1,42 +1,42 @@
-"""Selection of the best blocks with a rule for ties: the lower index wins."""
+"""Top-k with a fixed rule for ties: of equal scores the lower index wins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
 def select_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` best places along the last dimension; equal scores are taken from the lower index
-    on.
+    """Returns the indices of the ``k`` highest scores along the last dimension.
 
-    ``torch.topk`` promises no order among ties and differs between devices. Here its places count
-    only where they lie above the k-th value; those equal to it are taken from the lower index on,
-    by integer keys that never tie.
+    Of equal scores the lower index is taken. ``torch.topk`` promises no order among ties and
+    differs between devices. So its indices are used only for scores above the k-th value. Those
+    equal to it are taken from the lower index on, by integer keys that never tie.
 
     Args:
-        scores: (..., N). ``-inf`` and NaN are never chosen.
-        k: places wanted, at least 1.
+        scores: (..., N). ``-inf`` and NaN are never taken.
+        k: indices wanted, at least 1.
 
     Returns:
-        ``indices`` (..., K) int64 and ``valid`` (..., K) bool, ``K = min(k, N)``. Indices ascend;
-        places that could not be filled come last, hold index 0 and are not valid.
+        ``indices`` (..., K) int64 and ``valid`` (..., K) bool, with ``K = min(k, N)``. Valid
+        indices come first and ascend; the others are 0.
     """
     count = scores.shape[-1]
     k = min(k, count)
     scores = scores.detach()
-    place = torch.arange(count, device=scores.device, dtype=torch.int32)
+    index = torch.arange(count, device=scores.device, dtype=torch.int32)
     if k == count:
-        key = torch.where(scores > -torch.inf, count - place, 0)
+        key = torch.where(scores > -torch.inf, count - index, 0)
     else:
         scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         best, found = scores.topk(k, dim=-1)
         least = best[..., -1:]
         above = best > least
-        tied = torch.where(scores == least, count - place, 0).topk(k, dim=-1).values
-        wanted = (place[:k] < k - above.sum(dim=-1, keepdim=True)) & (least > -torch.inf)
+        tied = torch.where(scores == least, count - index, 0).topk(k, dim=-1).values
+        wanted = (index[:k] < k - above.sum(dim=-1, keepdim=True)) & (least > -torch.inf)
         key = torch.cat(
             [torch.where(above, count - found, 0), torch.where(wanted, tied, 0)], dim=-1
         )
@@ -45,35 +45,50 @@ def select_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.where(valid, count - key, 0), valid
 
 
-def best_of(
-    scores: Callable[[int, int], Tensor], count: int, k: int, at_once: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``k`` best of ``count`` places, as by ``select_top``, with the scores of only ``at_once``
-    of them alive.
+class TopK(NamedTuple):
+    """The ``k`` highest of some scores, ordered as by ``select_top``.
+
+    Attributes:
+        scores: (..., K), ``-inf`` where not valid.
+        indices: (..., K) int64.
+        valid: (..., K) bool.
+    """
+
+    scores: Tensor
+    indices: Tensor
+    valid: Tensor
+
+
+def running_top_k(scores: Callable[[int, int], Tensor], count: int, k: int, at_once: int) -> TopK:
+    """Returns the ``k`` highest of ``count`` scores while few of them are alive at a time.
 
     Args:
-        scores: called with ``begin, end``: the scores ``(..., end - begin)`` of these places.
-        count: how many there are, at least 1.
-        k: places wanted, at least 1.
-        at_once: places scored at once, at least 1.
+        scores: called with ``begin, end``; returns the scores ``(..., end - begin)`` of these
+            indices.
+        count: N, how many scores there are, at least 1.
+        k: indices wanted, at least 1.
+        at_once: scores computed at once, at least 1.
 
     Returns:
-        scores, places and valid, ``(..., min(k, count))`` each, ordered as by ``select_top``;
-        ``-inf`` where not valid.
+        What ``select_top`` would give for all scores together, ``K = min(k, count)``.
     """
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best: TopK | None = None
     for begin in range(0, count, at_once):
-        part = _best(scores(begin, min(count, begin + at_once)), k)
-        part = part[0], part[1] + begin, part[2]
-        if best is not None:
-            both = torch.cat((best[0], part[0]), dim=-1), torch.cat((best[1], part[1]), dim=-1)
-            merged, found, valid = _best(both[0], k)
-            part = merged, torch.where(valid, both[1].gather(-1, found), 0), valid
-        best = part
+        part = _top_k(scores(begin, min(count, begin + at_once)), k)
+        part = part._replace(indices=part.indices + begin)
+        best = part if best is None else _merge(best, part, k)
     assert best is not None
     return best
 
 
-def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    found, valid = select_top(scores, k)
-    return scores.gather(-1, found).masked_fill(~valid, -torch.inf), found, valid
+def _top_k(scores: Tensor, k: int) -> TopK:
+    indices, valid = select_top(scores, k)
+    return TopK(scores.gather(-1, indices).masked_fill(~valid, -torch.inf), indices, valid)
+
+
+def _merge(earlier: TopK, later: TopK, k: int) -> TopK:
+    """Returns the ``k`` highest of two parts; all indices of ``earlier`` are the lower ones."""
+    scores = torch.cat((earlier.scores, later.scores), dim=-1)
+    indices = torch.cat((earlier.indices, later.indices), dim=-1)
+    merged = _top_k(scores, k)
+    return merged._replace(indices=torch.where(merged.valid, indices.gather(-1, merged.indices), 0))

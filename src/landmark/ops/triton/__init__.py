@@ -1,6 +1,7 @@
-"""Landmark attention as fused Triton kernels: forward and backward in memory linear in the keys.
+"""Fused Triton kernels of landmark attention, forward and backward, in memory linear in the keys.
 
-``primitives`` is one tile of queries against one tile of keys, ``forward`` and ``backward`` are the
-loops around it, ``configs`` says how large the tiles are on which card, ``op`` makes operators of
-them that autograd and ``torch.compile`` know.
+``primitives`` holds what all kernels share: one tile of queries against one tile of keys.
+``forward`` and ``backward`` loop over tiles, ``select`` selects ``top_k`` blocks, and
+``block_lists`` lists which tiles read which blocks. ``configs`` says how large tiles are on each
+GPU, ``launch`` starts kernels, and ``op`` makes operators for autograd and ``torch.compile``.
 """

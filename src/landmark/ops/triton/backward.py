@@ -1,9 +1,11 @@
-"""The backward pass: gradients of the queries by tiles of queries, those of keys and values by
-tiles of keys.
+"""Backward kernels: one for the gradient of queries, one for those of keys and values.
 
-Both compute a tile's scores again. No two programs add to the same numbers, so that results are the
-same bit for bit in every run. The first kernel also leaves ``delta`` for the second.
+The first has a program for each tile of queries, the second one for each tile of keys. Both compute
+a tile's scores again. No two programs add to the same numbers, so results are the same bit for bit
+in every run. The first kernel also leaves ``delta`` for the second.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,12 +14,17 @@ from landmark.ops.triton.primitives import (
     LOG2_E,
     LOWEST,
     NUMBERS,
+    Document,
+    HeadTensor,
+    ListedBlocks,
+    Queries,
+    TileShape,
     gate_logit,
     head_of,
-    key_places,
-    load_choice,
+    key_offsets,
     load_keys,
     load_rows,
+    load_selected,
     relation,
     score_gradient,
     store_rows,
@@ -27,67 +34,96 @@ from landmark.ops.triton.primitives import (
 )
 
 
-@triton.jit
-def tile_products(
-    query,
-    grad,
-    key,
-    value,
-    slot,
-    block,
-    piece,
-    n_keys,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CLEAR: tl.constexpr,
-):
-    """Scores of text (ROWS, BLOCKS, WIDTH) and landmarks, and products of the gradient with the
-    values.
+class Gradients(NamedTuple):
+    """What the forward pass and its caller left for a tile of queries.
+
+    Attributes:
+        grad: (ROWS, PADDED) gradient of the output.
+        lse: (ROWS,) log-sum-exp of the gate in units of log2, ``inf`` where nothing is seen.
+        delta: (ROWS,) product of gradient and output, less the gradient of the log-sum-exp.
     """
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+
+    grad: Any
+    lse: Any
+    delta: Any
+
+
+class SumPointers(NamedTuple):
+    """Pointers to numbers of each query (B, H, T), moved to one head.
+
+    Attributes:
+        p_lse: log-sum-exp of the gate.
+        p_delta: as in ``Gradients``.
+    """
+
+    p_lse: Any
+    p_delta: Any
+
+
+class ListedTiles(NamedTuple):
+    """Pointers to the lists of ``BlockLists`` by block, of all rows and heads.
+
+    Attributes:
+        p_tiles: tiles of queries, those of one block side by side.
+        p_indptr: where in ``p_tiles`` those of each block begin.
+        tiles_stride: distance between the tiles of two heads.
+        n_blocks: blocks of a row.
+    """
+
+    p_tiles: Any
+    p_indptr: Any
+    tiles_stride: Any
+    n_blocks: Any
+
+
+@triton.jit
+def tile_products(queries, grad, key, value, block, piece, n_keys, shape, CLEAR: tl.constexpr):
+    """Returns scores of text and landmarks, and products of the gradient with the values.
+
+    (ROWS, BLOCKS, WIDTH), and (ROWS, BLOCKS) for landmarks.
+    """
+    scores = tl.dot(queries.query, tl.trans(key), input_precision="ieee")
     products = tl.dot(grad, tl.trans(value), input_precision="ieee")
-    text, mark = text_scores(scores, slot, block, piece, n_keys, BLOCK, ROWS, BLOCKS, WIDTH, CLEAR)
-    return text, mark, tl.reshape(products, (ROWS, BLOCKS, WIDTH))
+    text, landmark = text_scores(
+        scores, queries.slot, block, piece, n_keys=n_keys, shape=shape, CLEAR=CLEAR
+    )
+    return text, landmark, tl.reshape(products, (shape.ROWS, shape.BLOCKS, shape.WIDTH))
 
 
 @triton.jit
 def block_products(
-    query,
+    queries,
     grad,
     keys,
     values,
-    slot,
-    origin,
+    document,
     block,
-    n_keys,
     factor,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIECES: tl.constexpr,
+    shape,
     TMA: tl.constexpr,
     CLEAR: tl.constexpr,
 ):
-    """Peak, total, weighted products and landmark's score, (ROWS, 1) each, of a block that is read
-    in pieces.
+    """Reads a block in pieces; returns its sums, (ROWS, 1) each.
+
+    They are peak and total of the text, its weighted products, and the landmark's score.
     """
-    peak = tl.full((ROWS, 1), LOWEST, tl.float32)
-    total = tl.zeros((ROWS, 1), tl.float32)
-    weighted = tl.zeros((ROWS, 1), tl.float32)
-    mark = tl.zeros((ROWS, 1), tl.float32)
-    for piece in range(0, PIECES):
-        key = load_keys(
-            keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, 1, WIDTH, TMA, CLEAR
-        )
-        value = load_keys(
-            values, origin, block, piece, n_keys, BLOCK, DIM, PADDED, 1, WIDTH, TMA, CLEAR
-        )
+    peak = tl.full((shape.ROWS, 1), LOWEST, tl.float32)
+    total = tl.zeros((shape.ROWS, 1), tl.float32)
+    weighted = tl.zeros((shape.ROWS, 1), tl.float32)
+    landmark = tl.zeros((shape.ROWS, 1), tl.float32)
+    for piece in range(0, shape.PIECES):
+        key = load_keys(keys, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
+        value = load_keys(values, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
         text, here, products = tile_products(
-            query, grad, key, value, slot, block, piece, n_keys, BLOCK, ROWS, 1, WIDTH, CLEAR
+            queries,
+            grad,
+            key,
+            value,
+            block=block,
+            piece=piece,
+            n_keys=document.n_keys,
+            shape=shape,
+            CLEAR=CLEAR,
         )
         higher = tl.maximum(peak, tl.max(text, axis=2) * factor)
         exponent = tl.exp2(text * factor - higher[:, :, None])
@@ -95,142 +131,119 @@ def block_products(
         total = total * shrink + tl.sum(exponent, axis=2)
         weighted = weighted * shrink + tl.sum(exponent * products, axis=2)
         peak = higher
-        mark += here
-    return peak, total, weighted, mark
+        landmark += here
+    return peak, total, weighted, landmark
 
 
 @triton.jit
 def tile_gradient(
-    query,
-    grad,
-    lse,
-    delta,
-    chosen,
+    queries,
+    gradients,
     key,
     value,
     whole,
-    slot,
-    own,
+    document,
     block,
     piece,
-    n_keys,
-    n_closed,
     factor,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIECES: tl.constexpr,
-    TOP_K: tl.constexpr,
+    shape,
     CLEAR: tl.constexpr,
 ):
-    """Weights of a tile's text, and derivatives of its scaled scores, (ROWS, BLOCKS * WIDTH) each.
+    """Returns weights of a tile's text, and derivatives of its scaled scores.
 
-    ``whole`` is what ``block_products`` gave, where blocks are read in pieces.
+    Both are (ROWS, BLOCKS * WIDTH). ``whole`` is the result of ``block_products`` where blocks are
+    read in pieces.
     """
-    text, mark, products = tile_products(
-        query, grad, key, value, slot, block, piece, n_keys, BLOCK, ROWS, BLOCKS, WIDTH, CLEAR
+    text, landmark, products = tile_products(
+        queries,
+        gradients.grad,
+        key,
+        value,
+        block=block,
+        piece=piece,
+        n_keys=document.n_keys,
+        shape=shape,
+        CLEAR=CLEAR,
     )
-    if PIECES == 1:
+    if shape.PIECES == 1:
         peak = tl.maximum(tl.max(text, axis=2) * factor, LOWEST)
         exponent = tl.exp2(text * factor - peak[:, :, None])
         total = tl.sum(exponent, axis=2)
         weighted = tl.sum(exponent * products, axis=2)
     else:
-        peak, total, weighted, mark = whole
+        peak, total, weighted, landmark = whole
         exponent = tl.exp2(text * factor - peak[:, :, None])
-    past, is_own = relation(block, own, chosen, n_closed, BLOCKS, TOP_K)
-    ALL: tl.constexpr = CLEAR and TOP_K == 0
-    gate = tl.exp2(gate_logit(peak, total, mark * factor, past, is_own, ALL) - lse[:, None])
-    share = text_share(gate, total, past, ALL)
+    past, own = relation(block, queries.own_block, queries.selected, document.n_closed, shape=shape)
+    ALL: tl.constexpr = CLEAR and shape.TOP_K == 0
+    logit = gate_logit(peak, total, landmark * factor, past, own=own, CLEAR=ALL)
+    gate = tl.exp2(logit - gradients.lse[:, None])
+    share = text_share(gate, total, past, CLEAR=ALL)
     mean = weighted / tl.maximum(total, 1.0)
     gradient = score_gradient(
-        exponent, products, share, gate, mean, past, delta, piece, BLOCK, WIDTH, ALL
+        exponent,
+        products,
+        share,
+        gate,
+        mean=mean,
+        past=past,
+        delta=gradients.delta,
+        piece=piece,
+        BLOCK=shape.BLOCK,
+        WIDTH=shape.WIDTH,
+        CLEAR=ALL,
     )
     weights = exponent * share[:, :, None]
-    return tl.reshape(weights, (ROWS, BLOCKS * WIDTH)), tl.reshape(gradient, (ROWS, BLOCKS * WIDTH))
+    columns: tl.constexpr = shape.BLOCKS * shape.WIDTH
+    return (
+        tl.reshape(weights, (shape.ROWS, columns)),
+        tl.reshape(gradient, (shape.ROWS, columns)),
+    )
 
 
 @triton.jit
 def query_tile(
     d_query,
-    query,
-    grad,
-    lse,
-    delta,
-    chosen,
+    queries,
+    gradients,
     keys,
     values,
-    slot,
-    own,
-    origin,
+    document,
     block,
-    n_keys,
-    n_closed,
     factor,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIECES: tl.constexpr,
-    TOP_K: tl.constexpr,
+    shape,
     TMA: tl.constexpr,
     CLEAR: tl.constexpr,
 ):
-    """Adds what the blocks from ``block`` on bring to the gradient of the queries."""
+    """Adds what one tile of keys, from ``block`` on, brings to the gradient of the queries."""
     whole = 0
-    if PIECES > 1:
+    if shape.PIECES > 1:
         whole = block_products(
-            query,
-            grad,
+            queries,
+            gradients.grad,
             keys,
             values,
-            slot,
-            origin,
-            block,
-            n_keys,
-            factor,
-            BLOCK,
-            DIM,
-            PADDED,
-            ROWS,
-            WIDTH,
-            PIECES,
-            TMA,
-            CLEAR,
+            document=document,
+            block=block,
+            factor=factor,
+            shape=shape,
+            TMA=TMA,
+            CLEAR=CLEAR,
         )
-    for piece in range(0, PIECES):
-        key = load_keys(
-            keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR
-        )
-        value = load_keys(
-            values, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR
-        )
+    for piece in range(0, shape.PIECES):
+        key = load_keys(keys, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
+        value = load_keys(values, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
         _, gradient = tile_gradient(
-            query,
-            grad,
-            lse,
-            delta,
-            chosen,
+            queries,
+            gradients,
             key,
             value,
-            whole,
-            slot,
-            own,
-            block,
-            piece,
-            n_keys,
-            n_closed,
-            factor,
-            BLOCK,
-            ROWS,
-            BLOCKS,
-            WIDTH,
-            PIECES,
-            TOP_K,
-            CLEAR,
+            whole=whole,
+            document=document,
+            block=block,
+            piece=piece,
+            factor=factor,
+            shape=shape,
+            CLEAR=CLEAR,
         )
         d_query = tl.dot(gradient.to(key.dtype), key, d_query, input_precision="ieee")
     return d_query
@@ -240,12 +253,9 @@ def query_tile(
 def query_document(
     d_query,
     query,
-    grad,
-    lse,
-    delta,
-    chosen,
-    p_listed,
-    n_listed,
+    gradients,
+    selected,
+    listed,
     keys,
     values,
     first,
@@ -254,108 +264,61 @@ def query_document(
     end,
     n_keys,
     factor,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIECES: tl.constexpr,
-    TOP_K: tl.constexpr,
+    shape,
     TMA: tl.constexpr,
 ):
-    """Adds what the document from ``origin`` to ``end`` brings, visited as ``attend_document``
-    does.
+    """Adds what the document from ``origin`` to ``end`` brings to the gradient of the queries.
+
+    It is visited as ``attend_document`` does.
     """
-    slot, own, n_keys, n_closed, n_clear, n_seen = visible(
-        first, o_slot, origin, end, n_keys, BLOCK, ROWS, BLOCKS
+    slot, own_block, document, n_clear, n_seen = visible(
+        first, o_slot, origin, end, n_keys=n_keys, shape=shape
     )
-    for block in range(n_clear, n_seen, BLOCKS):
+    queries = Queries(query=query, slot=slot, own_block=own_block, selected=selected)
+    for block in range(n_clear, n_seen, shape.BLOCKS):
         d_query = query_tile(
             d_query,
-            query,
-            grad,
-            lse,
-            delta,
-            chosen,
+            queries,
+            gradients,
             keys,
-            values,
-            slot,
-            own,
-            origin,
-            block,
-            n_keys,
-            n_closed,
-            factor,
-            BLOCK,
-            DIM,
-            PADDED,
-            ROWS,
-            BLOCKS,
-            WIDTH,
-            PIECES,
-            TOP_K,
-            TMA,
-            False,
+            values=values,
+            document=document,
+            block=block,
+            factor=factor,
+            shape=shape,
+            TMA=TMA,
+            CLEAR=False,
         )
-    if TOP_K > 0:
-        for i_listed in range(0, n_listed):
-            block = tl.load(p_listed + i_listed)
+    if shape.TOP_K > 0:
+        for i_listed in range(0, listed.n_blocks):
+            block = tl.load(listed.p_blocks + i_listed)
             d_query = query_tile(
                 d_query,
-                query,
-                grad,
-                lse,
-                delta,
-                chosen,
+                queries,
+                gradients,
                 keys,
-                values,
-                slot,
-                own,
-                origin,
-                block,
-                n_keys,
-                n_closed,
-                factor,
-                BLOCK,
-                DIM,
-                PADDED,
-                ROWS,
-                BLOCKS,
-                WIDTH,
-                PIECES,
-                TOP_K,
-                TMA,
-                True,
+                values=values,
+                document=document,
+                block=block,
+                factor=factor,
+                shape=shape,
+                TMA=TMA,
+                CLEAR=True,
             )
     else:
-        for block in range(0, n_clear, BLOCKS):
+        for block in range(0, n_clear, shape.BLOCKS):
             d_query = query_tile(
                 d_query,
-                query,
-                grad,
-                lse,
-                delta,
-                chosen,
+                queries,
+                gradients,
                 keys,
-                values,
-                slot,
-                own,
-                origin,
-                block,
-                n_keys,
-                n_closed,
-                factor,
-                BLOCK,
-                DIM,
-                PADDED,
-                ROWS,
-                BLOCKS,
-                WIDTH,
-                PIECES,
-                TOP_K,
-                TMA,
-                True,
+                values=values,
+                document=document,
+                block=block,
+                factor=factor,
+                shape=shape,
+                TMA=TMA,
+                CLEAR=True,
             )
     return d_query
 
@@ -373,7 +336,7 @@ def query_gradient_kernel(
     p_d_query,
     p_start,
     p_origin,
-    p_chosen,
+    p_selected,
     p_listed,
     p_counts,
     listed_stride,
@@ -396,7 +359,7 @@ def query_gradient_kernel(
     d_query_head,
     d_query_stride,
     n_heads,
-    group,
+    group_size,
     n_queries,
     n_keys,
     query_start,
@@ -415,26 +378,35 @@ def query_gradient_kernel(
     KEPT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Gradient of a tile of queries; also ``delta``: product of gradient and output, less the
-    gradient of ``lse``.
-    """
+    """Computes the gradient of a tile of queries, and its ``delta`` (see ``Gradients``)."""
     n_tiles = tl.cdiv(n_queries, ROWS)
     i_query = (n_tiles - 1 - tl.program_id(0) % n_tiles) * ROWS
     i_row = tl.program_id(0) // n_tiles // n_heads
     i_head = tl.program_id(0) // n_tiles % n_heads
-    keys = head_of(p_key, key_batch, key_head, key_stride, i_row, i_head // group, TMA)
-    values = head_of(p_value, value_batch, value_head, value_stride, i_row, i_head // group, TMA)
-    queries = head_of(p_query, query_batch, query_head, query_stride, i_row, i_head, False)
-    outs = head_of(p_out, out_batch, out_head, out_stride, i_row, i_head, False)
-    grads = head_of(p_grad, grad_batch, grad_head, grad_stride, i_row, i_head, False)
+    i_group = i_head // group_size
+    keys = head_of(HeadTensor(p_key, key_batch, key_head, key_stride), i_row, i_group, TMA=TMA)
+    values = head_of(
+        HeadTensor(p_value, value_batch, value_head, value_stride), i_row, i_group, TMA=TMA
+    )
+    queries = head_of(
+        HeadTensor(p_query, query_batch, query_head, query_stride), i_row, i_head, TMA=False
+    )
+    outs = head_of(HeadTensor(p_out, out_batch, out_head, out_stride), i_row, i_head, TMA=False)
+    grads = head_of(
+        HeadTensor(p_grad, grad_batch, grad_head, grad_stride), i_row, i_head, TMA=False
+    )
     d_queries = head_of(
-        p_d_query, d_query_batch, d_query_head, d_query_stride, i_row, i_head, False
+        HeadTensor(p_d_query, d_query_batch, d_query_head, d_query_stride), i_row, i_head, TMA=False
     )
 
     o_query = tl.arange(0, ROWS)
-    query = load_rows(queries, i_query, o_query, n_queries, ROWS, DIM, PADDED, False)
-    grad = load_rows(grads, i_query, o_query, n_queries, ROWS, DIM, PADDED, False)
-    out = load_rows(outs, i_query, o_query, n_queries, ROWS, DIM, PADDED, False)
+    query = load_rows(
+        queries, i_query, o_query, n_queries, ROWS=ROWS, DIM=DIM, PADDED=PADDED, TMA=False
+    )
+    grad = load_rows(
+        grads, i_query, o_query, n_queries, ROWS=ROWS, DIM=DIM, PADDED=PADDED, TMA=False
+    )
+    out = load_rows(outs, i_query, o_query, n_queries, ROWS=ROWS, DIM=DIM, PADDED=PADDED, TMA=False)
     o_sums = (i_row * n_heads + i_head).to(tl.int64) * n_queries + i_query + o_query
     inside = i_query + o_query < n_queries
     lse = tl.load(p_lse + o_sums, mask=inside, other=float("-inf"))
@@ -443,6 +415,7 @@ def query_gradient_kernel(
     delta -= tl.where(unseen, 0.0, tl.load(p_lse_grad + o_sums, mask=inside, other=0.0))
     tl.store(p_delta + o_sums, delta, mask=inside)
     lse = tl.where(unseen, float("inf"), lse * LOG2_E)
+    gradients = Gradients(grad=grad, lse=lse, delta=delta)
 
     first = query_start + i_query
     start = 0
@@ -456,29 +429,19 @@ def query_gradient_kernel(
             d_query = query_document(
                 d_query,
                 query,
-                grad,
-                lse,
-                delta,
-                0,
-                0,
-                0,
-                keys,
-                values,
-                first,
-                first + o_query,
-                origin,
-                end,
-                n_keys,
-                factor,
-                BLOCK,
-                DIM,
-                PADDED,
-                ROWS,
-                BLOCKS,
-                WIDTH,
-                PIECES,
-                0,
-                TMA,
+                gradients,
+                selected=0,
+                listed=0,
+                keys=keys,
+                values=values,
+                first=first,
+                o_slot=first + o_query,
+                origin=origin,
+                end=end,
+                n_keys=n_keys,
+                factor=factor,
+                shape=TileShape(BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, KEPT),
+                TMA=TMA,
             )
             end = origin
     else:
@@ -487,37 +450,33 @@ def query_gradient_kernel(
             i_tile = (i_row * n_heads + i_head) * n_tiles + i_query // ROWS
             n_listed = tl.load(p_counts + i_tile)
             p_listed += i_tile.to(tl.int64) * listed_stride
-        chosen = load_choice(
-            p_chosen, i_row * n_heads + i_head, n_queries, i_query, o_query, TOP_K, KEPT
+        selected = load_selected(
+            p_selected,
+            i_row * n_heads + i_head,
+            n_queries,
+            i_query,
+            o_row=o_query,
+            TOP_K=TOP_K,
+            KEPT=KEPT,
         )
         d_query = query_document(
             d_query,
             query,
-            grad,
-            lse,
-            delta,
-            chosen,
-            p_listed,
-            n_listed,
-            keys,
-            values,
-            first,
-            first + o_query,
-            start,
-            first + ROWS + n_keys,
-            n_keys,
-            factor,
-            BLOCK,
-            DIM,
-            PADDED,
-            ROWS,
-            BLOCKS,
-            WIDTH,
-            PIECES,
-            TOP_K,
-            TMA,
+            gradients,
+            selected=selected,
+            listed=ListedBlocks(p_blocks=p_listed, n_blocks=n_listed),
+            keys=keys,
+            values=values,
+            first=first,
+            o_slot=first + o_query,
+            origin=start,
+            end=first + ROWS + n_keys,
+            n_keys=n_keys,
+            factor=factor,
+            shape=TileShape(BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, KEPT),
+            TMA=TMA,
         )
-    store_rows(d_queries, i_query, o_query, n_queries, d_query * scale, DIM, PADDED)
+    store_rows(d_queries, i_query, o_query, n_queries, rows=d_query * scale, DIM=DIM, PADDED=PADDED)
 
 
 @triton.jit
@@ -530,89 +489,84 @@ def key_value_tile(
     values,
     queries,
     grads,
-    p_lse,
-    p_delta,
-    p_chosen,
+    sums,
+    p_selected,
     i_head,
     i_query,
     n_queries,
     n_seeing,
-    origin,
     query_start,
+    document,
     block,
     piece,
-    n_keys,
-    n_closed,
     factor,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIECES: tl.constexpr,
-    TOP_K: tl.constexpr,
-    KEPT: tl.constexpr,
+    shape,
     TMA: tl.constexpr,
     CLEAR: tl.constexpr,
 ):
-    """Adds what the queries from ``i_query`` on bring to the gradients of a tile of keys and
-    values.
-    """
-    o_query = tl.arange(0, ROWS)
-    query = load_rows(queries, i_query, o_query, n_seeing, ROWS, DIM, PADDED, TMA)
-    grad = load_rows(grads, i_query, o_query, n_seeing, ROWS, DIM, PADDED, TMA)
-    chosen = load_choice(p_chosen, i_head, n_queries, i_query, o_query, TOP_K, KEPT)
+    """Adds what the queries from ``i_query`` on bring to the gradients of keys and values."""
+    o_query = tl.arange(0, shape.ROWS)
+    query = load_rows(
+        queries,
+        i_query,
+        o_query,
+        n_seeing,
+        ROWS=shape.ROWS,
+        DIM=shape.DIM,
+        PADDED=shape.PADDED,
+        TMA=TMA,
+    )
+    grad = load_rows(
+        grads,
+        i_query,
+        o_query,
+        n_seeing,
+        ROWS=shape.ROWS,
+        DIM=shape.DIM,
+        PADDED=shape.PADDED,
+        TMA=TMA,
+    )
+    selected = load_selected(
+        p_selected,
+        i_head,
+        n_queries,
+        i_query,
+        o_row=o_query,
+        TOP_K=shape.TOP_K,
+        KEPT=shape.KEPT,
+    )
     inside = i_query + o_query < n_seeing
-    lse = tl.load(p_lse + i_query + o_query, mask=inside, other=float("-inf"))
+    lse = tl.load(sums.p_lse + i_query + o_query, mask=inside, other=float("-inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
-    delta = tl.load(p_delta + i_query + o_query, mask=inside, other=0.0)
-    slot = query_start + i_query + o_query - origin
-    own = slot // BLOCK
+    delta = tl.load(sums.p_delta + i_query + o_query, mask=inside, other=0.0)
+    slot = query_start + i_query + o_query - document.origin
+    tile = Queries(query=query, slot=slot, own_block=slot // shape.BLOCK, selected=selected)
     whole = 0
-    if PIECES > 1:
+    if shape.PIECES > 1:
         whole = block_products(
-            query,
+            tile,
             grad,
             keys,
             values,
-            slot,
-            origin,
-            block,
-            n_keys,
-            factor,
-            BLOCK,
-            DIM,
-            PADDED,
-            ROWS,
-            WIDTH,
-            PIECES,
-            False,
-            CLEAR,
+            document=document,
+            block=block,
+            factor=factor,
+            shape=shape,
+            TMA=False,
+            CLEAR=CLEAR,
         )
     weights, gradient = tile_gradient(
-        query,
-        grad,
-        lse,
-        delta,
-        chosen,
+        tile,
+        Gradients(grad=grad, lse=lse, delta=delta),
         key,
         value,
-        whole,
-        slot,
-        own,
-        block,
-        piece,
-        n_keys,
-        n_closed,
-        factor,
-        BLOCK,
-        ROWS,
-        BLOCKS,
-        WIDTH,
-        PIECES,
-        TOP_K,
-        CLEAR,
+        whole=whole,
+        document=document,
+        block=block,
+        piece=piece,
+        factor=factor,
+        shape=shape,
+        CLEAR=CLEAR,
     )
     d_value = tl.dot(tl.trans(weights.to(grad.dtype)), grad, d_value, input_precision="ieee")
     d_key = tl.dot(tl.trans(gradient.to(query.dtype)), query, d_key, input_precision="ieee")
@@ -627,185 +581,151 @@ def key_value_blocks(
     d_values,
     query,
     grad,
-    p_lse,
-    p_delta,
-    p_chosen,
-    p_tiles,
-    p_borders,
-    tiles_stride,
-    n_blocks,
+    sums,
+    p_selected,
+    listed,
     i_row,
     i_head,
     n_heads,
+    group_size,
     origin,
     end,
     block,
     piece,
-    group,
     n_queries,
     n_keys,
     query_start,
     scale,
     factor,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIECES: tl.constexpr,
-    TOP_K: tl.constexpr,
-    KEPT: tl.constexpr,
+    shape,
     TMA: tl.constexpr,
 ):
-    """Gradients of a tile of keys and values in the document from ``origin`` to ``end``, over a
-    group's query heads.
+    """Computes the gradients of a tile of keys and values in one document.
 
-    ``query`` and ``grad`` are tensors with their strides, as ``head_of`` takes them. With ``TOP_K``
-    tiles of queries begin at multiples of ``ROWS``; those that have the block in their past and
-    chose it are listed at ``p_tiles``.
+    The document lies from slot ``origin`` to ``end``. The gradients are sums over the query heads
+    of a group, the first of which is ``i_head``. ``query`` and ``grad`` are each a ``HeadTensor``.
+    With ``TOP_K`` tiles of queries begin at multiples of ``ROWS``; ``listed`` has those that have
+    the block in their past and selected it.
     """
     n_keys = tl.minimum(n_keys, end) - origin
-    n_closed = n_keys // BLOCK
+    document = Document(origin=origin, n_keys=n_keys, n_closed=n_keys // shape.BLOCK)
     n_seeing = tl.minimum(n_queries, end - query_start)
-    key = load_keys(
-        keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, False, False
-    )
-    value = load_keys(
-        values, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, False, False
-    )
-    d_key = tl.zeros((BLOCKS * WIDTH, PADDED), tl.float32)
-    d_value = tl.zeros((BLOCKS * WIDTH, PADDED), tl.float32)
+    key = load_keys(keys, document, block, piece, shape=shape, TMA=False, CLEAR=False)
+    value = load_keys(values, document, block, piece, shape=shape, TMA=False, CLEAR=False)
+    d_key = tl.zeros((shape.BLOCKS * shape.WIDTH, shape.PADDED), tl.float32)
+    d_value = tl.zeros((shape.BLOCKS * shape.WIDTH, shape.PADDED), tl.float32)
     first = query_start - origin
-    begin = tl.maximum(block * BLOCK - first, 0)
+    begin = tl.maximum(block * shape.BLOCK - first, 0)
     clear = n_seeing
-    if block + BLOCKS <= n_closed:
-        clear = tl.minimum((block + BLOCKS) * BLOCK - first, n_seeing)
-    if TOP_K > 0:
-        begin = begin // ROWS * ROWS
-    clear = begin + tl.cdiv(tl.maximum(clear - begin, 0), ROWS) * ROWS
-    for i_member in range(0, group):
-        queries = head_of(query[0], query[1], query[2], query[3], i_row, i_head + i_member, TMA)
-        grads = head_of(grad[0], grad[1], grad[2], grad[3], i_row, i_head + i_member, TMA)
+    if block + shape.BLOCKS <= document.n_closed:
+        clear = tl.minimum((block + shape.BLOCKS) * shape.BLOCK - first, n_seeing)
+    if shape.TOP_K > 0:
+        begin = begin // shape.ROWS * shape.ROWS
+    clear = begin + tl.cdiv(tl.maximum(clear - begin, 0), shape.ROWS) * shape.ROWS
+    for i_member in range(0, group_size):
+        queries = head_of(query, i_row, i_head + i_member, TMA=TMA)
+        grads = head_of(grad, i_row, i_head + i_member, TMA=TMA)
         i_member_head = i_row * n_heads + i_head + i_member
-        for i_query in range(begin, tl.minimum(clear, n_seeing), ROWS):
+        for i_query in range(begin, tl.minimum(clear, n_seeing), shape.ROWS):
             d_key, d_value = key_value_tile(
                 d_key,
                 d_value,
                 key,
                 value,
-                keys,
-                values,
-                queries,
-                grads,
-                p_lse,
-                p_delta,
-                p_chosen,
-                i_member_head,
-                i_query,
-                n_queries,
-                n_seeing,
-                origin,
-                query_start,
-                block,
-                piece,
-                n_keys,
-                n_closed,
-                factor,
-                BLOCK,
-                DIM,
-                PADDED,
-                ROWS,
-                BLOCKS,
-                WIDTH,
-                PIECES,
-                TOP_K,
-                KEPT,
-                TMA,
-                False,
+                keys=keys,
+                values=values,
+                queries=queries,
+                grads=grads,
+                sums=sums,
+                p_selected=p_selected,
+                i_head=i_member_head,
+                i_query=i_query,
+                n_queries=n_queries,
+                n_seeing=n_seeing,
+                query_start=query_start,
+                document=document,
+                block=block,
+                piece=piece,
+                factor=factor,
+                shape=shape,
+                TMA=TMA,
+                CLEAR=False,
             )
-        if TOP_K > 0:
-            p_border = p_borders + i_member_head.to(tl.int64) * (n_blocks + 1) + block
-            p_tile = p_tiles + i_member_head.to(tl.int64) * tiles_stride
-            for i_tile in range(tl.load(p_border), tl.load(p_border + 1)):
-                i_query = tl.load(p_tile + i_tile) * ROWS
+        if shape.TOP_K > 0:
+            p_first = listed.p_indptr + i_member_head.to(tl.int64) * (listed.n_blocks + 1) + block
+            p_tiles = listed.p_tiles + i_member_head.to(tl.int64) * listed.tiles_stride
+            for i_tile in range(tl.load(p_first), tl.load(p_first + 1)):
                 d_key, d_value = key_value_tile(
                     d_key,
                     d_value,
                     key,
                     value,
-                    keys,
-                    values,
-                    queries,
-                    grads,
-                    p_lse,
-                    p_delta,
-                    p_chosen,
-                    i_member_head,
-                    i_query,
-                    n_queries,
-                    n_seeing,
-                    origin,
-                    query_start,
-                    block,
-                    piece,
-                    n_keys,
-                    n_closed,
-                    factor,
-                    BLOCK,
-                    DIM,
-                    PADDED,
-                    ROWS,
-                    BLOCKS,
-                    WIDTH,
-                    PIECES,
-                    TOP_K,
-                    KEPT,
-                    TMA,
-                    True,
+                    keys=keys,
+                    values=values,
+                    queries=queries,
+                    grads=grads,
+                    sums=sums,
+                    p_selected=p_selected,
+                    i_head=i_member_head,
+                    i_query=tl.load(p_tiles + i_tile) * shape.ROWS,
+                    n_queries=n_queries,
+                    n_seeing=n_seeing,
+                    query_start=query_start,
+                    document=document,
+                    block=block,
+                    piece=piece,
+                    factor=factor,
+                    shape=shape,
+                    TMA=TMA,
+                    CLEAR=True,
                 )
         else:
-            for i_query in range(clear, n_seeing, ROWS):
+            for i_query in range(clear, n_seeing, shape.ROWS):
                 d_key, d_value = key_value_tile(
                     d_key,
                     d_value,
                     key,
                     value,
-                    keys,
-                    values,
-                    queries,
-                    grads,
-                    p_lse,
-                    p_delta,
-                    p_chosen,
-                    i_member_head,
-                    i_query,
-                    n_queries,
-                    n_seeing,
-                    origin,
-                    query_start,
-                    block,
-                    piece,
-                    n_keys,
-                    n_closed,
-                    factor,
-                    BLOCK,
-                    DIM,
-                    PADDED,
-                    ROWS,
-                    BLOCKS,
-                    WIDTH,
-                    PIECES,
-                    TOP_K,
-                    KEPT,
-                    TMA,
-                    True,
+                    keys=keys,
+                    values=values,
+                    queries=queries,
+                    grads=grads,
+                    sums=sums,
+                    p_selected=p_selected,
+                    i_head=i_member_head,
+                    i_query=i_query,
+                    n_queries=n_queries,
+                    n_seeing=n_seeing,
+                    query_start=query_start,
+                    document=document,
+                    block=block,
+                    piece=piece,
+                    factor=factor,
+                    shape=shape,
+                    TMA=TMA,
+                    CLEAR=True,
                 )
-        p_lse += n_queries
-        p_delta += n_queries
-    o_key = key_places(piece, BLOCK, BLOCKS, WIDTH)
-    store_rows(d_keys, origin + block * BLOCK, o_key, origin + n_keys, d_key * scale, DIM, PADDED)
-    store_rows(d_values, origin + block * BLOCK, o_key, origin + n_keys, d_value, DIM, PADDED)
+        sums = SumPointers(p_lse=sums.p_lse + n_queries, p_delta=sums.p_delta + n_queries)
+    o_key = key_offsets(piece, shape.BLOCK, shape.BLOCKS, shape.WIDTH)
+    first_key = origin + block * shape.BLOCK
+    store_rows(
+        d_keys,
+        first_key,
+        o_key,
+        origin + n_keys,
+        rows=d_key * scale,
+        DIM=shape.DIM,
+        PADDED=shape.PADDED,
+    )
+    store_rows(
+        d_values,
+        first_key,
+        o_key,
+        origin + n_keys,
+        rows=d_value,
+        DIM=shape.DIM,
+        PADDED=shape.PADDED,
+    )
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -821,9 +741,9 @@ def key_value_gradient_kernel(
     p_start,
     p_origin,
     p_end,
-    p_chosen,
+    p_selected,
     p_tiles,
-    p_borders,
+    p_indptr,
     tiles_stride,
     query_batch,
     query_head,
@@ -844,7 +764,7 @@ def key_value_gradient_kernel(
     d_value_head,
     d_value_stride,
     n_heads,
-    group,
+    group_size,
     n_queries,
     n_keys,
     query_start,
@@ -863,25 +783,34 @@ def key_value_gradient_kernel(
     KEPT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Gradients of a tile of keys and values; with segments, of the blocks that begin in a window
-    of the row.
+    """Computes the gradients of a tile of keys and values.
+
+    With segments a program visits one by one the blocks that begin in its window of the row.
     """
     n_tiles = tl.cdiv(n_keys, BLOCKS * BLOCK) * PIECES
     i_tile = tl.program_id(0) % n_tiles
     i_group = tl.program_id(0) // n_tiles
-    i_row = i_group // (n_heads // group)
-    i_group = i_group % (n_heads // group)
-    i_head = i_group * group
-    keys = head_of(p_key, key_batch, key_head, key_stride, i_row, i_group, False)
-    values = head_of(p_value, value_batch, value_head, value_stride, i_row, i_group, False)
-    d_keys = head_of(p_d_key, d_key_batch, d_key_head, d_key_stride, i_row, i_group, False)
-    d_values = head_of(
-        p_d_value, d_value_batch, d_value_head, d_value_stride, i_row, i_group, False
+    i_row = i_group // (n_heads // group_size)
+    i_group = i_group % (n_heads // group_size)
+    i_head = i_group * group_size
+    keys = head_of(HeadTensor(p_key, key_batch, key_head, key_stride), i_row, i_group, TMA=False)
+    values = head_of(
+        HeadTensor(p_value, value_batch, value_head, value_stride), i_row, i_group, TMA=False
     )
-    query = (p_query, query_batch, query_head, query_stride)
-    grad = (p_grad, grad_batch, grad_head, grad_stride)
+    d_keys = head_of(
+        HeadTensor(p_d_key, d_key_batch, d_key_head, d_key_stride), i_row, i_group, TMA=False
+    )
+    d_values = head_of(
+        HeadTensor(p_d_value, d_value_batch, d_value_head, d_value_stride),
+        i_row,
+        i_group,
+        TMA=False,
+    )
+    query = HeadTensor(p_query, query_batch, query_head, query_stride)
+    grad = HeadTensor(p_grad, grad_batch, grad_head, grad_stride)
     p_lse += (i_row * n_heads + i_head).to(tl.int64) * n_queries
     p_delta += (i_row * n_heads + i_head).to(tl.int64) * n_queries
+    sums = SumPointers(p_lse=p_lse, p_delta=p_delta)
     start = 0
     if STARTS:
         start = tl.minimum(tl.load(p_start + i_row), n_keys)
@@ -893,9 +822,9 @@ def key_value_gradient_kernel(
         i_key = tl.maximum(block * BLOCK, start)
         stop = tl.minimum((block + 1) * BLOCK, n_keys)
         if i_key < stop:
-            place = (i_key - tl.load(p_origin + i_key)) % BLOCK
-            if place > 0:
-                i_key = tl.minimum(i_key + BLOCK - place, tl.load(p_end + i_key))
+            offset = (i_key - tl.load(p_origin + i_key)) % BLOCK
+            if offset > 0:
+                i_key = tl.minimum(i_key + BLOCK - offset, tl.load(p_end + i_key))
         while i_key < stop:
             origin = tl.load(p_origin + i_key)
             end = tl.load(p_end + i_key)
@@ -904,76 +833,58 @@ def key_value_gradient_kernel(
                 values,
                 d_keys,
                 d_values,
-                query,
-                grad,
-                p_lse,
-                p_delta,
-                0,
-                0,
-                0,
-                0,
-                0,
-                i_row,
-                i_head,
-                n_heads,
-                origin,
-                end,
-                (i_key - origin) // BLOCK,
-                piece,
-                group,
-                n_queries,
-                n_keys,
-                query_start,
-                scale,
-                factor,
-                BLOCK,
-                DIM,
-                PADDED,
-                ROWS,
-                BLOCKS,
-                WIDTH,
-                PIECES,
-                0,
-                0,
-                TMA,
+                query=query,
+                grad=grad,
+                sums=sums,
+                p_selected=0,
+                listed=0,
+                i_row=i_row,
+                i_head=i_head,
+                n_heads=n_heads,
+                group_size=group_size,
+                origin=origin,
+                end=end,
+                block=(i_key - origin) // BLOCK,
+                piece=piece,
+                n_queries=n_queries,
+                n_keys=n_keys,
+                query_start=query_start,
+                scale=scale,
+                factor=factor,
+                shape=TileShape(BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, KEPT),
+                TMA=TMA,
             )
             i_key = tl.minimum(i_key + BLOCK, end)
     else:
+        listed = ListedTiles(
+            p_tiles=p_tiles,
+            p_indptr=p_indptr,
+            tiles_stride=tiles_stride,
+            n_blocks=tl.cdiv(n_keys, BLOCK),
+        )
         key_value_blocks(
             keys,
             values,
             d_keys,
             d_values,
-            query,
-            grad,
-            p_lse,
-            p_delta,
-            p_chosen,
-            p_tiles,
-            p_borders,
-            tiles_stride,
-            tl.cdiv(n_keys, BLOCK),
-            i_row,
-            i_head,
-            n_heads,
-            start,
-            n_keys + n_queries + query_start,
-            block,
-            piece,
-            group,
-            n_queries,
-            n_keys,
-            query_start,
-            scale,
-            factor,
-            BLOCK,
-            DIM,
-            PADDED,
-            ROWS,
-            BLOCKS,
-            WIDTH,
-            PIECES,
-            TOP_K,
-            KEPT,
-            TMA,
+            query=query,
+            grad=grad,
+            sums=sums,
+            p_selected=p_selected,
+            listed=listed,
+            i_row=i_row,
+            i_head=i_head,
+            n_heads=n_heads,
+            group_size=group_size,
+            origin=start,
+            end=n_keys + n_queries + query_start,
+            block=block,
+            piece=piece,
+            n_queries=n_queries,
+            n_keys=n_keys,
+            query_start=query_start,
+            scale=scale,
+            factor=factor,
+            shape=TileShape(BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, KEPT),
+            TMA=TMA,
         )

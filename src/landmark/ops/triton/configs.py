@@ -1,10 +1,9 @@
-"""How large the tiles are, by architecture, dtype and head dim; nothing is tuned when a program
-runs.
+"""Sizes of tiles by architecture, dtype and head dim; nothing is tuned at run time.
 
-Rows and keys of a tile, warps, and stages of the loads' pipeline, for each of the three kernels.
-Those of ``HOPPER`` for head dims up to 128 are the fastest of about fifty that were timed on one
-H200 (8,192 slots at 128, 4,096 at 64, blocks of 64, bfloat16). All others are sized by shared
-memory, compile, and are unmeasured.
+Each kernel has its queries and keys of a tile, its warps, and the stages of its software pipeline.
+The sizes of ``HOPPER`` for head dims up to 128 are the fastest of about fifty that were timed on
+one H200 (8,192 slots at head dim 128, 4,096 at 64, blocks of 64, bfloat16). All others fit the
+shared memory and compile; they are not measured.
 """
 
 from __future__ import annotations
@@ -17,7 +16,15 @@ import torch
 
 
 class Tiles(NamedTuple):
-    """One kernel's tiles: rows are queries; ``tma`` asks for loads by tensor descriptors."""
+    """Tiles of one kernel.
+
+    Attributes:
+        rows: queries of a tile.
+        keys: columns of a tile of keys.
+        warps: warps of a program.
+        stages: stages of the software pipeline.
+        tma: whether to load by tensor descriptors where the tensors allow it.
+    """
 
     rows: int
     keys: int
@@ -27,14 +34,14 @@ class Tiles(NamedTuple):
 
 
 class Config(NamedTuple):
-    """The tiles of the three kernels."""
+    """Tiles of the three attention kernels."""
 
     forward: Tiles
     query_gradient: Tiles
     key_value_gradient: Tiles
 
 
-# By widest head dim. Two bytes a number.
+# For head dims up to the key; 16-bit numbers.
 HOPPER = {
     64: Config(Tiles(64, 128, 4, 2, True), Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 3, True)),
     128: Config(Tiles(64, 64, 4, 3, True), Tiles(128, 64, 8, 3, True), Tiles(64, 64, 4, 2, True)),
@@ -45,18 +52,18 @@ SAFE = {
     128: Config(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1)),
     256: Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1)),
 }
-# Four bytes a number, products in float32 without tensor cores.
+# The same for float32, whose products do not run on tensor cores.
 FLOAT32 = {
     64: Config(Tiles(64, 64, 8, 1), Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
     128: Config(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
     256: Config(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
 }
-# Bytes of a tile of queries where blocks are chosen, for the smallest shared memory.
-CHOICE_BYTES = 2**14
-# The forward pass of ``hopper.py``, for 16 bits a number; and the versions of Triton, whose
-# language for it may change, that were tried: 3.6 measured on one H200, 3.7 compiled.
+# Bytes of a tile of queries where blocks are selected; fits the smallest shared memory.
+SELECTION_BYTES = 2**14
+# The forward pass of ``hopper.py``, for 16-bit numbers. Gluon may change between versions of
+# Triton, so it runs only on those that were tried: 3.6 measured on one H200, 3.7 compiled.
 PIPELINED_BLOCK = 64
-PIPELINED_DIMS = (128,)  # at 64 it is no faster than Triton
+PIPELINED_DIMS = (128,)  # at 64 it is no faster than ``forward.py``
 PIPELINED_STAGES = 2
 PIPELINED_TRITON = ("3.6.", "3.7.")
 INTERPRETED = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
@@ -65,11 +72,10 @@ INTERPRETED = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 
 def config_for(
     device: torch.device, dtype: torch.dtype, dim: int, *, top_k: bool = False
 ) -> Config:
-    """Returns the tiles for tensors of ``dtype`` and head dim ``dim`` on ``device`` (a CPU:
-    Triton's interpreter).
+    """Returns the tiles for tensors of ``dtype`` and head dim ``dim`` on ``device``.
 
-    With ``top_k`` all three kernels have the same tiles of queries, for which it is listed which
-    blocks they read.
+    On a CPU they are those for Triton's interpreter. With ``top_k`` all three kernels have the same
+    tiles of queries, as ``BlockLists`` lists the blocks that each tile reads.
     """
     if device.type == "cpu":
         config = INTERPRETED
@@ -85,9 +91,7 @@ def config_for(
 
 @cache
 def pipelines(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    """Whether the pipelined forward pass runs for tensors of ``dtype`` and head dim ``dim`` on
-    ``device``.
-    """
+    """Returns whether the forward pass of ``hopper.py`` runs for such tensors."""
     if device.type != "cuda" or dtype == torch.float32 or dim not in PIPELINED_DIMS:
         return False
     import triton
@@ -95,15 +99,16 @@ def pipelines(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     return is_hopper(device) and triton.__version__.startswith(PIPELINED_TRITON)
 
 
-def tiles_of_choice(dtype: torch.dtype, dim: int) -> Tiles:
-    """Returns the tiles of the kernel that chooses blocks; ``keys`` are landmarks."""
-    rows = CHOICE_BYTES // (dtype.itemsize * (64 if dim <= 64 else 128 if dim <= 128 else 256))
+def tiles_of_selection(dtype: torch.dtype, dim: int) -> Tiles:
+    """Returns the tiles of the kernel that selects blocks; its keys are landmarks."""
+    width = next(widest for widest in SAFE if dim <= widest)
+    rows = SELECTION_BYTES // (dtype.itemsize * width)
     return Tiles(max(16, min(64, rows)), 64, 4, 1)
 
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether a GPU is of compute capability 9."""
+    """Returns whether a GPU is of compute capability 9."""
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -117,12 +122,13 @@ def on_device(device: torch.device) -> Any:
 
 
 def power_of_two(number: int) -> int:
-    """Returns the least power of two that is not below ``number``, as Triton's own does, without
-    its wrapping.
+    """Returns the least power of two that is not below ``number``.
+
+    Triton's own function wraps its result for use inside kernels.
     """
     return 1 << (number - 1).bit_length()
 
 
 def kept_of(top_k: int) -> int:
-    """Returns how many places the kernels that choose keep for ``top_k`` blocks."""
+    """Returns how many blocks the selecting kernels keep for ``top_k``: a power of two."""
     return max(2, power_of_two(top_k))

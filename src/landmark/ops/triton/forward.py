@@ -1,6 +1,4 @@
-"""The forward pass: one program for each tile of queries, an online softmax over the blocks that it
-sees.
-"""
+"""Forward kernel: an online softmax over blocks, one program for each tile of queries."""
 
 import triton
 import triton.language as tl
@@ -9,12 +7,16 @@ from landmark.ops.triton.primitives import (
     LN_2,
     LOWEST,
     NUMBERS,
+    HeadTensor,
+    ListedBlocks,
+    Queries,
+    TileShape,
     gate_logit,
     gate_mass,
     head_of,
-    load_choice,
     load_keys,
     load_rows,
+    load_selected,
     relation,
     store_rows,
     text_scores,
@@ -22,79 +24,64 @@ from landmark.ops.triton.primitives import (
     visible,
 )
 
+LANDMARKS = tl.constexpr(64)  # of which scores are computed at once
+
 
 @triton.jit
 def block_scores(
-    query,
-    keys,
-    slot,
-    origin,
-    block,
-    n_keys,
-    factor,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIECES: tl.constexpr,
-    TMA: tl.constexpr,
-    CLEAR: tl.constexpr,
+    queries, keys, document, block, factor, shape, TMA: tl.constexpr, CLEAR: tl.constexpr
 ):
-    """Peak and total of the text, and landmark's score, (ROWS, 1) each, of a block that is read in
-    pieces.
+    """Reads a block in pieces; returns peak and total of its text, and its landmark's score.
+
+    Each is (ROWS, 1).
     """
-    peak = tl.full((ROWS, 1), LOWEST, tl.float32)
-    total = tl.zeros((ROWS, 1), tl.float32)
-    mark = tl.zeros((ROWS, 1), tl.float32)
-    for piece in range(0, PIECES):
-        key = load_keys(
-            keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, 1, WIDTH, TMA, CLEAR
+    peak = tl.full((shape.ROWS, 1), LOWEST, tl.float32)
+    total = tl.zeros((shape.ROWS, 1), tl.float32)
+    landmark = tl.zeros((shape.ROWS, 1), tl.float32)
+    for piece in range(0, shape.PIECES):
+        key = load_keys(keys, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
+        scores = tl.dot(queries.query, tl.trans(key), input_precision="ieee")
+        text, here = text_scores(
+            scores, queries.slot, block, piece, n_keys=document.n_keys, shape=shape, CLEAR=CLEAR
         )
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        text, here = text_scores(scores, slot, block, piece, n_keys, BLOCK, ROWS, 1, WIDTH, CLEAR)
         higher = tl.maximum(peak, tl.max(text, axis=2) * factor)
         total = total * tl.exp2(peak - higher) + tl.sum(
             tl.exp2(text * factor - higher[:, :, None]), axis=2
         )
         peak = higher
-        mark += here
-    return peak, total, mark
+        landmark += here
+    return peak, total, landmark
 
 
 @triton.jit
-def clear_peak(
-    query,
-    marks,
-    origin,
-    n_clear,
-    factor,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    MARKS: tl.constexpr,
-):
-    """Highest logit (ROWS,) of the first ``n_clear`` blocks, past blocks of all queries: landmarks
-    alone say it.
+def clear_peak(query, landmark_keys, origin, n_clear, factor, shape):
+    """Returns the highest logit (ROWS,) of the first ``n_clear`` blocks.
+
+    They are past blocks of all queries, so their landmarks alone say it.
     """
-    peak = tl.full((ROWS,), LOWEST, tl.float32)
-    for block in range(0, n_clear, MARKS):
-        o_mark = (
-            tl.minimum(tl.arange(0, MARKS), n_clear - 1 - block) * BLOCK
-        )  # the last one again and again
-        mark = load_rows(
-            marks, origin + block * BLOCK + BLOCK - 1, o_mark, 0, MARKS, DIM, PADDED, False, True
+    peak = tl.full((shape.ROWS,), LOWEST, tl.float32)
+    for block in range(0, n_clear, LANDMARKS):
+        # Behind the last block its landmark is read again and again.
+        o_landmark = tl.minimum(tl.arange(0, LANDMARKS), n_clear - 1 - block) * shape.BLOCK
+        landmarks = load_rows(
+            landmark_keys,
+            origin + block * shape.BLOCK + shape.BLOCK - 1,
+            o_landmark,
+            0,
+            ROWS=LANDMARKS,
+            DIM=shape.DIM,
+            PADDED=shape.PADDED,
+            TMA=False,
+            WHOLE=True,
         )
-        peak = tl.maximum(
-            peak, tl.max(tl.dot(query, tl.trans(mark), input_precision="ieee"), axis=1)
-        )
+        scores = tl.dot(query, tl.trans(landmarks), input_precision="ieee")
+        peak = tl.maximum(peak, tl.max(scores, axis=1))
     return peak * factor
 
 
 @triton.jit
 def raise_peak(state, peak):
-    """The state under a higher running maximum."""
+    """Returns the state under a running maximum that is at least ``peak``."""
     out, gate_peak, gate_total = state
     higher = tl.maximum(gate_peak, peak)
     shrink = tl.exp2(gate_peak - higher)
@@ -104,83 +91,53 @@ def raise_peak(state, peak):
 @triton.jit
 def attend_tile(
     state,
-    query,
-    chosen,
+    queries,
     keys,
     values,
-    slot,
-    own,
-    origin,
+    document,
     block,
-    n_keys,
-    n_closed,
     factor,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIECES: tl.constexpr,
-    TOP_K: tl.constexpr,
+    shape,
     TMA: tl.constexpr,
     CLEAR: tl.constexpr,
 ):
-    """Adds the blocks from ``block`` on to ``state``: output (ROWS, PADDED), peak and total (ROWS,)
-    of the gate.
+    """Adds the blocks of one tile of keys, from ``block`` on, to the state.
 
-    Where all are past blocks of all queries, the peak must be theirs already.
+    The state is the output (ROWS, PADDED), and peak and total (ROWS,) of the gate. With ``CLEAR``
+    and without ``TOP_K`` the peak must already be that of all past blocks.
     """
-    if PIECES == 1:
-        key = load_keys(
-            keys, origin, block, 0, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR
+    if shape.PIECES == 1:
+        key = load_keys(keys, document, block, 0, shape=shape, TMA=TMA, CLEAR=CLEAR)
+        scores = tl.dot(queries.query, tl.trans(key), input_precision="ieee")
+        text, landmark = text_scores(
+            scores, queries.slot, block, 0, n_keys=document.n_keys, shape=shape, CLEAR=CLEAR
         )
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        text, mark = text_scores(scores, slot, block, 0, n_keys, BLOCK, ROWS, BLOCKS, WIDTH, CLEAR)
         peak = tl.maximum(tl.max(text, axis=2) * factor, LOWEST)
         exponent = tl.exp2(text * factor - peak[:, :, None])
         total = tl.sum(exponent, axis=2)
     else:
-        peak, total, mark = block_scores(
-            query,
-            keys,
-            slot,
-            origin,
-            block,
-            n_keys,
-            factor,
-            BLOCK,
-            DIM,
-            PADDED,
-            ROWS,
-            WIDTH,
-            PIECES,
-            TMA,
-            CLEAR,
+        peak, total, landmark = block_scores(
+            queries, keys, document, block, factor=factor, shape=shape, TMA=TMA, CLEAR=CLEAR
         )
-    past, is_own = relation(block, own, chosen, n_closed, BLOCKS, TOP_K)
-    ALL: tl.constexpr = CLEAR and TOP_K == 0
-    logit = gate_logit(peak, total, mark * factor, past, is_own, ALL)
+    past, own = relation(block, queries.own_block, queries.selected, document.n_closed, shape=shape)
+    ALL: tl.constexpr = CLEAR and shape.TOP_K == 0
+    logit = gate_logit(peak, total, landmark * factor, past, own=own, CLEAR=ALL)
     if not ALL:
         state = raise_peak(state, tl.max(logit, axis=1))
     out, gate_peak, gate_total = state
     gate = tl.exp2(logit - gate_peak[:, None])
-    gate_total += tl.sum(gate_mass(gate, total, past, ALL), axis=1)
-    share = text_share(gate, total, past, ALL)
-    for piece in range(0, PIECES):
-        if PIECES > 1:
-            key = load_keys(
-                keys, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR
-            )
-            scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    gate_total += tl.sum(gate_mass(gate, total, past, CLEAR=ALL), axis=1)
+    share = text_share(gate, total, past, CLEAR=ALL)
+    for piece in range(0, shape.PIECES):
+        if shape.PIECES > 1:
+            key = load_keys(keys, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
+            scores = tl.dot(queries.query, tl.trans(key), input_precision="ieee")
             text, _ = text_scores(
-                scores, slot, block, piece, n_keys, BLOCK, ROWS, BLOCKS, WIDTH, CLEAR
+                scores, queries.slot, block, piece, n_keys=document.n_keys, shape=shape, CLEAR=CLEAR
             )
             exponent = tl.exp2(text * factor - peak[:, :, None])
-        weights = tl.reshape(exponent * share[:, :, None], (ROWS, BLOCKS * WIDTH))
-        value = load_keys(
-            values, origin, block, piece, n_keys, BLOCK, DIM, PADDED, BLOCKS, WIDTH, TMA, CLEAR
-        )
+        weights = tl.reshape(exponent * share[:, :, None], (shape.ROWS, shape.BLOCKS * shape.WIDTH))
+        value = load_keys(values, document, block, piece, shape=shape, TMA=TMA, CLEAR=CLEAR)
         out = tl.dot(weights.to(value.dtype), value, out, input_precision="ieee")
     return out, gate_peak, gate_total
 
@@ -189,116 +146,72 @@ def attend_tile(
 def attend_document(
     state,
     query,
-    chosen,
-    p_listed,
-    n_listed,
+    selected,
+    listed,
     keys,
     values,
-    marks,
+    landmark_keys,
     first,
     o_slot,
     origin,
     end,
     n_keys,
     factor,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIECES: tl.constexpr,
-    TOP_K: tl.constexpr,
+    shape,
     TMA: tl.constexpr,
 ):
-    """Adds what the queries see of the document from ``origin`` to ``end``: their own blocks, then
-    past blocks.
+    """Adds what the queries see of the document from ``origin`` to ``end`` to the state.
 
-    With ``TOP_K`` the past blocks are those that some query of the tile chose, ``n_listed`` of them
-    at ``p_listed``.
+    Their own blocks come first, then past blocks. With ``TOP_K`` the past blocks are those of
+    ``listed``, which some query of the tile selected.
     """
-    slot, own, n_keys, n_closed, n_clear, n_seen = visible(
-        first, o_slot, origin, end, n_keys, BLOCK, ROWS, BLOCKS
+    slot, own_block, document, n_clear, n_seen = visible(
+        first, o_slot, origin, end, n_keys=n_keys, shape=shape
     )
-    for block in range(n_clear, n_seen, BLOCKS):
+    queries = Queries(query=query, slot=slot, own_block=own_block, selected=selected)
+    for block in range(n_clear, n_seen, shape.BLOCKS):
         state = attend_tile(
             state,
-            query,
-            chosen,
+            queries,
             keys,
             values,
-            slot,
-            own,
-            origin,
-            block,
-            n_keys,
-            n_closed,
-            factor,
-            BLOCK,
-            DIM,
-            PADDED,
-            ROWS,
-            BLOCKS,
-            WIDTH,
-            PIECES,
-            TOP_K,
-            TMA,
-            False,
+            document=document,
+            block=block,
+            factor=factor,
+            shape=shape,
+            TMA=TMA,
+            CLEAR=False,
         )
-    if TOP_K > 0:
-        for i_listed in range(0, n_listed):
-            block = tl.load(p_listed + i_listed)
+    if shape.TOP_K > 0:
+        for i_listed in range(0, listed.n_blocks):
+            block = tl.load(listed.p_blocks + i_listed)
             state = attend_tile(
                 state,
-                query,
-                chosen,
+                queries,
                 keys,
                 values,
-                slot,
-                own,
-                origin,
-                block,
-                n_keys,
-                n_closed,
-                factor,
-                BLOCK,
-                DIM,
-                PADDED,
-                ROWS,
-                BLOCKS,
-                WIDTH,
-                PIECES,
-                TOP_K,
-                TMA,
-                True,
+                document=document,
+                block=block,
+                factor=factor,
+                shape=shape,
+                TMA=TMA,
+                CLEAR=True,
             )
     else:
-        peak = clear_peak(query, marks, origin, n_clear, factor, BLOCK, DIM, PADDED, ROWS, 64)
+        peak = clear_peak(query, landmark_keys, origin, n_clear, factor=factor, shape=shape)
         state = raise_peak(state, peak)
-        for block in range(0, n_clear, BLOCKS):
+        for block in range(0, n_clear, shape.BLOCKS):
             state = attend_tile(
                 state,
-                query,
-                chosen,
+                queries,
                 keys,
                 values,
-                slot,
-                own,
-                origin,
-                block,
-                n_keys,
-                n_closed,
-                factor,
-                BLOCK,
-                DIM,
-                PADDED,
-                ROWS,
-                BLOCKS,
-                WIDTH,
-                PIECES,
-                TOP_K,
-                TMA,
-                True,
+                document=document,
+                block=block,
+                factor=factor,
+                shape=shape,
+                TMA=TMA,
+                CLEAR=True,
             )
     return state
 
@@ -308,12 +221,12 @@ def forward_kernel(
     p_query,
     p_key,
     p_value,
-    p_mark,
+    p_landmark_key,
     p_out,
     p_lse,
     p_start,
     p_origin,
-    p_chosen,
+    p_selected,
     p_listed,
     p_counts,
     listed_stride,
@@ -330,7 +243,7 @@ def forward_kernel(
     out_head,
     out_stride,
     n_heads,
-    group,
+    group_size,
     n_queries,
     n_keys,
     query_start,
@@ -348,21 +261,32 @@ def forward_kernel(
     KEPT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Output and log-sum-exp of a tile of queries; of a head's tiles those that see most come
-    first.
+    """Computes output and log-sum-exp of a tile of queries.
+
+    Of a head's tiles those that see most come first. ``p_key`` and ``p_value`` are descriptors with
+    ``TMA``; ``p_landmark_key`` is always the pointer to the keys.
     """
     n_tiles = tl.cdiv(n_queries, ROWS)
     i_query = (n_tiles - 1 - tl.program_id(0) % n_tiles) * ROWS
     i_row = tl.program_id(0) // n_tiles // n_heads
     i_head = tl.program_id(0) // n_tiles % n_heads
-    keys = head_of(p_key, key_batch, key_head, key_stride, i_row, i_head // group, TMA)
-    values = head_of(p_value, value_batch, value_head, value_stride, i_row, i_head // group, TMA)
-    marks = head_of(p_mark, key_batch, key_head, key_stride, i_row, i_head // group, False)
-    queries = head_of(p_query, query_batch, query_head, query_stride, i_row, i_head, False)
-    outs = head_of(p_out, out_batch, out_head, out_stride, i_row, i_head, False)
+    i_group = i_head // group_size
+    keys = head_of(HeadTensor(p_key, key_batch, key_head, key_stride), i_row, i_group, TMA=TMA)
+    values = head_of(
+        HeadTensor(p_value, value_batch, value_head, value_stride), i_row, i_group, TMA=TMA
+    )
+    landmark_keys = head_of(
+        HeadTensor(p_landmark_key, key_batch, key_head, key_stride), i_row, i_group, TMA=False
+    )
+    queries = head_of(
+        HeadTensor(p_query, query_batch, query_head, query_stride), i_row, i_head, TMA=False
+    )
+    outs = head_of(HeadTensor(p_out, out_batch, out_head, out_stride), i_row, i_head, TMA=False)
 
     o_query = tl.arange(0, ROWS)
-    query = load_rows(queries, i_query, o_query, n_queries, ROWS, DIM, PADDED, False)
+    query = load_rows(
+        queries, i_query, o_query, n_queries, ROWS=ROWS, DIM=DIM, PADDED=PADDED, TMA=False
+    )
     first = query_start + i_query
     start = 0
     if STARTS:
@@ -379,27 +303,19 @@ def forward_kernel(
             state = attend_document(
                 state,
                 query,
-                0,
-                0,
-                0,
-                keys,
-                values,
-                marks,
-                first,
-                first + o_query,
-                origin,
-                end,
-                n_keys,
-                factor,
-                BLOCK,
-                DIM,
-                PADDED,
-                ROWS,
-                BLOCKS,
-                WIDTH,
-                PIECES,
-                0,
-                TMA,
+                selected=0,
+                listed=0,
+                keys=keys,
+                values=values,
+                landmark_keys=landmark_keys,
+                first=first,
+                o_slot=first + o_query,
+                origin=origin,
+                end=end,
+                n_keys=n_keys,
+                factor=factor,
+                shape=TileShape(BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, KEPT),
+                TMA=TMA,
             )
             end = origin
     else:
@@ -408,38 +324,44 @@ def forward_kernel(
             i_tile = (i_row * n_heads + i_head) * n_tiles + i_query // ROWS
             n_listed = tl.load(p_counts + i_tile)
             p_listed += i_tile.to(tl.int64) * listed_stride
-        chosen = load_choice(
-            p_chosen, i_row * n_heads + i_head, n_queries, i_query, o_query, TOP_K, KEPT
+        selected = load_selected(
+            p_selected,
+            i_row * n_heads + i_head,
+            n_queries,
+            i_query,
+            o_row=o_query,
+            TOP_K=TOP_K,
+            KEPT=KEPT,
         )
         state = attend_document(
             state,
             query,
-            chosen,
-            p_listed,
-            n_listed,
-            keys,
-            values,
-            marks,
-            first,
-            first + o_query,
-            start,
-            first + ROWS + n_keys,
-            n_keys,
-            factor,
-            BLOCK,
-            DIM,
-            PADDED,
-            ROWS,
-            BLOCKS,
-            WIDTH,
-            PIECES,
-            TOP_K,
-            TMA,
+            selected=selected,
+            listed=ListedBlocks(p_blocks=p_listed, n_blocks=n_listed),
+            keys=keys,
+            values=values,
+            landmark_keys=landmark_keys,
+            first=first,
+            o_slot=first + o_query,
+            origin=start,
+            end=first + ROWS + n_keys,
+            n_keys=n_keys,
+            factor=factor,
+            shape=TileShape(BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, KEPT),
+            TMA=TMA,
         )
     out, peak, total = state
     seen = total > 0
     total = tl.where(seen, total, 1.0)
-    store_rows(outs, i_query, o_query, n_queries, out * (1 / total)[:, None], DIM, PADDED)
+    store_rows(
+        outs,
+        i_query,
+        o_query,
+        n_queries,
+        rows=out * (1 / total)[:, None],
+        DIM=DIM,
+        PADDED=PADDED,
+    )
     lse = tl.where(seen, (peak + tl.log2(total)) * LN_2, float("-inf"))
     p_lse += (i_row * n_heads + i_head).to(tl.int64) * n_queries + i_query
     tl.store(p_lse + o_query, lse, mask=i_query + o_query < n_queries)

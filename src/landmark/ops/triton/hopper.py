@@ -1,15 +1,15 @@
-"""The forward pass for Hopper (sm_90) with its pipeline spelled out in Gluon: rows without padding,
-blocks of 64.
+"""Forward kernel for Hopper (sm_90) in Gluon, for rows without padding and blocks of 64.
 
-Triton lets the products and the exponentials of one program wait for each other. Here a program
-owns 128 queries and has three parts that run at once: a loader, which brings keys and values by TMA
-into two rings in shared memory, and two readers of 64 queries each, one own block. While a reader's
-tensor cores multiply this block's values, its other units take the next block's softmax. The
-arithmetic is that of ``forward.py``; ``docs/kernels.md`` draws the pipeline.
+In ``forward.py`` the products and the exponentials of one program wait for each other. Here a
+program computes 128 queries and has three parts that run at once. A loader brings keys and values
+by TMA into two ring buffers in shared memory. Two readers compute 64 queries each, which are one
+own block. While a reader's tensor cores multiply this block's values, its other units compute the
+next block's softmax. The arithmetic is that of ``forward.py``; ``docs/kernels.md`` draws the
+pipeline.
 
-A ring is ``(tiles, full, empty)``: ``STAGES`` tiles, a barrier of each that opens when it is
-loaded, and one that opens when both readers are done with it. The ``i``-th tile that passes through
-lies at place ``i % STAGES``.
+A ring is ``(tiles, full, empty)``: ``STAGES`` tiles; a barrier of each that opens when the tile is
+loaded; and one that opens when both readers are done with it. The ``i``-th tile that passes through
+a ring lies at ``i % STAGES``.
 """
 
 from triton.experimental import gluon
@@ -29,27 +29,28 @@ LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 LOWEST = gl.constexpr(-1.0e30)
 LN_2 = gl.constexpr(0.6931471805599453)
 # Arguments for whose values nothing is compiled anew.
-NUMBERS = ("n_heads", "group", "n_queries", "query_start")
+NUMBERS = ("n_heads", "group_size", "n_queries", "query_start")
 
 
 @gluon.jit
 def fetch(source, i_row, i_head, first, ring, i):
-    """Loads rows ``first`` to ``first + 63`` of a head as the ``i``-th tile of a ring; zeros behind
-    the tensor.
+    """Loads 64 rows of a head, from ``first`` on, as the ``i``-th tile of a ring.
+
+    Rows behind the tensor are zeros.
     """
     tiles, full, empty = ring
     STAGES: gl.constexpr = tiles.shape[0]
-    place = i % STAGES
-    mbarrier.wait(empty.index(place), ((i // STAGES) & 1) ^ 1)
-    mbarrier.expect(full.index(place), source.block_type.nbytes)
+    i_tile = i % STAGES
+    mbarrier.wait(empty.index(i_tile), ((i // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(i_tile), source.block_type.nbytes)
     tma.async_copy_global_to_shared(
-        source, [i_row, i_head, first, 0], full.index(place), tiles.index(place)
+        source, [i_row, i_head, first, 0], full.index(i_tile), tiles.index(i_tile)
     )
 
 
 @gluon.jit
 def arrived(ring, i):
-    """The ``i``-th tile (64, DIM) of a ring, once it is there."""
+    """Waits for the ``i``-th tile of a ring and returns it, (64, DIM)."""
     tiles, full, _ = ring
     STAGES: gl.constexpr = tiles.shape[0]
     mbarrier.wait(full.index(i % STAGES), (i // STAGES) & 1)
@@ -59,24 +60,24 @@ def arrived(ring, i):
 
 @gluon.jit
 def release(ring, i):
-    """Says that this reader is done with the ``i``-th tile."""
+    """Gives the ``i``-th tile back to the loader, as far as this reader is concerned."""
     tiles, _, empty = ring
     mbarrier.arrive(empty.index(i % tiles.shape[0]))
 
 
 @gluon.jit
-def load_tiles(keys, values, marks, key_ring, value_ring, i_row, i_head, own):
-    """The loader: landmarks of past blocks; then blocks ``own + 1``, ``own``, ``0``, ``1``, ...
-    ``own - 1``.
+def load_tiles(keys, values, landmark_keys, key_ring, value_ring, i_row, i_head, own):
+    """Runs as the loader.
 
-    ``own`` is the first reader's own block, ``own + 1`` the second's.
+    It loads landmarks of past blocks, then blocks ``own + 1``, ``own``, ``0``, ``1``, ...
+    ``own - 1``. The first reader's own block is ``own``, the second's ``own + 1``.
     """
-    n_marks = (own + BLOCK) // BLOCK
-    for i_marks in range(0, n_marks):
-        fetch(marks, i_row, i_head, i_marks * BLOCK, key_ring, i_marks)
+    n_loads = (own + BLOCK) // BLOCK
+    for i_load in range(0, n_loads):
+        fetch(landmark_keys, i_row, i_head, i_load * BLOCK, key_ring, i_load)
     for i in range(0, own + 2):
         block = gl.where(i < 2, own + 1 - i, i - 2)
-        fetch(keys, i_row, i_head, block * BLOCK, key_ring, n_marks + i)
+        fetch(keys, i_row, i_head, block * BLOCK, key_ring, n_loads + i)
         fetch(values, i_row, i_head, block * BLOCK, value_ring, i)
 
 
@@ -84,14 +85,15 @@ def load_tiles(keys, values, marks, key_ring, value_ring, i_row, i_head, own):
 def past_weights(
     scores, peak, total, factor, SCORES: gl.constexpr, WEIGHTS: gl.constexpr, dtype: gl.constexpr
 ):
-    """Weights of a past block's text as an operand (64, 64), and the gate's total with that
-    block.
+    """Returns weights of a past block's text (64, 64), and the gate's total with that block.
+
+    The weights are laid out as the left operand of a product.
     """
     o_slot = gl.arange(0, BLOCK, gl.SliceLayout(0, SCORES))[None, :]
-    mark = gl.sum(gl.where(o_slot == BLOCK - 1, scores, 0.0), 1)
+    landmark = gl.sum(gl.where(o_slot == BLOCK - 1, scores, 0.0), 1)
     text = gl.where(o_slot < BLOCK - 1, scores, float("-inf"))
     exponent = gl.exp2(text * factor - (gl.max(text, 1) * factor)[:, None])
-    gate = gl.exp2(mark * factor - peak)
+    gate = gl.exp2(landmark * factor - peak)
     weights = exponent * (gate / gl.sum(exponent, 1))[:, None]
     return gl.convert_layout(weights.to(dtype), WEIGHTS), total + gate
 
@@ -111,7 +113,7 @@ def read_tiles(
     factor,
     READER: gl.constexpr,
 ):
-    """A reader: output and log-sum-exp of the queries of block ``own + READER``."""
+    """Runs as a reader: computes the queries whose own block is ``own + READER``."""
     DIM: gl.constexpr = key_ring[0].shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
@@ -130,11 +132,11 @@ def read_tiles(
     # The highest logit of all past blocks, from their landmarks.
     peak = gl.full([BLOCK], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     i = 0
-    n_marks = (own + BLOCK) // BLOCK
-    for i_marks in range(0, n_marks):
+    n_loads = (own + BLOCK) // BLOCK
+    for i_load in range(0, n_loads):
         scores = warpgroup_mma(query, arrived(key_ring, i).permute((1, 0)), zero, use_acc=False)
         release(key_ring, i)
-        past = i_marks * BLOCK + o_slot < own + READER
+        past = i_load * BLOCK + o_slot < own + READER
         peak = gl.maximum(peak, gl.max(gl.where(past[None, :], scores, LOWEST), 1) * factor)
         i += 1
     j = 0
@@ -208,20 +210,20 @@ def first_reader(
     own,
     factor,
 ):
-    """The reader of block ``own``."""
+    """Runs as the reader of block ``own``."""
     read_tiles(
-        p_query,
-        key_ring,
-        value_ring,
-        p_out,
-        p_lse,
-        query_stride,
-        out_stride,
-        n_queries,
-        i_query,
-        own,
-        factor,
-        0,
+        p_query=p_query,
+        key_ring=key_ring,
+        value_ring=value_ring,
+        p_out=p_out,
+        p_lse=p_lse,
+        query_stride=query_stride,
+        out_stride=out_stride,
+        n_queries=n_queries,
+        i_query=i_query,
+        own=own,
+        factor=factor,
+        READER=0,
     )
 
 
@@ -239,26 +241,26 @@ def second_reader(
     own,
     factor,
 ):
-    """The reader of block ``own + 1``."""
+    """Runs as the reader of block ``own + 1``."""
     read_tiles(
-        p_query,
-        key_ring,
-        value_ring,
-        p_out,
-        p_lse,
-        query_stride,
-        out_stride,
-        n_queries,
-        i_query,
-        own,
-        factor,
-        1,
+        p_query=p_query,
+        key_ring=key_ring,
+        value_ring=value_ring,
+        p_out=p_out,
+        p_lse=p_lse,
+        query_stride=query_stride,
+        out_stride=out_stride,
+        n_queries=n_queries,
+        i_query=i_query,
+        own=own,
+        factor=factor,
+        READER=1,
     )
 
 
 @gluon.jit
 def make_ring(source, STAGES: gl.constexpr):
-    """An empty ring for tiles of ``source``, with two readers."""
+    """Makes an empty ring for tiles of ``source``, with two readers."""
     tiles = gl.allocate_shared_memory(
         source.dtype,
         [STAGES] + source.block_type.shape,  # noqa: RUF005
@@ -266,9 +268,9 @@ def make_ring(source, STAGES: gl.constexpr):
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(STAGES):
-        mbarrier.init(full.index(place), 1)
-        mbarrier.init(empty.index(place), 2)
+    for i_tile in gl.static_range(STAGES):
+        mbarrier.init(full.index(i_tile), 1)
+        mbarrier.init(empty.index(i_tile), 2)
     return tiles, full, empty
 
 
@@ -277,7 +279,7 @@ def pipelined_kernel(
     p_query,
     key,
     value,
-    mark,
+    landmark_key,
     p_out,
     p_lse,
     query_batch,
@@ -287,16 +289,16 @@ def pipelined_kernel(
     out_head,
     out_stride,
     n_heads,
-    group,
+    group_size,
     n_queries,
     query_start,
     factor,
     STAGES: gl.constexpr,
 ):
-    """Output and log-sum-exp of 128 queries; of a head's tiles those that see most come first.
+    """Computes output and log-sum-exp of 128 queries.
 
-    ``key``, ``value`` and ``mark`` (the landmarks' keys) are descriptors (B, heads, rows, DIM),
-    boxes (1, 1, 64, DIM).
+    Of a head's tiles those that see most come first. ``key``, ``value`` and ``landmark_key`` are
+    descriptors of tensors (B, heads, rows, DIM) with boxes (1, 1, 64, DIM).
     """
     n_tiles = gl.cdiv(n_queries, ROWS)
     i_query = (n_tiles - 1 - gl.program_id(0) % n_tiles) * ROWS
@@ -322,11 +324,21 @@ def pipelined_kernel(
         own,
         factor,
     )
+    loaded = (
+        key,
+        value,
+        landmark_key,
+        key_ring,
+        value_ring,
+        i_row,
+        i_head // group_size,
+        own,
+    )
     gl.warp_specialize(
         [
             (first_reader, shared),
             (second_reader, shared),
-            (load_tiles, (key, value, mark, key_ring, value_ring, i_row, i_head // group, own)),
+            (load_tiles, loaded),
         ],
         [4, 1],  # warps of the second reader and of the loader
         [240, 24],  # registers of their threads; the first reader has the rest

@@ -1,9 +1,8 @@
-"""The kernels as operators of torch, which autograd and ``torch.compile`` know:
-``landmark::attention``.
+"""Operators of torch that run the kernels, for autograd and ``torch.compile``.
 
-Query, key and value may have any strides but in the last dimension, which lies side by side. The
-output has its dimensions in the order of the query's. An operator takes the fields of ``Call`` one
-by one: lists would cost more than the launch of a kernel.
+Query, key and value may have any strides but in the last dimension, which is contiguous. The
+output has its dimensions in the order of the query's. An operator takes the fields of
+``KernelArguments`` one by one: lists would cost more than the launch of a kernel.
 """
 
 from __future__ import annotations
@@ -15,81 +14,116 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from landmark.ops.metadata import AttentionMetadata
+from landmark.ops.triton.block_lists import build_block_lists
 from landmark.ops.triton.configs import (
     config_for,
     kept_of,
     on_device,
     power_of_two,
-    tiles_of_choice,
+    tiles_of_selection,
 )
 from landmark.ops.triton.launch import (
-    Call,
+    KernelArguments,
+    QuerySums,
     programs,
     run_forward,
     run_key_value_gradient,
     run_query_gradient,
+    sizes_of,
+    strides_of,
 )
-from landmark.ops.triton.meetings import meetings
-from landmark.ops.triton.select import choice_kernel
+from landmark.ops.triton.select import select_blocks_kernel
 
-LEAST_SCALE = 1e-37  # less is 0 in float32
+LEAST_SCALE = 1e-37  # a scale below this is 0 in float32
 
 
 def fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    block_size: int,
-    scale: float,
-    top_k: int | None,
-    query_start: int,
-    starts: Tensor | None,
-    segments: Tensor | None,
-    landmarks: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, D) and the gate's log-sum-exp (B, H, T); arguments as checked by
-    ``landmark_attention``.
+    """Computes landmark attention by the fused kernels.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, G, S, D).
+        value: (B, G, S, D).
+        metadata: the other arguments, as checked by ``landmark_attention``.
+
+    Returns:
+        Output (B, H, T, D) and the gate's log-sum-exp (B, H, T).
     """
-    assert landmarks is None and (top_k is None or segments is None)
-    if scale < LEAST_SCALE:  # the kernels take maxima of scores before they scale them
-        query, scale = (query * 0, 1.0) if abs(scale) < LEAST_SCALE else (-query, -scale)
-    query, key, value = (_side_by_side(each) for each in (query, key, value))
+    starts = metadata.starts
+    segments = metadata.segments
+    scale = metadata.scale
+    assert metadata.landmarks is None and (metadata.top_k is None or segments is None)
+    # The kernels take maxima of scores before they scale them, so the scale must be above 0.
+    if abs(scale) < LEAST_SCALE:
+        query = query * 0
+        scale = 1.0
+    elif scale < 0:
+        query = -query
+        scale = -scale
+    query, key, value = (_with_adjacent_columns(each) for each in (query, key, value))
     if starts is not None:
         starts = starts.int().clamp(min=0).contiguous()
-    origins, ends = (None, None) if segments is None else documents_of(segments, starts)
-    choice: tuple[Tensor | None, ...] = (None,) * 5
-    if top_k is not None:
-        choice = choose(query.detach(), key.detach(), starts, block_size, query_start, scale, top_k)
-    run: Any = attention if _traced(query) else Attention.apply
-    out, lse = run(
-        query, key, value, starts, origins, ends, *choice, block_size, query_start, scale
+    origins = None
+    ends = None
+    if segments is not None:
+        origins, ends = documents_of(segments, starts)
+    selection: tuple[Tensor | None, ...] = (None,) * 5
+    if metadata.top_k is not None:
+        selection = select_blocks_op(
+            query.detach(),
+            key.detach(),
+            starts,
+            metadata.block_size,
+            metadata.query_start,
+            scale,
+            metadata.top_k,
+        )
+    selected, blocks, counts, tiles, indptr = selection
+    arguments = KernelArguments(
+        starts=starts,
+        origins=origins,
+        ends=ends,
+        selected=selected,
+        blocks=blocks,
+        counts=counts,
+        tiles=tiles,
+        indptr=indptr,
+        block_size=metadata.block_size,
+        query_start=metadata.query_start,
+        scale=scale,
     )
+    run: Any = attention if _traced(query) else Attention.apply
+    out, lse = run(query, key, value, *arguments)
     return out, lse
 
 
 def _traced(query: Tensor) -> bool:
-    """Whether someone has to see the operator itself: a compiler, a dispatch mode, a kind of tensor
-    of its own.
+    """Returns whether somebody has to see the operator itself.
 
-    Otherwise the same functions run without torch's bookkeeping for operators written in Python,
-    which takes longer than a short kernel.
+    That is a compiler, a dispatch mode or a subclass of tensors. Otherwise the same functions run
+    without torch's bookkeeping for operators written in Python, which takes longer than a short
+    kernel.
     """
     plain = type(query) in (Tensor, torch.nn.Parameter)
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not plain
 
 
-def _side_by_side(tensor: Tensor) -> Tensor:
-    """The tensor, copied if its last dimension does not lie side by side, or would not in a tensor
-    made like it.
+def _with_adjacent_columns(tensor: Tensor) -> Tensor:
+    """Returns the tensor, copied if its last dimension has another stride than 1.
+
+    It is also copied if ``torch.empty_like`` would give it another one.
     """
-    whole = tensor.stride(3) == 1 and torch.empty_like(tensor).stride(3) == 1
-    return tensor if whole else tensor.contiguous()
+    adjacent = tensor.stride(3) == 1 and torch.empty_like(tensor).stride(3) == 1
+    return tensor if adjacent else tensor.contiguous()
 
 
 def documents_of(segments: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """First slot of the document of each slot, and the first behind it: two int32 (B, S); padding
-    is a document.
+    """Returns the first slot of each slot's document, and the first behind it.
+
+    Both are (B, S) int32. Padding counts as a document.
     """
     length = segments.shape[1]
     slot = torch.arange(length, device=segments.device, dtype=torch.int32)
@@ -104,11 +138,11 @@ def documents_of(segments: Tensor, starts: Tensor | None) -> tuple[Tensor, Tenso
     return origins.contiguous(), ends.contiguous()
 
 
-Chosen = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Selection = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("landmark::choose", mutates_args=())
-def choose(
+@torch.library.custom_op("landmark::select_blocks", mutates_args=())
+def select_blocks_op(
     query: Tensor,
     key: Tensor,
     starts: Tensor | None,
@@ -116,45 +150,52 @@ def choose(
     query_start: int,
     scale: float,
     top_k: int,
-) -> Chosen:
-    """The chosen blocks (B, H, T, top_k) int32, -1 for none, the highest score first; and the four
-    of ``Meetings``.
+) -> Selection:
+    """Selects blocks by a kernel, and lists which tiles of queries read which blocks.
+
+    Returns:
+        The selected blocks (B, H, T, top_k) int32, highest score first, -1 for none; then the four
+        fields of ``BlockLists``.
     """
     batch, heads, queries, dim = query.shape
-    chosen = torch.empty((batch, heads, queries, top_k), dtype=torch.int32, device=query.device)
-    tiles = tiles_of_choice(query.dtype, dim)
+    selected = torch.empty((batch, heads, queries, top_k), dtype=torch.int32, device=query.device)
+    tiles = tiles_of_selection(query.dtype, dim)
     with on_device(query.device):
-        if chosen.numel():
-            choice_kernel[programs(query, tiles)](
-                query,
-                key,
-                chosen,
-                starts,
-                *query.stride()[:3],
-                *key.stride()[:3],
-                heads,
-                heads // key.shape[1],
-                queries,
-                key.shape[2],
-                query_start,
-                scale,
+        if selected.numel():
+            select_blocks_kernel[programs(query, tiles)](
+                p_query=query,
+                p_key=key,
+                p_selected=selected,
+                p_start=starts,
+                **strides_of("query", query),
+                **strides_of("key", key),
+                **sizes_of(query, key),
+                n_keys=key.shape[2],
+                query_start=query_start,
+                scale=scale,
                 BLOCK=block_size,
                 DIM=dim,
                 PADDED=power_of_two(dim),
                 ROWS=tiles.rows,
-                MARKS=tiles.keys,
+                LANDMARKS=tiles.keys,
                 TOP_K=top_k,
                 KEPT=kept_of(top_k),
                 STARTS=starts is not None,
                 num_warps=tiles.warps,
                 num_stages=tiles.stages,
             )
-    rows = config_for(query.device, query.dtype, dim, top_k=True).forward.rows
-    grid = {"keys": key.shape[2], "block_size": block_size, "query_start": query_start}
-    return chosen, *meetings(chosen, starts, **grid, rows=rows)
+    lists = build_block_lists(
+        selected,
+        starts,
+        keys=key.shape[2],
+        block_size=block_size,
+        query_start=query_start,
+        rows=config_for(query.device, query.dtype, dim, top_k=True).forward.rows,
+    )
+    return selected, *lists
 
 
-@choose.register_fake
+@select_blocks_op.register_fake
 def _(
     query: Tensor,
     key: Tensor,
@@ -163,18 +204,18 @@ def _(
     query_start: int,
     scale: float,
     top_k: int,
-) -> Chosen:
+) -> Selection:
     batch, heads, queries, dim = query.shape
     rows = config_for(query.device, query.dtype, dim, top_k=True).forward.rows
     tiles = -(-queries // rows)
     most = rows * top_k
-    blocks = -(-key.shape[2] // block_size)
-    shapes = (queries, top_k), (tiles, most), (tiles,), (tiles * most,), (max(1, blocks) + 1,)
-    made = [
-        torch.empty((batch, heads, *shape), dtype=torch.int32, device=query.device)
-        for shape in shapes
-    ]
-    return made[0], made[1], made[2], made[3], made[4]
+    blocks = max(1, -(-key.shape[2] // block_size))
+
+    def made(*shape: int) -> Tensor:
+        return torch.empty((batch, heads, *shape), dtype=torch.int32, device=query.device)
+
+    selected = made(queries, top_k)
+    return selected, made(tiles, most), made(tiles), made(tiles * most), made(blocks + 1)
 
 
 def run_attention(
@@ -184,23 +225,45 @@ def run_attention(
     starts: Tensor | None,
     origins: Tensor | None,
     ends: Tensor | None,
-    chosen: Tensor | None,
+    selected: Tensor | None,
     blocks: Tensor | None,
     counts: Tensor | None,
     tiles: Tensor | None,
-    borders: Tensor | None,
+    indptr: Tensor | None,
     block_size: int,
     query_start: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, D) and log-sum-exp (B, H, T)."""
-    choice = chosen, blocks, counts, tiles, borders
-    call = Call(starts, origins, ends, *choice, block_size, query_start, scale)
-    config = config_for(query.device, query.dtype, query.shape[3], top_k=call.top_k > 0)
+    """Computes output (B, H, T, D) and log-sum-exp (B, H, T).
+
+    The arguments beside query, key and value are the fields of ``KernelArguments``.
+    """
+    arguments = KernelArguments(
+        starts=starts,
+        origins=origins,
+        ends=ends,
+        selected=selected,
+        blocks=blocks,
+        counts=counts,
+        tiles=tiles,
+        indptr=indptr,
+        block_size=block_size,
+        query_start=query_start,
+        scale=scale,
+    )
+    config = config_for(query.device, query.dtype, query.shape[3], top_k=arguments.top_k > 0)
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     with on_device(query.device):
-        run_forward(config.forward, query, key, value, out, lse, call)
+        run_forward(
+            config.forward,
+            query=query,
+            key=key,
+            value=value,
+            out=out,
+            lse=lse,
+            arguments=arguments,
+        )
     return out, lse
 
 
@@ -215,30 +278,63 @@ def run_attention_backward(
     starts: Tensor | None,
     origins: Tensor | None,
     ends: Tensor | None,
-    chosen: Tensor | None,
+    selected: Tensor | None,
     blocks: Tensor | None,
     counts: Tensor | None,
     tiles: Tensor | None,
-    borders: Tensor | None,
+    indptr: Tensor | None,
     block_size: int,
     query_start: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
-    choice = chosen, blocks, counts, tiles, borders
-    call = Call(starts, origins, ends, *choice, block_size, query_start, scale)
-    config = config_for(query.device, query.dtype, query.shape[3], top_k=call.top_k > 0)
+    """Computes the gradients of query, key and value from those of output and log-sum-exp.
+
+    The last arguments are the fields of ``KernelArguments``.
+    """
+    arguments = KernelArguments(
+        starts=starts,
+        origins=origins,
+        ends=ends,
+        selected=selected,
+        blocks=blocks,
+        counts=counts,
+        tiles=tiles,
+        indptr=indptr,
+        block_size=block_size,
+        query_start=query_start,
+        scale=scale,
+    )
+    config = config_for(query.device, query.dtype, query.shape[3], top_k=arguments.top_k > 0)
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
-    sums = (lse, lse_grad.contiguous(), torch.empty_like(lse))
+    sums = QuerySums(lse=lse, lse_grad=lse_grad.contiguous(), delta=torch.empty_like(lse))
     d_query = torch.empty_like(query)
-    unwritten = starts is not None or query.numel() == 0  # of padding, or where nobody looks
+    # The kernels write no gradient of padding, and none at all without queries.
+    unwritten = starts is not None or query.numel() == 0
     make = torch.zeros_like if unwritten else torch.empty_like
     d_key = make(key)
     d_value = make(value)
     with on_device(query.device):
-        run_query_gradient(config.query_gradient, query, key, value, out, grad, sums, d_query, call)
+        run_query_gradient(
+            config.query_gradient,
+            query=query,
+            key=key,
+            value=value,
+            out=out,
+            grad=grad,
+            sums=sums,
+            d_query=d_query,
+            arguments=arguments,
+        )
         run_key_value_gradient(
-            config.key_value_gradient, query, key, value, grad, sums, d_key, d_value, call
+            config.key_value_gradient,
+            query=query,
+            key=key,
+            value=value,
+            grad=grad,
+            sums=sums,
+            d_key=d_key,
+            d_value=d_value,
+            arguments=arguments,
         )
     return d_query, d_key, d_value
 
@@ -264,26 +360,27 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *call = inputs
-    ctx.numbers = call[-3:]
-    ctx.save_for_backward(query, key, value, *output, *call[:-3])
+    query, key, value, *tensors = inputs[:-3]
+    ctx.numbers = inputs[-3:]  # block size, query start and scale
+    ctx.save_for_backward(query, key, value, *output, *tensors)
 
 
 def _differentiate(
     ctx: Any, grad: Tensor, lse_grad: Tensor, run: Any = attention_backward
 ) -> tuple[Any, ...]:
-    return *run(grad, lse_grad, *ctx.saved_tensors, *ctx.numbers), *(None,) * len(Call._fields)
+    gradients = run(grad, lse_grad, *ctx.saved_tensors, *ctx.numbers)
+    return *gradients, *(None for _ in KernelArguments._fields)
 
 
 attention.register_autograd(_differentiate, setup_context=_keep)
 
 
 class Attention(torch.autograd.Function):
-    """The operator ``attention`` without the operator."""
+    """Autograd function that computes what the operator ``attention`` does, at less cost."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        """As ``run_attention``."""
+        """Computes output and log-sum-exp, as ``run_attention``."""
         output = run_attention(*inputs)
         _keep(ctx, inputs, output)
         return output
@@ -291,5 +388,5 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of all arguments of ``attention``."""
+        """Computes the gradients; ``None`` for all arguments but query, key and value."""
         return _differentiate(ctx, grad, lse_grad, run_attention_backward)

@@ -1,22 +1,20 @@
-"""The choice of ``top_k``: once, by index.
+"""Kernel that selects ``top_k`` blocks for each query: once, by index.
 
 A query's score of a landmark and the block's number are packed into one integer that never ties:
-the higher score wins, among equals the lower block.
+the higher score wins, and among equals the lower block.
 """
 
 import triton
 import triton.language as tl
 
-from landmark.ops.triton.primitives import NUMBERS, head_of, load_rows
+from landmark.ops.triton.primitives import NUMBERS, HeadTensor, head_of, load_rows
 
-NOTHING = tl.constexpr(-(2**63))
+NOTHING = tl.constexpr(-(2**63))  # below every packed score
 
 
 @triton.jit
 def packed(scores, number, candidate):
-    """Scores and numbers as integers in the order of choice; ``NOTHING`` where there is no
-    candidate.
-    """
+    """Packs scores and numbers into int64, the best one highest; ``NOTHING`` for no candidate."""
     bits = (scores + 0.0).to(tl.int32, bitcast=True)  # no negative zero
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     order = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - number).to(tl.int64)
@@ -25,16 +23,15 @@ def packed(scores, number, candidate):
 
 @triton.jit
 def numbers_of(order, missing):
-    """The numbers that were packed, ``missing`` for ``NOTHING``."""
+    """Returns the numbers that were packed, ``missing`` for ``NOTHING``."""
     return tl.where(order == NOTHING, missing, 0x7FFFFFFF - (order & 0x7FFFFFFF)).to(tl.int32)
 
 
 @triton.jit
 def best_of(best, found, ROWS: tl.constexpr, KEPT: tl.constexpr):
-    """The highest ``KEPT`` of ``best`` (ROWS, KEPT) and ``found`` (ROWS, any power of two), the
-    highest first.
+    """Merges ``found`` (ROWS, any power of two) into the top ``KEPT``, ``best`` (ROWS, KEPT).
 
-    Nothing is sorted where no row has found better than its last.
+    The highest come first. Nothing is sorted where no row has found better than its last.
     """
     if tl.max((tl.max(found, axis=1) > tl.min(best, axis=1)).to(tl.int32), axis=0) > 0:
         best = tl.topk(tl.reshape(tl.join(best, tl.topk(found, KEPT)), (ROWS, 2 * KEPT)), KEPT)
@@ -42,10 +39,10 @@ def best_of(best, found, ROWS: tl.constexpr, KEPT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def choice_kernel(
+def select_blocks_kernel(
     p_query,
     p_key,
-    p_chosen,
+    p_selected,
     p_start,
     query_batch,
     query_head,
@@ -54,7 +51,7 @@ def choice_kernel(
     key_head,
     key_stride,
     n_heads,
-    group,
+    group_size,
     n_queries,
     n_keys,
     query_start,
@@ -63,43 +60,56 @@ def choice_kernel(
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
-    MARKS: tl.constexpr,
+    LANDMARKS: tl.constexpr,
     TOP_K: tl.constexpr,
     KEPT: tl.constexpr,
     STARTS: tl.constexpr,
 ):
-    """The ``TOP_K`` past blocks of highest landmark score of each query of a tile; ``KEPT`` is a
-    power of two.
+    """Selects for a tile of queries the ``TOP_K`` past blocks of highest landmark score.
+
+    ``KEPT`` is a power of two that holds ``TOP_K``; ``LANDMARKS`` are scored at once.
     """
     n_tiles = tl.cdiv(n_queries, ROWS)
     i_query = (n_tiles - 1 - tl.program_id(0) % n_tiles) * ROWS
     i_row = tl.program_id(0) // n_tiles // n_heads
     i_head = tl.program_id(0) // n_tiles % n_heads
-    queries = head_of(p_query, query_batch, query_head, query_stride, i_row, i_head, False)
-    keys = head_of(p_key, key_batch, key_head, key_stride, i_row, i_head // group, False)
+    queries = head_of(
+        HeadTensor(p_query, query_batch, query_head, query_stride), i_row, i_head, TMA=False
+    )
+    keys = head_of(
+        HeadTensor(p_key, key_batch, key_head, key_stride), i_row, i_head // group_size, TMA=False
+    )
     start = 0
     if STARTS:
         start = tl.minimum(tl.load(p_start + i_row), n_keys)
     o_query = tl.arange(0, ROWS)
-    query = load_rows(queries, i_query, o_query, n_queries, ROWS, DIM, PADDED, False)
+    query = load_rows(
+        queries, i_query, o_query, n_queries, ROWS=ROWS, DIM=DIM, PADDED=PADDED, TMA=False
+    )
     slot = query_start + i_query + o_query - start
     n_closed = (n_keys - start) // BLOCK
-    own = tl.where(slot >= 0, slot // BLOCK, 0)
+    own_block = tl.where(slot >= 0, slot // BLOCK, 0)
     last = tl.maximum(query_start + i_query + ROWS - 1 - start, 0) // BLOCK
     best = tl.full((ROWS, KEPT), NOTHING, tl.int64)
-    for first in range(0, tl.minimum(last, n_closed), MARKS):
-        o_mark = tl.arange(0, MARKS).to(tl.int64) * BLOCK
-        mark = load_rows(
-            keys, start + first * BLOCK + BLOCK - 1, o_mark, n_keys, MARKS, DIM, PADDED, False
+    for first in range(0, tl.minimum(last, n_closed), LANDMARKS):
+        o_landmark = tl.arange(0, LANDMARKS).to(tl.int64) * BLOCK
+        first_slot = start + first * BLOCK + BLOCK - 1
+        landmark_keys = load_rows(
+            keys,
+            first_slot,
+            o_landmark,
+            n_keys,
+            ROWS=LANDMARKS,
+            DIM=DIM,
+            PADDED=PADDED,
+            TMA=False,
         )
-        scores = tl.dot(query, tl.trans(mark), input_precision="ieee") * scale
-        block = first + tl.arange(0, MARKS)[None, :]
-        best = best_of(
-            best, packed(scores, block, (block < own[:, None]) & (block < n_closed)), ROWS, KEPT
-        )
+        scores = tl.dot(query, tl.trans(landmark_keys), input_precision="ieee") * scale
+        block = first + tl.arange(0, LANDMARKS)[None, :]
+        past = (block < own_block[:, None]) & (block < n_closed)
+        best = best_of(best, packed(scores, block, past), ROWS, KEPT)
     o_kept = tl.arange(0, KEPT)
-    p_chosen += ((i_row * n_heads + i_head).to(tl.int64) * n_queries + i_query) * TOP_K
+    p_selected += ((i_row * n_heads + i_head).to(tl.int64) * n_queries + i_query) * TOP_K
     inside = (i_query + o_query < n_queries)[:, None] & (o_kept < TOP_K)[None, :]
-    tl.store(
-        p_chosen + o_query[:, None] * TOP_K + o_kept[None, :], numbers_of(best, -1), mask=inside
-    )
+    p_rows = p_selected + o_query[:, None] * TOP_K + o_kept[None, :]
+    tl.store(p_rows, numbers_of(best, -1), mask=inside)
