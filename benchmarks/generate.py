@@ -112,6 +112,9 @@ def generate(
     """
     stamps = Stamps()
     how = {
+        # Otherwise random tokens that equal the padding's count as padding: a memory refuses such
+        # a mask, and stock attention that is given one copies its keys for every query head.
+        "attention_mask": torch.ones_like(ids),
         "max_new_tokens": tokens,
         "min_new_tokens": tokens,
         "do_sample": False,

@@ -37,7 +37,7 @@ BANNED = {
     r"\b(LandmarkCache\.traffic|landmark\.library|eval\.subjects|eval\.passages)\b": "see CHANGELOG",
 }
 # Names of functions that stand for one thing each; classes always do.
-ONCE = {"best_of", "choose", "convert", "explain", "fingerprint", "insert_landmarks", "remember"}
+ONCE = {"convert", "explain", "fingerprint", "insert_landmarks", "remember"}
 
 
 @pytest.mark.parametrize("pattern", BANNED)

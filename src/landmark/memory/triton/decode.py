@@ -297,7 +297,7 @@ def reached(earlier, later, bound):
 
 
 @triton.jit
-def best_of(earlier, later, low, high, TOP_K: tl.constexpr):
+def flag_best(earlier, later, low, high, TOP_K: tl.constexpr):
     """Which of the scores ``earlier`` and ``later``, in order of index, are the ``TOP_K`` best, as
     0 and 1; how many.
 
@@ -344,7 +344,7 @@ def best_chunks(p_peak, n_used, n_chunks, PADDED_K: tl.constexpr, PEAKS: tl.cons
         found = tl.where(o_chunk < n_used, found, float("-inf"))
         groups = tl.max(tl.reshape(found, (PEAKS // PADDED_K, PADDED_K)), axis=0)
         high = tl.max(tl.maximum(groups, before), axis=0)
-        stays, passes, _ = best_of(before, found, tl.min(groups, axis=0), high, PADDED_K)
+        stays, passes, _ = flag_best(before, found, tl.min(groups, axis=0), high, PADDED_K)
         n_stay = tl.sum(stays, axis=0)
         if n_stay > 0:  # of earlier rounds
             stayed = (stays * tl.cumsum(stays, axis=0))[None, :] == o_k[:, None] + 1
@@ -398,7 +398,7 @@ def best_indices(
         low = tl.min(tl.max(tl.reshape(scores, (CHUNK, PADDED_K)), axis=0), axis=0)
     scores = tl.reshape(scores, (PADDED_K * CHUNK,))
     index = tl.reshape(index, (PADDED_K * CHUNK,))
-    best, best_recent, n_selected = best_of(scores, recent, low, high, TOP_K)
+    best, best_recent, n_selected = flag_best(scores, recent, low, high, TOP_K)
     n_old = n_selected - tl.sum(best_recent, axis=0)
     _, index_recent = latest(first, first_kept, PADDED_K, N_RECENT)
     rank = tl.where(best > 0, tl.cumsum(best, axis=0) - 1, -1)

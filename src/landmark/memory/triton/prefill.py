@@ -34,7 +34,7 @@ from landmark.memory.triton.arguments import (
 from landmark.memory.triton.primitives import ALIGNED, STRIDES, load_block, old_count, rotate
 from landmark.ops.triton.configs import kept_of, on_device, power_of_two
 from landmark.ops.triton.primitives import LOG2_E, LOWEST
-from landmark.ops.triton.select import NOTHING, best_of, numbers_of, packed
+from landmark.ops.triton.select import NOTHING, merge_top_k, numbers_of, packed
 
 NOWHERE = tl.constexpr(2**31 - 1)
 LANDMARK_TILE = 64  # landmark keys that a tile of queries is multiplied with at once
@@ -154,7 +154,7 @@ def select_kernel(
         candidate = (
             (index < n_old) & (block < last) & ((block >= lowest) | (KEEP_FIRST & (block == 0)))
         )
-        best = best_of(best, packed(scores, index[None, :], candidate[None, :]), ROWS, PADDED_K)
+        best = merge_top_k(best, packed(scores, index[None, :], candidate[None, :]), ROWS, PADDED_K)
     if N_RECENT > 0:
         found = tl.full((ROWS, PADDED_K), NOTHING, tl.int64)
         for i_recent in range(0, N_RECENT):
@@ -179,7 +179,7 @@ def select_kernel(
                 scores = tl.sum(query * landmark[None, :], axis=1)
                 here = packed(scores, index, block >= 0)
                 found = tl.where((o_k == i_recent)[None, :], here[:, None], found)
-        best = best_of(best, found, ROWS, PADDED_K)
+        best = merge_top_k(best, found, ROWS, PADDED_K)
     indices = tl.sort(numbers_of(tl.where((o_k < TOP_K)[None, :], best, NOTHING), NOWHERE))
     p_selected += (
         (((i_row * groups + i_group) * repeats + i_repeat).to(tl.int64) * n_own + i_own)

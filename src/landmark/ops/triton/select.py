@@ -28,7 +28,7 @@ def numbers_of(order, missing):
 
 
 @triton.jit
-def best_of(best, found, ROWS: tl.constexpr, KEPT: tl.constexpr):
+def merge_top_k(best, found, ROWS: tl.constexpr, KEPT: tl.constexpr):
     """Merges ``found`` (ROWS, any power of two) into the top ``KEPT``, ``best`` (ROWS, KEPT).
 
     The highest come first. Nothing is sorted where no row has found better than its last.
@@ -107,7 +107,7 @@ def select_blocks_kernel(
         scores = tl.dot(query, tl.trans(landmark_keys), input_precision="ieee") * scale
         block = first + tl.arange(0, LANDMARKS)[None, :]
         past = (block < own_block[:, None]) & (block < n_closed)
-        best = best_of(best, packed(scores, block, past), ROWS, KEPT)
+        best = merge_top_k(best, packed(scores, block, past), ROWS, KEPT)
     o_kept = tl.arange(0, KEPT)
     p_selected += ((i_row * n_heads + i_head).to(tl.int64) * n_queries + i_query) * TOP_K
     inside = (i_query + o_query < n_queries)[:, None] & (o_kept < TOP_K)[None, :]
