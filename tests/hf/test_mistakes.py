@@ -18,7 +18,7 @@ import landmark.hf.model as decoder
 import models
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
-from landmark.hf.layout import Layout
+from landmark.hf.layout import TextLayout
 from landmark.memory import eager, layer, retrieval
 from landmark.ops import select
 from landmark.ops.select import select_top
@@ -75,11 +75,11 @@ def test_1_no_landmark_among_generated_tokens() -> None:
 
     def layout(
         mask: torch.Tensor, block_size: int, seen: Any = None, width: int | None = None
-    ) -> Layout:
+    ) -> TextLayout:
         if seen is None or int(seen[0]) < prompt:
             return real(mask, block_size, seen, width)
         columns = torch.arange(mask.shape[1])
-        return Layout(block_size, mask.shape[1], columns, columns[None], columns[None])
+        return TextLayout(block_size, mask.shape[1], columns, columns[None], columns[None])
 
     def put_in(patch: Patch) -> None:
         patch.setattr(decoder, "slots_for", slots)

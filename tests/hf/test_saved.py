@@ -21,10 +21,11 @@ import models
 from interrupt import Interrupted
 from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
-from landmark.hf import cache_io as hf_saved
+from landmark.hf import cache_io
 from landmark.memory.archive import log
 from landmark.memory.archive.layer import verify
-from landmark.memory.archive.log import Archive, Damaged, near, shelf, store
+from landmark.memory.archive.log import Archive, Damaged
+from landmark.memory.storage import offload, pool, store
 
 CASES = 240
 ALWAYS = 16
@@ -160,9 +161,9 @@ def test_a_saved_memory_answers_bit_for_bit(
     chance = random.Random(seed)
     family = chance.choice(models.FAMILIES)
     kv_heads = chance.choice((1, 2, 4))
-    monkeypatch.setattr(shelf, "EXTENT_BYTES", chance.choice((1, 3_000, 20_000)))
+    monkeypatch.setattr(offload, "EXTENT_BYTES", chance.choice((1, 3_000, 20_000)))
     at_once = chance.choice((1, 3, 256))
-    for module in (store, near):
+    for module in (store, pool):
         monkeypatch.setattr(module, "AT_ONCE", at_once)
     step, spare = chance.choice(((1, 3), (2, 8), (16, 8)))
     monkeypatch.setattr(store, "EVICTION_STEP", step)
@@ -236,7 +237,7 @@ def test_what_was_evicted_stays_away(
 ) -> None:
     """Neither saving a memory nor opening it brings back blocks that nobody will see."""
     for module, name, value in (
-        (shelf, "EXTENT_BYTES", 1),
+        (offload, "EXTENT_BYTES", 1),
         (store, "EVICTION_STEP", 1),
         (store, "SPARE_BLOCKS", 0),
     ):
@@ -287,16 +288,16 @@ def test_notes_and_streams_come_back(tmp_path: Path) -> None:
     cache.save(
         tmp_path / "memory",
         notes={"sources": ["a"]},
-        streams={"lines": lambda kept: b"0123"[kept:]},
+        attachments={"lines": lambda kept: b"0123"[kept:]},
     )
     again = LandmarkCache.open(tmp_path / "memory", model)
     assert again.saved is not None
-    assert again.saved.notes == {"sources": ["a"]} and again.saved.stream("lines") == b"0123"
+    assert again.saved.notes == {"sources": ["a"]} and again.saved.attachment("lines") == b"0123"
     model.read(models.text(9)[None], cache=again)
-    again.save(tmp_path / "memory", streams={"lines": lambda kept: b"012345"[kept:]})
+    again.save(tmp_path / "memory", attachments={"lines": lambda kept: b"012345"[kept:]})
     third = LandmarkCache.open(tmp_path / "memory", model)
     assert third.saved is not None
-    assert third.saved.notes == {"sources": ["a"]} and third.saved.stream("lines") == b"012345"
+    assert third.saved.notes == {"sources": ["a"]} and third.saved.attachment("lines") == b"012345"
 
 
 def test_a_memory_of_an_adapter_is_opened_with_it(tmp_path: Path) -> None:
@@ -321,7 +322,7 @@ def test_a_memory_of_an_adapter_is_opened_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "at", [(log, "_read_state"), (hf_saved, "saved_layers"), (Archive, "verify")]
+    "at", [(log, "_read_state"), (cache_io, "saved_layers"), (Archive, "verify")]
 )
 def test_a_reader_outlives_a_tail_that_is_replaced_meanwhile(
     at: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

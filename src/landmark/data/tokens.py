@@ -1,8 +1,8 @@
-"""Token files: texts tokenised once into one stream of ids, memory-mapped from then on.
+"""Token files: texts tokenised once into one sequence of ids, memory-mapped from then on.
 
-``NAME.bin`` holds the ids (little-endian uint16 or uint32), ``NAME.json`` beside it what they are:
-the tokenizer's hash, the documents' titles, hashes and places, and the hash of the ids. Both can be
-moved together.
+``NAME.bin`` holds the ids (little-endian uint16 or uint32). ``NAME.json`` beside it describes them:
+the hash of the tokenizer, title, hash and position of each document, and the hash of the ids. Both
+can be moved together.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ from landmark.data.text import Document, read_json
 from landmark.data.tokenizer import backend, fingerprint
 
 FORMAT = "landmark-tokens-1"
-BATCH = 32
+BATCH = 32  # documents encoded at once
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A document's place in the stream: its ``tokens`` ids begin at ``start``, the separator after
-    them not counted.
+    """The position of a document in a token file.
+
+    Attributes:
+        title: the title of the document.
+        sha256: its hash.
+        start: index of its first id.
+        tokens: how many ids it has, the separator behind it not counted.
     """
 
     title: str
@@ -45,12 +50,12 @@ class Place:
 
 @dataclasses.dataclass
 class TokenFile:
-    """A stream of token ids with the documents it was made from.
+    """A sequence of token ids and the documents that it was made from.
 
     Attributes:
         path: the ``.bin`` file.
         ids: the ids, shape ``(tokens,)``, memory-mapped, read only.
-        documents: where each document lies.
+        documents: the position of each document.
         tokenizer: fingerprint of the tokenizer.
     """
 
@@ -77,21 +82,21 @@ def tokenize(
     name: str,
     progress: Progress | None = None,
 ) -> TokenFile:
-    """Returns the token file of the documents, from ``folder`` where it fits, made anew otherwise.
+    """Returns the token file of documents: one that is there and fits, otherwise a new one.
 
-    It fits when tokenizer and documents (by SHA-256, in order) are the same. Documents are
+    A file fits when tokenizer and documents (by SHA-256, in order) are the same. Documents are
     separated by eos.
 
     Args:
-        documents: gives the documents from the first on, each time it is called (they are never
-            held all at once).
+        documents: yields the documents from the first on, each time it is called. They are never
+            held all at once.
         tokenizer: a fast tokenizer.
-        folder: where ``name.bin`` and ``name.json`` lie.
+        folder: the folder of ``name.bin`` and ``name.json``.
         name: usually the split.
         progress: called after some documents, and while a long one is tokenised.
 
     Raises:
-        ValueError: a file of that name which is not ours, or is damaged; or no document.
+        ValueError: a file of that name that is no token file, or a damaged one; or no document.
     """
     sidecar = Path(folder) / f"{name}.json"
     if sidecar.exists() or sidecar.with_suffix(".bin").exists():
@@ -108,7 +113,7 @@ def open_tokens(sidecar: str | Path) -> TokenFile:
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: the files are not of this format, or the ids are not those that were written.
+        ValueError: the files have another format, or the ids are not those that were written.
     """
     sidecar = Path(sidecar)
     binary = sidecar.with_suffix(".bin")
@@ -192,7 +197,7 @@ def _write(
 def _encode(
     documents: Iterator[Document], tokenizer: PreTrainedTokenizerFast, progress: Progress | None
 ) -> Iterator[tuple[Document, list[int]]]:
-    """Encodes short documents several at once; a long one is cut by its encoder."""
+    """Yields documents with their ids; short documents are encoded several at once."""
     encoder = TextEncoder(backend(tokenizer))
     while batch := list(itertools.islice(documents, BATCH)):
         short = [document.text for document in batch if len(document.text) <= PIECE]

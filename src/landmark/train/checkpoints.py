@@ -1,4 +1,4 @@
-"""Finding and checking the checkpoint that a run continues from."""
+"""Finds and checks the checkpoint that a run continues from."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def last_checkpoint(out: Path) -> Path:
                 list(tensors.keys())
         if not sharded:
             torch.load(path / "optimizer.pt", map_location="meta", weights_only=True)
-    except Exception as error:  # the readers raise many kinds
+    except Exception as error:  # json, safetensors and torch raise many kinds
         raise ValueError(
             f"{path}: expected a complete checkpoint, got a damaged one ({_line(error)}); {remedy}"
         ) from None
@@ -59,7 +59,11 @@ def last_checkpoint(out: Path) -> Path:
 
 
 def refuse_overwriting(out: Path) -> None:
-    """Raises ``ValueError`` when a run with checkpoints is already there."""
+    """Makes sure that a folder holds no run with checkpoints.
+
+    Raises:
+        ValueError: it does.
+    """
     if _checkpoints(out):
         raise ValueError(
             f"{out}: a run with checkpoints is already there; pass --resume to continue it, or "
@@ -68,14 +72,29 @@ def refuse_overwriting(out: Path) -> None:
 
 
 def save_recipe(out: Path, recipe: Recipe, rest: dict[str, Any]) -> None:
-    """Writes the run's settings to ``recipe.json``."""
+    """Writes the settings of a run to ``recipe.json``.
+
+    Args:
+        out: folder of the run.
+        recipe: the settings.
+        rest: further arguments of the run (data, model, plain, lora).
+    """
     fields = {**recipe.to_dict(), "arguments": rest}
     outputs.write(out / RECIPE, (json.dumps(fields, indent=1) + "\n").encode())
 
 
 def require_same_recipe(out: Path, recipe: Recipe, rest: dict[str, Any]) -> None:
-    """Raises ``ValueError`` when a run is to be resumed with settings that would change its
-    losses.
+    """Makes sure that a run is resumed with the settings that it began with.
+
+    Settings that do not change its losses are free.
+
+    Args:
+        out: folder of the run.
+        recipe: the settings.
+        rest: further arguments of the run (data, model, plain, lora).
+
+    Raises:
+        ValueError: others differ, or ``recipe.json`` cannot be read.
     """
     path = out / RECIPE
     try:
