@@ -32,7 +32,7 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class DocumentSpan:
     """The position of a document in a token file.
 
     Attributes:
@@ -61,7 +61,7 @@ class TokenFile:
 
     path: Path
     ids: Ids
-    documents: list[Place]
+    documents: list[DocumentSpan]
     tokenizer: str
 
     def __len__(self) -> int:
@@ -103,7 +103,7 @@ def tokenize(
         old = open_tokens(sidecar)
         if old.tokenizer == fingerprint(tokenizer):
             hashes = [document.sha256 for document in documents()]
-            if hashes == [place.sha256 for place in old.documents]:
+            if hashes == [span.sha256 for span in old.documents]:
                 return old
     return _write(documents(), tokenizer, sidecar, progress)
 
@@ -127,7 +127,7 @@ def open_tokens(sidecar: str | Path) -> TokenFile:
         header = read_json(sidecar)
         if header["format"] != FORMAT:
             raise KeyError
-        documents = [Place(**place) for place in header["documents"]]
+        documents = [DocumentSpan(**span) for span in header["documents"]]
         tokens = int(header["tokens"])
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[header["dtype"]])
         digest = str(header["sha256"])
@@ -161,20 +161,27 @@ def _write(
     unfinished = sidecar.with_suffix(".unfinished")
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    places: list[Place] = []
+    spans: list[DocumentSpan] = []
     position = 0
     digest = hashlib.sha256()
     try:
         with names(unfinished), unfinished.open("wb") as binary:
             for document, ids in _encode(iter(documents), tokenizer, progress):
-                places.append(Place(document.title, document.sha256, position, len(ids)))
+                spans.append(
+                    DocumentSpan(
+                        title=document.title,
+                        sha256=document.sha256,
+                        start=position,
+                        tokens=len(ids),
+                    )
+                )
                 raw = np.asarray(ids + end, dtype="<u2" if dtype == "uint16" else "<u4").tobytes()
                 binary.write(raw)
                 digest.update(raw)
                 position += len(ids) + len(end)
                 if progress is not None:
-                    progress(f"tokens, of {len(places):,} documents", position, 0)
-        if not places:
+                    progress(f"tokens, of {len(spans):,} documents", position, 0)
+        if not spans:
             raise ValueError(
                 f"{sidecar.stem}: expected at least one document, got none; pass a source with text"
             )
@@ -184,7 +191,7 @@ def _write(
             "tokens": position,
             "sha256": digest.hexdigest(),
             "tokenizer": fingerprint(tokenizer),
-            "documents": [dataclasses.asdict(place) for place in places],
+            "documents": [dataclasses.asdict(span) for span in spans],
         }
         outputs.write(sidecar, json.dumps(header, indent=1, ensure_ascii=False).encode())
         unfinished.replace(sidecar.with_suffix(".bin"))

@@ -61,7 +61,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         settings: the ``LandmarkConfig`` that the cache was made with.
         index: see above.
         memories: the memory of each layer, ``None`` for a layer that has read nothing.
-        offload: tier and budgets, over all layers.
+        offload_config: tier and budgets, over all layers.
         record: whether to keep what each layer retrieves in ``retrievals``.
         retrievals: what was retrieved while ``record`` was set, oldest first.
         observer: called after each layer has attended, as ``Observer`` says, or ``None``. A fork
@@ -91,7 +91,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         check_index(index, self.settings)
         self.index = index
         self.memories: list[LayerMemory | None] = [None] * config.num_hidden_layers
-        self.offload = OffloadConfig(tier, **budgets)
+        self.offload_config = OffloadConfig(tier, **budgets)
         self.record = False
         self.observer: Observer | None = None
         self.retrievals: list[Retrieval] = []
@@ -119,7 +119,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             self.memories.append(None)
         found = self.memories[layer]
         if found is None:
-            share = self.offload.share(len(self.memories))
+            share = self.offload_config.share(len(self.memories))
             found = LayerMemory(self.settings, tables, layer, share, self.index)
             self.memories[layer] = found
         return found

@@ -193,10 +193,11 @@ class TextColumns:
             (mask & ~wanted & (column < last), "0 over a token before one that stays"),
         ):
             if bool(wrong.any()):
-                row, place = wrong.nonzero()[0].tolist()
+                row, wrong_column = wrong.nonzero()[0].tolist()
                 raise ValueError(
                     f"attention_mask: expected the mask that row {row} was read with, or 0 from "
-                    f"one of its tokens on, got {what} (column {place}); read the text anew"
+                    f"one of its tokens on, got {what} (column {wrong_column}); read the text "
+                    "anew"
                 )
 
 

@@ -80,8 +80,8 @@ class LandmarkDecoderMixin(PackagedMixin):
             attention_mask: ``(B, T)`` or ``(B, past + T)``, 0 for padding, which may be anywhere.
                 A 0 over the last tokens of a row in the cache removes them
                 (``LandmarkCache.hide``).
-            position_ids: ``(B, T)``. Without a mask and a cache, rows are packed: a document begins
-                wherever positions do not go on. Otherwise ignored: slots come from the mask.
+            position_ids: ``(B, T)``. Without a mask and a cache, a new document begins wherever
+                positions do not go on (packed rows). Otherwise ignored: slots come from the mask.
             past_key_values: a ``LandmarkCache`` to read from and to extend; ``cache`` is another
                 name for it.
             inputs_embeds: see ``input_ids``.

@@ -25,7 +25,7 @@ from landmark.data.tokenizer import (
     row_start,
     train_tokenizer,
 )
-from landmark.data.tokens import Ids, Place, TokenFile, tokenize
+from landmark.data.tokens import DocumentSpan, Ids, TokenFile, tokenize
 from landmark.hf.convert import convert, from_config, load
 from landmark.hf.families import PREFIX
 from landmark.hf.pretrained import read_config
@@ -60,7 +60,7 @@ class Prepared:
 
     train: Rows
     held_out: dict[str, FixedRows]
-    documents: list[Place]
+    documents: list[DocumentSpan]
     greatest_id: int
 
 

@@ -12,7 +12,7 @@ import torch
 
 from landmark.data import outputs
 from landmark.data.characters import without_surrogates
-from landmark.data.tokens import Place
+from landmark.data.tokens import DocumentSpan
 from landmark.train.recipe import Recipe
 from landmark.train.trainer import LandmarkTrainer
 from landmark.versions import versions
@@ -25,7 +25,7 @@ def summarise(
     trainer: LandmarkTrainer,
     recipe: Recipe,
     arguments: dict[str, Any],
-    documents: list[Place],
+    documents: list[DocumentSpan],
     *,
     seconds: float,
 ) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def summarise(
         "landmark": getattr(trainer.model.config, "landmark", None),
         "versions": made_with(),
         "texts": [
-            {"title": place.title, "sha256": place.sha256, "tokens": place.tokens}
-            for place in documents
+            {"title": span.title, "sha256": span.sha256, "tokens": span.tokens}
+            for span in documents
         ],
     }
 
