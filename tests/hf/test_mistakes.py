@@ -96,12 +96,12 @@ def test_2_retrieval_in_decode_but_every_block_in_prefill() -> None:
         embeds: Any,
         mask: Any,
         cache: Any,
+        *,
         settings: LandmarkConfig,
-        *rest: Any,
         **more: Any,
     ) -> Any:
         settings = settings.replace(mode="all") if embeds.shape[1] > 1 else settings
-        return real(self, embeds, mask, cache, settings, *rest, **more)
+        return real(self, embeds, mask, cache, settings=settings, **more)
 
     def put_in(patch: Patch) -> None:
         patch.setattr(decoder.LandmarkDecoderMixin, "extend", extend)

@@ -93,13 +93,15 @@ class TextEncoder:
         """
         piece = PIECE
         overlap = OVERLAP
-        while (found := self._in_pieces(text, piece, overlap, continues, progress)) is None:
+        while True:
+            found = self._in_pieces(text, piece, overlap, continues=continues, progress=progress)
+            if found is not None:
+                return found
             piece = 2 * piece
             overlap = 2 * overlap
-        return found
 
     def _in_pieces(
-        self, text: str, piece: int, overlap: int, continues: bool, progress: Progress | None
+        self, text: str, piece: int, overlap: int, *, continues: bool, progress: Progress | None
     ) -> Encoded | None:
         """Returns the tokens, ``None`` where two pieces do not agree on their overlap."""
         starts = range(0, max(1, len(text) - overlap), piece)

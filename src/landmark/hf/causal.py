@@ -112,10 +112,16 @@ class LandmarkCausalLMMixin(PackagedMixin):
                 f"{tuple(input_ids.shape)}"
             )
         cache = LandmarkCache(self.config) if cache is None else require_landmark_cache(cache)
-        for _ in self.base_model.read_chunks(
-            input_ids, attention_mask, cache, self.landmark, {}, retrieve=retrieve
-        ):
-            pass
+        chunks = self.base_model.read_chunks(
+            input_ids,
+            attention_mask,
+            cache,
+            settings=self.landmark,
+            kwargs={},
+            retrieve=retrieve,
+        )
+        for _ in chunks:
+            pass  # the states of text are not needed
         return cache
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

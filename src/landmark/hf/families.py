@@ -149,7 +149,14 @@ def family(model_type: str) -> Family:
             "__doc__": f"{stock_causal_lm.__name__} that attends by landmarks.",
         },
     )
-    made = Family(config, decoder, causal_lm, stock_config, stock_decoder, stock_causal_lm)
+    made = Family(
+        config=config,
+        decoder=decoder,
+        causal_lm=causal_lm,
+        stock_config=stock_config,
+        stock_decoder=stock_decoder,
+        stock_causal_lm=stock_causal_lm,
+    )
     _register(made)
     return made
 

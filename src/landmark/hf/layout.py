@@ -144,8 +144,8 @@ def packed_layout(documents: Tensor, block_size: int) -> TextLayout:
     slots = column + closes.long().cumsum(1) - closes.long()
     width = slots_for(tokens, block_size)
     own_slot = slot_of(index, block_size)
-    positions = _spread(slots, closes, own_slot, own_slot + 1, width, 0)
-    segments = _spread(slots, closes, documents, documents, width, tokens)
+    positions = _spread(slots, closes, text=own_slot, landmark=own_slot + 1, width=width, fill=0)
+    segments = _spread(slots, closes, text=documents, landmark=documents, width=width, fill=tokens)
     return TextLayout(
         block_size,
         width,
@@ -180,11 +180,12 @@ def documents_by_position(position_ids: Tensor) -> Tensor:
 def _sources(slots: Tensor, closes: Tensor, width: int, tokens: int) -> Tensor:
     """Returns ``TextLayout.sources``; ``closes (B, T)`` says which tokens close a block."""
     column = torch.arange(tokens, device=slots.device).expand_as(slots)
-    return _spread(slots, closes, column, torch.full_like(column, tokens), width, tokens + 1)
+    landmark = torch.full_like(column, tokens)
+    return _spread(slots, closes, text=column, landmark=landmark, width=width, fill=tokens + 1)
 
 
 def _spread(
-    slots: Tensor, closes: Tensor, text: Tensor, landmark: Tensor, width: int, fill: int
+    slots: Tensor, closes: Tensor, *, text: Tensor, landmark: Tensor, width: int, fill: int
 ) -> Tensor:
     """Takes a value for each text token and each landmark from columns to slots.
 

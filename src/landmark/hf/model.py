@@ -125,13 +125,20 @@ class LandmarkDecoderMixin(PackagedMixin):
         may_be_packed = mask is None and cache is None
         documents = _documents(text, seq_idx, position_ids, kwargs, may_be_packed=may_be_packed)
         if settings.mode == "all" and cache is None:
-            output = self._full_pass(self._embed(text), mask, documents, settings, kwargs)
+            output = self._full_pass(
+                self._embed(text),
+                mask=mask,
+                documents=documents,
+                settings=settings,
+                kwargs=kwargs,
+            )
         elif documents is not None and bool((documents != documents[:, :1]).any()):
             with torch.no_grad():
                 output = self._by_document(self._embed(text), documents, settings, kwargs)
         else:
             cache = LandmarkCache(self.config) if cache is None else cache
-            output = _join(list(self.read_chunks(text, attention_mask, cache, settings, kwargs)))
+            chunks = self.read_chunks(text, attention_mask, cache, settings=settings, kwargs=kwargs)
+            output = _join(list(chunks))
             returns_cache = self.config.use_cache if use_cache is None else use_cache
             if returns_cache:
                 output[CACHE] = cache
@@ -168,6 +175,7 @@ class LandmarkDecoderMixin(PackagedMixin):
     def _full_pass(
         self,
         embeds: Tensor,
+        *,
         mask: Tensor | None,
         documents: Tensor | None,
         settings: LandmarkConfig,
@@ -214,9 +222,9 @@ class LandmarkDecoderMixin(PackagedMixin):
         text: Tensor,
         attention_mask: Tensor | None,
         cache: LandmarkCache,
+        *,
         settings: LandmarkConfig,
         kwargs: Any,
-        *,
         retrieve: bool = True,
     ) -> Iterator[Any]:
         """Prefills a cache with a text, chunk by chunk.
@@ -251,7 +259,9 @@ class LandmarkDecoderMixin(PackagedMixin):
                     is_text = torch.ones(part.shape[:2], dtype=torch.bool)
                 else:
                     is_text = mask[:, columns].cpu()
-                yield self.extend(part, is_text, cache, settings, kwargs, retrieve=retrieve)
+                yield self.extend(
+                    part, is_text, cache, settings=settings, kwargs=kwargs, retrieve=retrieve
+                )
 
     # The tensors of a cache have to be written to outside of inference mode, too.
     @torch.inference_mode(False)
@@ -261,9 +271,9 @@ class LandmarkDecoderMixin(PackagedMixin):
         text: Tensor,
         mask: Tensor,
         cache: LandmarkCache,
+        *,
         settings: LandmarkConfig,
         kwargs: Any,
-        *,
         retrieve: bool = True,
     ) -> Any:
         """Runs one chunk, or one decode step, and adds it to the cache.
@@ -349,7 +359,9 @@ class LandmarkDecoderMixin(PackagedMixin):
             outputs = []
             for document in row.split(numbers.bincount().tolist()):
                 cache = LandmarkCache(self.config)
-                chunks = self.read_chunks(document[None], None, cache, settings, kwargs)
+                chunks = self.read_chunks(
+                    document[None], None, cache, settings=settings, kwargs=kwargs
+                )
                 outputs.append(_join(list(chunks)))
             rows.append(_join(outputs))
         return merge(rows, lambda states: torch.cat(states, dim=0))

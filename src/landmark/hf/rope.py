@@ -137,7 +137,7 @@ def _read(
     known = _inverse_frequencies(module, kind).double()
     frequencies = known[(estimate[:, None] - known).abs().argmin(1)]
     rotary = Rotary(frequencies, signs.double(), interleaved)
-    _verify(rotary, module, kind, apply, dim, scaling)
+    _verify(rotary, module, kind, apply, dim=dim, scaling=scaling)
     return rotary
 
 
@@ -164,6 +164,7 @@ def _verify(
     module: nn.Module,
     kind: str | None,
     apply: Callable[..., Any],
+    *,
     dim: int,
     scaling: float,
 ) -> None:

@@ -304,6 +304,27 @@ class Recipe:
         return cls(**sections)
 
 
+@dataclasses.dataclass(frozen=True)
+class RunArguments:
+    """What a run is asked for beside its recipe.
+
+    Attributes:
+        data: the texts.
+        model: the model that is trained further, ``None`` for one from scratch.
+        plain: whether to train without landmarks.
+        lora: rank of LoRA adapters, ``None`` to train the whole model.
+    """
+
+    data: str
+    model: str | None
+    plain: bool
+    lora: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the arguments as JSON types."""
+        return dataclasses.asdict(self)
+
+
 def fine_tuning() -> Recipe:
     """Returns the default settings for training a given model further."""
     return Recipe(optimiser=OptimiserSettings(steps=1000, batch=32, lr=1e-4, warmup=50))

@@ -45,7 +45,7 @@ from landmark.train.prepare import (
     require_model_settings,
     stored_dtype,
 )
-from landmark.train.recipe import Recipe
+from landmark.train.recipe import Recipe, RunArguments
 from landmark.train.summary import summarise, write_summary
 from landmark.train.trainer import LandmarkTrainer, Progress
 
@@ -99,10 +99,10 @@ def train(
     """
     recipe = recipe or Recipe()
     out = Path(out)
-    rest = {"data": str(data), "model": model, "plain": plain, "lora": lora}
+    arguments = RunArguments(data=str(data), model=model, plain=plain, lora=lora)
     path = None if model is None else model_folder(model)
     store = Path(tokens or out / "tokens")
-    checkpoint = _check(out, recipe, rest, resume=resume)
+    checkpoint = _check(out, recipe, arguments, resume=resume)
     args = _arguments(out, recipe)
     if args.should_save:
         _check_folders({"out": out, "tokens": store, "model": path, "tokenizer": tokenizer})
@@ -140,10 +140,16 @@ def train(
     if compiled:
         compile_layers(made)
     trainer = _trainer(
-        made, args, compiled, recipe, rows, row_tokens, Progress(report, max_seconds, progress)
+        made,
+        args,
+        recipe,
+        rows,
+        compiled=compiled,
+        row_tokens=row_tokens,
+        progress=Progress(report, max_seconds, progress),
     )
     if args.should_save and not resume:
-        save_recipe(out, recipe, rest)
+        save_recipe(out, recipe, arguments)
     report(_opening(trainer, recipe, row_tokens))
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -155,18 +161,18 @@ def train(
     if not plain:
         length = int(slots_for(row_tokens, settings.block_size))
         final.configure_landmark(mode="retrieval", landmark_trained=True, trained_length=length)
-    summary = summarise(trainer, recipe, rest, rows.documents, seconds=seconds)
+    summary = summarise(trainer, recipe, arguments, rows.documents, seconds=seconds)
     if progress is not None:
         progress("saving", 0, 0)
-    _save(trainer, cutter, out, dtype, recipe.save.shard, lora=lora is not None)
+    _save(trainer, cutter, out, dtype=dtype, shard=recipe.save.shard, lora=lora is not None)
     if args.should_save:
         write_summary(out, summary)
     return summary
 
 
-def _check(out: Path, recipe: Recipe, rest: dict[str, Any], *, resume: bool) -> Path | None:
+def _check(out: Path, recipe: Recipe, arguments: RunArguments, *, resume: bool) -> Path | None:
     """Checks what can be checked before any work, and returns the checkpoint to resume from."""
-    if rest["lora"] is not None and (rest["model"] is None or rest["plain"]):
+    if arguments.lora is not None and (arguments.model is None or arguments.plain):
         raise ValueError(
             "lora: expected a model to adapt, with landmarks, got none or --plain; pass --model"
         )
@@ -174,19 +180,19 @@ def _check(out: Path, recipe: Recipe, rest: dict[str, Any], *, resume: bool) -> 
         raise ModuleNotFoundError(
             "training needs the package accelerate: pip install landmark-attention[train]"
         )
-    if Path(rest["data"]).is_fifo():
+    if Path(arguments.data).is_fifo():
         raise ValueError(
-            f"data: expected texts that can be read again, got the pipe {rest['data']}; write a "
+            f"data: expected texts that can be read again, got the pipe {arguments.data}; write a "
             "file of it"
         )
     _check_reports(recipe.run.report_to)
-    if rest["model"] is None:
-        require_model_settings(recipe, plain=rest["plain"])
-    next(read_documents(rest["data"], field=recipe.data.field), None)
+    if arguments.model is None:
+        require_model_settings(recipe, plain=arguments.plain)
+    next(read_documents(arguments.data, field=recipe.data.field), None)
     if not resume:
         refuse_overwriting(out)
         return None
-    require_same_recipe(out, recipe, rest)
+    require_same_recipe(out, recipe, arguments)
     return last_checkpoint(out)
 
 
@@ -231,9 +237,10 @@ def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
 def _trainer(
     model: Any,
     args: TrainingArguments,
-    compiled: bool,
     recipe: Recipe,
     rows: Prepared,
+    *,
+    compiled: bool,
     row_tokens: int,
     progress: Progress,
 ) -> LandmarkTrainer:
@@ -327,11 +334,12 @@ def _save(
     trainer: LandmarkTrainer,
     tokenizer: PreTrainedTokenizerFast,
     out: Path,
+    *,
     dtype: str,
     shard: str,
-    *,
     lora: bool,
 ) -> None:
+    """Saves the model and its tokenizer, of an adapter also the adapter alone."""
     if trainer.is_fsdp_enabled:
         if trainer.args.should_save:
             tokenizer.save_pretrained(str(out))

@@ -13,7 +13,7 @@ import torch
 from landmark.data import outputs
 from landmark.data.characters import without_surrogates
 from landmark.data.tokens import DocumentSpan
-from landmark.train.recipe import Recipe
+from landmark.train.recipe import Recipe, RunArguments
 from landmark.train.trainer import LandmarkTrainer
 from landmark.versions import versions
 
@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "numpy"
 def summarise(
     trainer: LandmarkTrainer,
     recipe: Recipe,
-    arguments: dict[str, Any],
+    arguments: RunArguments,
     documents: list[DocumentSpan],
     *,
     seconds: float,
@@ -34,7 +34,7 @@ def summarise(
     Args:
         trainer: the trainer after the last evaluation.
         recipe: the settings.
-        arguments: further arguments of the run (data, model, plain, lora).
+        arguments: what the run was asked for beside them.
         documents: the documents of the training text.
         seconds: seconds of training, compilation and evaluations included.
     """
@@ -58,7 +58,7 @@ def summarise(
         ],
         "evaluations": _evaluations(log),
         "recipe": recipe.to_dict(),
-        "arguments": arguments,
+        "arguments": arguments.to_dict(),
         "landmark": getattr(trainer.model.config, "landmark", None),
         "versions": made_with(),
         "texts": [
