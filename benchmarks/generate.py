@@ -142,10 +142,10 @@ def timed(
 ) -> dict[str, Any]:
     """Returns what a token takes, and what is fetched for it, after some that warm up."""
     ids, _ = generate(model, ids, cache, WARM_UP, told)
-    before = dataclasses.astuple(cache.traffic)
+    before = dataclasses.astuple(cache.transfers)
     _, times = generate(model, ids, cache, TIMED, told)
     hits, misses, host, disk, *_ = (
-        b - a for a, b in zip(before, dataclasses.astuple(cache.traffic), strict=True)
+        b - a for a, b in zip(before, dataclasses.astuple(cache.transfers), strict=True)
     )
     moved = {
         "hit_rate": hits / max(1, hits + misses),

@@ -198,14 +198,14 @@ class Clock:
     def __init__(self, cache: LandmarkCache) -> None:
         self.cache = cache
         self.times = []
-        self.before = cache.traffic
+        self.before = cache.transfers
 
     def put(self, value: Tensor) -> None:
         """Told of the prompt first, then of each token."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if len(self.times) == SKIPPED:
-            self.before = self.cache.traffic
+            self.before = self.cache.transfers
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
@@ -234,7 +234,7 @@ def decode(subject: Subject, cache: LandmarkCache, question: Question) -> dict[s
         streamer=clock,
     )[0, len(prompt) :].tolist()
     steps = [1000 * (after - before) for before, after in itertools.pairwise(clock.times[SKIPPED:])]
-    after = fork.traffic
+    after = fork.transfers
     names = ("hits", "misses", "fetched_host", "fetched_disk")
     moved = {
         f"{name}_per_token": (getattr(after, name) - getattr(clock.before, name)) / len(steps)

@@ -114,7 +114,7 @@ def own_modules(module, names):
     up to row `hf`.
     """
     if module == "landmark":
-        return [name for name in names if name != "__version__"] if names else ["hf"]
+        return list(names) if names else ["hf"]
     return [module.removeprefix("landmark.")]
 
 

@@ -185,7 +185,7 @@ def test_files_of_tier_disk_lie_where_they_are_told(subject, files, tmp_path):
     opened = Library.open(tmp_path / "memory", subject, spill_folder=tmp_path / "spill")
     continued = remember(files, tmp_path / "memory", subject, spill_folder=tmp_path / "spill")
     for library in (made, opened, continued):
-        assert library.memory.tiers.spill_folder == tmp_path / "spill"
+        assert library.memory.offload_config.spill_folder == tmp_path / "spill"
     for library in (made, continued):  # which wrote
         stores = [memory.store for memory in library.memory.layers_in_use()]
         assert {store.pool.offload.file.folder for store in stores} == {tmp_path / "spill"}

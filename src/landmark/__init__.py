@@ -8,12 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 _HOME = {
     "LandmarkCache": "landmark.hf.cache",
     "LandmarkConfig": "landmark.config",
     "Library": "landmark.library",
+    "__version__": "landmark.versions",
     "convert": "landmark.hf.convert",
     "explain": "landmark.eval.explain",
     "insert_landmarks": "landmark.blocks",
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from landmark.hf.convert import convert, load
     from landmark.library import Library, remember
     from landmark.ops.attention import landmark_attention
+    from landmark.versions import __version__
 
 
 def __getattr__(name: str) -> Any:

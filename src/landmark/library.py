@@ -100,9 +100,9 @@ class Library:
                 f"{str(folder)!r} was remembered with another tokenizer than that of "
                 f"{subject.name}; use that"
             )
-        ids = torch.frombuffer(memory.saved.stream("tokens"), dtype=torch.int32).long()
-        spans = torch.frombuffer(memory.saved.stream("spans"), dtype=torch.int64).view(-1, 2)
-        texts = _sources(sources, memory.saved.stream("characters"))
+        ids = torch.frombuffer(memory.saved.attachment("tokens"), dtype=torch.int32).long()
+        spans = torch.frombuffer(memory.saved.attachment("spans"), dtype=torch.int64).view(-1, 2)
+        texts = _sources(sources, memory.saved.attachment("characters"))
         return cls(subject, memory, Reading(texts, ids, spans), folder)
 
     @property
@@ -165,7 +165,7 @@ class Library:
         sources = [
             {"name": each.name, "characters": len(each.text)} for each in self.reading.sources
         ]
-        streams = {
+        attachments = {
             "characters": self._characters,
             "tokens": lambda kept: bytes(as_bytes(self.reading.ids[kept // TOKEN_BYTES :].int())),
             "spans": lambda kept: bytes(
@@ -174,7 +174,7 @@ class Library:
         }
         model = self.subject.folder or self.subject.name
         notes = {"sources": sources, "model": model, "tokenizer": _hash(self.subject.tokenizer)}
-        self.memory.save(self.folder, notes=notes, streams=streams)
+        self.memory.save(self.folder, notes=notes, attachments=attachments)
 
     def _characters(self, kept: int) -> bytes:
         """Those of the sources that came since the last save, which are whole."""

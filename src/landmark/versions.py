@@ -1,6 +1,4 @@
-"""What a figure was made with: versions of packages, and the commit where the code lies in its
-repository.
-"""
+"""The version of this package, and the versions and commit that a result was made with."""
 
 from __future__ import annotations
 
@@ -9,15 +7,20 @@ import platform
 import subprocess
 from pathlib import Path
 
-from landmark import __version__
+__version__ = "0.1.0"
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Returns the versions of landmark, Python and ``packages`` (``None`` where one is missing),
-    and the commit.
+    """Returns the versions that a result depends on, and the commit.
 
     The commit is that of the checkout which holds this file, followed by ``with changes`` where
     tracked files differ from it; ``None`` for an installed package.
+
+    Args:
+        *packages: names of packages beside landmark and Python.
+
+    Returns:
+        the version by name, ``None`` for a package that is missing; the commit as ``commit``.
     """
     found: dict[str, str | None] = {"landmark": __version__, "python": platform.python_version()}
     for package in packages:
@@ -28,7 +31,7 @@ def versions(*packages: str) -> dict[str, str | None]:
     if "torch" in packages:
         import torch
 
-        found["torch"] = torch.__version__  # with its build, which the package's own version lacks
+        found["torch"] = torch.__version__  # with its build, which package metadata lacks
     found["commit"] = _commit()
     return found
 
@@ -38,11 +41,13 @@ def _commit() -> str | None:
         return None
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
-    return f"{commit} with changes" if commit and changes else commit
+    if commit and changes:
+        return f"{commit} with changes"
+    return commit
 
 
 def _git(*words: str) -> str | None:
-    """Returns what git prints, ``None`` where it fails or is missing."""
+    """Returns the output of a git command, ``None`` where it fails or git is missing."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

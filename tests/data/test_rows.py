@@ -25,14 +25,14 @@ def test_a_pass_visits_every_window_once():
     windows = Windows(ids, tokens=30, seed=0)
     for turn in range(3):
         rows = [
-            windows(turn * windows.per_pass + number).input_ids
-            for number in range(windows.per_pass)
+            windows(turn * windows.per_epoch + number).input_ids
+            for number in range(windows.per_epoch)
         ]
         seen = np.sort(np.concatenate(rows))
-        assert np.array_equal(seen, np.arange(seen[0], seen[0] + 30 * windows.per_pass))
+        assert np.array_equal(seen, np.arange(seen[0], seen[0] + 30 * windows.per_epoch))
         assert len(seen) >= 1000 - 2 * 30
     starts = [
-        [windows(turn * windows.per_pass + n).input_ids[0] for n in range(5)] for turn in range(2)
+        [windows(turn * windows.per_epoch + n).input_ids[0] for n in range(5)] for turn in range(2)
     ]
     assert starts[0] != starts[1]
 

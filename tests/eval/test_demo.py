@@ -44,7 +44,7 @@ def test_one_memory_is_reopened(marked, tokenizer, small, tmp_path, monkeypatch)
 
     def seen(*arguments):
         opened.append(open_saved(*arguments))
-        assert opened[-1].traffic.fetched_disk == 0 and opened[-1].nbytes("disk") > 0
+        assert opened[-1].transfers.fetched_disk == 0 and opened[-1].nbytes("disk") > 0
         return opened[-1]
 
     monkeypatch.setattr(LandmarkCache, "open", seen)

@@ -1,4 +1,4 @@
-"""DecodeGraph of ``generate`` that are replayed compute what steps called one by one compute.
+"""Decode steps that are replayed from a CUDA graph compute what steps called one by one compute.
 
 Without a GPU a stand-in for a CUDA graph calls the stock decoder again on the tensors that were
 captured.
@@ -23,7 +23,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 BLOCK = 16
 VOCAB = 61
-STEPS = decode_graph.DecodeGraph
+GRAPH = decode_graph.DecodeGraph
 
 
 class Again:
@@ -33,18 +33,18 @@ class Again:
         self.replay = call
 
 
-def call_again(call: Any, decoder: Any, embeds: Any) -> decode_graph.Captured:
-    fixed = call.fixed(embeds.device)
+def call_again(context: Any, decoder: Any, embeds: Any) -> decode_graph.Captured:
+    fixed = context.for_capture(embeds.device)
     embeds = embeds.clone()
     output = decoder.stock(embeds, fixed)
     states = output.last_hidden_state
     again = Again(lambda: states.copy_(decoder.stock(embeds, fixed).last_hidden_state))
-    return decode_graph.Captured(again, embeds, fixed.plan, output)
+    return decode_graph.Captured(again, embeds, fixed.geometry, output)
 
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[decode_graph.DecodeGraph]:
-    """The steps of each ``generate``."""
+    """The graph of each ``generate``."""
     made: list[decode_graph.DecodeGraph] = []
 
     class Seen(decode_graph.DecodeGraph):
@@ -54,7 +54,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[decode_graph.DecodeGraph]:
 
     monkeypatch.setattr(decode_graph, "DecodeGraph", Seen)
     if not ON_GPU:
-        monkeypatch.setattr(decode_graph, "captures", lambda _: True)
+        monkeypatch.setattr(decode_graph, "can_capture", lambda _: True)
         monkeypatch.setattr(decode_graph, "capture", call_again)
     return made
 
@@ -65,7 +65,7 @@ def model(**settings: Any) -> Any:
     config = LlamaConfig(
         vocab_size=VOCAB, intermediate_size=96, num_hidden_layers=2, initializer_range=0.2, **shape
     )
-    with mock.patch.object(decode_graph, "DecodeGraph", STEPS):  # conversion generates, too
+    with mock.patch.object(decode_graph, "DecodeGraph", GRAPH):  # conversion generates, too
         made = landmark.convert(
             LlamaForCausalLM(config), block_size=BLOCK, top_k=2, local_blocks=1, **settings
         )
@@ -197,9 +197,8 @@ def test_a_stock_layer_that_asks_the_device_is_called(
     found = generated(made, 1)
     assert replays[0].replayed and not replays[1].replayed
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert torch.rand(3, device=DEVICE).shape == (
-        3,
-    )  # the generator is not left in a capture that failed
+    # The random generator is not left in a capture that failed.
+    assert torch.rand(3, device=DEVICE).shape == (3,)
 
 
 def raising(*_: Any) -> None:

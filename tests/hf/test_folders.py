@@ -237,6 +237,6 @@ def test_a_memory_that_loses_its_folder_while_it_is_saved(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache.save(folder, streams={"lines": lose})
+        cache.save(folder, attachments={"lines": lose})
     cache.save(tmp_path / "new")
     assert torch.equal(answer(LandmarkCache.open(tmp_path / "new", model())), expected)

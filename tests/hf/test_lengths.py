@@ -149,5 +149,5 @@ def test_a_memory_stays_on_its_tier_where_a_text_passes_a_length(tier: str) -> N
         ids, past_key_values=memory, max_new_tokens=6, do_sample=False, return_dict_in_generate=True
     )
     assert out[CACHE] is memory
-    assert memory.tiers.tier == tier
+    assert memory.offload_config.tier == tier
     assert memory.tokens == [TEXT + 5]

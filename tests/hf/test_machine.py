@@ -132,10 +132,10 @@ def repeat_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beams and answers find as many rows in the memory as were read."""
     begin = LandmarkCache.begin_with
 
-    def unrepeated(self: Any, *args: Any) -> None:
+    def unrepeated(self: Any, *args: Any, **more: Any) -> None:
         with monkeypatch.context() as inside:
             inside.setattr(LandmarkCache, "_select_rows", lambda self, rows: None)
-            begin(self, *args)
+            begin(self, *args, **more)
 
     monkeypatch.setattr(LandmarkCache, "begin_with", unrepeated)
 

@@ -18,7 +18,7 @@ import landmark.hf.model as decoder
 import models
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
-from landmark.hf.layout import Layout
+from landmark.hf.layout import TextLayout
 from landmark.memory import eager, retrieval
 from landmark.ops import select
 from landmark.ops.select import select_top
@@ -75,11 +75,11 @@ def test_1_no_landmark_among_generated_tokens() -> None:
 
     def layout(
         mask: torch.Tensor, block_size: int, seen: Any = None, width: int | None = None
-    ) -> Layout:
+    ) -> TextLayout:
         if seen is None or int(seen[0]) < prompt:
             return real(mask, block_size, seen, width)
         columns = torch.arange(mask.shape[1])
-        return Layout(block_size, mask.shape[1], columns, columns[None], columns[None])
+        return TextLayout(block_size, mask.shape[1], columns, columns[None], columns[None])
 
     def put_in(patch: Patch) -> None:
         patch.setattr(decoder, "slots_for", slots)
@@ -96,12 +96,12 @@ def test_2_retrieval_in_decode_but_every_block_in_prefill() -> None:
         embeds: Any,
         mask: Any,
         cache: Any,
+        *,
         settings: LandmarkConfig,
-        *rest: Any,
         **more: Any,
     ) -> Any:
         settings = settings.replace(mode="all") if embeds.shape[1] > 1 else settings
-        return real(self, embeds, mask, cache, settings, *rest, **more)
+        return real(self, embeds, mask, cache, settings=settings, **more)
 
     def put_in(patch: Patch) -> None:
         patch.setattr(decoder.LandmarkDecoderMixin, "extend", extend)

@@ -374,7 +374,7 @@ def test_many_calls_leave_few_tensors_of_their_text() -> None:
     for _ in range(300):
         ids = torch.randint(1, models.VOCAB, (2, chance.choice((0, 1, 1, 2, 30))))
         mask = torch.rand(ids.shape) < 0.8
-        cache.append(mask, ids)
+        cache.commit(mask, ids)
         text.append(ids[1, mask[1]])
         assert (
             len(cache._columns._masks)

@@ -21,7 +21,7 @@ import models
 from interrupt import Interrupted
 from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
-from landmark.hf import cache_io as hf_saved
+from landmark.hf import cache_io
 from landmark.memory.archive import log
 from landmark.memory.archive.layer import verify
 from landmark.memory.archive.log import Archive, Damaged
@@ -289,16 +289,16 @@ def test_notes_and_streams_come_back(tmp_path: Path) -> None:
     cache.save(
         tmp_path / "memory",
         notes={"sources": ["a"]},
-        streams={"lines": lambda kept: b"0123"[kept:]},
+        attachments={"lines": lambda kept: b"0123"[kept:]},
     )
     again = LandmarkCache.open(tmp_path / "memory", model)
     assert again.saved is not None
-    assert again.saved.notes == {"sources": ["a"]} and again.saved.stream("lines") == b"0123"
+    assert again.saved.notes == {"sources": ["a"]} and again.saved.attachment("lines") == b"0123"
     model.read(models.text(9)[None], cache=again)
-    again.save(tmp_path / "memory", streams={"lines": lambda kept: b"012345"[kept:]})
+    again.save(tmp_path / "memory", attachments={"lines": lambda kept: b"012345"[kept:]})
     third = LandmarkCache.open(tmp_path / "memory", model)
     assert third.saved is not None
-    assert third.saved.notes == {"sources": ["a"]} and third.saved.stream("lines") == b"012345"
+    assert third.saved.notes == {"sources": ["a"]} and third.saved.attachment("lines") == b"012345"
 
 
 def test_a_memory_of_an_adapter_is_opened_with_it(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_a_memory_of_an_adapter_is_opened_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "at", [(log, "_read_state"), (hf_saved, "saved_layers"), (Archive, "verify")]
+    "at", [(log, "_read_state"), (cache_io, "saved_layers"), (Archive, "verify")]
 )
 def test_a_reader_outlives_a_tail_that_is_replaced_meanwhile(
     at: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

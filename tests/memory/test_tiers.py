@@ -329,7 +329,7 @@ def test_the_device_holds_no_more_when_the_memory_grows(
         assert set(disk) == {0}
     else:
         assert max(host) <= budgets.get("host_bytes", 0)
-        assert cache.traffic.written_disk >= disk[-1]
+        assert cache.transfers.written_disk >= disk[-1]
 
 
 @torch.no_grad()
@@ -407,7 +407,7 @@ def test_extents_in_order_share_their_rows(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_null_implementation_moves_nothing() -> None:
     model = models.landmark_model("llama", settings())
     cache = model.read(models.text(200)[None])
-    assert set(dataclasses.asdict(cache.traffic).values()) == {0}
+    assert set(dataclasses.asdict(cache.transfers).values()) == {0}
     assert cache.nbytes() == cache.nbytes("device") > 0
 
 
@@ -415,12 +415,12 @@ def test_neighbouring_steps_choose_what_is_near() -> None:
     """What the cache of older blocks is for: asked for the same again, nothing moves."""
     model = models.landmark_model("llama", settings())
     cache = model.read(models.text(400)[None], cache=LandmarkCache(model.config, "host"))
-    before = cache.traffic
+    before = cache.transfers
     with torch.no_grad():
         for _ in range(3):
             model(models.text(1)[None], past_key_values=cache)
             cache.crop(-1)
-    after = cache.traffic
+    after = cache.transfers
     assert after.hits - before.hits >= 2 * (after.misses - before.misses)
 
 

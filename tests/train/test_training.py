@@ -177,7 +177,12 @@ def test_only_matrices_decay(books, scratch, tmp_path, monkeypatch):
 
     made = []
     stock = run._trainer
-    monkeypatch.setattr(run, "_trainer", lambda *args: made.append(stock(*args)) or made[-1])
+
+    def noting(*args, **more):
+        made.append(stock(*args, **more))
+        return made[-1]
+
+    monkeypatch.setattr(run, "_trainer", noting)
     train(
         str(books), tmp_path, recipe=toy_recipe(steps=1), tokenizer=str(scratch[0]), report=silent
     )

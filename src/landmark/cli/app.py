@@ -9,7 +9,6 @@ from typing import Annotated, cast
 
 import typer
 
-import landmark
 from landmark.cli import memory
 from landmark.cli.ask import ask
 from landmark.cli.convert import convert
@@ -33,6 +32,7 @@ from landmark.cli.rank import rank
 from landmark.cli.remember import remember
 from landmark.cli.train import train
 from landmark.data.errors import first_line
+from landmark.versions import __version__
 
 app = typer.Typer(
     name="landmark",
@@ -69,7 +69,7 @@ _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        say(f"landmark {landmark.__version__}")
+        say(f"landmark {__version__}")
         raise typer.Exit()
 
 

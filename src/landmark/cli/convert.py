@@ -10,6 +10,7 @@ import typer
 from landmark.cli.options import integers
 from landmark.cli.output import say
 from landmark.cli.progress import Shown
+from landmark.config import LandmarkConfig
 from landmark.data.characters import require_utf8
 
 
@@ -18,22 +19,26 @@ def convert(
         str, typer.Argument(help="Folder or hub name of a causal language model with RoPE.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the landmark model and its tokenizer.")],
-    block_size: Annotated[int, typer.Option(help="Positions of a block, landmark included.")] = 64,
-    top_k: Annotated[int, typer.Option(help="Retrieved blocks of a query.")] = 4,
+    block_size: Annotated[
+        int, typer.Option(help="Positions of a block, landmark included.")
+    ] = LandmarkConfig.block_size,
+    top_k: Annotated[int, typer.Option(help="Retrieved blocks of a query.")] = LandmarkConfig.top_k,
     granularity: Annotated[
         str, typer.Option(help="token_head, head, token or group.")
-    ] = "token_head",
-    positions: Annotated[str, typer.Option(help="stingy or exact.")] = "stingy",
+    ] = LandmarkConfig.granularity,
+    positions: Annotated[str, typer.Option(help="stingy or exact.")] = LandmarkConfig.positions,
     local_blocks: Annotated[
         int, typer.Option(help="Finished blocks before its own that a query sees.")
-    ] = 2,
+    ] = LandmarkConfig.local_blocks,
     max_blocks: Annotated[
         int | None, typer.Option(help="Retrieve from the latest so many only. By default all.")
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Layers that retrieve, with commas. By default all.")
     ] = None,
-    chunk_tokens: Annotated[int, typer.Option(help="Text tokens computed at once.")] = 1008,
+    chunk_tokens: Annotated[
+        int, typer.Option(help="Text tokens computed at once.")
+    ] = LandmarkConfig.chunk_tokens,
     trained_length: Annotated[
         int | None, typer.Option(help="Trained positions. By default the model's maximum.")
     ] = None,

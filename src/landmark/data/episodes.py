@@ -1,9 +1,9 @@
-"""Synthetic retrieval episodes: a text in which something said earlier is asked for later.
+"""Synthetic retrieval episodes: rows in which something said earlier is asked for later.
 
-Three kinds: a *pass key* among named codes, *named facts* that must be told apart, and a *passage
-quoted again*. The filler is taken from a corpus, in a fifth of the rows a short snippet of it
-repeated. Facts are dropped at any token's place, so also across block borders. What a row holds
-follows from the seed and its index alone.
+There are three kinds: a *pass key* among named codes, *named facts* that must be told apart, and a
+*passage quoted again*. The filler is taken from a corpus; in a fifth of the rows it is a short
+snippet that is repeated. Facts begin at any token, so also across block borders. A row follows from
+the seed and its index alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from string import Formatter
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,17 +22,27 @@ from landmark.data import wordings
 from landmark.data.encoding import TextEncoder
 from landmark.data.tokens import Ids
 
-IGNORED = -100
+IGNORED = -100  # label of a token without loss
+# Probabilities of each kind of row; the other rows quote a passage.
 KEY_SHARE = 0.40
 FACTS_SHARE = 0.45
-REPEATED_SHARE = 0.2
-INTRODUCTION_SHARE = 0.15
-TRIES = 4
-PLAIN_SHARE = 0.3
-TAIL = 64
+REPEATED_SHARE = 0.2  # of a filler that repeats a snippet
+INTRODUCTION_SHARE = 0.15  # of a sentence that announces the facts
+PLAIN_SHARE = 0.3  # of the plainest wording
+TRIES = 4  # draws of facts until they fit a row
+SHORT_GAP = 64  # tokens; the filler behind the last segment is shorter in half of the rows
 
 Item = TypeVar("Item")
-Parsed = tuple[tuple[str, str], ...]
+
+
+class Part(NamedTuple):
+    """A part of a wording: literal text, and the field that follows it (or the empty string)."""
+
+    literal: str
+    field: str
+
+
+Wording = tuple[Part, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +51,9 @@ class Row:
 
     Attributes:
         input_ids: int64 ``(tokens,)``.
-        labels: int64 ``(tokens,)``, the ids again, -100 where no loss is taken: at the first token,
-            which nothing predicts, and where a code is first mentioned.
-        answers: bool ``(tokens,)``, the tokens of codes that were asked for.
+        labels: int64 ``(tokens,)``, the ids again, but -100 where no loss is taken: at the first
+            token, which nothing predicts, and where a code is first mentioned.
+        answers: bool ``(tokens,)``, the tokens of codes that are asked for.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -53,21 +63,37 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
+    """Tokens that stay together.
+
+    Attributes:
+        ids: token ids.
+        secret: indices of the tokens of a code that is mentioned first.
+        answer: indices of the tokens of a code that is asked for.
+    """
+
     ids: list[int]
-    secret: list[int]
-    answer: list[int]
+    secret: list[int] = dataclasses.field(default_factory=list)
+    answer: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fact:
+    """A code.
+
+    Attributes:
+        label: the kind of code.
+        name: what it belongs to.
+        value: its digits.
+    """
+
     label: str
     name: str
     value: str
 
 
-def parse(wording: str) -> Parsed:
-    """Splits a wording into (literal text, field after it or nothing)."""
-    return tuple((literal, field or "") for literal, field, _, _ in Formatter().parse(wording))
+def parse(wording: str) -> Wording:
+    """Splits a wording into its parts."""
+    return tuple(Part(literal, field or "") for literal, field, _, _ in Formatter().parse(wording))
 
 
 KEY_STATEMENTS = tuple(map(parse, wordings.KEY_STATEMENTS))
@@ -81,9 +107,9 @@ class Episodes:
 
     Args:
         tokenizer: the backend of a fast tokenizer.
-        ids: the corpus, ``(tokens,)``.
-        tokens: text tokens of a row.
-        seed: with a row's index decides everything about it.
+        ids: the corpus, ``(tokens,)`` token ids.
+        tokens: text tokens of a row, ``prefix`` included.
+        seed: decides a row together with its index.
         prefix: ids that begin every row (``row_start``).
 
     Raises:
@@ -97,9 +123,9 @@ class Episodes:
             raise ValueError(
                 f"expected a text of more than {tokens} tokens (one row), got {len(ids)}; add text"
             )
-        if tokens < 2 * TAIL:
+        if tokens < 2 * SHORT_GAP:
             raise ValueError(
-                f"expected rows of at least {2 * TAIL} tokens for episodes, got {tokens}; "
+                f"expected rows of at least {2 * SHORT_GAP} tokens for episodes, got {tokens}; "
                 "lengthen the rows"
             )
         self.encoder = TextEncoder(tokenizer)
@@ -113,16 +139,18 @@ class Episodes:
         """Returns row ``index``; the same for the same seed, whatever was asked before."""
         rng = random.Random(f"{self.seed}:{index}")
         kind = rng.random()
-        for _ in range(TRIES if kind < KEY_SHARE + FACTS_SHARE else 0):
+        if kind >= KEY_SHARE + FACTS_SHARE:
+            return self._quote(rng)
+        for _ in range(TRIES):
             segments = self._key(rng) if kind < KEY_SHARE else self._facts(rng)
-            taken = sum(len(segment.ids) for segment in segments)
+            taken = _length(segments)
             if taken <= self._room:
-                return self._row(
-                    self._spread(rng, self._introduction(rng, self._room - taken) + segments)
-                )
+                introduction = self._introduction(rng, self._room - taken)
+                return self._row(self._spread(rng, introduction + segments))
         return self._quote(rng)
 
     def _key(self, rng: random.Random) -> list[_Segment]:
+        """Returns statements of a pass key and of named codes, and the question for the key."""
         label = _pick(rng, wordings.KEY_LABELS)
         values = _values(rng, 1 + _below(rng, 5))
         key = _Fact(label, "", values[0])
@@ -136,6 +164,7 @@ class Episodes:
         return [*kept, question]
 
     def _facts(self, rng: random.Random) -> list[_Segment]:
+        """Returns statements of named codes, and questions for some, each behind its statement."""
         values = _values(rng, 1 + _below(rng, 8))
         label = _pick(rng, wordings.FACT_LABELS)
         same = rng.random() < 0.7
@@ -152,10 +181,9 @@ class Episodes:
         questions = [
             self._say(rng, _plain_or(rng, FACT_QUESTIONS), fact, "answer") for fact in facts[:asked]
         ]
-        while (
-            sum(len(s.ids) for s in statements[: len(questions)] + questions) > self._room
-            and len(questions) > 1
-        ):
+        while len(questions) > 1:
+            if _length(statements[: len(questions)] + questions) <= self._room:
+                break
             questions.pop()
         kept = self._fitting(statements, questions, needed=len(questions))
         pairs = list(zip(kept, questions, strict=False))
@@ -164,22 +192,23 @@ class Episodes:
         ordered = list(kept)
         together = rng.random() < 0.5
         for statement, question in pairs:
+            if together:
+                ordered.append(question)
+                continue
             first = 1 + next(i for i, segment in enumerate(ordered) if segment is statement)
-            place = len(ordered) if together else first + _below(rng, len(ordered) - first + 1)
-            ordered.insert(place, question)
+            ordered.insert(first + _below(rng, len(ordered) - first + 1), question)
         return ordered
 
     @property
     def _room(self) -> int:
+        """Tokens of a row that are not reserved for filler."""
         return self.tokens - self.tokens // 16
 
     def _fitting(
         self, statements: list[_Segment], questions: list[_Segment], *, needed: int
     ) -> list[_Segment]:
-        """Returns the first ``needed`` statements and as many of the others as leave some room for
-        filler.
-        """
-        left = self._room - sum(len(segment.ids) for segment in questions + statements[:needed])
+        """Returns the first ``needed`` statements, and as many of the others as fit the row."""
+        left = self._room - _length(questions + statements[:needed])
         kept = statements[:needed]
         for segment in statements[needed:]:
             if len(segment.ids) <= left:
@@ -188,15 +217,22 @@ class Episodes:
         return kept
 
     def _introduction(self, rng: random.Random, room: int) -> list[_Segment]:
+        """Returns, in a share of the rows, a sentence that announces the facts."""
         text = _pick(rng, wordings.INTRODUCTIONS) + _pick(rng, (" ", "\n", "\n\n"))
         if rng.random() >= INTRODUCTION_SHARE:
             return []
         ids = self.encoder.encode(text, continues=True).ids.tolist()
-        return [_Segment(ids, [], [])] if len(ids) <= room else []
+        return [_Segment(ids)] if len(ids) <= room else []
 
-    def _say(self, rng: random.Random, wording: Parsed, fact: _Fact, role: str) -> _Segment:
-        """Words a fact; its code's first mention is secret in a statement, the answer in a
-        question.
+    def _say(self, rng: random.Random, wording: Wording, fact: _Fact, role: str) -> _Segment:
+        """Words a fact as a statement or a question.
+
+        Args:
+            rng: the random numbers of the row.
+            wording: the wording.
+            fact: the fact.
+            role: ``secret`` in a statement, ``answer`` in a question: what the tokens of the code
+                are where it is mentioned first.
         """
         before, after = _pick(rng, wordings.JOINTS)
         text = before
@@ -207,31 +243,40 @@ class Episodes:
             if field == "value" and begin < 0:
                 begin = len(text)
                 end = len(text) + len(fact.value)
-            text += getattr(fact, field) if field else ""
+            if field:
+                text += getattr(fact, field)
         encoded = self.encoder.encode(text + after, continues=True)
-        code = [i for i, (a, b) in enumerate(encoded.spans.tolist()) if a < end and b > begin]
-        return _Segment(
-            encoded.ids.tolist(), code if role == "secret" else [], code if role == "answer" else []
-        )
+        code = [
+            index
+            for index, (first, last) in enumerate(encoded.spans.tolist())
+            if first < end and last > begin
+        ]
+        ids = encoded.ids.tolist()
+        return _Segment(ids, secret=code) if role == "secret" else _Segment(ids, answer=code)
 
     def _spread(self, rng: random.Random, segments: list[_Segment]) -> list[_Segment]:
-        """Puts filler before, between and after the segments; the last gap is often short."""
-        budget = self.tokens - sum(len(segment.ids) for segment in segments)
-        tail = min(budget, _below(rng, TAIL)) if rng.random() < 0.5 else _below(rng, budget + 1)
-        cuts = sorted(_below(rng, budget - tail + 1) for _ in segments)
+        """Puts filler before, between and behind the segments; the last gap is often short."""
+        budget = self.tokens - _length(segments)
+        if rng.random() < 0.5:
+            last_gap = min(budget, _below(rng, SHORT_GAP))
+        else:
+            last_gap = _below(rng, budget + 1)
+        cuts = sorted(_below(rng, budget - last_gap + 1) for _ in segments)
         filler = self._filler(rng, budget)
-        laid = []
+        spread = []
         position = 0
         for cut, segment in zip(cuts, segments, strict=True):
-            laid += [_Segment(filler[position:cut], [], []), segment]
+            spread += [_Segment(filler[position:cut]), segment]
             position = cut
-        return [*laid, _Segment(filler[position:], [], [])]
+        return [*spread, _Segment(filler[position:])]
 
     def _window(self, rng: random.Random, tokens: int) -> npt.NDArray[np.int64]:
+        """Returns so many tokens from anywhere in the corpus."""
         start = _below(rng, len(self.ids) - tokens + 1)
         return self.ids[start : start + tokens].astype(np.int64)
 
     def _filler(self, rng: random.Random, tokens: int) -> list[int]:
+        """Returns a part of the corpus, or a few sentences of it repeated."""
         if rng.random() >= REPEATED_SHARE:
             text: list[int] = self._window(rng, tokens).tolist()
             return text
@@ -239,37 +284,36 @@ class Episodes:
         ends = np.flatnonzero(self.ends_sentence[window])
         first = _below(rng, max(1, len(ends) - 1))
         last = min(first + 1 + _below(rng, 5), len(ends) - 1)
-        snippet = (
-            window[ends[first] + 1 : ends[last] + 1]
-            if last > first
-            else window[: 8 + _below(rng, 32)]
-        )
-        repeated: list[int] = np.resize(snippet[: TAIL + TAIL // 2], tokens).tolist()
+        if last > first:
+            snippet = window[ends[first] + 1 : ends[last] + 1]
+        else:
+            snippet = window[: 8 + _below(rng, 32)]
+        repeated: list[int] = np.resize(snippet[: SHORT_GAP + SHORT_GAP // 2], tokens).tolist()
         return repeated
 
     def _quote(self, rng: random.Random) -> Row:
-        opening = self.encoder.encode(
-            _pick(rng, wordings.QUOTE_OPENINGS), continues=True
-        ).ids.tolist()
+        """Returns a row of filler in which a passage is quoted again."""
+        opening_text = _pick(rng, wordings.QUOTE_OPENINGS)
+        opening = self.encoder.encode(opening_text, continues=True).ids.tolist()
         length = self.tokens // 32 + _below(rng, self.tokens // 8)
         filler = self._window(rng, self.tokens - len(opening) - length).tolist()
-        tail = (
-            min(_below(rng, TAIL), len(filler) - length)
-            if rng.random() < 0.5
-            else _below(rng, len(filler) - length)
-        )
-        place = len(filler) - tail
-        start = _below(rng, place - length + 1)
+        if rng.random() < 0.5:
+            last_gap = min(_below(rng, SHORT_GAP), len(filler) - length)
+        else:
+            last_gap = _below(rng, len(filler) - length)
+        quote_at = len(filler) - last_gap
+        start = _below(rng, quote_at - length + 1)
         passage = filler[start : start + length]
-        return self._row([_Segment([*filler[:place], *opening, *passage, *filler[place:]], [], [])])
+        return self._row([_Segment([*filler[:quote_at], *opening, *passage, *filler[quote_at:]])])
 
     def _row(self, segments: list[_Segment]) -> Row:
+        """Joins segments to a row of the full length."""
         ids = list(self.prefix)
         secret = []
         answer = []
         for segment in segments:
-            secret += [len(ids) + place for place in segment.secret]
-            answer += [len(ids) + place for place in segment.answer]
+            secret += [len(ids) + index for index in segment.secret]
+            answer += [len(ids) + index for index in segment.answer]
             ids += segment.ids
         input_ids = np.array(ids, dtype=np.int64)
         labels = input_ids.copy()
@@ -280,9 +324,14 @@ class Episodes:
         return Row(input_ids, labels, answers)
 
 
+def _length(segments: list[_Segment]) -> int:
+    return sum(len(segment.ids) for segment in segments)
+
+
 def _sentence_ends(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
+    """Returns whether each token ends a sentence, by id."""
     vocabulary = tokenizer.get_vocab()
-    ends = np.zeros(1 + max(vocabulary.values()), dtype=np.bool_)  # ids may have holes
+    ends = np.zeros(1 + max(vocabulary.values()), dtype=np.bool_)  # some ids may have no token
     for token, number in vocabulary.items():
         ends[number] = token.endswith((".", "!", "?"))
     return ends
@@ -297,6 +346,7 @@ def _pick(rng: random.Random, items: Sequence[Item]) -> Item:
 
 
 def _plain_or(rng: random.Random, items: Sequence[Item]) -> Item:
+    """Returns the first item in a share of the draws, otherwise any."""
     return items[0] if rng.random() < PLAIN_SHARE else _pick(rng, items)
 
 
@@ -312,8 +362,9 @@ def _values(rng: random.Random, count: int) -> list[str]:
 
 
 def _names(rng: random.Random, count: int) -> list[str]:
-    """Returns different names; in a third of the calls from so few words that many of them share
-    one.
+    """Returns different names.
+
+    In a third of the calls they are made of so few words that many names share one.
     """
     few = rng.random() < 1 / 3
     kinds = [_pick(rng, wordings.KINDS) for _ in range(3)] if few else wordings.KINDS

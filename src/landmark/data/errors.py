@@ -1,4 +1,4 @@
-"""What an error says, in one line that names the file."""
+"""Turns what an error says into one line that names the file."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LONGEST = 200  # characters of what other packages say
+LONGEST = 200  # characters kept of the message of another package
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of what an error says that is not empty; the error's kind where it
-    says nothing.
-    """
-    return _cut(
-        next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-    )
+    """Returns the first line of an error's message that is not empty; without one, its class."""
+    for line in str(error).splitlines():
+        if line.strip():
+            return _cut(line.strip())
+    return type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
-    """Returns an error's kind and all that it says."""
+    """Returns the class of an error and its whole message."""
     return _cut(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
@@ -31,7 +28,7 @@ def _cut(said: str) -> str:
 
 @contextmanager
 def names(path: str | Path) -> Iterator[None]:
-    """Inside a ``with``, an error of the system that names no file names this one."""
+    """Puts the name of a file into an ``OSError`` raised inside that names none."""
     try:
         yield
     except OSError as error:

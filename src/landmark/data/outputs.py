@@ -1,5 +1,6 @@
-"""Files and folders that commands write: asked for before anything is computed, written whole or
-not at all.
+"""Writes the files and folders of commands, whole or not at all.
+
+Whether they can be written is checked before anything is computed.
 """
 
 from __future__ import annotations
@@ -13,18 +14,16 @@ from pathlib import Path
 
 from landmark.data.errors import first_line
 
-NEW = ".landmark-new"  # where a folder's files are written first
-PIECE = (
-    1 << 20
-)  # of a file in which room is asked for, where the system cannot be asked for all at once
+NEW = ".landmark-new"  # the subfolder in which the files of a folder are written first
+PIECE = 1 << 20  # bytes written at once where the system cannot reserve a whole file
 
 
 def require_writable(path: str | Path, name: str) -> None:
-    """Tries to write beside a file; leaves everything as it is.
+    """Makes sure that a file can be written, by writing beside it; leaves everything as it is.
 
     Args:
-        path: of the file.
-        name: of the parameter, for the message.
+        path: path of the file.
+        name: name of the parameter, for the message.
 
     Raises:
         ValueError: no file can be written there.
@@ -45,7 +44,15 @@ def require_writable(path: str | Path, name: str) -> None:
 
 
 def require_folder(path: str | Path, name: str) -> None:
-    """The same for a folder in which files are to be written, there or not yet."""
+    """Makes sure that files can be written in a folder, whether it exists or not.
+
+    Args:
+        path: path of the folder.
+        name: name of the parameter, for the message.
+
+    Raises:
+        ValueError: they cannot.
+    """
     try:
         with _made(Path(path)):
             require_writable(Path(path) / ".landmark", name)
@@ -57,9 +64,7 @@ def require_folder(path: str | Path, name: str) -> None:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Inside a ``with``, the folder is there; afterwards those are gone that were not there
-    before.
-    """
+    """Makes a folder, and removes what it has made when the context ends."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,10 +76,10 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def write(path: str | Path, data: bytes) -> None:
-    """Writes a file whole, or leaves the old one; makes its folder.
+    """Writes a file whole or leaves the old one; makes its folder.
 
     Raises:
-        OSError: it cannot be written; the error names it.
+        OSError: the file cannot be written; the error names it.
     """
     path = Path(path)
     try:
@@ -93,15 +98,15 @@ def write(path: str | Path, data: bytes) -> None:
 
 
 def require_room(folder: str | Path, nbytes: int, name: str) -> None:
-    """Asks the system for room in a folder, and gives it back.
+    """Makes sure that a folder has room for a file, by reserving it for a moment.
 
     Args:
-        folder: there or not yet.
-        nbytes: of the largest file that is to be written there.
-        name: of the parameter, for the message.
+        folder: path of the folder, which may not exist yet.
+        nbytes: bytes of the largest file that is to be written there.
+        name: name of the parameter, for the message.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no room.
     """
     folder = Path(folder)
     try:
@@ -127,21 +132,21 @@ def _take_room(path: Path, nbytes: int) -> None:
 
 
 def write_folder(folder: str | Path, save: Callable[[Path], object]) -> None:
-    """Adds files to a folder, all of them or none: those that are there stay until the new ones are
-    whole.
+    """Adds files to a folder, all of them or none.
+
+    Files that are there stay until the new ones are complete. Weights of a model that was there are
+    replaced, all of them.
 
     Args:
-        folder: there or not yet.
-        save: writes into the folder that it is given. Weights of a model that was there are
-            replaced, all of them.
+        folder: path of the folder, which may not exist yet.
+        save: writes the files into the folder that it is given.
 
     Raises:
-        ValueError: they cannot be written.
+        ValueError: there is no room for the files.
     """
     folder = Path(folder)
-    new = (
-        folder / NEW / os.path.basename(os.path.abspath(folder))
-    )  # a model's files name their folder
+    # Files of a model name their folder, so this one has the same name.
+    new = folder / NEW / os.path.basename(os.path.abspath(folder))
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         shutil.rmtree(folder / NEW, ignore_errors=True)  # left by a process that was killed
@@ -152,9 +157,9 @@ def write_folder(folder: str | Path, save: Callable[[Path], object]) -> None:
                 old.unlink()
         for file in sorted(new.rglob("*")):
             if not file.is_dir():
-                place = folder / file.relative_to(new)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, place)
+                target = folder / file.relative_to(new)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
         shutil.rmtree(folder / NEW)
     except BaseException as error:
         shutil.rmtree(folder / NEW, ignore_errors=True)
@@ -176,29 +181,28 @@ def _is_weights(file: Path) -> bool:
 
 
 def is_of_the_disk(error: BaseException) -> bool:
-    """Whether a file could not be written; safetensors and torch have kinds of their own for
-    that.
+    """Returns whether an error says that a file could not be written.
+
+    safetensors and torch raise errors of their own for that.
     """
-    kind = type(error)
-    return (
-        isinstance(error, OSError)
-        or kind.__name__ == "SafetensorError"
-        or "PytorchStreamWriter" in str(error)
-    )
+    if isinstance(error, OSError):
+        return True
+    return type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
 
 
 def _reason(error: OSError | ValueError) -> str:
-    if isinstance(error, FileExistsError):  # of a folder that is to be made
-        return "it is none"
+    if isinstance(error, FileExistsError):
+        return "it is none"  # a folder was to be made
     return str(getattr(error, "strerror", None) or error)
 
 
 def _is_replaced(path: Path) -> bool:
-    """Whether it is an ordinary file, or none yet; a pipe or device is written into."""
+    """Returns whether a path is an ordinary file or nothing yet; pipes and devices are not."""
     return path.is_file() or not path.exists()
 
 
 def _new(path: Path) -> Path:
+    """Returns the file that is written first, beside the file that it replaces."""
     target = Path(os.path.realpath(path))
     if target.is_symlink():
         raise OSError(errno.ELOOP, "a link to itself")

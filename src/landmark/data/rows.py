@@ -1,5 +1,6 @@
-"""The rows a model is trained on: corpus windows and retrieval episodes, each decided by the seed
-and its index.
+"""The rows that a model is trained on: windows of a corpus, and retrieval episodes.
+
+Each row is decided by the seed and its index.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ Batch = dict[str, torch.Tensor]
 
 
 class Windows:
-    """Cuts a stream of ids into rows; every pass over the text cuts at other places and visits in
-    another order.
+    """Cuts a text into rows; every epoch cuts at other tokens and has another order.
 
     Args:
-        ids: the stream, ``(tokens,)``.
+        ids: the text, ``(tokens,)`` token ids.
         tokens: text tokens of a row, ``prefix`` included.
-        seed: decides places and order.
+        seed: decides where to cut, and the order.
         prefix: ids that begin every row.
 
+    Attributes:
+        per_epoch: rows of an epoch.
+
     Raises:
-        ValueError: the stream is shorter than a row.
+        ValueError: the text is shorter than a row.
     """
 
     def __init__(self, ids: Ids, *, tokens: int, seed: int, prefix: Sequence[int] = ()) -> None:
@@ -42,27 +45,25 @@ class Windows:
             raise ValueError(
                 f"expected a text of at least {tokens} tokens (one row), got {len(ids)}; add text"
             )
-        self.per_pass = max(1, len(ids) // self.tokens - 1)
+        self.per_epoch = max(1, len(ids) // self.tokens - 1)
 
     def __call__(self, index: int) -> Row:
-        """Returns row ``index``; rows ``n * per_pass .. (n + 1) * per_pass - 1`` are one pass over
-        the text.
-        """
-        turn, number = divmod(index, self.per_pass)
-        spare = len(self.ids) - self.per_pass * self.tokens
-        start = random.Random(f"{self.seed}:{turn}").randrange(spare + 1)
-        start += int(_order(self.seed, turn, self.per_pass)[number]) * self.tokens
+        """Returns row ``index``, which is in epoch ``index // per_epoch``."""
+        epoch, number = divmod(index, self.per_epoch)
+        spare = len(self.ids) - self.per_epoch * self.tokens
+        start = random.Random(f"{self.seed}:{epoch}").randrange(spare + 1)
+        start += int(_order(self.seed, epoch, self.per_epoch)[number]) * self.tokens
         return plain_row(self.ids[start : start + self.tokens], self.prefix)
 
 
 class Rows(Dataset[Row]):
-    """``count`` rows, a share of them episodes, the others windows of the text.
+    """A data set of rows, a share of them episodes, the others windows of the text.
 
     Args:
         windows: makes the plain rows.
         episodes: makes the episodes, ``None`` for none.
         share: the probability of an episode.
-        count: length of the data set.
+        count: rows of the data set.
         seed: decides which rows are episodes.
     """
 
@@ -79,16 +80,14 @@ class Rows(Dataset[Row]):
         return self.count
 
     def __getitem__(self, index: int) -> Row:
-        if (
-            self.episodes is not None
-            and random.Random(f"{self.seed}/{index}").random() < self.share
-        ):
-            return self.episodes(index)
-        return self.windows(index)
+        if self.episodes is None:
+            return self.windows(index)
+        draw = random.Random(f"{self.seed}/{index}").random()
+        return self.episodes(index) if draw < self.share else self.windows(index)
 
 
 class FixedRows(Dataset[Row]):
-    """Rows made once and kept, to evaluate on."""
+    """A data set of rows that are made once and kept, for evaluation."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = list(rows)
@@ -101,7 +100,7 @@ class FixedRows(Dataset[Row]):
 
 
 def plain_row(ids: Ids, prefix: Sequence[int] = ()) -> Row:
-    """Returns a row that is predicted throughout."""
+    """Returns a row whose every token but the first is predicted."""
     input_ids = np.concatenate([np.asarray(prefix, dtype=np.int64), ids.astype(np.int64)])
     labels = input_ids.copy()
     labels[0] = IGNORED
@@ -109,8 +108,14 @@ def plain_row(ids: Ids, prefix: Sequence[int] = ()) -> Row:
 
 
 def stack(rows: Sequence[Row], *, answers: bool) -> Batch:
-    """Stacks rows to ``input_ids``, ``labels`` (int64) and, if asked for, ``answers`` (bool), all
-    ``(B, tokens)``.
+    """Stacks rows to a batch.
+
+    Args:
+        rows: the rows, all of the same length.
+        answers: whether the batch has ``answers``.
+
+    Returns:
+        ``input_ids`` and ``labels`` (int64), and ``answers`` (bool), each ``(B, tokens)``.
     """
     batch = {
         "input_ids": torch.from_numpy(np.stack([row.input_ids for row in rows])),
@@ -122,5 +127,6 @@ def stack(rows: Sequence[Row], *, answers: bool) -> Batch:
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int, turn: int, count: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng((seed, turn)).permutation(count)
+def _order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    """Returns the order of the windows of an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(count)

@@ -1,4 +1,4 @@
-"""Named texts read one after the other, and where each of their tokens stands in them."""
+"""Named texts that are read one after the other, and the characters of each of their tokens."""
 
 from __future__ import annotations
 
@@ -19,19 +19,17 @@ class Source:
     """A text and its name.
 
     Attributes:
-        name: a path, or whatever the reader knows it by.
+        name: a path, or another name that a reader knows.
         text: its characters.
     """
 
     name: str
     text: str
 
-    def line(self, place: int) -> int:
-        """Returns the line, counted from 1, of the character ``place``; lines end in LF, CR LF or
-        CR.
-        """
-        ends = self.text.count("\n", 0, place) + self.text.count("\r", 0, place)
-        return ends - self.text.count("\r\n", 0, place + 1) + 1
+    def line(self, character: int) -> int:
+        """Returns the line of a character, counted from 1; lines end in LF, CR LF or CR."""
+        ends = self.text.count("\n", 0, character) + self.text.count("\r", 0, character)
+        return ends - self.text.count("\r\n", 0, character + 1) + 1
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,11 @@ class Reading:
     """Sources one after the other, as a memory reads them.
 
     Attributes:
-        sources: what is read; characters are counted over all of them, nothing between two.
-        ids: ``(n,)`` int64 text tokens, those that the tokenizer begins every text with included.
+        sources: the sources; characters are counted over all of them, with nothing between two.
+        ids: ``(n,)`` int64 text tokens, those that the tokenizer puts before every text included.
         spans: ``(n, 2)`` int64, first character of each token and the one after its last; equal for
-            a special token. Tokens that share a character, as byte-level tokenizers make them, have
-            it both.
+            a special token. The spans of two tokens of one character, as byte-level tokenizers make
+            them, both hold it.
     """
 
     sources: tuple[Source, ...]
@@ -52,12 +50,17 @@ class Reading:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """First character of each source, and the number of all characters."""
+        """The first character of each source, and the number of all characters."""
         return tuple(itertools.accumulate((len(source.text) for source in self.sources), initial=0))
 
     def of_block(self, block: int, text_per_block: int) -> tuple[int, int]:
-        """Returns the first character of a block and the one after its last; equal where it holds
-        no source's text.
+        """Returns the first character of a block and the one after its last.
+
+        Both are equal where the block holds no text of a source.
+
+        Args:
+            block: index of the block.
+            text_per_block: text tokens of a block.
         """
         spans = self.spans[block * text_per_block : (block + 1) * text_per_block]
         if len(spans) == 0:
@@ -68,11 +71,11 @@ class Reading:
 def read_sources(
     sources: Sequence[Source], tokenizer: Any, progress: Progress | None = None
 ) -> Reading:
-    """Tokenises sources of any length; each goes on from the one before it.
+    """Tokenises sources of any length; each continues the one before it.
 
     Args:
-        sources: in the order in which they are read.
-        tokenizer: of transformers, a fast one.
+        sources: the sources, in the order of reading.
+        tokenizer: a fast tokenizer of transformers.
         progress: called while a long source is tokenised.
 
     Raises:
@@ -83,16 +86,18 @@ def read_sources(
         raise ValueError(
             f"text: expected at least one character, got {len(sources)} empty texts; pass a text"
         )
-    begin = row_start(tokenizer)
-    ids = [torch.tensor(begin, dtype=torch.long)]
-    spans = [torch.zeros(len(begin), 2, dtype=torch.long)]
-    at = 0
+    prefix = row_start(tokenizer)
+    ids = [torch.tensor(prefix, dtype=torch.long)]
+    spans = [torch.zeros(len(prefix), 2, dtype=torch.long)]
+    first = 0  # first character of the source
+    has_tokens = False
     for source in sources:
-        found = encode(tokenizer, source.text, continues=any(map(len, ids[1:])), progress=progress)
+        found = encode(tokenizer, source.text, continues=has_tokens, progress=progress)
         ids.append(torch.from_numpy(found.ids))
-        spans.append(torch.from_numpy(found.spans + at))
-        at += len(source.text)
-    if not any(map(len, ids[1:])):
+        spans.append(torch.from_numpy(found.spans + first))
+        first += len(source.text)
+        has_tokens = has_tokens or len(found) > 0
+    if not has_tokens:
         raise ValueError(
             "text: expected at least one token, got none in "
             f"{', '.join(source.name for source in sources[:3])}: the tokenizer drops all of its "

@@ -1,8 +1,7 @@
-"""Texts to read, train and evaluate on: folders of .txt files, single files, JSON rows, and data
-sets of the hub.
+"""Reads texts: folders of .txt files, single files, JSON rows, and data sets of the hub.
 
-This is where bytes become text: UTF-8, with or without a byte order mark, lines that end in LF, CR
-LF or CR. Half a character in a JSON string (a lone surrogate) becomes U+FFFD.
+Files are decoded here: UTF-8, with or without a byte order mark, lines that end in LF, CR LF or CR.
+Half a character in a JSON string (a lone surrogate) becomes U+FFFD.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from landmark.data.characters import from_arguments, without_surrogates
 from landmark.data.errors import first_line, names
 
 SPLITS = ("train", "validation", "test")
+# How much a message quotes.
 SHOWN_KEYS = 5
-SHOWN_CHARACTERS = 40  # of what a message quotes
+SHOWN_CHARACTERS = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Document:
     """One text.
 
     Attributes:
-        title: what names it: the title in the folder's MANIFEST.tsv, else its file name or row.
+        title: the title in the folder's MANIFEST.tsv, else the file name or row.
         text: its characters.
         sha256: hash of the file's bytes (of the UTF-8 text for rows of JSONL files and hub data
             sets).
@@ -66,31 +66,36 @@ def read_documents(
     if path.is_dir():
         return _read_folder(split_folder(path, split))
     if path.is_file() or path.is_fifo():
-        return (
-            _read_rows(path, field)
-            if path.suffix in (".jsonl", ".json")
-            else iter([_read_file(path, path.name)])
-        )
+        if path.suffix in (".jsonl", ".json"):
+            return _read_rows(path, field)
+        return iter([_read_file(path, path.name)])
     if path.exists():
         raise ValueError(
             f"{name}: expected a file, a folder or a pipe, got a device or socket; write the text "
             "to a file"
         )
-    if (
-        path.is_absolute()
-        or name.startswith(".")
-        or path.suffix in (".txt", ".jsonl")
-        or len(path.parts) > 2
-    ):
+    if _is_no_hub_name(name):
         raise FileNotFoundError(
             f"{name}: no such file or folder; pass a folder of .txt files, a .txt or a .jsonl file"
         )
     return _read_hub(name, split, field)
 
 
+def _is_no_hub_name(name: str) -> bool:
+    path = Path(name)
+    return (
+        path.is_absolute()
+        or name.startswith(".")
+        or path.suffix in (".txt", ".jsonl")
+        or len(path.parts) > 2
+    )
+
+
 def split_folder(folder: Path, split: str) -> Path:
-    """Returns the subfolder of a split, or the folder itself where it is not divided into
-    splits.
+    """Returns the subfolder of a split, or the folder itself where it has no splits.
+
+    Raises:
+        FileNotFoundError: the folder has other splits, but not this one.
     """
     present = [name for name in SPLITS if (folder / name).is_dir()]
     if not present:
@@ -104,7 +109,7 @@ def split_folder(folder: Path, split: str) -> Path:
 
 
 def has_split(source: str | Path, split: str) -> bool:
-    """Whether the source is a folder with a subfolder of that split."""
+    """Returns whether the source is a folder with a subfolder of that split."""
     return (Path(source) / split).is_dir()
 
 
@@ -122,14 +127,16 @@ def _read_folder(folder: Path) -> Iterator[Document]:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Returns the ``.txt`` files below a folder, by relative path; no pipes or devices, which may
-    never end.
+    """Returns the ``.txt`` files below a folder, sorted by relative path.
+
+    Pipes and devices are left out, as they may never end.
     """
     found = (file for file in folder.rglob("*.txt") if file.is_file() or not file.exists())
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def _manifest_titles(folder: Path) -> dict[str, str]:
+    """Returns the titles in MANIFEST.tsv of a folder, or of the folder around it, by file."""
     for base in (folder, folder.parent):
         manifest = base / "MANIFEST.tsv"
         if not manifest.is_file():
@@ -207,22 +214,24 @@ def _read_rows(path: Path, field: str) -> Iterator[Document]:
 
 
 def _whole_rows(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
-    """The rows of a file that is one JSON value, an object or an array of them; else those of its
-    lines.
+    """Yields the rows of a file that is one JSON value: an object or an array of objects.
+
+    A file that is not one value is read line by line.
     """
     try:
         value = _parse(_decode(raw, str(path)), str(path)) if raw.strip() else []
     except json.JSONDecodeError:
         yield from _line_rows(path, raw.splitlines())
         return
-    for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
+    rows = value if isinstance(value, list) else [value]
+    for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
 
 
 def _line_rows(path: Path, parts: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
-    lines = itertools.chain.from_iterable(
-        part.splitlines() for part in parts
-    )  # a CR alone ends a line as well
+    """Yields the rows of a file with one JSON object in each line."""
+    # A CR alone ends a line as well.
+    lines = itertools.chain.from_iterable(part.splitlines() for part in parts)
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         try:
@@ -253,8 +262,11 @@ def read_json(path: Path) -> Any:
 
 
 def _parse(text: str, where: str) -> Any:
-    """Returns a JSON value; raises ``JSONDecodeError``, or ``ValueError`` for one that Python's
-    parser refuses.
+    """Returns a JSON value.
+
+    Raises:
+        json.JSONDecodeError: the text is no JSON.
+        ValueError: Python's parser refuses it.
     """
     try:
         return json.loads(text)
@@ -280,9 +292,8 @@ def _read_hub(name: str, split: str, field: str) -> Iterator[Document]:
     repository, _, config = name.partition(":")
     try:
         rows = load_dataset(repository, config or None, split=split)
-    except (
-        Exception
-    ) as error:  # the package raises many kinds: no such data set, split or connection
+    except Exception as error:
+        # The package raises many kinds: no such data set, split or connection.
         raise FileNotFoundError(
             f"{name}: neither a file or folder here nor a data set of the hub ({first_line(error)})"
         ) from None
@@ -300,7 +311,7 @@ def _from_row(row: Any, field: str, title: str) -> Iterator[Document]:
 
 
 def _kind(row: Any, field: str) -> str:
-    """What a row is instead of an object with a string under ``field``, and the remedy."""
+    """Returns what a row is in place of an object with a string under ``field``, and a remedy."""
     if not isinstance(row, dict):
         return f"{type(row).__name__}; write an object"
     if field in row:

@@ -1,7 +1,7 @@
-"""Tokenizers: what a row begins with, a text's ids, and a byte-level BPE in which every digit is
-its own token.
+"""Trains, loads and checks tokenizers, and encodes texts with them.
 
-So codes are read and written digit by digit.
+A tokenizer that is trained here is a byte-level BPE in which every digit is a token of its own, so
+that codes are read and written digit by digit.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from landmark.data.errors import first_line
 END = "<|endoftext|>"
 PAD = "<|pad|>"
 SMALLEST_VOCABULARY = 258
-LONGEST_SAMPLE = 200_000_000
-LOOKED_AT = 16  # tokens before those that are decoded
+LONGEST_SAMPLE = 200_000_000  # characters that merges are learnt from
+CONTEXT = 16  # tokens that are decoded in front of a continuation
 
 
 def train_tokenizer(
@@ -30,14 +30,13 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE; no token holds two digits, or a digit and anything else.
 
-    ``<|endoftext|>`` begins and ends documents (bos and eos), ``<|pad|>`` pads; neither is added by
-    encoding.
+    ``<|endoftext|>`` begins and ends documents (bos and eos), ``<|pad|>`` pads; encoding adds
+    neither.
 
     Args:
-        texts: what to learn merges from; the first 200 million characters are used.
-        vocab_size: tokens at most, special tokens included (fewer when the texts are too short for
-            so many).
-        progress: called after every text that merges are learnt from.
+        texts: the texts to learn merges from; the first 200 million characters are used.
+        vocab_size: the largest number of tokens, special tokens included; short texts give fewer.
+        progress: called after every text.
 
     Raises:
         ValueError: ``vocab_size`` below 258 (the 256 bytes and the two special tokens).
@@ -74,8 +73,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """Loads the tokenizer of a folder or hub model.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a fast tokenizer (the character places of tokens are needed).
+        FileNotFoundError: there is no tokenizer.
+        ValueError: it is not a fast one, which knows the characters of each token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
@@ -92,7 +91,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def require_savable(tokenizer: Any, name: str) -> None:
-    """Saves a tokenizer to a folder for temporary files, so that it does not fail after long work.
+    """Makes sure, before long work, that a tokenizer can be saved, by saving it elsewhere.
 
     Raises:
         ValueError: it cannot be saved; the message begins with ``name``.
@@ -100,7 +99,7 @@ def require_savable(tokenizer: Any, name: str) -> None:
     with tempfile.TemporaryDirectory(prefix="landmark-") as folder:
         try:
             tokenizer.save_pretrained(folder)
-        except Exception as error:  # of the json module, of tokenizers, of transformers
+        except Exception as error:  # raised by json, tokenizers or transformers
             raise ValueError(
                 f"{name}: expected a tokenizer that can be saved, got one that cannot "
                 f"({first_line(error)}); mend its tokenizer_config.json"
@@ -108,16 +107,18 @@ def require_savable(tokenizer: Any, name: str) -> None:
 
 
 def require_rows(tokenizer: Any, model: Any, name: str, used: int = 0) -> None:
-    """Raises ``ValueError`` where texts get token ids that a model's embedding has no row for.
+    """Makes sure that the embedding of a model has a row for every token of texts.
 
-    Further special tokens do no harm unless a text names them: many a tokenizer has one for
-    padding.
+    Special tokens that no text has by name do no harm: many tokenizers have one for padding.
 
     Args:
-        tokenizer: of transformers; nothing is known of a slow one.
-        model: of transformers.
-        name: of the model, for the message.
-        used: the greatest id in a text, special tokens that it names included.
+        tokenizer: a tokenizer of transformers; a slow one is not checked.
+        model: a model of transformers.
+        name: name of the model, for the message.
+        used: the greatest token id in a text.
+
+    Raises:
+        ValueError: the embedding has fewer rows.
     """
     if not getattr(tokenizer, "is_fast", False):
         return
@@ -159,8 +160,7 @@ def require_fast(tokenizer: Any) -> None:
 
 
 def row_start(tokenizer: Any) -> list[int]:
-    """Returns the ids that the tokenizer puts before every text, its bos token for example, without
-    those behind.
+    """Returns the ids that the tokenizer puts before every text, such as its bos token.
 
     Raises:
         ValueError: as ``require_fast``.
@@ -169,30 +169,32 @@ def row_start(tokenizer: Any) -> list[int]:
     processor = tokenizer.backend_tokenizer.post_processor
     if processor is None:
         return []
-    text = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")  # any text
-    whole = processor.process(text, None, True)
+    any_text = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")
+    whole = processor.process(any_text, None, True)
     return list(whole.ids[: whole.special_tokens_mask.index(0)])
 
 
 def continuation(tokenizer: Any, ids: Sequence[int], before: Sequence[int], **options: Any) -> str:
-    """Returns the text of ids that go on from others: many a tokenizer leaves out the space that a
-    text begins with.
+    """Decodes ids that continue other ids.
+
+    Decoded alone they might lose a space: many tokenizers leave out the one that a text begins
+    with.
 
     Args:
-        tokenizer: of transformers.
-        ids: what is decoded.
-        before: the ids that they go on from; the last of them are looked at.
-        **options: of ``decode``.
+        tokenizer: a tokenizer of transformers.
+        ids: the ids to decode.
+        before: the ids that they continue; the last of them are used.
+        **options: arguments of ``decode``.
     """
     options = {"clean_up_tokenization_spaces": False, **options}
-    some = list(before[-LOOKED_AT:])
-    begin: str = tokenizer.decode(some, **options)
-    whole: str = tokenizer.decode([*some, *ids], **options)
+    context = list(before[-CONTEXT:])
+    begin: str = tokenizer.decode(context, **options)
+    whole: str = tokenizer.decode([*context, *ids], **options)
     return whole[len(begin) :]
 
 
 def encoder_of(tokenizer: Any) -> TextEncoder:
-    """Returns what encodes texts of any length with a tokenizer of transformers.
+    """Returns the encoder of a tokenizer of transformers, for texts of any length.
 
     Raises:
         ValueError: as ``require_fast``.
@@ -211,6 +213,7 @@ def encode(
 
 
 def _sample(texts: Iterable[str], progress: Progress | None) -> Iterator[str]:
+    """Yields texts of ``LONGEST_SAMPLE`` characters in all."""
     left = LONGEST_SAMPLE
     for text in texts:
         yield text[:left]

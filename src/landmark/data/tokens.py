@@ -1,8 +1,8 @@
-"""Token files: texts tokenised once into one stream of ids, memory-mapped from then on.
+"""Token files: texts tokenised once into one sequence of ids, memory-mapped from then on.
 
-``NAME.bin`` holds the ids (little-endian uint16 or uint32), ``NAME.json`` beside it what they are:
-the tokenizer's hash, the documents' titles, hashes and places, and the hash of the ids. Both can be
-moved together.
+``NAME.bin`` holds the ids (little-endian uint16 or uint32). ``NAME.json`` beside it describes them:
+the hash of the tokenizer, title, hash and position of each document, and the hash of the ids. Both
+can be moved together.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ from landmark.data.text import Document, read_json
 from landmark.data.tokenizer import backend, fingerprint
 
 FORMAT = "landmark-tokens-1"
-BATCH = 32
+BATCH = 32  # documents encoded at once
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """A document's place in the stream: its ``tokens`` ids begin at ``start``, the separator after
-    them not counted.
+class DocumentSpan:
+    """The position of a document in a token file.
+
+    Attributes:
+        title: the title of the document.
+        sha256: its hash.
+        start: index of its first id.
+        tokens: how many ids it has, the separator behind it not counted.
     """
 
     title: str
@@ -45,18 +50,18 @@ class Place:
 
 @dataclasses.dataclass
 class TokenFile:
-    """A stream of token ids with the documents it was made from.
+    """A sequence of token ids and the documents that it was made from.
 
     Attributes:
         path: the ``.bin`` file.
         ids: the ids, shape ``(tokens,)``, memory-mapped, read only.
-        documents: where each document lies.
+        documents: the position of each document.
         tokenizer: fingerprint of the tokenizer.
     """
 
     path: Path
     ids: Ids
-    documents: list[Place]
+    documents: list[DocumentSpan]
     tokenizer: str
 
     def __len__(self) -> int:
@@ -77,28 +82,28 @@ def tokenize(
     name: str,
     progress: Progress | None = None,
 ) -> TokenFile:
-    """Returns the token file of the documents, from ``folder`` where it fits, made anew otherwise.
+    """Returns the token file of documents: one that is there and fits, otherwise a new one.
 
-    It fits when tokenizer and documents (by SHA-256, in order) are the same. Documents are
+    A file fits when tokenizer and documents (by SHA-256, in order) are the same. Documents are
     separated by eos.
 
     Args:
-        documents: gives the documents from the first on, each time it is called (they are never
-            held all at once).
+        documents: yields the documents from the first on, each time it is called. They are never
+            held all at once.
         tokenizer: a fast tokenizer.
-        folder: where ``name.bin`` and ``name.json`` lie.
+        folder: the folder of ``name.bin`` and ``name.json``.
         name: usually the split.
         progress: called after some documents, and while a long one is tokenised.
 
     Raises:
-        ValueError: a file of that name which is not ours, or is damaged; or no document.
+        ValueError: a file of that name that is no token file, or a damaged one; or no document.
     """
     sidecar = Path(folder) / f"{name}.json"
     if sidecar.exists() or sidecar.with_suffix(".bin").exists():
         old = open_tokens(sidecar)
         if old.tokenizer == fingerprint(tokenizer):
             hashes = [document.sha256 for document in documents()]
-            if hashes == [place.sha256 for place in old.documents]:
+            if hashes == [span.sha256 for span in old.documents]:
                 return old
     return _write(documents(), tokenizer, sidecar, progress)
 
@@ -108,7 +113,7 @@ def open_tokens(sidecar: str | Path) -> TokenFile:
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: the files are not of this format, or the ids are not those that were written.
+        ValueError: the files have another format, or the ids are not those that were written.
     """
     sidecar = Path(sidecar)
     binary = sidecar.with_suffix(".bin")
@@ -122,7 +127,7 @@ def open_tokens(sidecar: str | Path) -> TokenFile:
         header = read_json(sidecar)
         if header["format"] != FORMAT:
             raise KeyError
-        documents = [Place(**place) for place in header["documents"]]
+        documents = [DocumentSpan(**span) for span in header["documents"]]
         tokens = int(header["tokens"])
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[header["dtype"]])
         digest = str(header["sha256"])
@@ -156,20 +161,27 @@ def _write(
     unfinished = sidecar.with_suffix(".unfinished")
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    places: list[Place] = []
+    spans: list[DocumentSpan] = []
     position = 0
     digest = hashlib.sha256()
     try:
         with names(unfinished), unfinished.open("wb") as binary:
             for document, ids in _encode(iter(documents), tokenizer, progress):
-                places.append(Place(document.title, document.sha256, position, len(ids)))
+                spans.append(
+                    DocumentSpan(
+                        title=document.title,
+                        sha256=document.sha256,
+                        start=position,
+                        tokens=len(ids),
+                    )
+                )
                 raw = np.asarray(ids + end, dtype="<u2" if dtype == "uint16" else "<u4").tobytes()
                 binary.write(raw)
                 digest.update(raw)
                 position += len(ids) + len(end)
                 if progress is not None:
-                    progress(f"tokens, of {len(places):,} documents", position, 0)
-        if not places:
+                    progress(f"tokens, of {len(spans):,} documents", position, 0)
+        if not spans:
             raise ValueError(
                 f"{sidecar.stem}: expected at least one document, got none; pass a source with text"
             )
@@ -179,7 +191,7 @@ def _write(
             "tokens": position,
             "sha256": digest.hexdigest(),
             "tokenizer": fingerprint(tokenizer),
-            "documents": [dataclasses.asdict(place) for place in places],
+            "documents": [dataclasses.asdict(span) for span in spans],
         }
         outputs.write(sidecar, json.dumps(header, indent=1, ensure_ascii=False).encode())
         unfinished.replace(sidecar.with_suffix(".bin"))
@@ -192,7 +204,7 @@ def _write(
 def _encode(
     documents: Iterator[Document], tokenizer: PreTrainedTokenizerFast, progress: Progress | None
 ) -> Iterator[tuple[Document, list[int]]]:
-    """Encodes short documents several at once; a long one is cut by its encoder."""
+    """Yields documents with their ids; short documents are encoded several at once."""
     encoder = TextEncoder(backend(tokenizer))
     while batch := list(itertools.islice(documents, BATCH)):
         short = [document.text for document in batch if len(document.text) <= PIECE]

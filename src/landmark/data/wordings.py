@@ -1,8 +1,7 @@
-"""The wordings of synthetic retrieval episodes: how a code is stated, asked for, and what it
-belongs to.
+"""The wordings of synthetic retrieval episodes: how a code is stated and how it is asked for.
 
-``{value}`` is the code, ``{label}`` what kind of code it is, ``{name}`` what it belongs to. A
-wording's first entry is the plainest one and is drawn more often than the others.
+``{value}`` is the code, ``{label}`` the kind of code, ``{name}`` what it belongs to. The first
+entry of a list of wordings is the plainest one and is drawn more often than the others.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ def reopened(
             answer=subject.tokenizer.decode(answer).strip(),
             same=answer == written,
             answer_seconds=answering.seconds,
-            fetched_bytes=fork.traffic.fetched_disk - opened.traffic.fetched_disk,
+            fetched_bytes=fork.transfers.fetched_disk - opened.transfers.fetched_disk,
         )
 
 

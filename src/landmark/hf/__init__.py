@@ -1,5 +1,6 @@
-"""Landmark models of transformers. Importing this package registers their classes with the Auto
-classes.
+"""Landmark models of transformers.
+
+Importing this package registers their classes with the Auto classes of transformers.
 """
 
 from landmark.hf.cache import LandmarkCache

@@ -1,4 +1,4 @@
-"""The attention function that transformers calls, and what it needs to know of one forward pass."""
+"""The attention function that transformers calls, and the context of one forward pass."""
 
 from __future__ import annotations
 
@@ -22,31 +22,51 @@ IMPLEMENTATION = "landmark"
 
 @dataclass
 class ForwardContext:
-    """One forward pass of a decoder, handed to every layer as the keyword argument ``landmark``."""
+    """One forward pass of a decoder.
+
+    Every layer gets it as the keyword argument ``landmark``.
+
+    Attributes:
+        settings: the landmark settings.
+        layer_types: the rotary type of each layer, ``None`` where all have the same.
+    """
 
     settings: LandmarkConfig
     layer_types: tuple[str | None, ...]
 
     def to(self, *args: Any, **kwargs: Any) -> ForwardContext:
-        """Returns itself: tensors follow each layer's device (accelerate moves arguments by calling
-        this).
+        """Returns itself.
+
+        accelerate moves arguments by this method; here tensors follow each layer's device.
         """
         return self
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        """Attends in the attention layer ``module``.
+        """Attends in one attention layer.
 
-        Takes un-rotated query ``(B, H, T, D)``, key and value ``(B, G, T, D)``; returns ``(B, T, H,
-        D)``.
+        Args:
+            module: the layer.
+            query: ``(B, H, T, D)``, not rotated.
+            key: ``(B, G, T, D)``, not rotated.
+            value: ``(B, G, T, D)``.
+            scale: the softmax scale.
+
+        Returns:
+            ``(B, T, H, D)``.
         """
         raise NotImplementedError
 
 
 @dataclass
 class FullPass(ForwardContext):
-    """Mode ``all`` without a memory: every past block, in one differentiable pass."""
+    """A pass in mode ``all`` without a cache: every past block, differentiable.
+
+    Attributes:
+        rotations: the rotation of each rotary type.
+        segments: ``(B, T)`` document of each slot of packed rows.
+    """
 
     rotations: dict[str | None, Rotation]
     segments: Tensor | None
@@ -67,89 +87,93 @@ class FullPass(ForwardContext):
         return output.transpose(1, 2).contiguous()
 
     def _rotation(self, module: nn.Module) -> Rotation:
-        """The layer's rotation; where all have the same, its index is not looked at, so that one
-        graph serves all.
-        """
+        """Returns the rotation of a layer."""
         if len(self.rotations) == 1:
+            # The layer's index is not read, so that torch.compile has one graph for all layers.
             return next(iter(self.rotations.values()))
-        return self.rotations[self.layer_types[_index(module)]]
+        return self.rotations[self.layer_types[_layer_index(module)]]
 
 
 @dataclass
 class CachedPass(ForwardContext):
-    """A call whose keys are filed in a cache.
+    """A pass whose keys and values are written to a cache.
 
     Attributes:
-        tables: rotations of each layer type.
+        tables: rotary tables of each rotary type.
         cache: the cache.
-        plan: the geometry, on the CPU.
-        retrieve: whether to retrieve.
-        dtype: of keys and values where nothing is remembered yet; under autocast, not what the
-            layers compute in.
-        prepared: whether every layer's memory was told of it by ``prepare``.
-        plans: the geometry on each device.
+        geometry: the geometry of the call, on the CPU.
+        retrieve: whether queries retrieve; otherwise they see their local context and block 0.
+        dtype: dtype of keys and values in an empty cache. Under autocast it is not the dtype that
+            the layers compute in.
+        prepared: whether ``graph_key`` has prepared the memory of every layer.
+        geometry_on: the geometry on each device that was needed so far.
     """
 
     tables: dict[str | None, RotaryTables]
     cache: LandmarkCache
-    plan: CallGeometry
+    geometry: CallGeometry
     retrieve: bool
     dtype: torch.dtype
     prepared: bool = False
-    plans: dict[torch.device, CallGeometry] = field(default_factory=dict)
+    geometry_on: dict[torch.device, CallGeometry] = field(default_factory=dict)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         """Attends as ``ForwardContext.attend`` says."""
-        if query.device not in self.plans:
-            self.plans[query.device] = move(self.plan, query.device)
-        layer = _index(module)
+        if query.device not in self.geometry_on:
+            self.geometry_on[query.device] = move(self.geometry, query.device)
+        geometry = self.geometry_on[query.device]
+        layer = _layer_index(module)
         memory = self.cache.memory(layer, self.tables[self.layer_types[layer]])
-        plan = self.plans[query.device]
-        record = self.cache.record
-        rest = {"retrieve": self.retrieve, "record": record, "prepared": self.prepared}
         dtype = memory.store.dtype or self.dtype
         with without_autocast(query.device):
-            output, found = memory.attend(
-                query.to(dtype), key.to(dtype), value.to(dtype), plan, scale=scale, **rest
+            output, retrieval = memory.attend(
+                query.to(dtype),
+                key.to(dtype),
+                value.to(dtype),
+                geometry,
+                scale=scale,
+                retrieve=self.retrieve,
+                record=self.cache.record,
+                prepared=self.prepared,
             )
-        if found is not None:
-            self.cache.retrievals.append(found)
+        if retrieval is not None:
+            self.cache.retrievals.append(retrieval)
         if self.cache.observer is not None:
-            self.cache.observer(memory, query, plan, scale)
+            self.cache.observer(memory, query, geometry, scale)
         return output.to(value.dtype)
 
     def graph_key(self) -> tuple[Any, ...] | None:
-        """Prepares all memories, and returns what a CUDA graph of this pass depends on.
+        """Prepares the memory of every layer and returns the key of the call's CUDA graph.
 
-        Returns:
-            ``None`` where the pass cannot be captured.
+        Calls with equal keys launch the same kernels on the same addresses. The key is ``None``
+        where the call cannot be captured.
         """
         if self.cache.record or self.cache.observer is not None or not self.retrieve:
             return None
-        found: list[Any] = [self.plan.grid.local.shape]
+        key: list[Any] = [self.geometry.grid.local.shape]
         for memory in self.cache.memories:
-            if memory is None or not memory.can_be_captured(self.plan):
+            if memory is None or not memory.can_be_captured(self.geometry):
                 return None
-            memory.prepare(self.plan, memory.store.landmark_keys)
-            key = memory.graph_key()
-            if key is None:
+            memory.prepare(self.geometry, memory.store.landmark_keys)
+            layer_key = memory.graph_key()
+            if layer_key is None:
                 return None
-            found.append(key)
-        return tuple(found)
+            key.append(layer_key)
+        return tuple(key)
 
-    def fixed(self, device: torch.device) -> CachedPass:
-        """Returns the same call, prepared, with a geometry whose tensors on ``device`` later ones
-        can be copied to.
+    def for_capture(self, device: torch.device) -> CachedPass:
+        """Returns the same pass for the capture of a CUDA graph, after ``graph_key``.
 
-        It may choose among as many blocks as there are places for.
+        The tensors of its geometry are on ``device``, and those of later calls can be copied to
+        them. It selects among as many blocks as the stores have room for, as later calls have more.
         """
-        places = min(
+        room = min(
             memory.store.first + memory.store.capacity - 1 for memory in self.cache.layers_in_use()
         )
-        plan = replace(move(self.plan, device, own_memory=True), candidates=places)
-        return replace(self, plan=plan, prepared=True, plans={device: plan})
+        geometry = replace(move(self.geometry, device, own_memory=True), candidates=room)
+        return replace(self, geometry=geometry, prepared=True, geometry_on={device: geometry})
 
 
 def landmark_attention_forward(
@@ -163,8 +187,12 @@ def landmark_attention_forward(
     landmark: ForwardContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function registered as attention implementation ``landmark``; shapes as in
-    ``ForwardContext.attend``.
+    """Attends in a layer; the function registered as attention implementation ``landmark``.
+
+    Shapes are those of ``ForwardContext.attend``.
+
+    Raises:
+        ValueError: no context, as in a model that is not a landmark model, or attention dropout.
     """
     if landmark is None:
         raise ValueError(
@@ -179,13 +207,15 @@ def landmark_attention_forward(
     return landmark.attend(module, query, key, value, scale), None
 
 
-def _index(module: nn.Module) -> int:
+def _layer_index(module: nn.Module) -> int:
     return int(module.layer_idx)  # type: ignore[arg-type]
 
 
 def claim_attention(config: Any) -> None:
-    """Sets the attention of a model about to be built; raises ``ValueError`` where the config asks
-    for another.
+    """Sets the attention of a model about to be built.
+
+    Raises:
+        ValueError: the config asks for another attention.
     """
     if config._attn_implementation is not None:
         check_attention(config)
@@ -193,8 +223,10 @@ def claim_attention(config: Any) -> None:
 
 
 def check_attention(config: Any) -> None:
-    """Raises ``ValueError`` where a config asks for another attention, which would ignore the
-    landmarks.
+    """Makes sure that a config asks for the attention that knows landmarks.
+
+    Raises:
+        ValueError: it asks for another.
     """
     if config._attn_implementation != IMPLEMENTATION:
         raise ValueError(

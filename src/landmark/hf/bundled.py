@@ -1,4 +1,4 @@
-"""Where the bundled models lie inside the package."""
+"""The folders of the bundled models inside the package."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def model_path(name: str = "landmark") -> Path:
 
 
 def model_folder(name: str) -> str:
-    """Returns the folder of the bundled models ``landmark`` and ``twin``, any other folder or hub
-    name as it is.
+    """Returns the folder of a bundled model for ``landmark`` and ``twin``, other names as they are.
 
-    A model's folder that is called so here comes first; another folder or file of that name is
-    none.
+    A model in a folder of that name in the working folder comes first; another folder or file of
+    that name does not count.
     """
-    here = any((Path(name) / file).is_file() for file in MODEL_FILES)
-    return str(model_path(name)) if name in NAMES and not here else name
+    is_local = any((Path(name) / file).is_file() for file in MODEL_FILES)
+    if name in NAMES and not is_local:
+        return str(model_path(name))
+    return name

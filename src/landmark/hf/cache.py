@@ -1,11 +1,12 @@
-"""``LandmarkCache``: what a model remembers of the texts it has read, over all layers."""
+"""``LandmarkCache``: the KV cache of a landmark model, over all layers."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,18 @@ from transformers import Cache
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
-from landmark.hf.cache_io import Saved, Streams, open_saved, require_reader, save
+from landmark.hf.cache_io import (
+    Attachments,
+    CacheContents,
+    Saved,
+    decoder_of,
+    load,
+    require_reader,
+    require_settings,
+    save,
+)
 from landmark.hf.columns import TextColumns
+from landmark.memory.archive.log import Archive, Damaged
 from landmark.memory.cropping import check_crop
 from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory
@@ -26,39 +37,42 @@ from landmark.memory.rotary_tables import RotaryTables
 from landmark.memory.storage.tiers import TIERS, OffloadConfig, TransferStats
 
 # Called with a layer's memory, the queries ``(B, H, T, D)`` that attended with it (not rotated),
-# the geometry of the call and the softmax scale. What it gets is not to be changed.
+# the geometry of the call and the softmax scale. It must not change what it gets.
 Observer = Callable[[LayerMemory, Tensor, CallGeometry, float], None]
 NEW_CACHE = "make a new LandmarkCache(model.config)"
 
 
 class LandmarkCache(Cache):  # type: ignore[misc]
-    """The memory of a landmark model, passed as ``past_key_values``.
+    """The KV cache of a landmark model, passed as ``past_key_values``.
 
-    Lengths count text columns as the caller sees them (padding included), never landmarks.
+    It grows with the text and has no maximum length. Lengths count text columns as the caller sees
+    them (padding included), never landmarks.
 
     Args:
         config: a landmark model's config (or the model itself).
-        tier: ``device``, ``host`` or ``disk``: the lowest that blocks may move down to.
-        index: how a query finds its blocks: ``exact`` scores every landmark; ``faiss-flat``,
-            ``faiss-ivf`` and ``faiss-hnsw`` ask an index on the CPU. The last two miss some blocks,
-            so that results change.
+        tier: ``device``, ``host`` or ``disk``: the lowest tier that blocks are offloaded to.
+        index: how a query finds its blocks. ``exact`` scores every landmark. ``faiss-flat``,
+            ``faiss-ivf`` and ``faiss-hnsw`` search an index on the CPU; the last two miss some
+            blocks, so that results change.
         **budgets: ``device_bytes``, ``host_bytes`` and ``spill_folder`` of
             ``landmark.memory.storage.tiers.OffloadConfig``.
 
     Attributes:
-        settings: the ``LandmarkConfig`` it was made with.
+        settings: the ``LandmarkConfig`` that the cache was made with.
         index: see above.
+        memories: the memory of each layer, ``None`` for a layer that has read nothing.
+        offload_config: tier and budgets, over all layers.
         record: whether to keep what each layer retrieves in ``retrievals``.
         retrievals: what was retrieved while ``record`` was set, oldest first.
         observer: called after each layer has attended, as ``Observer`` says, or ``None``. A fork
             has the same one.
-        saved: the folder that it was opened from or saved to.
-        rewound: whether something that was saved has been taken back.
+        saved: the folder that the cache was opened from or saved to, ``None`` without one.
+        rewound: whether something that this folder holds was removed from the cache.
 
     Raises:
-        ValueError: ``config`` is not that of a landmark model, settings that an index cannot serve,
-            or as ``OffloadConfig``.
-        FileNotFoundError: there is no such folder.
+        ValueError: ``config`` is not that of a landmark model, its settings and the index do not go
+            together, or as ``OffloadConfig``.
+        FileNotFoundError: ``spill_folder`` does not exist.
         ModuleNotFoundError: an index without the package faiss.
     """
 
@@ -77,15 +91,15 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         check_index(index, self.settings)
         self.index = index
         self.memories: list[LayerMemory | None] = [None] * config.num_hidden_layers
-        self.tiers = OffloadConfig(tier, **budgets)
+        self.offload_config = OffloadConfig(tier, **budgets)
         self.record = False
         self.observer: Observer | None = None
         self.retrievals: list[Retrieval] = []
         self.saved: Saved | None = None
         self.rewound = False
         self._columns = TextColumns()
-        self._rows = 0  # that the layers hold
-        self._hidden = False  # tokens were hidden, and nothing was read since
+        self._rows = 0  # rows that the layers hold
+        self._hidden = False  # whether tokens were hidden and nothing was read since
         self._decoder: weakref.ref[Any] | None = None
 
     @property
@@ -99,23 +113,29 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         return [slots_for(tokens, self.settings.block_size) for tokens in self._columns.tokens]
 
     def memory(self, layer: int, tables: RotaryTables) -> LayerMemory:
-        """Returns layer ``layer``'s memory, made at its first use."""
-        while (
-            len(self.memories) <= layer
-        ):  # early exit says fewer layers, and some architectures run all the same
+        """Returns the memory of a layer, made at its first use."""
+        # With early exit a config names fewer layers, and some architectures run all the same.
+        while len(self.memories) <= layer:
             self.memories.append(None)
         found = self.memories[layer]
         if found is None:
-            found = self.memories[layer] = LayerMemory(
-                self.settings, tables, layer, self.tiers.share(len(self.memories)), self.index
-            )
+            share = self.offload_config.share(len(self.memories))
+            found = LayerMemory(self.settings, tables, layer, share, self.index)
+            self.memories[layer] = found
         return found
 
     def check(self, settings: LandmarkConfig, batch: int, decoder: Any) -> None:
-        """Raises ``ValueError`` unless a model with these settings can go on with ``batch``
-        rows.
+        """Makes sure that a model can go on from this cache.
+
+        Args:
+            settings: the landmark settings of the model.
+            batch: rows of its text.
+            decoder: its decoder.
+
+        Raises:
+            ValueError: other settings, other rows, or other weights than those that read so far.
         """
-        self.check_settings(settings, "model")
+        require_settings(self.settings, settings, "model", NEW_CACHE)
         if self.is_initialized and self.batch_size != batch:
             raise ValueError(
                 f"expected {self.batch_size} rows as in the cache, got {batch}; repeat or choose "
@@ -124,9 +144,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             )
         if self.is_initialized:
             require_reader(self.decoder, decoder)
-        elif (
-            self._rows != batch
-        ):  # a first call that failed, or a crop to nothing, left layers of other rows
+        elif self._rows != batch:
+            # A first call that failed, or a crop to nothing, left layers of other rows.
             self.memories = [None] * len(self.memories)
         self._rows = batch
         self._decoder = weakref.ref(decoder)
@@ -134,7 +153,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
     def begin_with(
         self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, left_out: int = 0
     ) -> None:
-        """Makes ready to go on with a text that begins with all that was read.
+        """Prepares the cache for a text that begins with all that was read.
 
         Rows are repeated to as many as the text has. Where the text is exactly what was read, its
         last column is removed, to be computed again.
@@ -142,11 +161,11 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         Args:
             text: ``(B, T)`` token ids, or ``(B, T, hidden)`` embeddings.
             attention_mask: ``(B, T)``, 0 for columns of the text that do not count.
-            embedding: gives the embeddings of token ids.
-            left_out: columns read before the text, which goes on from there.
+            embedding: the module that embeds token ids.
+            left_out: columns read before the text, which the text leaves out.
 
         Raises:
-            ValueError: the text begins otherwise, or its rows are not a multiple of those here;
+            ValueError: the text begins otherwise, or its rows are not a multiple of the cache's;
                 nothing is changed.
         """
         if not self.is_initialized:
@@ -164,14 +183,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         if repeats > 1:
             self._select_rows(torch.arange(self._rows).repeat_interleave(repeats))
 
-    def check_settings(self, settings: LandmarkConfig, owner: str, remedy: str = NEW_CACHE) -> None:
-        """Raises ``ValueError`` where the settings of ``owner`` compute something else."""
-        differing = self.settings.differences(settings)
-        if differing:
-            raise ValueError(f"cache and {owner} differ in {differing} (cache, {owner}): {remedy}")
-
-    def append(self, mask: Tensor, ids: Tensor | None = None) -> None:
-        """Counts columns that all layers have filed.
+    def commit(self, mask: Tensor, ids: Tensor | None = None) -> None:
+        """Counts the columns of a call that every layer has finished.
 
         Args:
             mask: ``(B, T)`` bool on the CPU, True for text.
@@ -183,25 +196,49 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self._hidden = False
 
     def ids(self, row: int = 0) -> Tensor:
-        """Returns a row's token ids ``(tokens,)`` int32, padding left out; -1 where only embeddings
-        were given.
+        """Returns the token ids of a row, ``(tokens,)`` int32, padding left out.
+
+        An id is -1 where only an embedding was given.
         """
         return self._columns.ids_of(row)
 
-    def undo(self, retrieved: int) -> None:
-        """Forgets what a call that failed in some layer has filed, and what it retrieved after
-        ``retrieved`` others.
+    def rollback(self, retrievals: int) -> None:
+        """Forgets a call that failed in some layer.
+
+        Args:
+            retrievals: how many entries of ``retrievals`` there were before the call.
         """
-        del self.retrievals[retrieved:]
+        del self.retrievals[retrievals:]
         for memory in self.layers_in_use():
             memory.rollback()
-        if (
-            self._hidden
-        ):  # some layers hold other keys now where the hidden tokens were: these do not come back
+        if self._hidden:
+            # Some layers hold other keys now where the hidden tokens were: these do not come back.
             self._columns.changes += 1
 
+    @contextmanager
+    def unchanged_on_failure(self) -> Iterator[None]:
+        """Restores the cache when a call is refused, or fails before it has read anything.
+
+        Tokens that a mask has hidden stay hidden where some layers have read new text in their
+        place.
+        """
+        columns = self._columns.copy()
+        hidden = self._hidden
+        rewound = self.rewound
+        try:
+            yield
+        except BaseException:
+            if self._columns.changes == columns.changes:
+                repeats = self._rows // max(1, len(columns.tokens))
+                if columns.tokens and repeats > 1:
+                    self._select_rows(torch.arange(0, self._rows, repeats))
+                self._columns = columns
+                self._hidden = hidden
+                self.rewound = rewound
+            raise
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Returns the text columns seen so far, padding included."""
+        """Returns the number of text columns read so far, padding included."""
         return len(self._columns)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -220,15 +257,14 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             return
         if keep < 0:
             raise ValueError(f"expected to remove at most {length} tokens, got {-tokens_to_remove}")
-        mask, ids = self._columns.all()
-        self._go_back(mask[:, :keep], ids[:, :keep])
+        columns = self._columns.all()
+        self._go_back(columns.mask[:, :keep], columns.ids[:, :keep])
 
     def hide(self, attention_mask: Tensor) -> None:
-        """Takes back the last tokens of each row that a mask leaves out; their columns count as
-        padding from then on.
+        """Removes the last tokens of each row that a mask leaves out.
 
-        So a row that ended early in a batch goes on behind its end, not behind the padding that
-        ``generate`` wrote.
+        Their columns count as padding from then on. So a row that ended early in a batch goes on
+        behind its end, not behind the padding that ``generate`` wrote.
 
         Args:
             attention_mask: ``(B, columns)`` of all columns read so far, 0 for those that do not
@@ -243,7 +279,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         wanted = attention_mask.bool().cpu()
         if not self._columns.are_read_with(wanted):
             self._columns.check_mask(wanted)
-            self._go_back(wanted, self._columns.all()[1])
+            self._go_back(wanted, self._columns.all().ids)
             self._hidden = True
 
     def check_mask(self, attention_mask: Tensor) -> None:
@@ -257,9 +293,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             self._columns.check_mask(wanted, len(wanted) // self.batch_size)
 
     def _go_back(self, mask: Tensor, ids: Tensor) -> None:
-        """Keeps the text that ``mask`` leaves, the first tokens of every row; raises as
-        ``crop``.
-        """
+        """Keeps the first tokens of every row, those that ``mask`` leaves; raises as ``crop``."""
         tokens = mask.sum(1).tolist()
         check_crop(
             self.layers_in_use(),
@@ -282,12 +316,13 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.rewound = False
 
     def fork(self) -> LandmarkCache:
-        """Returns a copy that goes on independently; so do ``copy.copy`` and ``copy.deepcopy``."""
+        """Returns an independent copy, as ``copy.copy`` and ``copy.deepcopy`` do."""
         return copy.deepcopy(self)
 
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> LandmarkCache:
-        made = memo[id(self)] = object.__new__(type(self))
+        made = object.__new__(type(self))
+        memo[id(self)] = made
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 
@@ -295,15 +330,17 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         return self.fork()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refused: a memory may lie in files, and belongs to a model."""
+        """Refuses to be pickled: a memory may lie in files, and belongs to a model."""
         raise ValueError(
             "a LandmarkCache cannot be pickled, nor saved by torch.save: use cache.save(folder) "
             "and LandmarkCache.open(folder, model), or cache.fork() for a copy"
         )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replaces row ``i`` by row ``beam_idx[i]``; raises ``ValueError`` for a row that is not
-        there, or for none.
+        """Replaces row ``i`` by row ``beam_idx[i]``.
+
+        Raises:
+            ValueError: a row that does not exist, or no row at all.
         """
         if not self.is_initialized:
             return
@@ -321,34 +358,33 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         for memory in self.layers_in_use():
             memory.select_rows(rows)
         if self.is_initialized:
-            mask, ids = self._columns.all()
-            self._columns.replace(mask[rows], ids[rows])
+            columns = self._columns.all()
+            self._columns.replace(columns.mask[rows], columns.ids[rows])
         self._rows = len(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows (a boolean mask or indices); raises as ``reorder_cache``."""
-        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self.reorder_cache(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row ``repeats`` times."""
         self.reorder_cache(torch.arange(len(self._columns.tokens)).repeat_interleave(repeats))
 
     def nbytes(self, *tiers: str) -> int:
-        """Bytes of keys and values held, those of an index among them, in the given tiers or in
-        all.
-        """
+        """Returns the bytes of keys, values and indexes in the given tiers, by default in all."""
         return sum(
             memory.nbytes(tier) for memory in self.layers_in_use() for tier in tiers or TIERS
         )
 
     @property
-    def traffic(self) -> TransferStats:
-        """What moved between tiers, over all layers."""
+    def transfers(self) -> TransferStats:
+        """Blocks and bytes that moved between tiers, over all layers."""
         return sum((memory.store.stats for memory in self.layers_in_use()), TransferStats())
 
     @property
     def decoder(self) -> Any:
-        """The decoder that read last, ``None`` if there is none any more."""
+        """The decoder that read last, ``None`` if it is gone."""
         return None if self._decoder is None else self._decoder()
 
     def save(
@@ -356,61 +392,88 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         folder: str | Path,
         *,
         notes: dict[str, Any] | None = None,
-        streams: Streams | None = None,
+        attachments: Attachments | None = None,
     ) -> None:
-        """Saves the memory of one row to a folder, or to its own folder (opened from, saved to)
-        what came since.
+        """Saves the memory of one row to a folder.
 
-        When this returns, all is on the disk; when it is interrupted, the folder holds what it held
+        To the folder that the memory was opened from or saved to, it appends what came since.
+
+        When this returns, all is on the disk. When it is interrupted, the folder holds what it held
         before.
 
         Args:
             folder: a new or empty one, or that of this memory.
-            notes: JSON to keep beside it, instead of what was kept so far.
-            streams: bytes to keep beside it, by name: each is a function that is given how many
-                bytes the folder keeps of it so far, and returns those that come behind them.
+            notes: JSON to save beside the memory, in place of earlier notes; ``None`` keeps them.
+            attachments: bytes to save beside the memory, by name. Each is a function that is given
+                how many bytes of it the folder holds, and returns the bytes to append.
 
         Raises:
             ValueError: several rows, a memory that was cropped since it was saved, a folder that
                 holds something else or cannot be written to, no room on the disk, or another
                 writer.
-            FileNotFoundError: its own folder is not there any more.
+            FileNotFoundError: the memory's own folder was removed.
         """
-        save(self, folder, notes, streams or {})
+        contents = CacheContents(
+            settings=self.settings,
+            tokens=self.tokens,
+            ids=self.ids(),
+            memories=self.layers_in_use(),
+            decoder=self.decoder,
+            saved=self.saved,
+            rewound=self.rewound,
+        )
+        self.saved = save(contents, Path(folder), notes, attachments or {})
+        self.rewound = False
 
     @classmethod
     @torch.inference_mode(False)
     def open(
         cls, folder: str | Path, model: Any, tier: str = "device", **budgets: Any
     ) -> LandmarkCache:
-        """Opens a memory that was saved; on the tiers ``host`` and ``disk`` without reading its
-        blocks.
+        """Opens a memory that was saved.
 
-        Everything that is read is checked; the blocks when they are fetched.
+        The tiers ``host`` and ``disk`` do not read its blocks yet. Everything that is read is
+        checked; blocks are checked when they are fetched.
 
         Args:
-            folder: where it was saved.
+            folder: the folder that it was saved to.
             model: the landmark model that made it.
             tier: as for ``LandmarkCache``; ``disk`` reads from the folder, and writes what comes on
                 top to files in ``spill_folder``.
-            **budgets: likewise, and ``index``, which is not saved: it is built again at the first
-                call.
+            **budgets: as for ``LandmarkCache``, and ``index``, which is not saved: it is built
+                again at the first call.
 
         Raises:
             FileNotFoundError: there is no memory in the folder.
-            ValueError: it was made with another model, dtype or other settings, or (``Damaged``) is
-                not what was written.
+            ValueError: the memory was made with another model, dtype or other settings, or
+                (``Damaged``) a file is not what was written.
         """
-        return open_saved(folder, model, tier, budgets)
+        archive = Archive.open(folder)
+        cache = cls(model, tier, **budgets)
+        try:
+            cache._load(archive, decoder_of(model))
+        except Damaged:
+            if not archive.is_outdated():
+                raise
+            # A writer has replaced the file of the partial block in between.
+            return cls.open(folder, model, tier, **budgets)
+        return cache
 
-    def resume(self, ids: Tensor, decoder: Any) -> None:
-        """Counts what was read from a folder; ``ids (tokens,)`` int32."""
-        self._columns.replace(torch.ones(1, len(ids), dtype=torch.bool), ids[None])
+    def _load(self, archive: Archive, decoder: Any) -> None:
+        """Fills an empty cache from an archive."""
+
+        def memory_of(layer: int) -> LayerMemory:
+            return self.memory(layer, decoder.tables_of(layer))
+
+        loaded = load(archive, self.settings, decoder, memory_of)
+        mask = torch.ones(1, len(loaded.ids), dtype=torch.bool)
+        self._columns.replace(mask, loaded.ids[None])
         self._rows = 1
         self._decoder = weakref.ref(decoder)
+        self.saved = loaded.saved
 
     def _note_change(self, tokens: list[int]) -> None:
-        """Told before rows are cropped to so many tokens, or changed."""
+        """Is called before rows are cropped to so many tokens, or changed."""
         if self.saved is not None and min(tokens) < self.saved.archive.manifest["tokens"]:
             self.rewound = True
 
@@ -454,13 +517,11 @@ class LandmarkCache(Cache):  # type: ignore[misc]
 
     @property
     def is_linear(self) -> list[bool]:
-        """False for every layer: transformers asks which keep a state of fixed size instead of
-        keys.
-        """
+        """False for every layer: none keeps a state of fixed size in place of keys."""
         return [False] * len(self.memories)
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: landmark layers file their keys themselves."""
+        """Refuses a stock attention layer: landmark layers write their keys themselves."""
         raise ValueError(
             "expected a landmark model with this cache, got a stock attention layer; use "
             "landmark.convert"

@@ -1,5 +1,7 @@
-"""Saves a ``LandmarkCache`` as a folder and opens it again; ``docs/memory.md`` describes the
-files.
+"""Saves a ``LandmarkCache`` as a folder and reads it back; ``docs/memory.md`` lists the files.
+
+``LandmarkCache.save`` and ``LandmarkCache.open`` are the public way in. This module does not know
+that class: a cache hands over its contents, and takes what was read.
 """
 
 from __future__ import annotations
@@ -9,32 +11,32 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
 from landmark.memory.archive.layer import ArchivedLayer, as_bytes, dtype_of, name_of, saved_layers
 from landmark.memory.archive.log import REMEDY, STATE, Archive, Damaged
 from landmark.memory.archive.manifest import IDS, manifest_of
+from landmark.memory.layer import LayerMemory
 from landmark.versions import versions
 
-if TYPE_CHECKING:
-    from landmark.hf.cache import LandmarkCache
-
+# By name: a function that is given how many bytes the folder keeps, and returns those behind them.
+Attachments = dict[str, Callable[[int], bytes]]
 SET_MODEL = "set the model's with configure_landmark"
-Streams = dict[str, Callable[[int], bytes]]  # what comes behind so many bytes, by name
-SAMPLES = 64  # of each parameter, for the fingerprint
+SAMPLES = 64  # values of each parameter that the fingerprint reads
 
 
 @dataclass
 class Saved:
-    """What a cache knows of the folder that it was opened from or saved to.
+    """The folder that a cache was opened from or saved to.
 
     Attributes:
         archive: the folder.
-        layers: one for each layer of the model.
+        layers: the archive of each layer of the model.
     """
 
     archive: Archive
@@ -42,38 +44,89 @@ class Saved:
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What was to be kept beside the memory, as JSON."""
+        """The JSON that was saved beside the memory."""
         notes: dict[str, Any] = self.archive.manifest["notes"]
         return notes
 
-    def stream(self, name: str) -> bytearray:
-        """Returns bytes that were to be kept beside the memory; raises ``Damaged``."""
+    def attachment(self, name: str) -> bytearray:
+        """Returns the bytes that were saved beside the memory under a name; raises ``Damaged``."""
         return self.archive.read(f"kept-{name}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A fork belongs to no folder: it is saved to one of its own."""
+        """Returns ``None``: a fork belongs to no folder and is saved to one of its own."""
+
+
+@dataclass(frozen=True)
+class CacheContents:
+    """All of a cache that is saved.
+
+    Attributes:
+        settings: the landmark settings.
+        tokens: text tokens of each row.
+        ids: ``(tokens,)`` int32 token ids of the first row.
+        memories: the memory of each layer.
+        decoder: the decoder that read the text, ``None`` if it is gone.
+        saved: the folder that the cache belongs to, if any.
+        rewound: whether something was removed that this folder holds.
+    """
+
+    settings: LandmarkConfig
+    tokens: list[int]
+    ids: Tensor
+    memories: list[LayerMemory]
+    decoder: Any
+    saved: Saved | None
+    rewound: bool
+
+    @property
+    def slots(self) -> int:
+        """Slots of the first row: its tokens and landmarks."""
+        return slots_for(self.tokens[0], self.settings.block_size)
+
+    @property
+    def blocks(self) -> int:
+        """Finished blocks of the first row."""
+        return self.slots // self.settings.block_size
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What ``load`` returns beside the memories of the layers.
+
+    Attributes:
+        ids: ``(tokens,)`` int32 token ids.
+        saved: the folder.
+    """
+
+    ids: Tensor
+    saved: Saved
 
 
 def fingerprint(decoder: Any) -> str:
-    """Returns a number for a decoder's weights: from names, shapes, dtypes and evenly spaced values
-    of all of them.
+    """Returns a hash of a decoder's weights.
+
+    It covers the name, shape and dtype of every parameter, and evenly spaced values of each.
     """
     found = hashlib.sha256()
     for name, parameter in sorted(decoder.named_parameters()):
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta" and parameter.numel():
-            at = (
-                torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64)
-                .long()
-                .to(parameter.device)
-            )
-            found.update(as_bytes(parameter.detach().flatten()[at].cpu()))
+        if parameter.device.type == "meta" or parameter.numel() == 0:
+            continue
+        index = torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64).long()
+        values = parameter.detach().flatten()[index.to(parameter.device)]
+        found.update(as_bytes(values.cpu()))
     return found.hexdigest()
 
 
 def require_reader(reader: Any, decoder: Any) -> None:
-    """Raises ``ValueError`` where what ``reader`` remembered (``None``: it is gone) is not what
-    ``decoder`` would.
+    """Makes sure that a decoder has the weights of the one that read a cache.
+
+    Args:
+        reader: the decoder that read the cache, ``None`` if it is gone.
+        decoder: the decoder that is to go on.
+
+    Raises:
+        ValueError: the reader is gone, or has other weights.
     """
     if reader is decoder:
         return
@@ -89,15 +142,38 @@ def require_reader(reader: Any, decoder: Any) -> None:
         )
 
 
+def require_settings(ours: LandmarkConfig, theirs: LandmarkConfig, owner: str, remedy: str) -> None:
+    """Makes sure that two settings compute the same from a cache.
+
+    Args:
+        ours: the settings of the cache.
+        theirs: the settings of ``owner``.
+        owner: what the message calls the other side.
+        remedy: the end of the message.
+
+    Raises:
+        ValueError: they differ in a field that changes results.
+    """
+    differing = ours.differences(theirs)
+    if differing:
+        raise ValueError(f"cache and {owner} differ in {differing} (cache, {owner}): {remedy}")
+
+
 def save(
-    cache: LandmarkCache, folder: str | Path, notes: dict[str, Any] | None, streams: Streams
-) -> None:
-    """As ``LandmarkCache.save``."""
-    folder = Path(folder)
-    decoder = cache.decoder
-    if len(cache.tokens) != 1 or cache.tokens[0] == 0:
+    contents: CacheContents,
+    folder: Path,
+    notes: dict[str, Any] | None,
+    attachments: Attachments,
+) -> Saved:
+    """Writes a cache to a folder, as ``LandmarkCache.save`` describes.
+
+    Returns:
+        the folder, which the cache belongs to from then on.
+    """
+    decoder = contents.decoder
+    if len(contents.tokens) != 1 or contents.tokens[0] == 0:
         raise ValueError(
-            f"expected a memory of one row that has read something, got rows of {cache.tokens} "
+            f"expected a memory of one row that has read something, got rows of {contents.tokens} "
             "tokens; read a text, or select one row with cache.batch_select_indices"
         )
     if decoder is None:
@@ -105,170 +181,172 @@ def save(
             "expected a memory whose model still exists, got one without; read something with the "
             "model"
         )
-    held = name_of(cache.layers_in_use()[0].store.landmark_keys.dtype)
+    held = name_of(contents.memories[0].store.landmark_keys.dtype)
     if held != name_of(decoder.dtype):
         raise ValueError(
             f"expected the model in {held}, in which it read this memory, got it in "
             f"{name_of(decoder.dtype)}; call model.to(torch.{held}) and save again"
         )
-    saved = _bound(cache, folder)
+    saved = _folder_for(contents, folder)
     archive = saved.archive
     archive.lock()
     try:
         archive.check_whole()
-        _write(cache, saved, decoder, notes, streams)
+        _write(contents, saved, notes, attachments)
     except BaseException:
         archive.roll_back()
         raise
     finally:
         archive.unlock()
-    for layer, memory in zip(saved.layers, cache.layers_in_use(), strict=True):
+    for layer, memory in zip(saved.layers, contents.memories, strict=True):
         memory.store.pool.back_by_archive(layer)
-    cache.saved = saved
-    cache.rewound = False
+    return saved
 
 
 def _write(
-    cache: LandmarkCache, saved: Saved, decoder: Any, notes: dict[str, Any] | None, streams: Streams
+    contents: CacheContents,
+    saved: Saved,
+    notes: dict[str, Any] | None,
+    attachments: Attachments,
 ) -> None:
     """Appends what the folder lacks, and commits."""
     archive = saved.archive
-    blocks = cache.slots[0] // cache.settings.block_size
-    for layer, memory in zip(saved.layers, cache.layers_in_use(), strict=True):
-        memory.store.save(layer, blocks)
-    archive.append(IDS, as_bytes(cache.ids()[archive.length(IDS) // 4 :].contiguous()))
-    for name, behind in streams.items():
-        archive.append(f"kept-{name}", behind(archive.length(f"kept-{name}")))
-    manifest = _manifest(cache, decoder, saved)
-    tail = f"tail-{archive.commits + 1}"
-    tensors = _tails(cache, blocks)
+    for layer, memory in zip(saved.layers, contents.memories, strict=True):
+        memory.store.save(layer, contents.blocks)
+    new_ids = contents.ids[archive.length(IDS) // contents.ids.itemsize :]
+    archive.append(IDS, as_bytes(new_ids.contiguous()))
+    for name, bytes_behind in attachments.items():
+        file = f"kept-{name}"
+        archive.append(file, bytes_behind(archive.length(file)))
+    partial_file = f"tail-{archive.commits + 1}"
+    tensors = _partial_blocks(contents)
+    manifest = _manifest(contents, saved)
     manifest["notes"] = archive.manifest.get("notes", {}) if notes is None else notes
     manifest["tail"] = {
-        "stream": tail,
-        "tensors": [_described(name, each) for name, each in tensors.items()],
+        "stream": partial_file,
+        "tensors": [_description(name, tensor) for name, tensor in tensors.items()],
     }
-    for each in tensors.values():
-        archive.append(tail, as_bytes(each))
-    old = archive.manifest.get("tail")
-    archive.commit(manifest, dropped=(old["stream"],) if old else ())
+    for tensor in tensors.values():
+        archive.append(partial_file, as_bytes(tensor))
+    replaced = archive.manifest.get("tail")
+    archive.commit(manifest, dropped=(replaced["stream"],) if replaced else ())
 
 
-def open_saved(folder: str | Path, model: Any, tier: str, budgets: dict[str, Any]) -> LandmarkCache:
-    """As ``LandmarkCache.open``."""
-    from landmark.hf.cache import LandmarkCache
+def load(
+    archive: Archive,
+    settings: LandmarkConfig,
+    decoder: Any,
+    memory_of: Callable[[int], LayerMemory],
+) -> Loaded:
+    """Reads an archive into the memories of an empty cache.
 
-    archive = Archive.open(folder)
-    cache = LandmarkCache(model, tier, **budgets)
-    try:
-        _read(archive, cache, decoder_of(model))
-    except Damaged:
-        if not archive.is_outdated():
-            raise
-        return open_saved(folder, model, tier, budgets)  # a writer has replaced the tail in between
-    return cache
+    Args:
+        archive: the folder.
+        settings: the landmark settings of the cache.
+        decoder: the decoder that is to go on.
+        memory_of: gives the memory of a layer by its index.
 
-
-def decoder_of(model: Any) -> Any:
-    """Returns the decoder of a landmark model, which may lie inside an adapter's."""
-    return next(each for each in model.modules() if hasattr(type(each), "tables_of"))
-
-
-def _read(archive: Archive, cache: LandmarkCache, decoder: Any) -> None:
-    """Brings an archive's memory into an empty cache."""
+    Raises:
+        ValueError: the memory was made with another model, dtype or other settings.
+        Damaged: a file is not what was written.
+    """
     manifest_of(archive)
-    _check_model(archive, cache, decoder)
+    _check_model(archive, settings, decoder)
     layers = saved_layers(archive)
-    tensors = _read_tail(archive)
+    tensors = _read_partial_blocks(archive)
     for index, layer in enumerate(layers):
-        memory = cache.memory(index, decoder.tables_of(index))
         prefix = f"{index}."
-        parts = {
-            name.removeprefix(prefix): each
-            for name, each in tensors.items()
+        partial = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
             if name.startswith(prefix)
         }
+        first = archive.manifest["first"][index]
         try:
-            memory.resume(layer, archive.manifest["first"][index], parts, decoder.device)
+            memory_of(index).resume(layer, first, partial, decoder.device)
         except KeyError as error:
             raise Damaged(
                 f"{archive.folder / STATE}: it names no tensor {error} of layer {index}; {REMEDY}"
             ) from None
-    cache.resume(torch.frombuffer(archive.read(IDS), dtype=torch.int32), decoder)
-    cache.saved = Saved(archive, layers)
+    ids = torch.frombuffer(archive.read(IDS), dtype=torch.int32)
+    return Loaded(ids, Saved(archive, layers))
 
 
-def _bound(cache: LandmarkCache, folder: Path) -> Saved:
-    """The folder that the cache goes on writing, or a new one."""
-    saved = cache.saved
+def decoder_of(model: Any) -> Any:
+    """Returns the decoder of a landmark model, also of one inside an adapter's model."""
+    return next(each for each in model.modules() if hasattr(type(each), "tables_of"))
+
+
+def _folder_for(contents: CacheContents, folder: Path) -> Saved:
+    """Returns the folder that the cache belongs to, where it is this one; otherwise a new one."""
+    saved = contents.saved
     if saved is not None and saved.archive.folder.resolve() == folder.resolve():
-        if cache.rewound:
+        if contents.rewound:
             raise ValueError(
                 f"expected a memory that only grew since it was saved to {str(folder)!r}, got one "
                 "that was cropped; save it to a new folder"
             )
         return saved
     archive = Archive.create(folder)
-    size = cache.settings.block_size
-    marks = [memory.store.landmark_keys for memory in cache.layers_in_use()]
-    layers = [
-        ArchivedLayer(archive, i, (m.shape[1], size, m.shape[3]), m.dtype)
-        for i, m in enumerate(marks)
-    ]
+    layers = []
+    for index, memory in enumerate(contents.memories):
+        keys = memory.store.landmark_keys
+        shape = (keys.shape[1], contents.settings.block_size, keys.shape[3])
+        layers.append(ArchivedLayer(archive, index, shape, keys.dtype))
     return Saved(archive, layers)
 
 
-def _manifest(cache: LandmarkCache, decoder: Any, saved: Saved) -> dict[str, Any]:
+def _manifest(contents: CacheContents, saved: Saved) -> dict[str, Any]:
+    decoder = contents.decoder
     return {
         "model": {"type": decoder.config.model_type, "fingerprint": fingerprint(decoder)},
-        "settings": cache.settings.to_dict(),
+        "settings": contents.settings.to_dict(),
         "dtype": name_of(saved.layers[0].dtype),
         "layers": [list(layer.shape) for layer in saved.layers],
-        "first": [memory.store.first for memory in cache.layers_in_use()],
-        "tokens": cache.tokens[0],
+        "first": [memory.store.first for memory in contents.memories],
+        "tokens": contents.tokens[0],
         "versions": _versions(),
     }
 
 
 @functools.cache
 def _versions() -> dict[str, str | None]:
-    """What writes here, asked for once: a commit is asked of git."""
+    """Returns the versions that write here; asked for once, as the commit is asked of git."""
     return versions("torch", "transformers")
 
 
-def _tails(cache: LandmarkCache, blocks: int) -> dict[str, Tensor]:
-    """What is not in finished blocks, by ``layer.name``, on the CPU."""
+def _partial_blocks(contents: CacheContents) -> dict[str, Tensor]:
+    """Returns what is in no finished block, on the CPU, by ``layer.name``."""
+    filled = contents.slots % contents.settings.block_size
     found = {}
-    for index, memory in enumerate(cache.layers_in_use()):
-        for name, each in memory.archive_tensors(
-            blocks, cache.slots[0] % cache.settings.block_size
-        ).items():
-            found[f"{index}.{name}"] = each.cpu().contiguous()
+    for index, memory in enumerate(contents.memories):
+        for name, tensor in memory.archive_tensors(contents.blocks, filled).items():
+            found[f"{index}.{name}"] = tensor.cpu().contiguous()
     return found
 
 
-def _described(name: str, tensor: Tensor) -> dict[str, Any]:
+def _description(name: str, tensor: Tensor) -> dict[str, Any]:
     return {"name": name, "shape": list(tensor.shape), "dtype": name_of(tensor.dtype)}
 
 
-def _read_tail(archive: Archive) -> dict[str, Tensor]:
-    tail = archive.manifest["tail"]
-    data = archive.read(tail["stream"])
-    at = 0
+def _read_partial_blocks(archive: Archive) -> dict[str, Tensor]:
+    """Returns what ``_partial_blocks`` gave when the folder was written."""
+    entry = archive.manifest["tail"]
+    data = archive.read(entry["stream"])
+    offset = 0
     found = {}
-    for each in tail["tensors"]:
+    for each in entry["tensors"]:
         dtype = dtype_of(each["dtype"])
         shape = torch.Size(each["shape"])
-        found[each["name"]] = torch.frombuffer(
-            data, dtype=dtype, count=shape.numel(), offset=at
-        ).view(shape)
-        at += shape.numel() * dtype.itemsize
+        flat = torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=offset)
+        found[each["name"]] = flat.view(shape)
+        offset += shape.numel() * dtype.itemsize
     return found
 
 
-def _check_model(archive: Archive, cache: LandmarkCache, decoder: Any) -> None:
-    """Raises ``ValueError`` where a memory was made with another model, dtype or other settings."""
+def _check_model(archive: Archive, settings: LandmarkConfig, decoder: Any) -> None:
+    """Raises ``ValueError`` for a memory of another model, dtype or other settings."""
     manifest = archive.manifest
-    theirs = {"type": decoder.config.model_type, "fingerprint": fingerprint(decoder)}
     folder = str(archive.folder)
     dtype = name_of(decoder.dtype)
     made_in = manifest["dtype"]
@@ -277,12 +355,12 @@ def _check_model(archive: Archive, cache: LandmarkCache, decoder: Any) -> None:
             f"{folder!r} was made in {made_in}, the model is in {dtype}; load the model with "
             f"dtype {made_in!r}"
         )
-    cache.check_settings(
-        LandmarkConfig.from_dict(manifest["settings"]), f"memory {folder!r}", SET_MODEL
-    )
-    if manifest["model"] != theirs:
+    made_with = LandmarkConfig.from_dict(manifest["settings"])
+    require_settings(settings, made_with, f"memory {folder!r}", SET_MODEL)
+    model = {"type": decoder.config.model_type, "fingerprint": fingerprint(decoder)}
+    if manifest["model"] != model:
         raise ValueError(
             f"{folder!r} was made with another model ({manifest['model']['type']} "
-            f"{manifest['model']['fingerprint'][:12]}, this is {theirs['type']} "
-            f"{theirs['fingerprint'][:12]}); open it with that one, or remember the texts anew"
+            f"{manifest['model']['fingerprint'][:12]}, this is {model['type']} "
+            f"{model['fingerprint'][:12]}); open it with that one, or remember the texts anew"
         )

@@ -1,11 +1,12 @@
-"""The mixin that makes a landmark model of a stock causal language model; head, loss and generate
-stay stock code.
+"""The mixin that makes a landmark model of a stock causal language model.
+
+Head, loss and ``generate`` stay stock code.
 """
 
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from landmark.config import LandmarkConfig
-from landmark.hf.attempts import kept_on_failure
 from landmark.hf.attention import IMPLEMENTATION
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.compat import CACHE, cache_by_installed_name, check_assisted, columns_of_step
@@ -22,37 +22,38 @@ from landmark.hf.decode_graph import capture_scope
 from landmark.hf.model import require_landmark_cache
 from landmark.hf.stub import PackagedMixin
 
-# What stock code hands from step to step: landmark models find positions by the mask and the
-# memory.
+# Stock code passes these from step to step; landmark models find positions by mask and cache.
 NOT_FOR_FORWARD = ("position_ids", "cache_position", "next_sequence_length", "labels")
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the running ``generate`` was given.
+class PromptColumns:
+    """The columns of the prompt that the running ``generate`` was given.
 
     Attributes:
-        columns: of its ids or embeddings, ``None`` where it was given neither.
-        before: columns that the memory has read and that these leave out.
+        columns: columns of its ids or embeddings, ``None`` where it was given neither.
+        left_out: columns that the cache has read before and that the prompt leaves out.
     """
 
     columns: int | None = None
-    before: int = 0
+    left_out: int = 0
 
-    def without_candidates(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns text and mask of the first step without the tokens that an assistant has put
-        behind them.
-        """
+    def of_text(self, text: Tensor) -> Tensor:
+        """Returns the prompt without the tokens that an assistant model has proposed behind it."""
+        return text[:, : self.columns]
+
+    def of_mask(self, mask: Tensor | None) -> Tensor | None:
+        """Returns the mask over the prompt and the columns that it leaves out."""
         if self.columns is None or mask is None:
-            return text[:, : self.columns], mask
-        return text[:, : self.columns], mask[:, : self.before + self.columns]
+            return mask
+        return mask[:, : self.left_out + self.columns]
 
 
-_given: ContextVar[Given] = ContextVar("given")
+_prompt: ContextVar[PromptColumns] = ContextVar("prompt")
 
 
 class LandmarkCausalLMMixin(PackagedMixin):
-    """What a landmark model offers beside its stock family's ``forward`` and ``generate``."""
+    """The methods of a landmark model beside ``forward`` and ``generate`` of its stock family."""
 
     @property
     def landmark(self) -> LandmarkConfig:
@@ -60,7 +61,10 @@ class LandmarkCausalLMMixin(PackagedMixin):
         return LandmarkConfig.from_dict(self.config.landmark or {})
 
     def configure_landmark(self, **changes: Any) -> LandmarkConfig:
-        """Changes landmark settings (not ``block_size``, which training fixed) and returns them.
+        """Changes landmark settings, but not ``block_size``, which training fixed.
+
+        Returns:
+            all settings from then on.
 
         Raises:
             ValueError: an unknown setting, a value outside its range, or another ``block_size``.
@@ -85,18 +89,19 @@ class LandmarkCausalLMMixin(PackagedMixin):
         cache: LandmarkCache | None = None,
         retrieve: bool = True,
     ) -> LandmarkCache:
-        """Reads a text into a memory, without computing logits.
+        """Runs the prefill of a text: fills a cache with it, without computing logits.
 
         Args:
             input_ids: ``(B, T)`` text token ids.
-            attention_mask: as for ``forward``: ``(B, T)``, or ``(B, past + T)`` with a memory; 0
-                for padding.
-            cache: a memory to go on from.
-            retrieve: ``False`` reads with the local context and block 0 only: fast, and not what
-                the model would compute with retrieval; later calls retrieve from what was read.
+            attention_mask: as for ``forward``: ``(B, T)``, or ``(B, past + T)`` with a cache; 0 for
+                padding.
+            cache: a cache to extend; by default a new one.
+            retrieve: whether the prefill retrieves. ``False`` is prefill with local attention and
+                block 0 only: fast, and not what the model would compute with retrieval. Later calls
+                retrieve from what was read either way.
 
         Returns:
-            the memory, to be passed as ``past_key_values``.
+            the cache, to be passed as ``past_key_values``.
 
         Raises:
             ValueError: as the model's ``forward``.
@@ -107,35 +112,42 @@ class LandmarkCausalLMMixin(PackagedMixin):
                 f"{tuple(input_ids.shape)}"
             )
         cache = LandmarkCache(self.config) if cache is None else require_landmark_cache(cache)
-        for _ in self.base_model.read_chunks(
-            input_ids, attention_mask, cache, self.landmark, {}, retrieve=retrieve
-        ):
-            pass
+        chunks = self.base_model.read_chunks(
+            input_ids,
+            attention_mask,
+            cache,
+            settings=self.landmark,
+            kwargs={},
+            retrieve=retrieve,
+        )
+        for _ in chunks:
+            pass  # the states of text are not needed
         return cache
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates as stock code does; on an NVIDIA GPU, steps of one token are captured in a CUDA
-        graph.
+        """Generates as stock code does.
 
-        With a memory (``past_key_values`` or ``cache``) the ids given begin with all that it has
-        read. Where they are exactly that, its last token is computed again. Ids of new text alone
-        are taken together with an ``attention_mask`` over all columns, those read before included.
-        A memory of fewer rows is repeated for beams and answers.
+        With a cache (``past_key_values`` or ``cache``) the ids have to begin with all that it has
+        read. Where they are exactly that, the last token is computed again. The ids of new text
+        alone are taken together with an ``attention_mask`` over all columns, those read before
+        included. The rows of a cache are repeated for beams and for several answers.
+
+        On an NVIDIA GPU, decode steps of one token are captured in a CUDA graph and replayed.
 
         Raises:
-            ValueError: ids that do not begin with what the memory has read, or as ``forward``.
+            ValueError: ids that do not begin with what the cache has read, or as ``forward``.
         """
         kwargs = cache_by_installed_name(kwargs)
         cache = kwargs.get(CACHE)
-        token = _given.set(_what_is_given(args, kwargs))
+        token = _prompt.set(_prompt_columns(args, kwargs))
         try:
-            with (
-                capture_scope(),
-                kept_on_failure(cache) if isinstance(cache, LandmarkCache) else nullcontext(),
-            ):
+            with ExitStack() as stack:
+                stack.enter_context(capture_scope())
+                if isinstance(cache, LandmarkCache):
+                    stack.enter_context(cache.unchanged_on_failure())
                 return super().generate(*args, **kwargs)
         finally:
-            _given.reset(token)
+            _prompt.reset(token)
 
     def prepare_inputs_for_generation(
         self,
@@ -145,11 +157,11 @@ class LandmarkCausalLMMixin(PackagedMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Returns what the next call of ``forward`` inside ``generate`` is given: the text behind
-        the memory.
+        """Returns the arguments of the next ``forward`` inside ``generate``.
 
-        Stands in place of every family's own: those cut the text by other rules, or drop the cache
-        where a RoPE of other frequencies begins (longrope), which landmark models never switch to.
+        Its text is what the cache has not read. This replaces the method of every family: those cut
+        the text by other rules, or drop the cache where RoPE switches to other frequencies
+        (longrope), which it never does in landmark models.
         """
         kwargs = cache_by_installed_name(kwargs)
         cache = kwargs.get(CACHE)
@@ -164,12 +176,17 @@ class LandmarkCausalLMMixin(PackagedMixin):
             text = inputs_embeds
         new = text
         if cache is not None:
-            given = _given.get(Given())
+            prompt = _prompt.get(PromptColumns())
             if is_first_iteration:
-                own, mask = given.without_candidates(text, attention_mask)
-                cache.begin_with(own, mask, self.get_input_embeddings(), given.before)
-            count = given.before + text.shape[1] - cache.get_seq_length()
-            if count < 1:  # behind embeddings, these are the ids alone that were generated
+                cache.begin_with(
+                    prompt.of_text(text),
+                    prompt.of_mask(attention_mask),
+                    embedding=self.get_input_embeddings(),
+                    left_out=prompt.left_out,
+                )
+            count = prompt.left_out + text.shape[1] - cache.get_seq_length()
+            if count < 1:
+                # After a prompt of embeddings, the text is the generated ids alone.
                 count = columns_of_step(kwargs)
             new = text[:, -count:]
         return {
@@ -193,34 +210,36 @@ class LandmarkCausalLMMixin(PackagedMixin):
                 model_kwargs[CACHE] = LandmarkCache(self.config)
         else:
             require_landmark_cache(cache)._is_user_defined = True
-            # A memory that is given is read on.
-            model_kwargs["use_cache"] = generation_config.use_cache = True
+            # A cache that is given is always extended.
+            generation_config.use_cache = True
+            model_kwargs["use_cache"] = True
 
     def _get_initial_cache_position(
         self, seq_length: int, device: Any, model_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Adds the places of the columns that the memory has not read; called by transformers
-        before 5.3.
+        """Adds the indices of the columns that the cache has not read.
+
+        transformers calls this before 5.3.
         """
-        given = _given.get(Given())
+        prompt = _prompt.get(PromptColumns())
         embeds = model_kwargs.get("inputs_embeds")
         cache = model_kwargs.get(CACHE)
-        columns = given.before + (seq_length if embeds is None else embeds.shape[1])
+        end = prompt.left_out + (seq_length if embeds is None else embeds.shape[1])
         read = 0 if cache is None else cache.get_seq_length()
-        model_kwargs["cache_position"] = torch.arange(
-            min(read, columns - 1), columns, device=device
-        )
+        begin = min(read, end - 1)
+        model_kwargs["cache_position"] = torch.arange(begin, end, device=device)
         return model_kwargs
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        check_assisted(_given.get(Given()).before)
+        check_assisted(_prompt.get(PromptColumns()).left_out)
         return super()._assisted_decoding(*args, **kwargs)
 
     def _prepare_generated_length(
         self, generation_config: Any, has_default_max_length: bool, **kwargs: Any
     ) -> Any:
-        """Counts the default length as new tokens: stock code cuts it at
-        ``max_position_embeddings``, text included.
+        """Counts the default length as new tokens.
+
+        Stock code cuts it at ``max_position_embeddings``, the prompt included.
         """
         if has_default_max_length and generation_config.max_new_tokens is None:
             generation_config.max_new_tokens = generation_config.max_length
@@ -231,9 +250,7 @@ class LandmarkCausalLMMixin(PackagedMixin):
         )
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes out the reminder that the text is longer than ``max_position_embeddings``: it may
-        be.
-        """
+        """Removes the warning for a text beyond ``max_position_embeddings``, which is allowed."""
         criteria = super()._get_stopping_criteria(*args, **kwargs)
         for each in criteria:
             if hasattr(each, "max_position_embeddings"):
@@ -241,35 +258,37 @@ class LandmarkCausalLMMixin(PackagedMixin):
         return criteria
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """Refused but for ``landmark``: another attention would ignore the landmarks."""
+        """Refuses any attention but ``landmark``: others would ignore the landmarks."""
         if attn_implementation != IMPLEMENTATION:
             raise ValueError(
                 f"a landmark model attends by {IMPLEMENTATION!r} only, got {attn_implementation!r}"
             )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching keeps keys in pages that know no landmarks."""
+        """Refuses continuous batching, whose paged KV cache knows no landmarks."""
         raise AttributeError("continuous batching does not know landmarks: use generate")
 
 
-def _what_is_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-    """Returns how much text ``generate`` was given: new text alone, where the mask says so by its
-    width.
+def _prompt_columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PromptColumns:
+    """Returns the columns of the prompt that ``generate`` is given by these arguments.
+
+    The width of the mask tells a whole text from new text alone.
 
     Raises:
-        ValueError: a mask of another shape than the text, or over a memory that has read otherwise.
+        ValueError: a mask of another shape than the text, or one that does not fit what the cache
+            has read.
     """
     cache = kwargs.get(CACHE)
     mask = kwargs.get("attention_mask")
     inputs = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
     text = next((each for each in inputs if isinstance(each, Tensor) and each.ndim > 1), None)
     if text is None:
-        return Given()
+        return PromptColumns()
     batch, columns = text.shape[:2]
     if mask is None:
-        return Given(columns)
+        return PromptColumns(columns)
     read = cache.get_seq_length() if isinstance(cache, LandmarkCache) else 0
-    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    shape: Any = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     if shape not in ((batch, columns), (batch, read + columns)):
         raise ValueError(
             f"attention_mask: expected shape ({batch}, {columns}) as the text, or ({batch}, "
@@ -278,11 +297,11 @@ def _what_is_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         )
     if isinstance(cache, LandmarkCache) and mask.shape[1] >= read:
         cache.check_mask(mask[:, :read])  # here, as stock code drops a mask of ones
-    return Given(columns, mask.shape[1] - columns)
+    return PromptColumns(columns, left_out=mask.shape[1] - columns)
 
 
 def check_layers(settings: LandmarkConfig, layers: int) -> None:
-    """Raises ``ValueError`` where ``settings.layers`` names a layer that the model has not."""
+    """Raises ``ValueError`` where ``settings.layers`` names a layer that does not exist."""
     beyond = [layer for layer in settings.layers or () if layer >= layers]
     if beyond:
         raise ValueError(f"layers: expected indices below {layers}, got {beyond}")
@@ -293,11 +312,9 @@ def warn_beyond_trained(settings: LandmarkConfig) -> None:
     largest = settings.largest_top_k
     if settings.positions != "stingy" or largest is None or settings.top_k <= largest:
         return
-    remedy = (
-        f"the largest top_k that fits is {largest}"
-        if largest > 0
-        else "no top_k fits: use fewer local_blocks"
-    )
+    remedy = "no top_k fits: use fewer local_blocks"
+    if largest > 0:
+        remedy = f"the largest top_k that fits is {largest}"
     warnings.warn(
         f"stingy positions take {settings.stingy_positions} positions, the model was trained on "
         f"{settings.trained_length}: {remedy}",

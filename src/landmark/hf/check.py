@@ -1,12 +1,14 @@
-"""The proof of a conversion: without landmarks it is the given model, and with a memory it is
-itself without one.
+"""The check of a conversion.
+
+Without landmarks the landmark model has to compute what the stock model computes. Generation with a
+cache has to agree with one pass without a cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,43 +21,55 @@ from landmark.hf.families import PREFIX, family
 from landmark.hf.sharing import config_as, model_around
 
 CHECKED_TOKENS = 24
-SHIFTS = range(
-    4, 100, 4
-)  # RoPE is relative: another place is the same function, whose keys are rounded independently
+# RoPE is relative: at shifted positions a model is the same function, with other rounding of keys.
+SHIFTS = range(4, 100, 4)
 PROMPT_TOKENS = 7
-# With blocks of two tokens and a landmark: three landmarks in the prompt, two more on the way.
+# Generation is checked with blocks of two tokens and a landmark: the prompt has three landmarks,
+# and two more come among these tokens.
 NEW_TOKENS = 5
 
-# Relative errors: what is always granted to rounding; the most, where the model itself is as
-# inexact; and between a memory and one pass, where a memory that is not read makes the logits
-# others altogether.
+
+class Limits(NamedTuple):
+    """Largest relative errors of logits in one precision.
+
+    Attributes:
+        always: granted to rounding in any model.
+        most: granted where the two attentions of the stock model differ as much.
+        generated: between generation with a cache and one pass. A cache that is not read gives
+            logits with nothing in common, so this bound may be wide.
+    """
+
+    always: float
+    most: float
+    generated: float
+
+
 LIMITS = {
-    torch.float64: (1e-5, 1e-5, 1e-5),
-    torch.float32: (1e-5, 1e-3, 1e-3),
-    torch.float16: (4 * torch.finfo(torch.float16).eps, 0.1, 0.3),
-    torch.bfloat16: (4 * torch.finfo(torch.bfloat16).eps, 0.1, 0.3),
+    torch.float64: Limits(always=1e-5, most=1e-5, generated=1e-5),
+    torch.float32: Limits(always=1e-5, most=1e-3, generated=1e-3),
+    torch.float16: Limits(always=4 * torch.finfo(torch.float16).eps, most=0.1, generated=0.3),
+    torch.bfloat16: Limits(always=4 * torch.finfo(torch.bfloat16).eps, most=0.1, generated=0.3),
 }
 
 
 @torch.no_grad()
 def check_conversion(model: Any, given: Any = None) -> float:
-    """Proves that without landmarks ``model`` is the ``given`` one, and that it generates with a
-    memory.
+    """Checks that a landmark model computes what its stock model computes.
+
+    The error allowed is four times the difference between the stock model's own two attentions
+    (eager and SDPA), within bounds: 1e-5 in float64, 1e-5 to 1e-3 in float32, and four units of
+    rounding to 0.1 in lower precision (quantized weights count as bfloat16). Generation with a
+    cache may differ from one pass by 1e-5, 1e-3 and 0.3.
 
     Args:
         model: a landmark model.
-        given: the stock model that it was made of, as it stands; by default one around the modules
-            of ``model``.
+        given: the stock model that it was made of; by default one around the modules of ``model``.
 
     Returns:
         the relative error of the logits without landmarks (Frobenius norms).
 
     Raises:
-        ValueError: it exceeds 1e-5 in float64; in float32, four times what the given model's own
-            two attentions (eager and SDPA) lie apart, at least 1e-5 and at most 1e-3; in lower
-            precision (quantized weights count as bfloat16) the same, at least four units of
-            rounding and at most 0.1. Or generation with a memory fails, or differs from one pass:
-            by more than 1e-5, 1e-3 or 0.3.
+        ValueError: an error beyond these bounds, or generation with a cache fails.
     """
     given = _stock_around(model) if given is None else given
     with _undisturbed(given), _undisturbed(model):
@@ -64,22 +78,22 @@ def check_conversion(model: Any, given: Any = None) -> float:
         expected = _logits(given, ids)
         error = _relative_error(_logits(model, ids), expected)
         precision = _precision(given, expected)
-        least, most, generated = LIMITS[precision]
-        bound = (
-            least
-            if error <= least
-            else max(least, min(4 * _apart(given, ids, expected, precision), most))
-        )
+        limits = LIMITS[precision]
+        bound = limits.always
+        if not error <= bound:
+            own_error = _error_between_attentions(given, ids, expected, precision)
+            bound = max(limits.always, min(4 * own_error, limits.most))
         if not error <= bound:
             raise ValueError(
                 f"{model.config.model_type} is not exact without landmarks: error {error:.1e} "
                 f"above {bound:.0e}"
             )
-        _check_generation(model, generated)
+        _check_generation(model, limits.generated)
     return error
 
 
 def _stock_around(model: Any) -> Any:
+    """Returns a stock model around the modules of a landmark model."""
     made = family(model.config.model_type.removeprefix(PREFIX))
     config = config_as(model.config, made.stock_config)
     config._attn_implementation = "eager"
@@ -87,25 +101,25 @@ def _stock_around(model: Any) -> Any:
 
 
 def _precision(given: Any, logits: Tensor) -> torch.dtype:
-    """Returns the lowest precision that a model computes in; quantized weights count as
-    bfloat16.
-    """
+    """Returns the lowest precision of a model; quantized weights count as bfloat16."""
     if getattr(given, "hf_quantizer", None) is not None:
         return torch.bfloat16
     found = {parameter.dtype for parameter in given.parameters()} & LIMITS.keys()
     return max(found | {logits.dtype}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _apart(given: Any, ids: Tensor, expected: Tensor, precision: torch.dtype) -> float:
-    """Returns how far the logits of a stock model by eager and by SDPA attention lie apart.
+def _error_between_attentions(
+    given: Any, ids: Tensor, expected: Tensor, precision: torch.dtype
+) -> float:
+    """Returns the relative error between the logits of a stock model by eager and SDPA attention.
 
-    In float32 both get the same keys, bit for bit, unless one of them stands elsewhere: large keys
-    show there.
+    In float32 both get the same keys, bit for bit, which hides the rounding of large keys. So the
+    other attention also runs at shifted positions there.
     """
     shifts = torch.tensor(SHIFTS if precision == torch.float32 else [0], device=ids.device)
-    places = torch.arange(ids.shape[1], device=ids.device) + shifts[:, None]
+    positions = torch.arange(ids.shape[1], device=ids.device) + shifts[:, None]
     with _other_attention(given):
-        found = _logits(given, ids.expand(len(places), -1), position_ids=places)
+        found = _logits(given, ids.expand(len(positions), -1), position_ids=positions)
     return max(_relative_error(row, expected[0]) for row in found)
 
 
@@ -115,9 +129,7 @@ def _logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
 
 
 def _check_generation(model: Any, most: float) -> None:
-    """Generates a few tokens with a memory and compares their logits with those of one pass without
-    a cache.
-    """
+    """Compares the logits of generation with a cache with those of one pass without a cache."""
     ids = _ids(model, PROMPT_TOKENS)
     _configure(model, block_size=3, mode="retrieval")
     version = (
@@ -150,24 +162,25 @@ def _ids(model: Any, tokens: int) -> Tensor:
 
 
 def _configure(model: Any, *, block_size: int, mode: str) -> None:
-    """Sets the landmark settings of a check: nothing is left out."""
-    changes = {
-        "block_size": block_size,
-        "mode": mode,
-        "local_blocks": 1,
-        "top_k": CHECKED_TOKENS,
-        "layers": None,
-    }
-    rest = {"max_blocks": None, "local": "blocks", "trained_length": None, "landmark_trained": True}
-    model.config.landmark = model.landmark.replace(**changes, **rest).to_dict()
-    model.base_model._tables = None  # of the block size before
+    """Sets the landmark settings of a check, under which queries read every block."""
+    settings = model.landmark.replace(
+        block_size=block_size,
+        mode=mode,
+        local_blocks=1,
+        top_k=CHECKED_TOKENS,
+        layers=None,
+        max_blocks=None,
+        local="blocks",
+        trained_length=None,
+        landmark_trained=True,
+    )
+    model.config.landmark = settings.to_dict()
+    model.base_model._tables = None  # they are of the block size before
 
 
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
-    """While open, a model is in eval mode and generates plainly; afterwards it and the random state
-    are as before.
-    """
+    """Puts a model in eval mode with greedy generation, and restores it and the random state."""
     training = {module: module.training for module in model.modules()}
     settings = getattr(model.config, "landmark", None)
     generation = model.generation_config
@@ -195,12 +208,13 @@ def _undisturbed(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _other_attention(given: nn.Module) -> Iterator[None]:
-    """While open, a stock model attends by eager where it did by SDPA or a kernel, and by SDPA
-    where by eager.
-    """
+    """Switches a stock model from eager attention to SDPA, or from any other to eager."""
     config: Any = given.config
     before = config._attn_implementation
-    config._attn_implementation = "sdpa" if before == "eager" and given._supports_sdpa else "eager"
+    other = "eager"
+    if before == "eager" and given._supports_sdpa:
+        other = "sdpa"
+    config._attn_implementation = other
     try:
         yield
     finally:

@@ -1,22 +1,36 @@
-"""The text that a memory has read, in columns as the caller sees them: token ids and mask, padding
-included.
+"""The text that a cache has read, column by column as the caller sees it, padding included.
+
+It is compared with a text or a mask that is given later.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-COMPARED_COLUMNS = 4096  # embedded at once, to be compared with embeddings that were given
-SAME_EMBEDDING = 0.01  # relative difference of an embedding in another precision, at most
+COMPARED_COLUMNS = 4096  # columns embedded at once, to be compared with given embeddings
+SAME_EMBEDDING = 0.01  # largest relative difference of one embedding in two precisions
 SKETCH = 1 << 30  # sketches are integers from -SKETCH to -2
+UNKNOWN = -1  # id of a column of which neither an id nor an embedding is known
 # Of one embedding in two precisions: a cosine of 0.002, as bfloat16 moves an embedding by at most
 # 2^-9 of its norm.
 SAME_SKETCH = SKETCH // 1000
+
+
+class Columns(NamedTuple):
+    """Columns of all rows.
+
+    Attributes:
+        mask: ``(B, columns)`` bool, True for text.
+        ids: ``(B, columns)`` int32 token ids, sketches of embeddings, or ``UNKNOWN``.
+    """
+
+    mask: Tensor
+    ids: Tensor
 
 
 class TextColumns:
@@ -31,18 +45,15 @@ class TextColumns:
         self.tokens: list[int] = []
         self.changes = 0
         self._count = 0
-        self._masks: list[
-            Tensor
-        ] = []  # (B, T) bool of some calls each, never written to; see `append`
-        self._ids: list[
-            Tensor
-        ] = []  # (B, T) int32 likewise; for an embedding its sketch, -1 for neither
+        # (B, T) bool and (B, T) int32, each of some calls in a row; they are never written to.
+        self._masks: list[Tensor] = []
+        self._ids: list[Tensor] = []
 
     def __len__(self) -> int:
         return self._count
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextColumns:
-        """As ``copy``."""
+        """Returns a copy, as ``copy`` does."""
         return self.copy()
 
     def append(self, mask: Tensor, ids: Tensor | None) -> None:
@@ -50,24 +61,21 @@ class TextColumns:
 
         Args:
             mask: ``(B, T)`` bool on the CPU, True for text.
-            ids: ``(B, T)`` token ids, or sketches where only embeddings are known, ``None`` for
+            ids: ``(B, T)`` token ids, or sketches where only embeddings are known; ``None`` for
                 neither.
         """
-        counts = mask.sum(1).tolist()
-        self.tokens = [a + b for a, b in zip(self.tokens or [0] * len(mask), counts, strict=True)]
+        before = self.tokens or [0] * len(mask)
+        new = mask.sum(1).tolist()
+        self.tokens = [seen + more for seen, more in zip(before, new, strict=True)]
         self._masks.append(mask.clone())
-        known = (
-            torch.full(mask.shape, -1, dtype=torch.int32)
-            if ids is None
-            else ids.to("cpu", torch.int32, copy=True)
-        )
-        self._ids.append(known)
+        if ids is None:
+            self._ids.append(torch.full(mask.shape, UNKNOWN, dtype=torch.int32))
+        else:
+            self._ids.append(ids.to("cpu", torch.int32, copy=True))
+        # Many small tensors that stay would fragment host memory, so the last parts are joined.
         while len(self._masks) > 1 and self._masks[-2].shape[1] <= 2 * self._masks[-1].shape[1]:
-            for each in (
-                self._masks,
-                self._ids,
-            ):  # few parts: small tensors that stay scatter the memory of calls
-                each[-2:] = [torch.cat(each[-2:], dim=1)]
+            self._masks[-2:] = [torch.cat(self._masks[-2:], dim=1)]
+            self._ids[-2:] = [torch.cat(self._ids[-2:], dim=1)]
         self._count += mask.shape[1]
         self.changes += 1
 
@@ -81,25 +89,34 @@ class TextColumns:
     def replace(self, mask: Tensor, ids: Tensor) -> None:
         """Replaces all columns; arguments as for ``append``."""
         self._count = mask.shape[1]
-        self._masks = [mask] if len(self) else []
-        self._ids = [ids] if len(self) else []
-        self.tokens = mask.sum(1).tolist() if len(self) else []
+        if self._count == 0:
+            self._masks = []
+            self._ids = []
+            self.tokens = []
+            return
+        self._masks = [mask]
+        self._ids = [ids]
+        self.tokens = mask.sum(1).tolist()
 
-    def all(self) -> tuple[Tensor, Tensor]:
-        """Returns mask and ids of all columns, ``(B, columns)``, and keeps them so."""
+    def all(self) -> Columns:
+        """Returns all columns; joined, they are kept so."""
         if not self._masks:
-            return torch.empty(0, 0, dtype=torch.bool), torch.empty(0, 0, dtype=torch.int32)
+            empty = torch.empty(0, 0)
+            return Columns(mask=empty.bool(), ids=empty.int())
         if len(self._masks) > 1:
             self._masks = [torch.cat(self._masks, dim=1)]
             self._ids = [torch.cat(self._ids, dim=1)]
-        return self._masks[0], self._ids[0]
+        return Columns(self._masks[0], self._ids[0])
 
     def ids_of(self, row: int) -> Tensor:
-        """Returns a row's token ids ``(tokens,)`` int32, padding left out; -1 where only embeddings
-        were given.
+        """Returns the token ids of a row, ``(tokens,)`` int32, padding left out.
+
+        An id is ``UNKNOWN`` where only an embedding was given.
         """
-        mask, ids = self.all()
-        return ids[row, mask[row]].clamp(min=-1) if len(mask) else ids[0:0].flatten()
+        columns = self.all()
+        if len(columns.mask) == 0:
+            return columns.ids.flatten()
+        return columns.ids[row, columns.mask[row]].clamp(min=UNKNOWN)
 
     def check_beginning(
         self, text: Tensor, attention_mask: Tensor | None, embedding: nn.Module, repeats: int
@@ -109,16 +126,16 @@ class TextColumns:
         Args:
             text: ``(B * repeats, T)`` token ids, or ``(B * repeats, T, hidden)`` embeddings.
             attention_mask: ``(B * repeats, T)``, 0 for columns of the text that do not count.
-            embedding: gives the embeddings of token ids.
+            embedding: the module that embeds token ids.
             repeats: rows of the text for each row here.
 
         Raises:
-            ValueError: it does not; the message names the first column that differs.
+            ValueError: the text begins otherwise; the message names the first column that differs.
         """
-        mask, ids = (
-            each[:, : text.shape[1]].repeat_interleave(repeats, dim=0) for each in self.all()
-        )
-        comparable = mask & (ids != -1)
+        columns = self.all()
+        mask = columns.mask[:, : text.shape[1]].repeat_interleave(repeats, dim=0)
+        ids = columns.ids[:, : text.shape[1]].repeat_interleave(repeats, dim=0)
+        comparable = mask & (ids != UNKNOWN)
         if attention_mask is not None and attention_mask.shape[1] == text.shape[1]:
             comparable = comparable & attention_mask[:, : ids.shape[1]].bool().cpu()
         differs = comparable & _is_other_text(text[:, : ids.shape[1]], ids, embedding)
@@ -141,27 +158,29 @@ class TextColumns:
         )
 
     def are_read_with(self, mask: Tensor) -> bool:
-        """Whether a mask ``(B, columns)``, bool on the CPU, is that of all columns; nothing is
-        copied.
+        """Returns whether a mask is that of all columns, without a copy.
+
+        Args:
+            mask: ``(B, columns)`` bool on the CPU.
         """
-        parts = (
-            torch.split(mask, [each.shape[1] for each in self._masks], dim=1)
-            if mask.shape[1] == len(self)
-            else ()
-        )
-        return len(parts) > 0 and all(
-            torch.equal(*pair) for pair in zip(parts, self._masks, strict=True)
-        )
+        if not self._masks or mask.shape[1] != len(self):
+            return False
+        widths = [each.shape[1] for each in self._masks]
+        parts = torch.split(mask, widths, dim=1)
+        return all(torch.equal(ours, given) for ours, given in zip(self._masks, parts, strict=True))
 
     def check_mask(self, wanted: Tensor, repeats: int = 1) -> None:
-        """Makes sure that a mask ``(B * repeats, columns)``, bool, takes back no more than the last
-        tokens of rows.
+        """Makes sure that a mask removes no more than the last tokens of rows.
+
+        Args:
+            wanted: ``(B * repeats, columns)`` bool.
+            repeats: rows of the mask for each row here.
 
         Raises:
             ValueError: another shape, a 0 over a token that is followed by one that stays, or a 1
                 over padding.
         """
-        mask = self.all()[0].repeat_interleave(repeats, dim=0)
+        mask = self.all().mask.repeat_interleave(repeats, dim=0)
         if wanted.shape != mask.shape:
             raise ValueError(
                 f"attention_mask: expected shape {tuple(mask.shape)} over the columns that were "
@@ -174,34 +193,38 @@ class TextColumns:
             (mask & ~wanted & (column < last), "0 over a token before one that stays"),
         ):
             if bool(wrong.any()):
-                row, place = wrong.nonzero()[0].tolist()
+                row, wrong_column = wrong.nonzero()[0].tolist()
                 raise ValueError(
                     f"attention_mask: expected the mask that row {row} was read with, or 0 from "
-                    f"one of its tokens on, got {what} (column {place}); read the text anew"
+                    f"one of its tokens on, got {what} (column {wrong_column}); read the text "
+                    "anew"
                 )
 
 
 def sketch_of(embeds: Tensor) -> Tensor:
-    """Returns an integer from -SKETCH to -2 for each embedding ``(..., hidden)``: others seldom
-    have a near one.
+    """Returns a sketch of each embedding ``(..., hidden)``: an integer from -SKETCH to -2.
 
-    It is the cosine to one fixed direction, so that rounding moves it little.
+    It is the cosine to one fixed direction, so that rounding moves it little, and other embeddings
+    seldom have a near one.
     """
     random = torch.Generator().manual_seed(0)
     direction = torch.randn(embeds.shape[-1], generator=random).to(embeds.device)
     values = embeds.detach().float()
     cosine = (values * direction / direction.norm()).sum(-1) / values.norm(dim=-1).clamp(min=1e-30)
-    sketches: Tensor = (
-        (-SKETCH / 2 * (1 + cosine.cpu().double())).clamp(-SKETCH, -2).to(torch.int32)
-    )
+    scaled = -SKETCH / 2 * (1 + cosine.cpu().double())
+    sketches: Tensor = scaled.clamp(-SKETCH, -2).to(torch.int32)
     return sketches
 
 
 def _is_other_text(text: Tensor, ids: Tensor, embedding: nn.Module) -> Tensor:
-    """Where a text ``(B, T)``, or its embeddings ``(B, T, hidden)``, is not that of ids or
-    sketches, ``(B, T)``.
+    """Returns where a text differs from known columns, ``(B, T)`` bool.
+
+    Args:
+        text: ``(B, T)`` token ids, or ``(B, T, hidden)`` embeddings.
+        ids: ``(B, T)`` token ids or sketches.
+        embedding: the module that embeds token ids.
     """
-    if text.ndim == 2 and bool((ids >= -1).all()):
+    if text.ndim == 2 and bool((ids >= UNKNOWN).all()):
         return text.cpu() != ids
     parts = []
     device = device_of(embedding)
@@ -217,13 +240,18 @@ def _is_other_text(text: Tensor, ids: Tensor, embedding: nn.Module) -> Tensor:
             expected = embedding(known.clamp(min=0).to(device)).float()
             apart = (given.to(expected.device).float() - expected).norm(dim=-1)
             other = (apart > SAME_EMBEDDING * expected.norm(dim=-1)).cpu()
-        parts.append(torch.where(known < -1, (sketches - known).abs() > SAME_SKETCH, other))
+        other_sketch = (sketches - known).abs() > SAME_SKETCH
+        parts.append(torch.where(known < UNKNOWN, other_sketch, other))
     return torch.cat(parts, dim=1) if parts else ids.bool()
 
 
 def device_of(embedding: nn.Module) -> torch.device:
-    """Returns where ids for an embedding may lie: by its first weight, anywhere if that is
-    offloaded.
+    """Returns the device that token ids for an embedding have to be on.
+
+    It is that of the first weight. An embedding without weights, or with offloaded ones, takes them
+    from the CPU.
     """
     weight = next(itertools.chain(embedding.parameters(), embedding.buffers()), None)
-    return torch.device("cpu") if weight is None or weight.is_meta else weight.device
+    if weight is None or weight.is_meta:
+        return torch.device("cpu")
+    return weight.device

@@ -1,5 +1,6 @@
-"""What differs between the versions of transformers, each with its reason; nothing else asks for a
-version.
+"""The differences between versions of transformers, each with its reason.
+
+No other module of the package asks for the version of transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-# The range that the tests ran on: a later version is warned about by name, once.
+# The range that the tests ran on. A later version is warned about once.
 OLDEST_TESTED = "5.0.0"
 NEWEST_TESTED = "5.24.0"
 
@@ -28,8 +29,7 @@ CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 
 
 def cache_by_installed_name(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns keyword arguments with the cache under the name that the installed transformers gives
-    it.
+    """Returns keyword arguments with the cache under the name in the installed transformers.
 
     Raises:
         ValueError: caches under both names.
@@ -44,27 +44,33 @@ def cache_by_installed_name(arguments: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"expected one cache, got {types}: they are two names of one argument, leave one out"
         )
-    rest = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
-    return {**rest, CACHE: next(iter(given.values()))} if given else rest
+    named = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+    for cache in given.values():
+        named[CACHE] = cache
+    return named
 
 
 def columns_of_step(arguments: dict[str, Any]) -> int:
-    """Returns how many of the last ids a step inside ``generate`` is about.
+    """Returns how many of the last ids a step inside ``generate`` runs.
 
-    Stock code says so by ``next_sequence_length`` since 5.3, and by the places of the columns
-    before.
+    Stock code says so by ``next_sequence_length`` since 5.3, and by ``cache_position`` before.
     """
     count: int | None = arguments.get("next_sequence_length")
-    return len(arguments["cache_position"]) if count is None else count
+    if count is None:
+        return len(arguments["cache_position"])
+    return count
 
 
 def check_assisted(left_out: int) -> None:
-    """Raises ``ValueError`` where assisted decoding would cut off what a memory has read.
+    """Makes sure that assisted decoding does not crop a cache too far.
 
-    Before 5.14 stock code crops the cache to a length that it counts by the ids that it was given.
+    Before 5.14 stock code crops the cache to a length that it counts by the ids it was given.
 
     Args:
-        left_out: columns of the memory that these ids leave out.
+        left_out: columns in the cache that these ids leave out.
+
+    Raises:
+        ValueError: some are left out, and transformers is older.
     """
     if left_out and _numbers(installed_version()) < (5, 14):
         raise ValueError(
@@ -74,13 +80,14 @@ def check_assisted(left_out: int) -> None:
 
 
 def warn_untested() -> None:
-    """Warns, once, where transformers is newer than any that this package was tested with."""
+    """Warns once where transformers is newer than any version this package was tested with."""
     if _numbers(installed_version()) > _numbers(NEWEST_TESTED):
         _warn_of(installed_version())
 
 
 def installed_version() -> str:
-    """Returns the version of transformers, whose module replaces itself while it is imported."""
+    """Returns the version of the installed transformers."""
+    # Its module replaces itself in sys.modules while it is imported.
     version: str = sys.modules["transformers"].__version__
     return version
 
@@ -99,21 +106,21 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def installed(model_type: str) -> bool:
-    """Whether transformers has the architecture in the form that a landmark model is made of."""
+    """Returns whether transformers has an architecture in a form that can be converted."""
     if model_type not in CONFIG_MAPPING:
         return False
-    decoder = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
-    # Before it had this class, Gemma scaled embeddings in the decoder: another landmark embedding
-    # for the same model.
-    return model_type != "gemma" or hasattr(
-        sys.modules[decoder.__module__], "GemmaTextScaledWordEmbedding"
-    )
+    if model_type == "gemma":
+        # Before it had this class, Gemma scaled embeddings in the decoder, so that the same
+        # landmark model would need another landmark embedding.
+        decoder = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
+        return hasattr(sys.modules[decoder.__module__], "GemmaTextScaledWordEmbedding")
+    return True
 
 
 def unpacked_gguf(loading: dict[str, Any]) -> dict[str, Any]:
-    """Returns loading arguments that make plain weights of a GGUF file.
+    """Returns loading arguments by which the weights of a GGUF file are dequantized.
 
-    5.23 may leave them packed, in layers that cannot be saved; 5.12 has no such layers.
+    5.23 may keep them quantized, in layers that cannot be saved; 5.12 has no such layers.
     """
     packed = getattr(transformers, "GgufConfig", None)
     if (
@@ -126,8 +133,9 @@ def unpacked_gguf(loading: dict[str, Any]) -> dict[str, Any]:
 
 
 def forget_gguf(model: Any) -> None:
-    """Takes the quantizer off that 5.23 leaves on a model of a GGUF file, whose weights are plain:
-    it cannot save.
+    """Removes the quantizer from a model of a GGUF file whose weights were dequantized.
+
+    5.23 leaves it there, and such a model cannot be saved.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.dequantize:
@@ -135,19 +143,18 @@ def forget_gguf(model: Any) -> None:
 
 
 def load_saved_modules(model: Any, adapter: str, left: set[str], hub: dict[str, Any]) -> set[str]:
-    """Reads whole modules that an adapter was saved with (the landmark embedding).
+    """Loads the whole modules of an adapter, such as the landmark embedding (``modules_to_save``).
 
-    transformers 5.0 leaves them as they were when it loads an adapter, with no more than a line in
-    its report.
+    transformers 5.0 does not load them with the adapter, and only mentions it in its report.
 
     Args:
         model: the model with the adapter.
-        adapter: where the adapter lies.
-        left: names of tensors that the model or the adapter has alone.
-        hub: where to look for a hub name.
+        adapter: folder or hub name of the adapter.
+        left: names of tensors that only the model or only the adapter has.
+        hub: arguments for finding a hub name.
 
     Returns:
-        those of ``left`` that are so even now.
+        the names of ``left`` that were not loaded here either.
     """
     from peft.utils import load_peft_weights
 

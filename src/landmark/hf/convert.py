@@ -1,4 +1,4 @@
-"""From a stock model to a landmark model, checked; and loading either kind of folder."""
+"""Converts stock models to landmark models, and loads landmark models."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ from landmark.hf.sharing import config_as, model_around
 def convert(
     model_or_path: Any,
     *,
-    block_size: int = 64,
-    top_k: int = 4,
-    granularity: str = "token_head",
-    positions: str = "stingy",
-    local_blocks: int = 2,
-    max_blocks: int | None = None,
-    layers: tuple[int, ...] | None = None,
-    local: str = "blocks",
-    mode: str = "retrieval",
-    chunk_tokens: int = 1008,
+    block_size: int = LandmarkConfig.block_size,
+    top_k: int = LandmarkConfig.top_k,
+    granularity: str = LandmarkConfig.granularity,
+    positions: str = LandmarkConfig.positions,
+    local_blocks: int = LandmarkConfig.local_blocks,
+    max_blocks: int | None = LandmarkConfig.max_blocks,
+    layers: tuple[int, ...] | None = LandmarkConfig.layers,
+    local: str = LandmarkConfig.local,
+    mode: str = LandmarkConfig.mode,
+    chunk_tokens: int = LandmarkConfig.chunk_tokens,
     trained_length: int | None = None,
-    position_gap: int = 0,
+    position_gap: int = LandmarkConfig.position_gap,
     **loading: Any,
 ) -> Any:
     """Makes a landmark model of a stock causal language model.
+
+    The result is checked: without landmarks it computes what the stock model computes, and
+    generation with a cache agrees with one pass.
 
     Args:
         model_or_path: a model instance (its weights are shared, not copied), or a hub name or
@@ -52,12 +55,13 @@ def convert(
 
     Returns:
         a model of class ``Landmark<Family>ForCausalLM``, a subclass of the stock class, in eval
-        mode. Its landmark
-        embedding is new: train it before relying on what is retrieved.
+        mode. Its landmark embedding is new: train it before relying on what is retrieved. Where
+        ``output_loading_info`` is asked for, the model and that info.
 
     Raises:
         ValueError: an architecture that cannot be exact, a model that is a landmark model already,
-            or settings outside their ranges.
+            settings outside their ranges, or damaged weights.
+        FileNotFoundError: there is no model at this path.
     """
     warn_untested()
     settings = {
@@ -84,34 +88,29 @@ def convert(
 
 
 def _converted_folder(source: Source, settings: dict[str, Any]) -> Any:
-    """Loads the stock model and converts it; with the loading info where the caller is to be
-    told.
-    """
-    _settings(source.config, settings)  # before the weights are read
+    """Loads a stock model and converts it; also returns the loading info if it was asked for."""
+    _settings(source.config, settings)  # refuses before the weights are read
     if source.adapter is not None:
         raise ValueError(
-            f"{source.adapter.place} is an adapter of the plain model {source.path}: convert that "
+            f"{source.adapter.path} is an adapter of the plain model {source.path}: convert that "
             "one and train an adapter on the landmark model, or merge both first "
             "(PeftModel.from_pretrained(...).merge_and_unload())"
         )
     given, info = read_weights(source)
     model = _converted(given, settings)
-    return (model, info) if source.told else model
+    return (model, info) if source.wants_info else model
 
 
 def _settings(stock_config: Any, settings: dict[str, Any]) -> LandmarkConfig:
-    """Returns the landmark settings for a stock model; raises ``ValueError`` as ``convert``
-    does.
-    """
+    """Returns the landmark settings for a stock model; raises ``ValueError`` as ``convert``."""
     if stock_config.model_type.startswith(PREFIX):
         raise ValueError(
             "this is a landmark model already: use landmark.load and configure_landmark"
         )
     check_config(stock_config)
-    trained = settings["trained_length"]
-    if trained is None:
-        trained = trained_positions(stock_config)
-    found = LandmarkConfig(**{**settings, "trained_length": trained})
+    found = LandmarkConfig(**settings)
+    if found.trained_length is None:
+        found = found.replace(trained_length=trained_positions(stock_config))
     check_layers(found, stock_config.num_hidden_layers)
     return found
 
@@ -134,7 +133,7 @@ def landmark_config(stock_config: Any, settings: LandmarkConfig) -> Any:
 
 
 def from_config(stock_config: Any, settings: LandmarkConfig) -> Any:
-    """Returns a randomly initialised landmark model, to be trained from scratch.
+    """Returns a randomly initialised landmark model, for training from scratch.
 
     Raises:
         ValueError: as ``convert``.
@@ -152,6 +151,9 @@ def load(path: Any = None, **loading: Any) -> Any:
         path: a folder or hub name; by default the bundled model.
         **loading: for ``from_pretrained`` (``dtype``, ``device_map``, ...).
 
+    Returns:
+        the model; where ``output_loading_info`` is asked for, the model and that info.
+
     Raises:
         ValueError: the folder holds no landmark model, settings or a config that ``convert`` would
             refuse, or damaged weights.
@@ -166,23 +168,19 @@ def load(path: Any = None, **loading: Any) -> Any:
     source = find(model_path() if path is None else path, **loading)
     kind = source.config.model_type
     if not kind.startswith(PREFIX):
-        where = (
-            source.path
-            if source.adapter is None
-            else f"{source.adapter.place}: its base {source.path}"
-        )
+        where = source.path
+        if source.adapter is not None:
+            where = f"{source.adapter.path}: its base {source.path}"
         raise ValueError(
             f"{where}: expected a landmark model, got model_type {kind!r}: use landmark.convert"
         )
     model, info = read_weights(source)
     assert isinstance(model, LandmarkCausalLMMixin)
-    return (model, info) if source.told else model
+    return (model, info) if source.wants_info else model
 
 
 def _converted(given: Any, settings: dict[str, Any]) -> Any:
-    """Returns a checked landmark model around the modules of ``given``, with a landmark embedding
-    of its own.
-    """
+    """Returns a checked landmark model around the modules of the stock model ``given``."""
     _check_given(given)
     config = landmark_config(given.config, _settings(given.config, settings))
     model = model_around(given, family(given.config.model_type).causal_lm, config)
@@ -199,7 +197,11 @@ def _converted(given: Any, settings: dict[str, Any]) -> Any:
 
 
 def _check_given(given: Any) -> None:
-    """Raises ``ValueError`` for a model in memory that is no plain model of a supported family."""
+    """Makes sure that a model in memory is a plain one of a supported family.
+
+    Raises:
+        ValueError: it is not, or its weights are not loaded.
+    """
     if not isinstance(given, PreTrainedModel):
         raise ValueError(
             f"expected a transformers model or a path, got {type(given).__name__}; pass the model "
@@ -207,7 +209,7 @@ def _check_given(given: Any) -> None:
             "merge_and_unload)"
         )
     if given.config.model_type.startswith(PREFIX):
-        return  # refused by its config
+        return  # its config is refused later
     made = family(given.config.model_type)
     for module, expected in ((given, made.stock_causal_lm), (given.base_model, made.stock_decoder)):
         if type(module) is not expected:
@@ -236,11 +238,10 @@ def _check_given(given: Any) -> None:
 
 @torch.no_grad()
 def _start_in_distribution(model: Any) -> None:
-    """Sets the landmark embedding to the direction of the mean token embedding, at a typical
-    token's norm.
+    """Sets the landmark embedding to the mean token embedding, scaled to the median norm.
 
-    What the embedding module returns is typical, not its weight: some architectures scale in
-    between.
+    Token embeddings are taken from the output of the embedding module, not from its weight: some
+    architectures scale in between.
     """
     decoder = model.base_model
     embedding = decoder.get_input_embeddings()
@@ -251,9 +252,11 @@ def _start_in_distribution(model: Any) -> None:
     target = decoder.landmark_embedding.weight
     rows = rows.float()
     norms = rows.norm(dim=-1)
-    mean = rows[norms > 0].mean(0) if bool((norms > 0).any()) else rows.mean(0)
+    used = norms > 0
+    if not bool(used.any()):
+        return
+    mean = rows[used].mean(0)
     if float(mean.norm()) == 0:
         return
-    target.copy_(
-        (mean / mean.norm() * norms[norms > 0].median())[None].to(target.device, target.dtype)
-    )
+    start = mean / mean.norm() * norms[used].median()
+    target.copy_(start[None].to(target.device, target.dtype))

@@ -1,6 +1,4 @@
-"""Why a model could not be read, in one line: its files are looked at again, and the damaged one is
-named.
-"""
+"""Finds the file for which a model could not be read, and says what is wrong in one line."""
 
 from __future__ import annotations
 
@@ -26,9 +24,9 @@ from transformers.utils import (
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG = "config.json"
-# What Git LFS puts in the place of a file that it did not fetch begins like this.
+# Git LFS leaves a pointer in place of a file that it did not fetch, which begins like this.
 LFS = b"version https://git-lfs"
-REASON = 200  # characters of what another library says: it may name all its architectures
+REASON = 200  # characters kept of another library's message, which may name all architectures
 ANEW = "save or download it again"
 
 
@@ -36,23 +34,24 @@ ANEW = "save or download it again"
 def in_one_line(
     name: str, look: Callable[[], None] = lambda: None, remedy: str = ""
 ) -> Iterator[None]:
-    """Turns whatever transformers raises into one line.
+    """Turns whatever transformers raises inside into an error of one line.
 
     Args:
-        name: what is read.
-        look: is called after a failure; raises ``FileNotFoundError`` or ``ValueError`` for a file
-            that is missing or damaged.
-        remedy: what to do where ``look`` finds nothing.
+        name: the name of the model in messages.
+        look: called after a failure; raises ``FileNotFoundError`` or ``ValueError`` for a file that
+            is missing or damaged.
+        remedy: what to do where ``look`` finds no such file.
     """
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise _found_by(look) or _line(name, error, remedy) from None
+        raise _found_by(look) or _other_error(name, error, remedy) from None
 
 
 def _found_by(look: Callable[[], None]) -> Exception | None:
+    """Returns the error that a look at the files raises, if any."""
     try:
         look()
     except (FileNotFoundError, ValueError) as found:
@@ -60,24 +59,24 @@ def _found_by(look: Callable[[], None]) -> Exception | None:
     return None
 
 
-def _line(name: str, error: Exception, remedy: str) -> Exception:
-    """Returns an error of one line for one of transformers about files that are not damaged."""
+def _other_error(name: str, error: Exception, remedy: str) -> Exception:
+    """Returns an error of one line for an error of transformers that no damaged file explains."""
     reason = _shortened(str(error)) or type(error).__name__
     if isinstance(error, ImportError):
         return ModuleNotFoundError(f"{name}: {reason}")
-    if (
-        isinstance(error, OSError) and error.errno is None and not os.path.exists(name)
-    ):  # of a name, not of a file
+    of_name = isinstance(error, OSError) and error.errno is None  # an errno means a file
+    if of_name and not os.path.exists(name):
         return FileNotFoundError(
             f"{name}: expected a model's folder or hub name, found none ({reason})"
         )
-    return ValueError(
-        f"{name}: expected what transformers can load, got {reason}{remedy and f'; {remedy}'}"
-    )
+    message = f"{name}: expected what transformers can load, got {reason}"
+    if remedy:
+        message = f"{message}; {remedy}"
+    return ValueError(message)
 
 
 def _shortened(text: str) -> str:
-    """Returns a text of any length as a part of one line."""
+    """Returns a message of any length as part of one line."""
     line = " ".join(text.split()).rstrip(".")
     return line if len(line) <= REASON else f"{line[:REASON]}..."
 
@@ -86,7 +85,7 @@ def check_config(folder: Path, trusted: bool) -> None:
     """Makes sure that the config of a folder can be read here.
 
     Args:
-        folder: with config.json.
+        folder: the folder of config.json.
         trusted: whether the folder's own code may run.
 
     Raises:
@@ -121,24 +120,22 @@ def check_weights(folder: Path, variant: str | None, use_safetensors: bool | Non
     """Makes sure that the weights of a folder can be read.
 
     Args:
-        folder: of the model.
+        folder: the folder of the model.
         variant, use_safetensors: as for ``from_pretrained``.
 
     Raises:
-        FileNotFoundError: there are none, or a shard is missing.
+        FileNotFoundError: there are no weights, or a shard is missing.
         ValueError: a file is damaged.
     """
-    kinds = {
-        True: (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
-        False: (WEIGHTS_NAME, WEIGHTS_INDEX_NAME),
-    }
-    wanted = [*kinds[True], *kinds[False]] if use_safetensors is None else kinds[use_safetensors]
-    names = [
-        name if variant is None else f".{variant}.".join(name.rsplit(".", 1)) for name in wanted
-    ]
-    found = next(
-        (name for name in names if (folder / name).is_file()), None
-    )  # the first is what transformers reads
+    names = []
+    if use_safetensors is not False:
+        names += [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    if use_safetensors is not True:
+        names += [WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
+    if variant is not None:
+        names = [f".{variant}.".join(name.rsplit(".", 1)) for name in names]
+    # transformers reads the first that is there.
+    found = next((name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(
             f"{folder}: expected a folder with config.json and weights, found none of "
@@ -168,7 +165,7 @@ def check_adapter(folder: Path) -> None:
 
 
 def check_gguf(file: Path) -> None:
-    """Makes sure that this is a GGUF file, by its first bytes; raises as ``check_weights`` does."""
+    """Makes sure that a file begins like a GGUF file; raises as ``check_weights`` does."""
     if not file.is_file():
         raise FileNotFoundError(
             f"{file}: expected a GGUF file, found none; gguf_file= names one in the folder"
@@ -183,7 +180,7 @@ def check_gguf(file: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Returns the object in a file; raises ``ValueError`` where there is none."""
+    """Returns the JSON object in a file; raises ``ValueError`` where there is none."""
     _check_fetched(file)
     try:
         found = json.loads(file.read_bytes())
@@ -198,8 +195,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """Returns the files that an index names; raises ``FileNotFoundError`` for one that is
-    missing.
+    """Returns the files that an index of shards names.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: the index names none.
     """
     names = read_json(index).get("weight_map")
     if (
@@ -221,7 +221,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _check_tensors(file: Path) -> None:
-    """Raises ``ValueError`` for a file without tensors in the form that its name says."""
+    """Raises ``ValueError`` for a file that does not hold tensors as its suffix says."""
     _check_fetched(file)
     try:
         if file.suffix == ".safetensors":
@@ -238,14 +238,9 @@ def _check_tensors(file: Path) -> None:
             f"{file}: expected weights in safetensors, got a damaged file "
             f"({_shortened(str(error))}); {ANEW}"
         ) from None
-    except Exception as error:  # any of the many that pickles of anything may raise
-        said = (
-            str(error)
-            .rpartition("WeightsUnpickler error: ")[2]
-            .strip()
-            .partition("\n")[0]
-            .partition(". ")[0]
-        )
+    except Exception as error:  # a pickle may raise anything
+        said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+        said = said.partition("\n")[0].partition(". ")[0]
         raise ValueError(
             f"{file}: expected weights that torch.load reads with weights_only, got a damaged "
             f"file or another one ({type(error).__name__}: {_shortened(said)}); {ANEW}"
@@ -259,9 +254,7 @@ def _check_tensors(file: Path) -> None:
 
 
 def _check_fetched(file: Path) -> None:
-    """Raises ``ValueError`` for a file of no bytes, and for what Git LFS puts in the place of
-    one.
-    """
+    """Raises ``ValueError`` for a file without bytes, and for a pointer of Git LFS."""
     with file.open("rb") as opened:
         begins = opened.read(len(LFS))
     if not begins:

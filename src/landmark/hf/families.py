@@ -1,5 +1,6 @@
-"""Which architectures can be landmark models, the classes made for them, and why the others
-cannot.
+"""The architectures that can be landmark models, the classes made for them, and the refused ones.
+
+Importing ``landmark.hf`` registers the classes with the Auto classes of transformers.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ _building = threading.RLock()
 
 @dataclass(frozen=True)
 class Family:
-    """The classes of one landmark architecture and of the stock one below it."""
+    """The classes of one landmark architecture and of its stock architecture."""
 
     config: Any
     decoder: Any
@@ -84,7 +85,7 @@ def family(model_type: str) -> Family:
     """Returns the classes for a stock ``model_type``, registered with the Auto classes.
 
     Raises:
-        ValueError: the architecture cannot be exact, or is not known to be, or is not in the
+        ValueError: the architecture cannot be exact, has not been checked, or is not in the
             installed transformers.
     """
     if model_type not in FAMILIES:
@@ -110,8 +111,8 @@ def family(model_type: str) -> Family:
             "landmark": None,
         },
     )
-    # transformers looks for it in the source of a class's module, or of whichever class was asked
-    # before.
+    # transformers decides this by the source of a class's module, which says nothing for classes
+    # that are made here.
     experts = classmethod(lambda cls: stock_decoder._can_set_experts_implementation())
     decoder = type(
         f"Landmark{stock_decoder.__name__}",
@@ -148,13 +149,20 @@ def family(model_type: str) -> Family:
             "__doc__": f"{stock_causal_lm.__name__} that attends by landmarks.",
         },
     )
-    made = Family(config, decoder, causal_lm, stock_config, stock_decoder, stock_causal_lm)
+    made = Family(
+        config=config,
+        decoder=decoder,
+        causal_lm=causal_lm,
+        stock_config=stock_config,
+        stock_decoder=stock_decoder,
+        stock_causal_lm=stock_causal_lm,
+    )
     _register(made)
     return made
 
 
 def _register(made: Family) -> None:
-    """Makes the classes known under their names, to this module and to transformers."""
+    """Registers classes under their names in this module and in transformers."""
     classes = (made.config, made.decoder, made.causal_lm)
     made.config.auto_map = auto_map(*(each.__name__ for each in classes))
     for each in classes:
@@ -163,7 +171,7 @@ def _register(made: Family) -> None:
     AutoConfig.register(made.config.model_type, made.config)
     AutoModel.register(made.config, made.decoder)
     AutoModelForCausalLM.register(made.config, made.causal_lm)
-    # there `transformers serve` looks for it
+    # `transformers serve` looks for the class there.
     setattr(sys.modules["transformers"], made.causal_lm.__name__, made.causal_lm)
     _copy_conversion(made.stock_config.model_type, made.config.model_type)
     for stock, ours in ((made.stock_decoder, made.decoder), (made.stock_causal_lm, made.causal_lm)):
@@ -171,8 +179,9 @@ def _register(made: Family) -> None:
 
 
 def _copy_conversion(stock: str, ours: str) -> None:
-    """Lets checkpoints be read and written as the stock architecture's are: renamed heads, fused
-    experts, ...
+    """Registers how checkpoints are read and written: renamed heads, fused experts, ...
+
+    It is the same as for the stock architecture.
     """
     mapping = get_checkpoint_conversion_mapping(stock)
     if mapping is not None:
@@ -187,8 +196,10 @@ def register() -> None:
 
 
 def check_landmark_config(config: Any) -> None:
-    """Raises ``ValueError`` for the config of a landmark model that ``landmark.convert`` could not
-    have made.
+    """Makes sure that ``landmark.convert`` could have made the config of a landmark model.
+
+    Raises:
+        ValueError: no landmark settings, settings that are refused, or as ``check_config``.
     """
     if not config.landmark:
         raise ValueError(
@@ -203,10 +214,13 @@ def check_landmark_config(config: Any) -> None:
 
 
 def check_config(config: Any) -> None:
-    """Raises ``ValueError``, naming the reason, for a config that landmark attention cannot serve
-    exactly.
+    """Makes sure that landmark attention can be exact for a config.
 
-    The config is a stock one, or the one of a landmark model made of it.
+    Args:
+        config: of a stock model, or of a landmark model made of it.
+
+    Raises:
+        ValueError: it cannot; the message names the reason.
     """
     name = config.model_type.removeprefix(PREFIX)
     family(name)

@@ -1,8 +1,8 @@
 """The mixin that makes a landmark decoder of a stock decoder.
 
-Text goes in, landmarks are inserted as embeddings inside the decoder, the stock decoder runs on
-them with all positions 0 (so that queries and keys arrive un-rotated at the attention function),
-and the states of text come out.
+It takes text, inserts landmarks as embeddings, runs the stock decoder on both, and returns the
+states of text. All positions are 0 in the stock decoder, so that queries and keys reach the
+attention function without rotation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from landmark.blocks import slots_for
 from landmark.config import LandmarkConfig
-from landmark.hf.attempts import kept_on_failure
 from landmark.hf.attention import (
     CachedPass,
     ForwardContext,
@@ -27,8 +26,15 @@ from landmark.hf.attention import (
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.columns import device_of, sketch_of
 from landmark.hf.compat import CACHE, cache_by_installed_name
-from landmark.hf.decode_graph import current
-from landmark.hf.layout import Layout, documents_of, packed_layout, padded_layout, plain_layout
+from landmark.hf.decode_graph import current_graph
+from landmark.hf.layout import (
+    TextLayout,
+    document_numbers,
+    documents_by_position,
+    packed_layout,
+    padded_layout,
+    plain_layout,
+)
 from landmark.hf.rope import layer_types, read_rotaries
 from landmark.hf.states import merge
 from landmark.hf.stub import PackagedMixin
@@ -45,7 +51,9 @@ class LandmarkDecoderMixin(PackagedMixin):
         self.landmark_embedding = nn.Embedding(1, config.hidden_size)
         self._rotaries = read_rotaries(self)
         self._tables: dict[str | None, RotaryTables] | None = None
-        self._layer_types = _keys(layer_types(config), self._rotaries)
+        self._layer_types = tuple(
+            kind if kind in self._rotaries else None for kind in layer_types(config)
+        )
         self._warned = False
 
     @property
@@ -69,26 +77,27 @@ class LandmarkDecoderMixin(PackagedMixin):
 
         Args:
             input_ids: ``(B, T)`` text token ids, or else ``inputs_embeds (B, T, hidden)``.
-            attention_mask: ``(B, T)`` or ``(B, past + T)``, 0 for padding, which may stand
-                anywhere. A 0 over the last tokens that a row has remembered takes them back
+            attention_mask: ``(B, T)`` or ``(B, past + T)``, 0 for padding, which may be anywhere.
+                A 0 over the last tokens of a row in the cache removes them
                 (``LandmarkCache.hide``).
-            position_ids: ``(B, T)``; without a mask or a cache, a new document begins wherever they
-                do not go on (packed rows). Otherwise ignored: slots come from the mask.
-            past_key_values: a ``LandmarkCache`` to read and to extend; ``cache`` is another name
-                for it.
+            position_ids: ``(B, T)``. Without a mask and a cache, a new document begins wherever
+                positions do not go on (packed rows). Otherwise ignored: slots come from the mask.
+            past_key_values: a ``LandmarkCache`` to read from and to extend; ``cache`` is another
+                name for it.
             inputs_embeds: see ``input_ids``.
             use_cache: whether to return the cache; it never changes what is computed.
-            seq_idx: ``(B, T)`` document of each column of packed rows, instead of ``position_ids``;
-                ``cu_seq_lens_q``, the documents' borders in one flattened row, does as well.
+            seq_idx: ``(B, T)`` document of each column of packed rows, in place of
+                ``position_ids``. ``cu_seq_lens_q``, the borders of documents in one flattened row,
+                is taken as well.
             cache: see ``past_key_values``.
             **kwargs: passed to the stock decoder.
 
         Returns:
-            ``BaseModelOutputWithPast`` whose states align with the text, zeros at padding.
+            ``BaseModelOutputWithPast`` whose states are those of text, zeros at padding.
 
         Raises:
-            ValueError: arguments that do not fit, a foreign cache, retrieval in train mode, or a
-                text beyond the trained length under exact positions.
+            ValueError: arguments that do not fit, a stock cache, retrieval in train mode, or a text
+                beyond the trained length under exact positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -106,32 +115,40 @@ class LandmarkDecoderMixin(PackagedMixin):
                 f"expected text of shape (B, T) with T of at least 1, got {tuple(text.shape)}"
             )
         settings = self.settings
-        cache = cache_by_installed_name({"cache": cache, "past_key_values": past_key_values}).get(
-            CACHE
-        )
+        given = cache_by_installed_name({"cache": cache, "past_key_values": past_key_values})
+        cache = given.get(CACHE)
         if cache is not None:
             require_landmark_cache(cache)
         mask = text_mask(attention_mask, text, cache)
         if kwargs.get("output_router_logits"):
             _check_balanced(attention_mask, text.shape[1])
-        documents = _documents(
-            text, seq_idx, position_ids, kwargs, whole=mask is None and cache is None
-        )
+        may_be_packed = mask is None and cache is None
+        documents = _documents(text, seq_idx, position_ids, kwargs, may_be_packed=may_be_packed)
         if settings.mode == "all" and cache is None:
-            output = self._one_pass(self._embed(text), mask, documents, settings, kwargs)
+            output = self._full_pass(
+                self._embed(text),
+                mask=mask,
+                documents=documents,
+                settings=settings,
+                kwargs=kwargs,
+            )
         elif documents is not None and bool((documents != documents[:, :1]).any()):
             with torch.no_grad():
                 output = self._by_document(self._embed(text), documents, settings, kwargs)
         else:
             cache = LandmarkCache(self.config) if cache is None else cache
-            output = _join(list(self.read_chunks(text, attention_mask, cache, settings, kwargs)))
-            if self.config.use_cache if use_cache is None else use_cache:
+            chunks = self.read_chunks(text, attention_mask, cache, settings=settings, kwargs=kwargs)
+            output = _join(list(chunks))
+            returns_cache = self.config.use_cache if use_cache is None else use_cache
+            if returns_cache:
                 output[CACHE] = cache
         return output if return_dict is not False else output.to_tuple()
 
     def _embed(self, text: Tensor) -> Tensor:
-        """Returns the embeddings of token ids ``(B, T)``; embeddings ``(B, T, hidden)`` as they
-        are.
+        """Returns the embeddings of a text, ``(B, T, hidden)``.
+
+        Args:
+            text: ``(B, T)`` token ids, or ``(B, T, hidden)`` embeddings, which are returned.
 
         Raises:
             ValueError: on the CPU, ids that have no embedding.
@@ -150,18 +167,21 @@ class LandmarkDecoderMixin(PackagedMixin):
         return embeds
 
     def _landmark(self, like: Tensor) -> Tensor:
+        """Returns the landmark's embedding ``(hidden,)`` on the device of a tensor."""
         index = torch.zeros(1, dtype=torch.long, device=like.device)
         embedding: Tensor = self.landmark_embedding(index)[0]
         return embedding.to(like.device)
 
-    def _one_pass(
+    def _full_pass(
         self,
         embeds: Tensor,
+        *,
         mask: Tensor | None,
         documents: Tensor | None,
         settings: LandmarkConfig,
         kwargs: Any,
     ) -> Any:
+        """Runs mode ``all`` without a cache: the whole text in one differentiable pass."""
         tokens = embeds.shape[1]
         size = settings.block_size
         if documents is not None:
@@ -173,28 +193,28 @@ class LandmarkDecoderMixin(PackagedMixin):
         positions = layout.positions
         if self.training and settings.position_gap:
             positions = _with_gaps(positions, len(embeds), size, settings.position_gap)
+        if positions.ndim > 1:
+            positions = positions[:, None]  # broadcast over heads
         rotations = {
-            kind: rotary.rotation(
-                positions if positions.ndim == 1 else positions[:, None], embeds.dtype
-            )
+            kind: rotary.rotation(positions, embeds.dtype)
             for kind, rotary in self._rotaries.items()
         }
-        call = FullPass(settings, self._layer_types, rotations, layout.segments)
-        return self._run(embeds, layout, call, kwargs)
+        context = FullPass(settings, self._layer_types, rotations, layout.segments)
+        return self._run(embeds, layout, context, kwargs)
 
-    def _run(self, embeds: Tensor, layout: Layout, call: ForwardContext, kwargs: Any) -> Any:
+    def _run(self, embeds: Tensor, layout: TextLayout, context: ForwardContext, kwargs: Any) -> Any:
+        """Runs the stock decoder on text and landmarks, and returns its output for text."""
         tokens = embeds.shape[1]
-        inserted = layout.insert(
-            embeds, self._landmark(embeds)
-        ).contiguous()  # as later layers get it: one graph
-        output = self.stock(inserted, call, **kwargs)
+        inserted = layout.insert(embeds, self._landmark(embeds))
+        # Later layers get contiguous states as well, so that a compiled layer has one graph.
+        output = self.stock(inserted.contiguous(), context, **kwargs)
         return merge([output], lambda states: layout.extract(states[0], tokens))
 
-    def stock(self, embeds: Tensor, call: ForwardContext, **kwargs: Any) -> Any:
+    def stock(self, embeds: Tensor, context: ForwardContext, **kwargs: Any) -> Any:
         """Runs the stock decoder on slots ``(B, width, hidden)``, all at position 0."""
         zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
         return super().forward(
-            inputs_embeds=embeds, position_ids=zeros, use_cache=False, landmark=call, **kwargs
+            inputs_embeds=embeds, position_ids=zeros, use_cache=False, landmark=context, **kwargs
         )
 
     def read_chunks(
@@ -202,19 +222,19 @@ class LandmarkDecoderMixin(PackagedMixin):
         text: Tensor,
         attention_mask: Tensor | None,
         cache: LandmarkCache,
+        *,
         settings: LandmarkConfig,
         kwargs: Any,
-        *,
         retrieve: bool = True,
     ) -> Iterator[Any]:
-        """Reads a text into a memory, chunk by chunk.
+        """Prefills a cache with a text, chunk by chunk.
 
         Args:
             text: ``(B, T)`` token ids, or ``(B, T, hidden)`` embeddings.
             attention_mask: as for ``forward``.
-            cache: the memory.
+            cache: the cache.
             settings: the landmark settings.
-            kwargs: for the stock decoder.
+            kwargs: further arguments of the stock decoder.
             retrieve: as for ``extend``.
 
         Yields:
@@ -225,45 +245,52 @@ class LandmarkDecoderMixin(PackagedMixin):
         """
         mask = text_mask(attention_mask, text, cache)
         cache.check(settings, len(text), self)
-        with kept_on_failure(cache):
+        with cache.unchanged_on_failure():
             if attention_mask is not None and attention_mask.shape[1] > text.shape[1]:
                 cache.hide(attention_mask[:, : -text.shape[1]])
-            counts = [text.shape[1]] * len(text) if mask is None else mask.sum(1).tolist()
-            longest = max(map(sum, zip(cache.tokens or [0] * len(text), counts, strict=True)))
-            self._check_length(slots_for(longest, settings.block_size), settings)
+            before = cache.tokens or [0] * len(text)
+            new = [text.shape[1]] * len(text) if mask is None else mask.sum(1).tolist()
+            longest = max(seen + more for seen, more in zip(before, new, strict=True))
+            _check_length(slots_for(longest, settings.block_size), settings)
             for begin in range(0, text.shape[1], settings.chunk_tokens):
                 columns = slice(begin, begin + settings.chunk_tokens)
                 part = text[:, columns]
-                seen = (
-                    torch.ones(part.shape[:2], dtype=torch.bool)
-                    if mask is None
-                    else mask[:, columns].cpu()
+                if mask is None:
+                    is_text = torch.ones(part.shape[:2], dtype=torch.bool)
+                else:
+                    is_text = mask[:, columns].cpu()
+                yield self.extend(
+                    part, is_text, cache, settings=settings, kwargs=kwargs, retrieve=retrieve
                 )
-                yield self.extend(part, seen, cache, settings, kwargs, retrieve=retrieve)
 
-    @torch.inference_mode(
-        False
-    )  # what a memory keeps has to be written to outside of inference mode, too
+    # The tensors of a cache have to be written to outside of inference mode, too.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def extend(
         self,
         text: Tensor,
         mask: Tensor,
         cache: LandmarkCache,
+        *,
         settings: LandmarkConfig,
         kwargs: Any,
-        *,
         retrieve: bool = True,
     ) -> Any:
-        """Runs one chunk against the cache and files it.
+        """Runs one chunk, or one decode step, and adds it to the cache.
 
         Args:
             text: ``(B, T)`` token ids, or ``(B, T, hidden)`` embeddings.
             mask: ``(B, T)`` bool on the CPU, True for text.
-            cache: the memory.
+            cache: the cache.
             settings: the landmark settings.
-            kwargs: for the stock decoder.
-            retrieve: whether to retrieve; otherwise the local context and block 0 are seen.
+            kwargs: further arguments of the stock decoder.
+            retrieve: whether queries retrieve; otherwise they see their local context and block 0.
+
+        Returns:
+            the output of the stock decoder for text.
+
+        Raises:
+            ValueError: the model is in train mode.
         """
         if self.training:
             raise ValueError(
@@ -272,36 +299,46 @@ class LandmarkDecoderMixin(PackagedMixin):
             )
         embeds = self._embed(text)
         ids = text if text.ndim == 2 else sketch_of(text)
-        counts = mask.sum(1).tolist()
-        seen = cache.tokens or [0] * len(counts)
-        starts = [slots_for(n, settings.block_size) for n in seen]
-        ends = [slots_for(n + c, settings.block_size) for n, c in zip(seen, counts, strict=True)]
-        plan = make_geometry(starts, [e - s for s, e in zip(starts, ends, strict=True)], settings)
-        if plan.candidates and retrieve:
+        size = settings.block_size
+        seen = cache.tokens or [0] * len(mask)
+        starts = []
+        lengths = []
+        for before, new in zip(seen, mask.sum(1).tolist(), strict=True):
+            start = slots_for(before, size)
+            starts.append(start)
+            lengths.append(slots_for(before + new, size) - start)
+        geometry = make_geometry(starts, lengths, settings)
+        if geometry.candidates and retrieve:
             self._warn_untrained(settings)
-        width = plan.flat_index.shape[1]
-        call = CachedPass(
-            settings, self._layer_types, self._all_tables(), cache, plan, retrieve, embeds.dtype
+        width = max(max(lengths), 1)
+        context = CachedPass(
+            settings=settings,
+            layer_types=self._layer_types,
+            tables=self._all_tables(),
+            cache=cache,
+            geometry=geometry,
+            retrieve=retrieve,
+            dtype=embeds.dtype,
         )
-        steps = current()
-        if steps is not None and width == 1 and bool(mask.all()):
-            output = steps.run(call, self, embeds, kwargs)
+        graph = current_graph()
+        if graph is not None and width == 1 and bool(mask.all()):
+            output = graph.run(context, self, embeds, kwargs)
             if output is not None:
-                cache.append(mask, ids)
+                cache.commit(mask, ids)
                 return output
-        layout = padded_layout(
-            mask.to(embeds.device), settings.block_size, torch.tensor(seen).to(embeds.device), width
-        )
-        retrieved = len(cache.retrievals)
+        device = embeds.device
+        layout = padded_layout(mask.to(device), size, torch.tensor(seen).to(device), width)
+        retrievals = len(cache.retrievals)
         try:
-            output = self._run(embeds, layout, call, kwargs)
+            output = self._run(embeds, layout, context, kwargs)
         except BaseException:
-            cache.undo(retrieved)
+            cache.rollback(retrievals)
             raise
-        cache.append(mask, ids)
+        cache.commit(mask, ids)
         return output
 
     def _all_tables(self) -> dict[str | None, RotaryTables]:
+        """Returns the rotary tables of each rotary type, made at their first use."""
         if self._tables is None:
             size = self.settings.block_size
             self._tables = {
@@ -310,39 +347,24 @@ class LandmarkDecoderMixin(PackagedMixin):
         return self._tables
 
     def tables_of(self, layer: int) -> RotaryTables:
-        """Returns the rotations of a layer's memory."""
+        """Returns the rotary tables of a layer."""
         return self._all_tables()[self._layer_types[layer]]
 
     def _by_document(
         self, embeds: Tensor, documents: Tensor, settings: LandmarkConfig, kwargs: Any
     ) -> Any:
         """Reads each document of packed rows as a row of its own."""
-        changes = torch.nn.functional.pad(
-            (documents[:, 1:] != documents[:, :-1]).long().cumsum(1), (1, 0)
-        )
         rows = []
-        for row, document_of in zip(embeds, changes, strict=True):
-            documents_read = []
-            for document in row.split(document_of.bincount().tolist()):
+        for row, numbers in zip(embeds, documents, strict=True):
+            outputs = []
+            for document in row.split(numbers.bincount().tolist()):
+                cache = LandmarkCache(self.config)
                 chunks = self.read_chunks(
-                    document[None], None, LandmarkCache(self.config), settings, kwargs
+                    document[None], None, cache, settings=settings, kwargs=kwargs
                 )
-                documents_read.append(_join(list(chunks)))
-            rows.append(_join(documents_read))
+                outputs.append(_join(list(chunks)))
+            rows.append(_join(outputs))
         return merge(rows, lambda states: torch.cat(states, dim=0))
-
-    def _check_length(self, slots: int, settings: LandmarkConfig) -> None:
-        trained = settings.trained_length
-        if (
-            settings.mode == "retrieval"
-            and settings.positions == "exact"
-            and trained is not None
-            and slots > trained
-        ):
-            raise ValueError(
-                f"exact positions reach {slots}, the model was trained on {trained}: use stingy "
-                "positions or less text"
-            )
 
     def _warn_untrained(self, settings: LandmarkConfig) -> None:
         if not settings.landmark_trained and settings.mode == "retrieval" and not self._warned:
@@ -354,17 +376,13 @@ class LandmarkDecoderMixin(PackagedMixin):
             )
 
 
-def _keys(types: tuple[str | None, ...], rotaries: dict[str | None, Any]) -> tuple[str | None, ...]:
-    return tuple(kind if kind in rotaries else None for kind in types)
-
-
 def _join(parts: list[Any]) -> Any:
     """Joins the outputs of consecutive columns."""
     return parts[0] if len(parts) == 1 else merge(parts, lambda states: torch.cat(states, dim=1))
 
 
 def require_landmark_cache(cache: Any) -> LandmarkCache:
-    """Returns a cache that can hold landmarks; raises ``ValueError`` for any other."""
+    """Returns the cache; raises ``ValueError`` where it is not a ``LandmarkCache``."""
     if not isinstance(cache, LandmarkCache):
         raise ValueError(
             f"expected a LandmarkCache, got {type(cache).__name__}: use "
@@ -374,18 +392,23 @@ def require_landmark_cache(cache: Any) -> LandmarkCache:
 
 
 def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor | None:
-    """Returns the new columns' mask ``(B, T)`` bool, or ``None`` where there is no padding to know
-    of.
+    """Returns the mask of the new columns, ``(B, T)`` bool; ``None`` without an attention mask.
+
+    Args:
+        attention_mask: ``(B, T)`` or ``(B, past + T)``.
+        text: ``(B, T)`` token ids, or ``(B, T, hidden)`` embeddings.
+        cache: the cache, if any.
+
+    Raises:
+        ValueError: a mask of another shape.
     """
     if attention_mask is None:
         return None
     batch, tokens = text.shape[:2]
     past = cache.get_seq_length() if isinstance(cache, LandmarkCache) else 0
-    shape = (
-        tuple(attention_mask.shape)
-        if isinstance(attention_mask, Tensor)
-        else type(attention_mask).__name__
-    )
+    shape: Any = type(attention_mask).__name__
+    if isinstance(attention_mask, Tensor):
+        shape = tuple(attention_mask.shape)
     if shape not in ((batch, tokens), (batch, past + tokens)):
         raise ValueError(
             f"attention_mask: expected shape ({batch}, {past + tokens}), got {shape}; "
@@ -395,8 +418,10 @@ def text_mask(attention_mask: Tensor | None, text: Tensor, cache: Any) -> Tensor
 
 
 def _check_balanced(attention_mask: Tensor | None, tokens: int) -> None:
-    """Raises ``ValueError`` for a mask over remembered columns, which the stock balancing loss
-    cannot take.
+    """Refuses a mask over columns in the cache, which the stock balancing loss cannot take.
+
+    Raises:
+        ValueError: the mask covers more than the ``tokens`` new columns.
     """
     if attention_mask is not None and attention_mask.shape[1] != tokens:
         raise ValueError(
@@ -406,23 +431,45 @@ def _check_balanced(attention_mask: Tensor | None, tokens: int) -> None:
         )
 
 
+def _check_length(slots: int, settings: LandmarkConfig) -> None:
+    """Raises ``ValueError`` for a text beyond the trained length under exact positions."""
+    trained = settings.trained_length
+    if settings.mode != "retrieval" or settings.positions != "exact" or trained is None:
+        return
+    if slots > trained:
+        raise ValueError(
+            f"exact positions reach {slots}, the model was trained on {trained}: use stingy "
+            "positions or less text"
+        )
+
+
 def _documents(
     text: Tensor,
     seq_idx: Tensor | None,
     position_ids: Tensor | None,
     kwargs: dict[str, Any],
     *,
-    whole: bool,
+    may_be_packed: bool,
 ) -> Tensor | None:
-    """Returns the document of each column, ``(B, T)`` rising from 0, or ``None`` for rows of one
-    document.
+    """Returns the document of each column of packed rows, ``(B, T)`` rising from 0.
 
-    ``whole`` says that there is neither a mask nor a cache.
+    Args:
+        text: ``(B, T)`` token ids, or ``(B, T, hidden)`` embeddings.
+        seq_idx: as for ``forward``.
+        position_ids: as for ``forward``.
+        kwargs: further arguments of ``forward``; those about packed rows are removed.
+        may_be_packed: whether there is neither a mask nor a cache.
+
+    Returns:
+        the documents; ``None`` where nothing says that rows are packed.
+
+    Raises:
+        ValueError: packed rows with a mask or a cache, or arguments of other shapes.
     """
     borders = kwargs.pop("cu_seq_lens_q", None)
     for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
         kwargs.pop(name, None)
-    if (seq_idx is not None or borders is not None) and not whole:
+    if (seq_idx is not None or borders is not None) and not may_be_packed:
         raise ValueError(
             "packed rows (seq_idx, cu_seq_lens_q): expected no attention_mask and no cache; drop "
             "them"
@@ -433,26 +480,38 @@ def _documents(
             raise ValueError(
                 f"seq_idx: expected shape {(batch, tokens)} as the text, got {tuple(seq_idx.shape)}"
             )
-        return torch.nn.functional.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
+        return document_numbers(seq_idx)
     if borders is not None:
         if batch != 1:
             raise ValueError(
                 f"cu_seq_lens_q: expected one flattened row, got {batch}; pass seq_idx for more"
             )
-        return torch.searchsorted(
-            borders[1:].contiguous(), torch.arange(tokens, device=borders.device), right=True
-        )[None]
-    return (
-        documents_of(position_ids.expand(batch, -1)) if whole and position_ids is not None else None
-    )
+        columns = torch.arange(tokens, device=borders.device)
+        return document_numbers(
+            torch.searchsorted(borders[1:].contiguous(), columns, right=True)[None]
+        )
+    if position_ids is not None and may_be_packed:
+        return documents_by_position(position_ids.expand(batch, -1))
+    return None
 
 
 def _with_gaps(positions: Tensor, batch: int, block_size: int, largest: int) -> Tensor:
-    """Lets positions jump after landmarks: ``(width,)`` or ``(B, width)`` to ``(B, width)``."""
+    """Lets positions jump after landmarks, as ``LandmarkConfig.position_gap`` describes.
+
+    Args:
+        positions: ``(width,)`` or ``(B, width)``.
+        batch: rows.
+        block_size: slots of a block.
+        largest: the largest jump.
+
+    Returns:
+        ``(B, width)``.
+    """
     width = positions.shape[-1]
     device = positions.device
     reach = (torch.rand(batch, 1, device=device) * (largest + 1)).floor()
-    reach = reach * (torch.rand(batch, 1, device=device) < 0.5)
+    has_gaps = torch.rand(batch, 1, device=device) < 0.5
+    reach = torch.where(has_gaps, reach, 0)
     gaps = (torch.rand(batch, width // block_size + 1, device=device) * (reach + 1)).floor().long()
     total = torch.nn.functional.pad(gaps.cumsum(1), (1, 0))
     blocks = (positions // block_size).expand(batch, width)

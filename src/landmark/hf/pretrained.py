@@ -1,5 +1,6 @@
-"""Reading a folder or hub name with transformers; what is missing or damaged is said in one
-line.
+"""Reads a model by folder or hub name with transformers.
+
+A file that is missing or damaged is named in a message of one line.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from landmark.hf.damage import (
 )
 from landmark.hf.families import PREFIX, check_landmark_config
 
+# Loading arguments that say where to look for a hub name.
 HUB = (
     "cache_dir",
     "force_download",
@@ -40,6 +42,7 @@ HUB = (
     "subfolder",
     "token",
 )
+# Loading arguments that concern weights or code, not the config.
 NOT_OF_CONFIGS = (
     "dtype",
     "torch_dtype",
@@ -54,38 +57,38 @@ class Adapter:
     """An adapter of peft.
 
     Attributes:
-        place: a folder or hub name.
-        hub: where to look for a hub name.
-        base: the model that it names, a folder or hub name; ``None`` where its model lies in the
-            same folder, from which transformers reads both at once.
+        path: a folder or hub name.
+        hub: loading arguments for finding a hub name.
+        base: folder or hub name of the model that the adapter names; ``None`` where the model is in
+            the same folder, from which transformers reads both at once.
     """
 
-    place: str
+    path: str
     hub: dict[str, Any]
     base: str | None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is about to be read.
+    """A model that was found and whose weights are not read yet.
 
     Attributes:
-        path: a folder or hub name with the weights.
-        adapter: what is put on them, if anything.
+        path: folder or hub name of the weights.
+        adapter: the adapter that is put on them, if any.
         config: the config, with the fields that were given as loading arguments.
         loading: the other loading arguments, for ``from_pretrained``.
-        told: whether the caller wants the loading info.
+        wants_info: whether the caller asked for the loading info.
     """
 
     path: str
     adapter: Adapter | None
     config: Any
     loading: dict[str, Any]
-    told: bool
+    wants_info: bool
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name of the model in messages."""
         return _name(self.path, self.adapter)
 
 
@@ -99,11 +102,11 @@ def find(path: Any, **loading: Any) -> Source:
 
     Args:
         path: a folder or hub name, of a model or of an adapter of peft.
-        **loading: what ``from_pretrained`` takes: where to look (``subfolder``, ``revision``, ...),
-            ``config``, fields of the config, and what concerns the weights.
+        **loading: arguments of ``from_pretrained``: where to look (``subfolder``, ``revision``,
+            ...), ``config``, fields of the config, and those about weights.
 
     Raises:
-        ValueError: ``path`` is neither, its config is damaged or cannot be that of a landmark
+        ValueError: ``path`` is neither, the config is damaged or cannot be that of a landmark
             model, or another attention is asked for.
         FileNotFoundError: there is no model.
         ModuleNotFoundError: it is an adapter and peft is not installed.
@@ -116,38 +119,36 @@ def find(path: Any, **loading: Any) -> Source:
             f"a landmark model attends by {IMPLEMENTATION!r} only, got "
             f"attn_implementation={attention!r}; leave it out"
         )
-    told = bool(loading.pop("output_loading_info", False))
-    place = os.path.expanduser(os.fsdecode(path))
-    adapter = _adapter(place, loading)
+    wants_info = bool(loading.pop("output_loading_info", False))
+    model = os.path.expanduser(os.fsdecode(path))
+    adapter = _adapter(model, loading)
     if adapter is not None and adapter.base is not None:
-        place = adapter.base
+        model = adapter.base
         loading = {
             name: value for name, value in loading.items() if name not in ("subfolder", "revision")
         }
-    name = _name(place, adapter)
-    config, rest = _config(place, name, loading)
+    name = _name(model, adapter)
+    config, rest = _config(model, name, loading)
     if config.model_type.startswith(PREFIX):
         try:
             check_landmark_config(config)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    return Source(place, adapter, config, rest, told)
+    return Source(path=model, adapter=adapter, config=config, loading=rest, wants_info=wants_info)
 
 
 def read_weights(source: Source) -> tuple[Any, dict[str, Any]]:
-    """Returns the model that was found, and what transformers says of loading it.
+    """Returns a model and its loading info.
 
     Raises:
-        ValueError: its weights are damaged, of other shapes, or not all there; the last not where
-            the caller is told.
-        FileNotFoundError: it has no weights.
+        ValueError: the weights are damaged, of other shapes, or not complete. Weights that are not
+            complete are no error where the caller asked for the loading info.
+        FileNotFoundError: there are no weights.
     """
     other_shapes = bool(source.loading.get("ignore_mismatched_sizes"))
     with _reading(source.path, source.name, source.loading, partial(_check_files, source)):
-        arguments = {
-            **unpacked_gguf(source.loading),
-            "ignore_mismatched_sizes": True,
-        }  # refused below, by name
+        # Weights of other shapes are refused below, by name.
+        arguments = {**unpacked_gguf(source.loading), "ignore_mismatched_sizes": True}
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path, config=source.config, output_loading_info=True, **arguments
         )
@@ -158,7 +159,7 @@ def read_weights(source: Source) -> tuple[Any, dict[str, Any]]:
     missing = set(info["missing_keys"])
     if source.adapter is not None:
         missing = _load_adapter(model, source, source.adapter, missing)
-    if missing and not source.told:
+    if missing and not source.wants_info:
         raise ValueError(
             f"{source.name}: expected all weights of {type(model).__name__}, got none for "
             f"{len(missing)} of its tensors ({_first(missing)}); save the whole model again"
@@ -167,16 +168,21 @@ def read_weights(source: Source) -> tuple[Any, dict[str, Any]]:
 
 
 def _name(path: str, adapter: Adapter | None) -> str:
-    return path if adapter is None else f"{adapter.place} (an adapter of {path})"
+    return path if adapter is None else f"{adapter.path} (an adapter of {path})"
 
 
 def _first(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+    shown = sorted(names)[:3]
+    if len(names) > len(shown):
+        shown.append("...")
+    return ", ".join(shown)
 
 
 def _of_other_shapes(tensors: Any) -> str:
-    """Returns what is wrong with tensors that are given as (name, shape in the file, shape in the
-    model).
+    """Returns the message about tensors of other shapes.
+
+    Args:
+        tensors: for each its name, its shape in the file and its shape in the model.
     """
     name, found, wanted = min(tensors)
     return (
@@ -187,40 +193,36 @@ def _of_other_shapes(tensors: Any) -> str:
 
 
 def _check_files(source: Source, folder: Path) -> None:
-    """Raises ``ValueError`` or ``FileNotFoundError`` for a file of a model that is damaged or
-    missing.
-    """
+    """Raises ``ValueError`` for a damaged file, ``FileNotFoundError`` for a missing one."""
     check_weights(folder, source.loading.get("variant"), source.loading.get("use_safetensors"))
     if source.adapter is not None and source.adapter.base is None:
         check_adapter(folder)
 
 
 def _reading(
-    place: str, name: str, loading: dict[str, Any], check: Callable[[Path], None], remedy: str = ""
+    path: str, name: str, loading: dict[str, Any], check: Callable[[Path], None], remedy: str = ""
 ) -> AbstractContextManager[None]:
-    """Says a failure in one line, by the file that is damaged.
+    """Turns a failure inside into one line that names the damaged file.
 
     Args:
-        place: the folder or hub name that is read.
-        name: what messages call it.
+        path: the folder or hub name that is read.
+        name: its name in messages.
         loading: the loading arguments.
-        check: finds the damaged file in a folder; where a GGUF file is read, that one is looked at
+        check: finds the damaged file in a folder. Where a GGUF file is read, that one is checked
             instead.
         remedy: what to do where no file is damaged.
     """
     file = loading.get("gguf_file")
     if file is None:
-        return in_one_line(name, partial(_look, place, loading, check), remedy)
-    look = partial(_look, place, loading, lambda folder: check_gguf(folder / file))
+        return in_one_line(name, partial(_look, path, loading, check), remedy)
+    look = partial(_look, path, loading, lambda folder: check_gguf(folder / file))
     remedy = "download it again, or convert the model that it was made of"
-    return in_one_line(str(Path(place, loading.get("subfolder") or "", file)), look, remedy)
+    return in_one_line(str(Path(path, loading.get("subfolder") or "", file)), look, remedy)
 
 
-def _look(place: str, loading: dict[str, Any], check: Callable[[Path], None]) -> None:
-    """Runs a check on a folder, or on what is cached of a hub name: there, nothing is known of what
-    is missing.
-    """
-    folder = Path(place, loading.get("subfolder") or "")
+def _look(path: str, loading: dict[str, Any], check: Callable[[Path], None]) -> None:
+    """Runs a check on a folder, or on the cached files of a hub name."""
+    folder = Path(path, loading.get("subfolder") or "")
     if folder.is_dir():
         check(folder)
         return
@@ -228,61 +230,68 @@ def _look(place: str, loading: dict[str, Any], check: Callable[[Path], None]) ->
         key: loading[key] for key in ("cache_dir", "revision", "subfolder") if loading.get(key)
     }
     for name in (CONFIG, ADAPTER):
-        with suppress(OSError):  # it is not cached, or this is a path where nothing is
-            file = cached_file(place, name, local_files_only=True, **cache)
+        # OSError: the file is not cached, also as there may be none at this path.
+        with suppress(OSError):
+            file = cached_file(path, name, local_files_only=True, **cache)
             check(Path(str(file)).parent)
             return
 
 
-def _config(place: str, name: str, loading: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the config and the loading arguments that are no fields of it; ``name`` is for
-    messages.
+def _config(path: str, name: str, loading: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns the config of a model and the loading arguments that are not its fields.
+
+    Args:
+        path: the folder or hub name.
+        name: its name in messages.
+        loading: all loading arguments.
     """
     given = loading.get("config")
     rest = {key: value for key, value in loading.items() if key != "config"}
     if isinstance(given, PretrainedConfig):
         return given, rest
     if given is not None:
-        name = place = os.path.expanduser(os.fsdecode(given))
+        path = os.path.expanduser(os.fsdecode(given))
+        name = path
     check = partial(check_config, trusted=bool(rest.get("trust_remote_code")))
     of_gguf = rest.get("gguf_file") is not None and given is None
-    if os.path.isdir(place) and not of_gguf:
-        _look(place, rest, check)
+    if os.path.isdir(path) and not of_gguf:
+        _look(path, rest, check)
     fields = {key: value for key, value in rest.items() if key not in NOT_OF_CONFIGS}
     remote = {key: rest[key] for key in ("trust_remote_code", "code_revision") if key in rest}
-    remote.setdefault("trust_remote_code", False)  # None asks on the terminal
+    remote.setdefault("trust_remote_code", False)  # transformers asks on the terminal for None
     read = rest if of_gguf else {**rest, "gguf_file": None}
-    with _reading(place, name, read, check, "correct config.json, or the fields that were given"):
+    with _reading(path, name, read, check, "correct config.json, or the fields that were given"):
         config, unused = AutoConfig.from_pretrained(
-            place, return_unused_kwargs=True, **fields, **remote
+            path, return_unused_kwargs=True, **fields, **remote
         )
     kept = {key: rest[key] for key in (*HUB, *NOT_OF_CONFIGS, "gguf_file") if key in rest}
     return config, {**unused, **kept}
 
 
-def _adapter(place: str, loading: dict[str, Any]) -> Adapter | None:
-    """Returns the adapter of peft that lies at a place, if one does."""
+def _adapter(path: str, loading: dict[str, Any]) -> Adapter | None:
+    """Returns the adapter of peft at a path or hub name, if there is one."""
     subfolder = loading.get("subfolder") or ""
-    folder = Path(place, subfolder)
+    folder = Path(path, subfolder)
     if os.path.isfile(folder):
         raise FileNotFoundError(
             f"{folder}: expected a folder or hub name, it is a file; a GGUF file is named by "
             "gguf_file= beside its folder"
         )
-    if os.path.isdir(place) and not os.path.isdir(folder):
+    if os.path.isdir(path) and not os.path.isdir(folder):
         raise FileNotFoundError(
-            f"{place}: expected a subfolder {subfolder!r}, found none; name one that is there"
+            f"{path}: expected a subfolder {subfolder!r}, found none; name one that is there"
         )
     hub = {name: loading[name] for name in HUB if name in loading}
     if os.path.isdir(folder):
-        return _adapter_in(
-            folder, {name: value for name, value in hub.items() if name != "subfolder"}
-        )
+        hub.pop("subfolder", None)
+        return _adapter_in(folder, hub)
     if not _has_peft():
         return None
-    with in_one_line(place):
-        file = find_adapter_config_file(place, **hub)
-    return None if file is None else Adapter(place, hub, _base(Path(file), Path(place)))
+    with in_one_line(path):
+        file = find_adapter_config_file(path, **hub)
+    if file is None:
+        return None
+    return Adapter(path, hub, base=_base(Path(file), Path(path)))
 
 
 def _adapter_in(folder: Path, hub: dict[str, Any]) -> Adapter | None:
@@ -293,21 +302,28 @@ def _adapter_in(folder: Path, hub: dict[str, Any]) -> Adapter | None:
         raise ModuleNotFoundError(
             f"{folder}: it is an adapter: pip install 'landmark-attention[peft]'"
         )
-    with_model = (folder / CONFIG).is_file()
-    return Adapter(str(folder), hub, None if with_model else _base(folder / ADAPTER, folder))
+    base = None
+    if not (folder / CONFIG).is_file():
+        base = _base(folder / ADAPTER, folder)
+    return Adapter(str(folder), hub, base)
 
 
 def _has_peft() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
-def _base(file: Path, place: Path) -> str:
-    """Returns the model that an adapter's config names: one that is a path may be meant from
-    several folders.
+def _base(file: Path, folder: Path) -> str:
+    """Returns the model that the config of an adapter names.
+
+    A relative path may be meant from the working folder, from the adapter's folder, or from the
+    folder around it.
 
     Args:
         file: the adapter's config.
-        place: the adapter's folder.
+        folder: the adapter's folder.
+
+    Raises:
+        ValueError: the config names none.
     """
     named = read_json(file).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
@@ -315,30 +331,36 @@ def _base(file: Path, place: Path) -> str:
             f"{file}: expected the adapter's base model, {ADAPTER} names no base model "
             "(base_model_name_or_path); save it again"
         )
-    folders = [path for path in (Path(named), place / named, place.parent / named) if path.is_dir()]
+    candidates = (Path(named), folder / named, folder.parent / named)
+    folders = [path for path in candidates if path.is_dir()]
     models = [path for path in folders if (path / CONFIG).is_file()]
-    return str(next(iter(models or folders), named))
+    for found in (*models, *folders):
+        return str(found)
+    return named
 
 
 def _load_adapter(model: Any, source: Source, adapter: Adapter, missing: set[str]) -> set[str]:
-    """Loads what stock code has not loaded of an adapter together with its model.
+    """Loads the tensors of an adapter that ``from_pretrained`` has not loaded with the model.
 
     Args:
         model: the model as it was read.
-        source: where it was read from.
-        adapter: the adapter of it.
+        source: what it was read from.
+        adapter: its adapter.
         missing: names of tensors that were not in its weights.
 
     Returns:
-        the names of tensors that are neither there nor in the adapter.
+        the names of tensors that are neither in the weights nor in the adapter.
+
+    Raises:
+        ValueError: the adapter has tensors that the model has not.
     """
     foreign: set[str] = set()
-    with in_one_line(source.name, partial(_look, adapter.place, adapter.hub, check_adapter)):
+    with in_one_line(source.name, partial(_look, adapter.path, adapter.hub, check_adapter)):
         if adapter.base is not None:
-            info = model.load_adapter(adapter.place, adapter_kwargs=dict(adapter.hub))
+            info = model.load_adapter(adapter.path, adapter_kwargs=dict(adapter.hub))
             missing = missing | set(info.missing_keys)
             foreign = set(info.unexpected_keys)
-        left = load_saved_modules(model, adapter.place, missing | foreign, adapter.hub)
+        left = load_saved_modules(model, adapter.path, missing | foreign, adapter.hub)
     if left & foreign:
         raise ValueError(
             f"{source.name}: expected the tensors of the model, got tensors that are not in the "

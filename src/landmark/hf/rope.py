@@ -1,5 +1,6 @@
-"""Reads a transformers architecture's rotary embedding into ``landmark.rotary.Rotary``, or refuses
-it.
+"""Reads the rotary embedding of an architecture into a ``landmark.rotary.Rotary``, or refuses it.
+
+It is probed with unit vectors, as architectures differ in what they rotate and how.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from landmark.rotary import Rotary
 
 PROBED_POSITIONS = 97
-TOLERANCE = 1e-4  # the architecture computes its angles in float32
+TOLERANCE = 1e-4  # architectures compute angles in float32
 
 
 def layer_types(config: Any) -> tuple[str | None, ...]:
@@ -26,22 +27,24 @@ def layer_types(config: Any) -> tuple[str | None, ...]:
 
 
 def trained_positions(config: Any) -> int:
-    """Returns the positions that the frequencies which ``read_rotaries`` reads were trained on."""
+    """Returns the positions that a model was trained on.
+
+    Under longrope these are the positions that the frequencies for short texts were trained on,
+    which ``read_rotaries`` reads.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
-    short = (
-        rope.get("original_max_position_embeddings")
-        if rope.get("rope_type") == "longrope"
-        else None
-    )
-    return int(short or config.max_position_embeddings)
+    if rope.get("rope_type") == "longrope":
+        short = rope.get("original_max_position_embeddings")
+        if short:
+            return int(short)
+    return int(config.max_position_embeddings)
 
 
 def read_rotaries(decoder: nn.Module) -> dict[str | None, Rotary]:
     """Returns the rotary embedding of each layer type of a decoder.
 
-    Frequencies come from a fresh float32 copy of the rotary module, so a model's dtype or device
-    does not matter; those of length-dependent kinds (dynamic, longrope) are the ones used for short
-    texts.
+    Frequencies come from a new float32 copy of the rotary module, so the dtype and device of the
+    model do not matter. Length-dependent kinds (dynamic, longrope) give those for short texts.
 
     Raises:
         ValueError: the decoder has no rotary embedding, or one that is not a rotation of pairs of
@@ -67,12 +70,12 @@ def read_rotaries(decoder: nn.Module) -> dict[str | None, Rotary]:
 
 
 def _head_dim(config: Any) -> int:
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
 
 
 def _apply_function(decoder: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Returns the function by which the decoder's architecture applies RoPE."""
     for base in type(decoder).__mro__:
         function = getattr(sys.modules[base.__module__], "apply_rotary_pos_emb", None)
         if function is not None:
@@ -86,22 +89,32 @@ def _apply_function(decoder: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
 def _read(
     module: nn.Module, kind: str | None, apply: Callable[..., tuple[Tensor, Tensor]], dim: int
 ) -> Rotary:
+    """Reads one rotary type of a rotary module.
+
+    Args:
+        module: the rotary module, in float32 on the CPU.
+        kind: the rotary type, ``None`` where the module has one.
+        apply: the function by which the architecture applies it.
+        dim: dimension of a head.
+
+    Raises:
+        ValueError: it is not a rotation of pairs of the first columns.
+    """
     cos, sin = _angles(module, kind, torch.ones(1, dim, dtype=torch.long))
+    eye = torch.eye(dim).expand(1, 1, dim, dim)
     try:
-        apply(
-            torch.eye(dim).expand(1, 1, dim, dim), torch.eye(dim).expand(1, 1, dim, dim), cos, sin
-        )
-    except (
-        RuntimeError
-    ):  # an architecture that cuts the rotated columns off before it calls this function
+        apply(eye, eye, cos, sin)
+    except RuntimeError:
+        # Some architectures pass this function the rotated columns alone.
         dim = cos.shape[-1]
         cos = cos[:, :dim]
         sin = sin[:, :dim]
-    eye = torch.eye(dim).expand(1, 1, dim, dim)
+        eye = torch.eye(dim).expand(1, 1, dim, dim)
     scaling = float((cos**2 + sin**2).mean().sqrt())
-    passing = apply(eye, eye, torch.zeros_like(cos), torch.zeros_like(sin))[0][0, 0].diagonal()
-    turned = apply(eye, eye, torch.zeros_like(cos), torch.ones_like(sin))[0][0, 0]
-    one = apply(eye, eye, cos / scaling, sin / scaling)[0][0, 0]
+    zeros = torch.zeros_like(cos)
+    passing = apply(eye, eye, zeros, zeros)[0][0, 0].diagonal()  # 1 where a column is not rotated
+    turned = apply(eye, eye, zeros, torch.ones_like(sin))[0][0, 0]  # rotated by a right angle
+    one = apply(eye, eye, cos / scaling, sin / scaling)[0][0, 0]  # at position 1
     width = int((passing == 0).sum())
     if not bool((passing[:width] == 0).all()) or width % 2:
         raise ValueError(
@@ -111,23 +124,28 @@ def _read(
     turned = turned[:width, :width]
     partner = turned.abs().argmax(0)
     signs = turned.gather(0, partner[None])[0]
-    place = torch.arange(width)
-    interleaved = bool((partner == (place ^ 1)).all())
-    if not interleaved and not bool((partner == (place + width // 2) % width).all()):
+    column = torch.arange(width)
+    interleaved = bool((partner == (column ^ 1)).all())
+    halves = bool((partner == (column + width // 2) % width).all())
+    if not interleaved and not halves:
         raise ValueError(
             "this rotary embedding pairs columns in an unknown order: it is not supported"
         )
-    estimate = torch.atan2((one[partner, place] * signs).double(), one.diagonal()[:width].double())
+    sine = one[partner, column] * signs
+    cosine = one.diagonal()[:width]
+    estimate = torch.atan2(sine.double(), cosine.double())
     known = _inverse_frequencies(module, kind).double()
     frequencies = known[(estimate[:, None] - known).abs().argmin(1)]
     rotary = Rotary(frequencies, signs.double(), interleaved)
-    _verify(rotary, module, kind, apply, dim, scaling)
+    _verify(rotary, module, kind, apply, dim=dim, scaling=scaling)
     return rotary
 
 
 def _angles(module: nn.Module, kind: str | None, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the cosines and sines of a rotary module at positions ``(1, T)``."""
     like = torch.zeros(1, positions.shape[1], 1, dtype=torch.float32)
-    cos, sin = module(like, positions) if kind is None else module(like, positions, kind)
+    arguments = (like, positions) if kind is None else (like, positions, kind)
+    cos, sin = module(*arguments)
     return cos, sin
 
 
@@ -146,15 +164,14 @@ def _verify(
     module: nn.Module,
     kind: str | None,
     apply: Callable[..., Any],
+    *,
     dim: int,
     scaling: float,
 ) -> None:
+    """Raises ``ValueError`` where ``rotary`` does not rotate as the architecture does."""
     positions = torch.arange(PROBED_POSITIONS)
-    x = (
-        torch.linspace(-1, 1, PROBED_POSITIONS * dim, dtype=torch.float32)
-        .view(1, 1, PROBED_POSITIONS, dim)
-        .sin()
-    )
+    values = torch.linspace(-1, 1, PROBED_POSITIONS * dim, dtype=torch.float32).sin()
+    x = values.view(1, 1, PROBED_POSITIONS, dim)
     cos, sin = _angles(module, kind, positions[None])
     expected = apply(x, x, cos / scaling, sin / scaling)[0]
     error = float((rotary.rotation(positions, x.dtype).rotate(x) - expected).abs().max())

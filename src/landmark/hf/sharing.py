@@ -1,9 +1,8 @@
-"""A model of other classes around the modules of a given one: tensors are shared, everything else
-is its own.
+"""Builds a model of other classes around the modules of a given one, which shares its tensors.
 
-Each module is copied flat: same class, same attributes, same parameters and buffers, hooks as they
-stand. So whatever was put into the given model (quantized or fused layers, adapters, hooks, other
-heads) is in the other one too, and neither changes the other's mode, hooks, layers or attention.
+Each module is copied flat: same class, same attributes, same parameters and buffers, same hooks. So
+whatever was put into the given model (quantized or fused layers, adapters, hooks, other heads) is
+in the other one too. Neither changes the mode, hooks, layers or attention of the other.
 """
 
 from __future__ import annotations
@@ -17,20 +16,17 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-_TORCH_OWN = frozenset(
-    vars(nn.Module())
-)  # parameters, buffers, hooks, ...: dictionaries that a module must not share
+# Attributes of torch (parameters, buffers, hooks, ...): dictionaries that modules must not share.
+_TORCH_OWN = frozenset(vars(nn.Module()))
 
 
 def model_around(given: PreTrainedModel, causal_lm: Any, config: Any) -> Any:
     """Returns a model of class ``causal_lm`` and of ``config`` around the modules of ``given``.
 
-    What neither the class nor a copy can keep is refused: another class of ``given`` than the class
-    that both have in common, functions put on an instance that know the instance, and what was
-    compiled.
-
     Raises:
-        ValueError: as said, naming the module and the remedy.
+        ValueError: something can be kept neither by the class nor by a copy: a function put on an
+            instance that may know the instance, or a compiled module. The message names the module
+            and the remedy.
     """
     with torch.device("meta"):
         model = causal_lm(config)
@@ -44,21 +40,20 @@ def model_around(given: PreTrainedModel, causal_lm: Any, config: Any) -> Any:
 
 
 def config_as(config: Any, config_class: Any) -> Any:
-    """Returns a copy of a config as one of another class, with what is not saved, such as how
-    experts are computed.
+    """Returns a copy of a config as one of another class.
+
+    It also has the fields that are not saved, such as how experts are computed.
     """
     made = copy.deepcopy(config)
     made.__class__ = config_class
-    for name in (
-        "model_type",
-        "transformers_version",
-    ):  # where they lie on the instance, they are the other class's
+    # On the instance, these two would be those of the class before.
+    for name in ("model_type", "transformers_version"):
         made.__dict__.pop(name, None)
     return made
 
 
 class _Copies:
-    """The copies made so far: what appears twice in the given model appears twice in the other."""
+    """The copies made so far: a module that the given model has twice is copied once."""
 
     def __init__(self, given: PreTrainedModel, config: Any) -> None:
         self._modules: dict[int, nn.Module] = {}
@@ -69,7 +64,8 @@ class _Copies:
     def of(self, module: nn.Module, name: str) -> nn.Module:
         """Returns the copy of ``module``, which is called ``name`` in the given model."""
         if id(module) not in self._modules:
-            self._modules[id(module)] = made = object.__new__(type(module))
+            made = object.__new__(type(module))
+            self._modules[id(module)] = made
             self.fill(made, module, name)
         return self._modules[id(module)]
 
@@ -102,37 +98,32 @@ class _Copies:
         }
 
     def _replaces_forward(self, made: nn.Module, module: nn.Module, key: str, bound: Any) -> bool:
-        """Whether an attribute of the given decoder would run in place of the forward that inserts
-        landmarks.
-        """
-        is_forward = (
-            module is self._decoder
-            and key in ("forward", "_old_forward")
-            and isinstance(bound, MethodType)
-        )
-        return is_forward and bound.__func__ is not type(made).forward
+        """Returns whether an attribute of the decoder would replace its landmark ``forward``."""
+        if module is not self._decoder or key not in ("forward", "_old_forward"):
+            return False
+        return isinstance(bound, MethodType) and bound.__func__ is not type(made).forward
 
     def _config(self, config: Any) -> Any:
-        """Returns the other model's config for the given one's, and for another one a copy with the
-        same attention.
+        """Returns the config of the copy for a config of the given model.
+
+        Configs of parts of the model are copied, with the attention of the new model.
         """
         if id(config) not in self._configs:
-            self._configs[id(config)] = own = copy.copy(config)
+            own = copy.copy(config)
             own._attn_implementation = self._attention
+            self._configs[id(config)] = own
         return self._configs[id(config)]
 
 
 def _bound_to(made: nn.Module, value: Any, module: nn.Module) -> Any:
-    """Returns a method or partial function of ``module`` as one of ``made``, anything else as it
-    is.
+    """Returns a method or partial function of ``module`` bound to ``made``.
+
+    Any other value is returned as it is.
     """
     if isinstance(value, MethodType) and value.__self__ is module:
-        own = getattr(type(module), value.__name__, None) is value.__func__
-        return (
-            getattr(made.__class__, value.__name__).__get__(made)
-            if own
-            else MethodType(value.__func__, made)
-        )
+        if getattr(type(module), value.__name__, None) is value.__func__:
+            return getattr(made.__class__, value.__name__).__get__(made)
+        return MethodType(value.__func__, made)
     if isinstance(value, functools.partial) and value.args and value.args[0] is module:
         bound = functools.partial(value.func, made, *value.args[1:], **value.keywords)
         bound.__dict__.update(
@@ -143,14 +134,16 @@ def _bound_to(made: nn.Module, value: Any, module: nn.Module) -> Any:
 
 
 def _replaces_method(module: nn.Module, key: str, value: Any) -> bool:
-    """Whether what lies on the instance stands in place of a method of its class."""
+    """Returns whether an attribute of an instance hides a method of its class."""
     return callable(value) and callable(getattr(type(module), key, None))
 
 
 def _guards(value: Any) -> bool:
-    """Whether this is what accelerate puts in place of ``to`` and ``cuda`` of a model in several
-    places, to warn.
+    """Returns whether accelerate put this function there.
+
+    It replaces ``to`` and ``cuda`` of a model on several devices by functions that warn.
     """
-    return isinstance(value, FunctionType) and value.__globals__.get("__name__", "").startswith(
-        "accelerate."
-    )
+    if not isinstance(value, FunctionType):
+        return False
+    module: str = value.__globals__.get("__name__", "")
+    return module.startswith("accelerate.")

@@ -1,6 +1,4 @@
-"""What is saved beside config.json: a stub for tools that load models by name, and a note for
-people.
-"""
+"""Files saved beside config.json: a stub for tools that load models by name, and a note."""
 
 from __future__ import annotations
 
@@ -8,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    Stock = Any  # the stock class that stands behind the mixin
+    Stock = Any  # the stock class that follows the mixin
 else:
     Stock = object
 
 STUB = "landmark_stub"
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-# transformers takes imports outside of try for names of packages to install, and landmark is
-# another package there.
+# transformers reads imports outside of try as packages to install, and the package index has
+# another package called landmark.
 CODE = '''"""Loads this model with the package landmark-attention; see LANDMARK.md."""
 
 try:
@@ -52,11 +50,11 @@ class PackagedMixin(Stock):  # type: ignore[misc]
 
 
 class LandmarkConfigMixin(PackagedMixin):
-    """A config that is saved with what loads it.
+    """A config that is saved together with the stub that loads the model.
 
     Attributes:
-        auto_map: where transformers finds the classes of a saved folder in a process that has not
-            imported this package: a name in the stub for each of ``AUTO_CLASSES``.
+        auto_map: a name in the stub for each of ``AUTO_CLASSES``. transformers finds the classes of
+            a saved folder by it in a process that has not imported this package.
     """
 
     auto_map: dict[str, str]

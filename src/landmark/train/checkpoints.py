@@ -1,4 +1,4 @@
-"""Finding and checking the checkpoint that a run continues from."""
+"""Finds and checks the checkpoint that a run continues from."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from safetensors import safe_open
 
 from landmark.data import outputs
 from landmark.data.errors import first_line
-from landmark.train.recipe import Recipe
+from landmark.train.recipe import Recipe, RunArguments
 
 RECIPE = "recipe.json"
 FOLDER = "checkpoints"
+# Settings that a run may be resumed with other values of.
+FREE = ("log_every", "evaluate_every", "save_every", "workers", "report_to", "compile")
 
 
 def last_checkpoint(out: Path) -> Path:
@@ -47,7 +49,7 @@ def last_checkpoint(out: Path) -> Path:
                 list(tensors.keys())
         if not sharded:
             torch.load(path / "optimizer.pt", map_location="meta", weights_only=True)
-    except Exception as error:  # the readers raise many kinds
+    except Exception as error:  # json, safetensors and torch raise many kinds
         raise ValueError(
             f"{path}: expected a complete checkpoint, got a damaged one ({_line(error)}); {remedy}"
         ) from None
@@ -59,7 +61,11 @@ def last_checkpoint(out: Path) -> Path:
 
 
 def refuse_overwriting(out: Path) -> None:
-    """Raises ``ValueError`` when a run with checkpoints is already there."""
+    """Makes sure that a folder holds no run with checkpoints.
+
+    Raises:
+        ValueError: it does.
+    """
     if _checkpoints(out):
         raise ValueError(
             f"{out}: a run with checkpoints is already there; pass --resume to continue it, or "
@@ -67,15 +73,30 @@ def refuse_overwriting(out: Path) -> None:
         )
 
 
-def save_recipe(out: Path, recipe: Recipe, rest: dict[str, Any]) -> None:
-    """Writes the run's settings to ``recipe.json``."""
-    fields = {**recipe.to_dict(), "arguments": rest}
+def save_recipe(out: Path, recipe: Recipe, arguments: RunArguments) -> None:
+    """Writes the settings of a run to ``recipe.json``.
+
+    Args:
+        out: folder of the run.
+        recipe: the settings.
+        arguments: what the run is asked for beside them.
+    """
+    fields = _run_settings(recipe, arguments)
     outputs.write(out / RECIPE, (json.dumps(fields, indent=1) + "\n").encode())
 
 
-def require_same_recipe(out: Path, recipe: Recipe, rest: dict[str, Any]) -> None:
-    """Raises ``ValueError`` when a run is to be resumed with settings that would change its
-    losses.
+def require_same_recipe(out: Path, recipe: Recipe, arguments: RunArguments) -> None:
+    """Makes sure that a run is resumed with the settings that it began with.
+
+    Settings that do not change its losses are free.
+
+    Args:
+        out: folder of the run.
+        recipe: the settings.
+        arguments: what the run is asked for beside them.
+
+    Raises:
+        ValueError: others differ, or ``recipe.json`` cannot be read.
     """
     path = out / RECIPE
     try:
@@ -84,19 +105,25 @@ def require_same_recipe(out: Path, recipe: Recipe, rest: dict[str, Any]) -> None
         raise ValueError(
             f"{path}: expected the settings of the run to resume, got no readable file; train anew"
         ) from None
-    new = json.loads(json.dumps({**recipe.to_dict(), "arguments": rest}))
-    free = ("log_every", "evaluate_every", "save_every", "workers", "report_to", "compile")
-    changed = [
-        f"{section}.{name}"
-        for section in ("model", "landmark", "data", "optimiser", "run", "arguments")
-        for name in sorted({*old.get(section, {}), *new[section]})
-        if old.get(section, {}).get(name) != new[section].get(name) and name not in free
-    ]
+    new = json.loads(json.dumps(_run_settings(recipe, arguments)))
+    changed = []
+    for section in ("model", "landmark", "data", "optimiser", "run", "arguments"):
+        before = old.get(section, {})
+        now = new[section]
+        changed += [
+            f"{section}.{name}"
+            for name in sorted({*before, *now})
+            if before.get(name) != now.get(name) and name not in FREE
+        ]
     if changed:
         raise ValueError(
             f"{out}: expected the settings the run began with, got other {changed}; drop --resume "
             "or those"
         )
+
+
+def _run_settings(recipe: Recipe, arguments: RunArguments) -> dict[str, Any]:
+    return {**recipe.to_dict(), "arguments": arguments.to_dict()}
 
 
 def _checkpoints(out: Path) -> list[Path]:

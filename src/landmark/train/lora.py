@@ -13,6 +13,13 @@ ADAPTER = "adapter"
 def add_lora(model: Any, rank: int) -> Any:
     """Wraps a landmark model so that only adapters and its landmark embedding are trained.
 
+    Args:
+        model: the landmark model.
+        rank: rank of the adapters.
+
+    Returns:
+        the model of peft; what it trains is in float32.
+
     Raises:
         ModuleNotFoundError: peft is not installed.
         ValueError: ``rank`` below 1, or no linear layer inside the attention.
@@ -40,8 +47,7 @@ def add_lora(model: Any, rank: int) -> Any:
 
 
 def attention_projections(model: nn.Module) -> list[str]:
-    """Returns the last names of the linear layers inside attention modules (``q_proj``,
-    ``query_key_value``, ...).
+    """Returns the names of the linear layers inside attention modules, such as ``q_proj``.
 
     Raises:
         ValueError: there is none.
@@ -61,8 +67,6 @@ def attention_projections(model: nn.Module) -> list[str]:
 
 def base_of(model: Any) -> Any:
     """Returns the landmark model inside an adapted one; any other model as it is."""
-    return (
-        model.get_base_model()
-        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-        else model
-    )
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model

@@ -1,4 +1,4 @@
-"""The loss: the mean over all text, and beside it the mean over the answers that were asked for."""
+"""The training loss: the mean over all text, and the mean over answers that are asked for."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from landmark.data.episodes import IGNORED
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the cross-entropy of each token given those before it, float32 ``(B, T)``, 0 where
-    there is no label.
+    """Returns the cross-entropy of each token given those before it.
 
     Args:
         logits: ``(B, T, V)``.
-        labels: ``(B, T)``, the ids themselves, -100 for no loss; place ``t`` of the result is the
-            loss of ``labels[t]`` (the first has none).
+        labels: ``(B, T)`` the ids themselves, not shifted; -100 for no loss.
+
+    Returns:
+        float32 ``(B, T)``; entry ``t`` is the loss of ``labels[:, t]``, 0 for the first token and
+        where there is no label.
     """
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     losses = functional.cross_entropy(
@@ -25,10 +27,16 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def text_loss(losses: Tensor, labels: Tensor, items: Tensor | None = None) -> Tensor:
-    """Returns the mean of ``token_losses`` over the labels, or their sum divided by ``items``; a
-    scalar.
+    """Returns the mean loss over text, a scalar.
+
+    Args:
+        losses: ``(B, T)``, as ``token_losses`` returns them.
+        labels: ``(B, T)``, -100 for no loss.
+        items: the number of labels to divide by; by default those of this batch.
     """
-    return losses.sum() / (labels[:, 1:].ne(IGNORED).sum().clamp(min=1) if items is None else items)
+    if items is None:
+        items = labels[:, 1:].ne(IGNORED).sum().clamp(min=1)
+    return losses.sum() / items
 
 
 def answer_weighted_loss(
@@ -39,25 +47,34 @@ def answer_weighted_loss(
     items: Tensor | None = None,
     asked: Tensor | None = None,
 ) -> Tensor:
-    """Returns mean over text tokens + ``weight`` x mean over answer tokens, a scalar.
+    """Returns the mean loss over text plus ``weight`` times the mean over answers, a scalar.
 
     Args:
         logits: ``(B, T, V)``.
         labels: ``(B, T)``, -100 for no loss.
         answers: bool ``(B, T)``, true at the tokens of answers.
-        weight: of the answers' mean.
-        items: labels to divide by, where this batch is a part of a step; ``None`` for those of this
-            batch.
-        asked: answer tokens to divide by, likewise.
+        weight: weight of the mean over answers.
+        items: the number of labels to divide by, where this batch is a part of a step; by default
+            those of this batch.
+        asked: the number of answer tokens to divide by, likewise.
     """
     losses = token_losses(logits, labels)
-    asked = answers.sum() if asked is None else asked
-    return text_loss(losses, labels, items) + weight * (losses * answers).sum() / asked.clamp(min=1)
+    if asked is None:
+        asked = answers.sum()
+    answer_loss = (losses * answers).sum() / asked.clamp(min=1)
+    return text_loss(losses, labels, items) + weight * answer_loss
 
 
 def answers_right(logits: Tensor, labels: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns, per row, answer tokens that are the most likely ones, and answer tokens: two int64
-    ``(B,)``.
+    """Returns for each row how many answer tokens are predicted as most likely, and how many are.
+
+    Args:
+        logits: ``(B, T, V)``.
+        labels: ``(B, T)``.
+        answers: bool ``(B, T)``, true at the tokens of answers.
+
+    Returns:
+        two int64 ``(B,)``: the right answer tokens, and all answer tokens.
     """
     right = logits[:, :-1].argmax(dim=-1).eq(labels[:, 1:]) & answers[:, 1:]
     return right.sum(dim=-1), answers[:, 1:].sum(dim=-1)

@@ -1,12 +1,10 @@
-"""A training run described by a JSON file: model, landmarks, tokenizer, data, optimiser, run,
-save.
-"""
+"""Recipes: all settings of a training run, read from and written to a JSON file."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from landmark.config import GREATEST, LandmarkConfig
 from landmark.data.text import read_json
@@ -27,21 +25,25 @@ SMALL_LLAMA: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSettings:
-    """``vocab_size``: tokens of the byte-level BPE trained on the texts (from scratch only)."""
+    """The tokenizer of a model from scratch.
+
+    Attributes:
+        vocab_size: tokens of the byte-level BPE that is trained on the texts.
+    """
 
     vocab_size: int = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """What the rows hold.
+    """The rows that are trained on.
 
     Attributes:
-        length: positions of a row, landmarks included (512 at ``block_size`` 64 are 504 text
-            tokens).
-        episodes: share of synthetic retrieval episodes, the other rows are windows of the texts.
-        answer_weight: what the mean loss over answers counts beside the mean over all text.
-        field: key of the text in JSONL rows and hub data sets.
+        length: positions of a row, landmarks included (512 positions at ``block_size`` 64 are 504
+            text tokens).
+        episodes: share of synthetic retrieval episodes; the other rows are windows of the texts.
+        answer_weight: weight of the mean loss over answers, beside 1 for the mean over all text.
+        field: key of the text in JSON rows and hub data sets.
     """
 
     length: int = 512
@@ -52,8 +54,18 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserSettings:
-    """AdamW, decay on matrices only; the rate rises over ``warmup`` steps, falls to 0 over the last
-    ``decay_share``.
+    """AdamW with a learning rate that rises, stays, and falls to 0.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: rows of a step, over all devices.
+        lr: the highest learning rate.
+        weight_decay: decay of matrices; vectors and the landmark embedding have none.
+        clip: largest norm of gradients.
+        warmup: steps over which the learning rate rises.
+        decay_share: share of the steps, the last ones, over which it falls to 0.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
     """
 
     steps: int = 4800
@@ -69,16 +81,16 @@ class OptimiserSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """How it is computed.
+    """How a run is computed.
 
     Attributes:
         seed: decides weights, rows and their order.
-        micro_batch: rows of a device at once; ``None`` for all of its share of the batch.
+        micro_batch: rows of a device at once; ``None`` for its whole share of the batch.
         precision: ``auto`` (bf16 where the device has it), ``bf16`` (autocast) or ``fp32``.
         weights: dtype in which a given model is loaded and trained: ``float32``, ``bfloat16`` or
             ``auto``.
-        compile: ``torch.compile``, layer by layer; ``None`` for yes on a GPU.
-        gradient_checkpointing: recompute activations in the backward pass.
+        compile: whether to use ``torch.compile`` layer by layer; ``None`` for yes on a GPU.
+        gradient_checkpointing: whether to recompute activations in the backward pass.
         workers: processes that make rows; ``None`` for one less than the cores, 12 at most.
         log_every: steps between log lines.
         evaluate_every: steps between evaluations, 0 for none.
@@ -102,8 +114,11 @@ class RunSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SaveSettings:
-    """``dtype`` of the saved weights (``None``: that of the loaded model) and the size of their
-    ``shard`` files.
+    """How the model is saved.
+
+    Attributes:
+        dtype: dtype of the saved weights, ``None`` for that of the loaded model.
+        shard: largest size of a file of weights.
     """
 
     dtype: str | None = None
@@ -111,7 +126,33 @@ class SaveSettings:
 
 
 Section = TypeVar("Section")
+SECTIONS = ("tokenizer", "data", "optimiser", "run", "save")
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class IntegerSetting(NamedTuple):
+    """An integer setting and its lowest value."""
+
+    name: str
+    value: Any
+    least: int
+
+
+class NumberSetting(NamedTuple):
+    """A setting that is a number, and its range."""
+
+    name: str
+    value: Any
+    low: float
+    high: float
+
+
+class ChoiceSetting(NamedTuple):
+    """A setting and the values that it may have."""
+
+    name: str
+    value: Any
+    choices: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +160,13 @@ class Recipe:
     """All settings of a run; ``to_dict`` and ``from_dict`` are the JSON file.
 
     Attributes:
-        model: the transformers config of a model from scratch, ``model_type`` included.
-        landmark: fields of ``LandmarkConfig``; what is not named keeps its default.
+        model: fields of the transformers config of a model from scratch, ``model_type`` included.
+        landmark: fields of ``LandmarkConfig``; the others keep their defaults.
+        tokenizer: the tokenizer of a model from scratch.
+        data: the rows.
+        optimiser: steps and learning rate.
+        run: how the run is computed.
+        save: how the model is saved.
 
     Raises:
         ValueError: a value outside its range.
@@ -136,75 +182,71 @@ class Recipe:
 
     def __post_init__(self) -> None:
         LandmarkConfig.from_dict(self.landmark)
-        data = self.data
-        optimiser = self.optimiser
-        run = self.run
-        for name, value, least in (
-            ("vocab_size", self.tokenizer.vocab_size, 1),
-            ("length", data.length, 2),
-            ("steps", optimiser.steps, 1),
-            ("batch", optimiser.batch, 1),
-            ("warmup", optimiser.warmup, 0),
-            ("micro_batch", 1 if run.micro_batch is None else run.micro_batch, 1),
-            ("workers", 0 if run.workers is None else run.workers, 0),
-            ("log_every", run.log_every, 1),
-            ("evaluate_every", run.evaluate_every, 0),
-            ("save_every", run.save_every, 0),
-            ("seed", run.seed, 0),
-        ):
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int)
-                or not least <= value <= GREATEST
-            ):
+        for each in self._integers():
+            _require_integer(each)
+        for number in self._numbers():
+            _require_number(number)
+        for setting in self._choices():
+            if setting.value not in setting.choices:
+                choices = ", ".join(map(str, setting.choices))
                 raise ValueError(
-                    f"{name}: expected an integer from {least} to {GREATEST}, got {value!r}"
+                    f"{setting.name}: expected one of {choices}, got {setting.value!r}"
                 )
-        for name, number, low, high in (
-            ("episodes", data.episodes, 0.0, 1.0),
-            ("answer_weight", data.answer_weight, 0.0, 1e6),
-            ("decay_share", optimiser.decay_share, 0.0, 1.0),
-            ("weight_decay", optimiser.weight_decay, 0.0, 1e6),
-            ("clip", optimiser.clip, 0.0, 1e6),
-            ("lr", optimiser.lr, 0.0, 1e6),
-            ("beta1", optimiser.beta1, 0.0, 0.999999),
-            ("beta2", optimiser.beta2, 0.0, 0.999999),
-        ):
-            if (
-                isinstance(number, bool)
-                or not isinstance(number, int | float)
-                or not low <= number <= high
-            ):
-                raise ValueError(
-                    f"{name}: expected a number from {low:g} to {high:g}, got {number!r}"
-                )
-        self._check_words()
-
-    def _check_words(self) -> None:
-        run = self.run
-        save = self.save
-        for name, choice, choices in (
-            ("precision", run.precision, ("auto", "bf16", "fp32")),
-            ("weights", run.weights, ("float32", "bfloat16", "auto")),
-            ("dtype", save.dtype, (None, *DTYPES)),
-            ("compile", run.compile, (None, True, False)),
-            ("gradient_checkpointing", run.gradient_checkpointing, (True, False)),
-        ):
-            if choice not in choices:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(map(str, choices))}, got {choice!r}"
-                )
-        for name, word in (
-            ("field", self.data.field),
-            ("report_to", run.report_to),
-            ("shard", save.shard),
-        ):
+        words = {
+            "field": self.data.field,
+            "report_to": self.run.report_to,
+            "shard": self.save.shard,
+        }
+        for name, word in words.items():
             if not isinstance(word, str):
                 raise ValueError(f"{name}: expected a string, got {word!r}")
 
+    def _integers(self) -> list[IntegerSetting]:
+        run = self.run
+        found = [
+            IntegerSetting("vocab_size", self.tokenizer.vocab_size, least=1),
+            IntegerSetting("length", self.data.length, least=2),
+            IntegerSetting("steps", self.optimiser.steps, least=1),
+            IntegerSetting("batch", self.optimiser.batch, least=1),
+            IntegerSetting("warmup", self.optimiser.warmup, least=0),
+            IntegerSetting("log_every", run.log_every, least=1),
+            IntegerSetting("evaluate_every", run.evaluate_every, least=0),
+            IntegerSetting("save_every", run.save_every, least=0),
+            IntegerSetting("seed", run.seed, least=0),
+        ]
+        if run.micro_batch is not None:
+            found.append(IntegerSetting("micro_batch", run.micro_batch, least=1))
+        if run.workers is not None:
+            found.append(IntegerSetting("workers", run.workers, least=0))
+        return found
+
+    def _numbers(self) -> list[NumberSetting]:
+        data = self.data
+        optimiser = self.optimiser
+        return [
+            NumberSetting("episodes", data.episodes, low=0.0, high=1.0),
+            NumberSetting("answer_weight", data.answer_weight, low=0.0, high=1e6),
+            NumberSetting("decay_share", optimiser.decay_share, low=0.0, high=1.0),
+            NumberSetting("weight_decay", optimiser.weight_decay, low=0.0, high=1e6),
+            NumberSetting("clip", optimiser.clip, low=0.0, high=1e6),
+            NumberSetting("lr", optimiser.lr, low=0.0, high=1e6),
+            NumberSetting("beta1", optimiser.beta1, low=0.0, high=0.999999),
+            NumberSetting("beta2", optimiser.beta2, low=0.0, high=0.999999),
+        ]
+
+    def _choices(self) -> list[ChoiceSetting]:
+        run = self.run
+        return [
+            ChoiceSetting("precision", run.precision, ("auto", "bf16", "fp32")),
+            ChoiceSetting("weights", run.weights, ("float32", "bfloat16", "auto")),
+            ChoiceSetting("dtype", self.save.dtype, (None, *DTYPES)),
+            ChoiceSetting("compile", run.compile, (None, True, False)),
+            ChoiceSetting("gradient_checkpointing", run.gradient_checkpointing, (True, False)),
+        ]
+
     @property
     def warmup(self) -> int:
-        """Warm-up steps, cut to what a short run leaves before the decay."""
+        """Warm-up steps: fewer than set in a run that is too short for them."""
         return min(self.optimiser.warmup, self.optimiser.steps - self.decay)
 
     @property
@@ -213,27 +255,27 @@ class Recipe:
         return round(self.optimiser.decay_share * self.optimiser.steps)
 
     def override(self, **flags: Any) -> Recipe:
-        """Returns a copy with single settings changed, whatever section they are in; ``None``
-        changes nothing.
+        """Returns a copy with single settings changed.
+
+        Args:
+            **flags: values by the name of a setting, in whatever section it is; ``None`` leaves a
+                setting as it is. A name of no section is one of ``landmark``.
 
         Raises:
             ValueError: no section has such a setting, or a value is outside its range.
         """
         changes = {name: value for name, value in flags.items() if value is not None}
         recipe = self
-        for section in ("tokenizer", "data", "optimiser", "run", "save"):
+        for section in SECTIONS:
             current = getattr(recipe, section)
             known = {field.name for field in dataclasses.fields(current)}
             here = {name: changes.pop(name) for name in list(changes) if name in known}
             if here:
-                recipe = dataclasses.replace(
-                    recipe, **{section: dataclasses.replace(current, **here)}
-                )
-        return (
-            dataclasses.replace(recipe, landmark={**recipe.landmark, **changes})
-            if changes
-            else recipe
-        )
+                changed = dataclasses.replace(current, **here)
+                recipe = dataclasses.replace(recipe, **{section: changed})
+        if changes:
+            recipe = dataclasses.replace(recipe, landmark={**recipe.landmark, **changes})
+        return recipe
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as JSON types."""
@@ -255,10 +297,32 @@ class Recipe:
             if not isinstance(value, dict):
                 raise ValueError(f"{name}: expected an object with settings, got {value!r}")
             default = getattr(cls, name, None)
-            sections[name] = (
-                _section(type(default), name, value) if dataclasses.is_dataclass(default) else value
-            )
+            if dataclasses.is_dataclass(default):
+                sections[name] = _section(type(default), name, value)
+            else:
+                sections[name] = value
         return cls(**sections)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArguments:
+    """What a run is asked for beside its recipe.
+
+    Attributes:
+        data: the texts.
+        model: the model that is trained further, ``None`` for one from scratch.
+        plain: whether to train without landmarks.
+        lora: rank of LoRA adapters, ``None`` to train the whole model.
+    """
+
+    data: str
+    model: str | None
+    plain: bool
+    lora: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the arguments as JSON types."""
+        return dataclasses.asdict(self)
 
 
 def fine_tuning() -> Recipe:
@@ -287,6 +351,25 @@ def load_recipe(path: str | Path) -> Recipe:
         return Recipe.from_dict(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _require_integer(setting: IntegerSetting) -> None:
+    value = setting.value
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or not setting.least <= value <= GREATEST:
+        raise ValueError(
+            f"{setting.name}: expected an integer from {setting.least} to {GREATEST}, got {value!r}"
+        )
+
+
+def _require_number(setting: NumberSetting) -> None:
+    value = setting.value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not setting.low <= value <= setting.high:
+        raise ValueError(
+            f"{setting.name}: expected a number from {setting.low:g} to {setting.high:g}, got "
+            f"{value!r}"
+        )
 
 
 def _section(kind: type[Section], name: str, fields: dict[str, Any]) -> Section:

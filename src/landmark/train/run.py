@@ -1,4 +1,4 @@
-"""One training run: from texts to a saved model and its summary."""
+"""Runs a training: from texts to a saved model and its summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import IntervalStrategy
 
-from landmark.blocks import slots_for
+from landmark.blocks import slots_for, tokens_for
 from landmark.config import LandmarkConfig
 from landmark.data import encoding, outputs
 from landmark.data.characters import require_utf8
@@ -44,9 +44,8 @@ from landmark.train.prepare import (
     prepare_rows,
     require_model_settings,
     stored_dtype,
-    text_tokens,
 )
-from landmark.train.recipe import Recipe
+from landmark.train.recipe import Recipe, RunArguments
 from landmark.train.summary import summarise, write_summary
 from landmark.train.trainer import LandmarkTrainer, Progress
 
@@ -68,31 +67,30 @@ def train(
     report: Report = print,
     progress: encoding.Progress | None = None,
 ) -> dict[str, Any]:
-    """Trains a model, from scratch or further, and saves it with its tokenizer and
-    ``training_summary.json``.
+    """Trains a model, from scratch or further, and saves it.
 
-    Training sees all past blocks (mode ``all``); the saved model retrieves, and knows the length it
-    was trained on.
+    Queries see all past blocks in training (mode ``all``). The saved model retrieves, and knows the
+    length that it was trained on. Its tokenizer and ``training_summary.json`` are saved beside it.
 
     Args:
-        data: texts, as ``read_documents`` takes them.
+        data: the texts, as ``read_documents`` takes them.
         out: folder of the result; checkpoints go to its subfolder ``checkpoints``.
-        recipe: the settings; their defaults otherwise.
+        recipe: the settings; by default those of ``Recipe()``.
         model: a landmark model, or a stock model that gets landmarks first, or the bundled
             ``landmark`` or ``twin``; ``None`` to start from scratch with the recipe's model.
-        plain: train without landmarks on the same rows (the plain-attention twin).
-        tokenizer: folder of a tokenizer to start from scratch with; otherwise one is trained on the
+        plain: whether to train without landmarks on the same rows (the plain-attention twin).
+        tokenizer: folder of a tokenizer for a model from scratch; by default one is trained on the
             texts.
         tokens: folder of the token files, ``out/tokens`` by default.
         lora: rank of LoRA adapters on the attention's projections, trained with the landmark
-            embedding; the adapter is saved in ``out/adapter`` and ``out`` holds the merged model.
-        resume: continue from the last checkpoint in ``out``.
-        max_seconds: stop after so many seconds of steps, wherever the schedule is.
+            embedding. The adapter is saved in ``out/adapter``, the merged model in ``out``.
+        resume: whether to continue from the last checkpoint in ``out``.
+        max_seconds: seconds of steps after which to stop, wherever the schedule is.
         report: takes the lines of progress.
         progress: called while texts are tokenised, and before every step.
 
     Returns:
-        what ``training_summary.json`` holds.
+        the contents of ``training_summary.json``.
 
     Raises:
         FileNotFoundError: texts, model or checkpoint are missing.
@@ -101,32 +99,33 @@ def train(
     """
     recipe = recipe or Recipe()
     out = Path(out)
-    rest = {"data": str(data), "model": model, "plain": plain, "lora": lora}
+    arguments = RunArguments(data=str(data), model=model, plain=plain, lora=lora)
     path = None if model is None else model_folder(model)
     store = Path(tokens or out / "tokens")
-    checkpoint = _check(out, recipe, rest, resume=resume)
+    checkpoint = _check(out, recipe, arguments, resume=resume)
     args = _arguments(out, recipe)
     if args.should_save:
         _check_folders({"out": out, "tokens": store, "model": path, "tokenizer": tokenizer})
-    report, progress = (report, progress) if args.should_save else (_silent, None)
+    else:
+        report = _silent
+        progress = None
     set_seed(recipe.run.seed)
     with args.main_process_first(local=False):
         cutter = find_tokenizer(
             data, out, recipe, model=path, tokenizer=tokenizer, report=report, progress=progress
         )
-        made = (
-            given_model(path, recipe, plain=plain)
-            if path
-            else new_model(recipe, cutter, plain=plain)
-        )
+        if path:
+            made = given_model(path, recipe, plain=plain)
+        else:
+            made = new_model(recipe, cutter, plain=plain)
         dtype = recipe.save.dtype or stored_dtype(path)
         require_rows(cutter, made, path or "model")
         if args.should_save:
             outputs.require_room(out, made.num_parameters() * getattr(torch, dtype).itemsize, "out")
         settings = LandmarkConfig.from_dict(recipe.landmark) if plain else made.landmark
-        row_tokens = text_tokens(recipe.data.length, settings.block_size)
+        row_tokens = tokens_for(recipe.data.length, settings.block_size)
         rows = prepare_rows(data, store, recipe, cutter, tokens=row_tokens, progress=progress)
-    require_rows(cutter, made, path or "model", rows.greatest)
+    require_rows(cutter, made, path or "model", rows.greatest_id)
     if recipe.run.evaluate_every and not rows.held_out:
         args.eval_strategy = IntervalStrategy.NO
         report(
@@ -141,10 +140,16 @@ def train(
     if compiled:
         compile_layers(made)
     trainer = _trainer(
-        made, args, compiled, recipe, rows, row_tokens, Progress(report, max_seconds, progress)
+        made,
+        args,
+        recipe,
+        rows,
+        compiled=compiled,
+        row_tokens=row_tokens,
+        progress=Progress(report, max_seconds, progress),
     )
     if args.should_save and not resume:
-        save_recipe(out, recipe, rest)
+        save_recipe(out, recipe, arguments)
     report(_opening(trainer, recipe, row_tokens))
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -156,18 +161,18 @@ def train(
     if not plain:
         length = int(slots_for(row_tokens, settings.block_size))
         final.configure_landmark(mode="retrieval", landmark_trained=True, trained_length=length)
-    summary = summarise(trainer, recipe, rest, rows.documents, seconds=seconds)
+    summary = summarise(trainer, recipe, arguments, rows.documents, seconds=seconds)
     if progress is not None:
         progress("saving", 0, 0)
-    _save(trainer, cutter, out, dtype, recipe.save.shard, lora=lora is not None)
+    _save(trainer, cutter, out, dtype=dtype, shard=recipe.save.shard, lora=lora is not None)
     if args.should_save:
         write_summary(out, summary)
     return summary
 
 
-def _check(out: Path, recipe: Recipe, rest: dict[str, Any], *, resume: bool) -> Path | None:
-    """Checks what can be checked before any work; returns the checkpoint to resume from."""
-    if rest["lora"] is not None and (rest["model"] is None or rest["plain"]):
+def _check(out: Path, recipe: Recipe, arguments: RunArguments, *, resume: bool) -> Path | None:
+    """Checks what can be checked before any work, and returns the checkpoint to resume from."""
+    if arguments.lora is not None and (arguments.model is None or arguments.plain):
         raise ValueError(
             "lora: expected a model to adapt, with landmarks, got none or --plain; pass --model"
         )
@@ -175,24 +180,29 @@ def _check(out: Path, recipe: Recipe, rest: dict[str, Any], *, resume: bool) -> 
         raise ModuleNotFoundError(
             "training needs the package accelerate: pip install landmark-attention[train]"
         )
-    if Path(rest["data"]).is_fifo():
+    if Path(arguments.data).is_fifo():
         raise ValueError(
-            f"data: expected texts that can be read again, got the pipe {rest['data']}; write a "
+            f"data: expected texts that can be read again, got the pipe {arguments.data}; write a "
             "file of it"
         )
     _check_reports(recipe.run.report_to)
-    if rest["model"] is None:
-        require_model_settings(recipe, plain=rest["plain"])
-    next(read_documents(rest["data"], field=recipe.data.field), None)
+    if arguments.model is None:
+        require_model_settings(recipe, plain=arguments.plain)
+    next(read_documents(arguments.data, field=recipe.data.field), None)
     if not resume:
         refuse_overwriting(out)
         return None
-    require_same_recipe(out, recipe, rest)
+    require_same_recipe(out, recipe, arguments)
     return last_checkpoint(out)
 
 
 def _check_reports(name: str) -> None:
-    """Raises where transformers' Trainer could not report to what is named."""
+    """Makes sure that transformers' Trainer can report to what is named.
+
+    Raises:
+        ValueError: it knows nothing of that name.
+        ModuleNotFoundError: the package for it is not installed.
+    """
     if name in ("none", "all"):
         return
     if name not in INTEGRATION_TO_CALLBACK:
@@ -206,9 +216,7 @@ def _check_reports(name: str) -> None:
 
 
 def _check_folders(folders: dict[str, Any]) -> None:
-    """Raises ``ValueError`` for a folder that cannot be written, or a model's with a name that is
-    no UTF-8.
-    """
+    """Raises ``ValueError`` for a folder that cannot be written, or has a name that is no UTF-8."""
     for name, folder in folders.items():
         if folder is not None:
             require_utf8(folder, name)
@@ -217,8 +225,9 @@ def _check_folders(folders: dict[str, Any]) -> None:
 
 
 def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
-    """Compiles a model's decoder layers in place; they share one graph, so depth costs no time at
-    the first step.
+    """Compiles the decoder layers of a model in place.
+
+    They share one graph, so that depth costs no time at the first step.
     """
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -228,9 +237,10 @@ def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
 def _trainer(
     model: Any,
     args: TrainingArguments,
-    compiled: bool,
     recipe: Recipe,
     rows: Prepared,
+    *,
+    compiled: bool,
     row_tokens: int,
     progress: Progress,
 ) -> LandmarkTrainer:
@@ -251,7 +261,7 @@ def _trainer(
 
 
 def _silent(line: str) -> None:
-    """Swallows the lines of all processes but the first."""
+    """Drops a line of progress: only the first process prints."""
 
 
 def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
@@ -267,7 +277,12 @@ def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
         )
     if run.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported():
         raise ValueError("precision: this GPU has no bf16; pass --precision fp32")
-    workers = min(12, max(1, (os.cpu_count() or 1) - 1)) if run.workers is None else run.workers
+    workers = run.workers
+    if workers is None:
+        workers = min(12, max(1, (os.cpu_count() or 1) - 1))
+    bf16 = run.precision == "bf16"
+    if run.precision == "auto":
+        bf16 = gpu and torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
         output_dir=str(out / FOLDER),
         max_steps=optimiser.steps,
@@ -282,8 +297,7 @@ def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
         adam_beta1=optimiser.beta1,
         adam_beta2=optimiser.beta2,
         max_grad_norm=optimiser.clip,
-        bf16=run.precision == "bf16"
-        or (run.precision == "auto" and gpu and torch.cuda.is_bf16_supported()),
+        bf16=bf16,
         **({"gradient_checkpointing": True} if run.gradient_checkpointing else {}),
         seed=run.seed,
         logging_steps=run.log_every,
@@ -320,11 +334,12 @@ def _save(
     trainer: LandmarkTrainer,
     tokenizer: PreTrainedTokenizerFast,
     out: Path,
+    *,
     dtype: str,
     shard: str,
-    *,
     lora: bool,
 ) -> None:
+    """Saves the model and its tokenizer, of an adapter also the adapter alone."""
     if trainer.is_fsdp_enabled:
         if trainer.args.should_save:
             tokenizer.save_pretrained(str(out))
@@ -346,11 +361,10 @@ def _save(
 
 
 def _put(folder: Path, save: Callable[[Path], object]) -> None:
-    """Saves what was trained; where that fails, in a folder for temporary files, so that it is not
-    lost.
+    """Saves what was trained; where that fails, in a temporary folder, so that it is not lost.
 
     Raises:
-        ValueError: it is in the other folder, which is named, or nowhere.
+        ValueError: it was saved in the temporary folder, which the message names, or nowhere.
     """
     try:
         outputs.write_folder(folder, save)

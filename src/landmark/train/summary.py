@@ -1,4 +1,4 @@
-"""What a training run was: settings, texts, speed and losses, as JSON."""
+"""The summary of a training run as JSON: settings, texts, speed and losses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from landmark.data import outputs
 from landmark.data.characters import without_surrogates
-from landmark.data.tokens import Place
-from landmark.train.recipe import Recipe
+from landmark.data.tokens import DocumentSpan
+from landmark.train.recipe import Recipe, RunArguments
 from landmark.train.trainer import LandmarkTrainer
 from landmark.versions import versions
 
@@ -24,32 +24,33 @@ PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "numpy"
 def summarise(
     trainer: LandmarkTrainer,
     recipe: Recipe,
-    arguments: dict[str, Any],
-    documents: list[Place],
+    arguments: RunArguments,
+    documents: list[DocumentSpan],
     *,
     seconds: float,
 ) -> dict[str, Any]:
-    """Returns the run's summary.
+    """Returns the summary of a run.
 
     Args:
-        trainer: after training and its last evaluation.
+        trainer: the trainer after the last evaluation.
         recipe: the settings.
-        arguments: what else was asked for (data, model, plain, lora).
-        documents: the training text.
-        seconds: of training, compilation and evaluations included.
+        arguments: what the run was asked for beside them.
+        documents: the documents of the training text.
+        seconds: seconds of training, compilation and evaluations included.
     """
     log = trainer.state.log_history
     started = getattr(trainer, "_initial_global_step", 0)
     steps = trainer.state.global_step
     speeds = [entry["tokens_per_second"] for entry in log if "tokens_per_second" in entry]
+    mean_speed = None
+    if seconds:
+        mean_speed = round((steps - started) * trainer.step_tokens / seconds)
     return {
         "steps": steps,
         "tokens": steps * trainer.step_tokens,
         "seconds": round(seconds, 2),
         "evaluation_seconds": round(trainer.evaluation_seconds, 2),
-        "tokens_per_second": round((steps - started) * trainer.step_tokens / seconds)
-        if seconds
-        else None,
+        "tokens_per_second": mean_speed,
         "tokens_per_second_median": round(statistics.median(speeds)) if speeds else None,
         "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
         "losses": [
@@ -57,34 +58,31 @@ def summarise(
         ],
         "evaluations": _evaluations(log),
         "recipe": recipe.to_dict(),
-        "arguments": arguments,
+        "arguments": arguments.to_dict(),
         "landmark": getattr(trainer.model.config, "landmark", None),
         "versions": made_with(),
         "texts": [
-            {"title": place.title, "sha256": place.sha256, "tokens": place.tokens}
-            for place in documents
+            {"title": span.title, "sha256": span.sha256, "tokens": span.tokens}
+            for span in documents
         ],
     }
 
 
 def made_with() -> dict[str, str | None]:
-    """Returns the versions a result depends on, the device, and the commit where the code lies in
-    its repository.
-    """
+    """Returns the versions that a result depends on, the commit and the device."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {**versions(*PACKAGES), "device": device}
 
 
 def write_summary(out: Path, summary: dict[str, Any]) -> None:
     """Writes ``training_summary.json``."""
-    text = without_surrogates(
-        json.dumps(summary, indent=1, ensure_ascii=False)
-    )  # of names that are no UTF-8
+    # File names that are no UTF-8 have lone surrogates.
+    text = without_surrogates(json.dumps(summary, indent=1, ensure_ascii=False))
     outputs.write(out / SUMMARY, (text + "\n").encode())
 
 
 def _evaluations(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns one entry per evaluated step: the held-out losses and the answers' accuracy."""
+    """Returns the held-out losses and accuracies of each step that was evaluated."""
     by_step: dict[int, dict[str, Any]] = {}
     for entry in log:
         kept = {

@@ -1,6 +1,4 @@
-"""transformers' Trainer with the loss on answers, rows in their own order, and tokens per second in
-its logs.
-"""
+"""A Trainer of transformers with a loss on answers, which logs tokens per second."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +30,39 @@ from landmark.data.rows import stack
 from landmark.train.loss import answer_weighted_loss, answers_right, text_loss, token_losses
 
 
+class StepCounts(NamedTuple):
+    """What the loss of a step is divided by, as this device's share of all devices.
+
+    Attributes:
+        labels: tokens with a label; ``None`` to count those of the batch.
+        answers: tokens of answers; ``None`` likewise.
+    """
+
+    labels: Tensor | None = None
+    answers: Tensor | None = None
+
+
 class LandmarkTrainer(Trainer):  # type: ignore[misc]
     """A Trainer for rows of a fixed number of text tokens.
 
-    Only the loss on rows with answers, the order of the rows (by index) and what is decayed
-    (matrices) differ from the stock Trainer; without answers the loss is the model's own.
+    It differs from the stock Trainer in three things: rows with answers have a loss of their own,
+    rows come in the order of their index, and weights other than matrices are not decayed. Without
+    answers the loss is the model's own.
 
     Args:
         model: the model.
-        args: its arguments.
-        train_dataset: ``Rows``.
-        eval_dataset: named ``FixedRows``.
-        answer_weight: of the mean over answers; ``None`` when no row has answers.
+        args: the arguments of the Trainer.
+        train_dataset: the ``Rows``.
+        eval_dataset: ``FixedRows`` by name.
+        answer_weight: weight of the mean loss over answers; ``None`` when no row has answers.
         row_tokens: text tokens of a row.
         compiled: whether to compile the loss.
+        callbacks: callbacks of the Trainer.
+
+    Attributes:
+        step_tokens: text tokens of a step, over all devices.
+        evaluated: the step of the last evaluation.
+        evaluation_seconds: seconds of all evaluations.
     """
 
     def __init__(
@@ -70,7 +87,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             callbacks=callbacks,
         )
         self.answer_weight = answer_weight or 0.0
-        self._counts: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._counts = StepCounts()
         if answer_weight is not None:
             # The loss is divided by the step's counts, not by its batches.
             self.model_accepts_loss_kwargs = True
@@ -78,8 +95,10 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         self._loss = torch.compile(answer_weighted_loss) if compiled else answer_weighted_loss
         self.evaluated = 0
         self.evaluation_seconds = 0.0
+        # Tokens per second are counted since this step and time, without pauses for evaluations.
+        self._counted_step = 0
+        self._counted_at = time.perf_counter()
         self._paused = 0.0
-        self._mark = (0, time.perf_counter())
 
     def compute_loss(
         self,
@@ -88,32 +107,33 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Returns the model's own loss for rows without answers, the answer-weighted one
-        otherwise.
-        """
+        """Returns the answer-weighted loss for rows with answers, otherwise the model's own."""
         if "answers" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(input_ids=inputs["input_ids"])
         loss = self._loss(
-            outputs.logits, inputs["labels"], inputs["answers"], self.answer_weight, *self._counts
+            outputs.logits,
+            inputs["labels"],
+            inputs["answers"],
+            weight=self.answer_weight,
+            items=self._counts.labels,
+            asked=self._counts.answers,
         )
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Takes the batches of a step, and counts the labels and answers in them, those of other
-        devices included.
-        """
+        """Returns the batches of a step, and counts their labels and answers on all devices."""
         samples, items = super().get_batch_samples(*args, **kwargs)
         if samples and "answers" in samples[0]:
-            self._counts = (
-                self._share(sum(batch["labels"].ne(IGNORED).sum() for batch in samples)),
-                self._share(sum(batch["answers"].sum() for batch in samples)),
-            )
+            labels = sum(batch["labels"].ne(IGNORED).sum() for batch in samples)
+            answers = sum(batch["answers"].sum() for batch in samples)
+            self._counts = StepCounts(self._share(labels), self._share(answers))
         return samples, items
 
     def _share(self, count: Tensor) -> Tensor:
-        """Returns the count over all devices, divided by their number: gradients are averaged over
-        them.
+        """Returns the count over all devices, divided by their number.
+
+        Gradients are averaged over devices, so this gives the loss of the whole step.
         """
         count = count.to(self.args.device)
         if self.args.world_size == 1:
@@ -128,9 +148,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         prediction_loss_only: bool,
         ignore_keys: Any = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns the mean loss over text, and per row the right answer tokens and all answer
-        tokens.
-        """
+        """Returns the mean loss over text, and for each row the right and all answer tokens."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             logits = model(input_ids=inputs["input_ids"]).logits
@@ -141,17 +159,19 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         return loss, right, asked
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluates as the stock Trainer does; its time is left out of the tokens per second."""
+        """Evaluates as the stock Trainer does; tokens per second leave its time out."""
         start = time.perf_counter()
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        # The stock Trainer calls this once for all data sets, and inside for each of them by name.
         if not isinstance(kwargs.get("eval_dataset"), str):
-            self._paused += time.perf_counter() - start
-            self.evaluation_seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._paused += seconds
+            self.evaluation_seconds += seconds
             self.evaluated = self.state.global_step
         return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Saves a checkpoint; where there is no room for it the run goes on without."""
+        """Saves a checkpoint; a run without room for it goes on with a warning."""
         try:
             super()._save_checkpoint(*args, **kwargs)
         except Exception as error:
@@ -165,28 +185,25 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds ``tokens_per_second`` (text tokens since the last line, of all devices) to the
-        training lines.
+        """Adds ``tokens_per_second`` to log entries of training.
+
+        These are text tokens of all devices since the last entry.
         """
         if "loss" in logs:
-            step, since = self._mark
-            now = time.perf_counter()
-            logs["tokens_per_second"] = (
-                (self.state.global_step - step) * self.step_tokens / (now - since - self._paused)
-            )
-            self._mark = (self.state.global_step, now)
-            self._paused = 0.0
+            tokens = (self.state.global_step - self._counted_step) * self.step_tokens
+            seconds = time.perf_counter() - self._counted_at - self._paused
+            logs["tokens_per_second"] = tokens / seconds
+            self.start_clock()
         super().log(logs, start_time)
 
     def start_clock(self) -> None:
-        """Begins to count tokens and seconds."""
-        self._mark = (self.state.global_step, time.perf_counter())
+        """Begins to count tokens and seconds from here."""
+        self._counted_step = self.state.global_step
+        self._counted_at = time.perf_counter()
         self._paused = 0.0
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Returns the names of the matrices; vectors and the landmark's embedding are not
-        decayed.
-        """
+        """Returns the names of the matrices that are decayed, all but the landmark embedding."""
         return [
             name
             for name, weight in model.named_parameters()
@@ -211,12 +228,15 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """Prints one line per log entry, and stops the run after ``max_seconds`` of training.
+    """Prints one line for each log entry, and stops the run after ``max_seconds`` of training.
 
     Args:
         report: takes a line.
-        max_seconds: ``None`` for no limit; the time begins with the first step.
+        max_seconds: seconds from the first step on, ``None`` for no limit.
         watch: called before every step and every batch of held-out rows.
+
+    Attributes:
+        trainer: the trainer, set when it is made.
     """
 
     def __init__(
@@ -225,7 +245,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.report = report
         self.max_seconds = max_seconds
         self.watch = watch
-        self._held_out = 0  # batches of held-out rows
+        self._held_out = 0  # batches of held-out rows that were evaluated
         self.start = time.perf_counter()
         self.trainer: LandmarkTrainer | None = None
 
@@ -241,9 +261,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Asks for a stop when the time is over; with several processes, all of them agree every
-        ten steps.
-        """
+        """Asks for a stop when the time is over; several processes agree every ten steps."""
         self._tell_steps(state)
         if self.max_seconds is None or (args.world_size > 1 and state.global_step % 10):
             return
@@ -264,13 +282,13 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         logs: Any = None,
         **_: Any,
     ) -> None:
-        """Prints the entry on the first process."""
+        """Prints the entry, on the first process."""
         if not state.is_world_process_zero or not logs:
             return
         parts = [f"step {state.global_step}/{state.max_steps}"]
-        for key, label, form in _SHOWN:
-            if key in logs:
-                parts.append(f"{label} {logs[key]:{form}}")
+        for shown in _SHOWN:
+            if shown.key in logs:
+                parts.append(f"{shown.label} {logs[shown.key]:{shown.format}}")
         if len(parts) > 1:
             self.report("  ".join([*parts, f"{time.perf_counter() - self.start:.0f} s"]))
             self._tell_steps(state)
@@ -286,7 +304,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Begins to count them anew."""
+        """Counts the batches of held-out rows from 0 again."""
         self._held_out = 0
         self._tell_steps(state)
 
@@ -295,17 +313,28 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self.watch("steps trained", state.global_step, state.max_steps)
 
 
+class Shown(NamedTuple):
+    """A number of a log entry that is printed: its key, its label and its format."""
+
+    key: str
+    label: str
+    format: str
+
+
 _SHOWN = (
-    ("loss", "loss", ".4f"),
-    ("learning_rate", "lr", ".2e"),
-    ("grad_norm", "grad", ".2f"),
-    ("tokens_per_second", "tokens/s", ",.0f"),
-    ("eval_text_loss", "held-out text loss", ".4f"),
-    ("eval_episodes_loss", "held-out episodes loss", ".4f"),
-    ("eval_episodes_accuracy", "answers right", ".1%"),
+    Shown("loss", "loss", ".4f"),
+    Shown("learning_rate", "lr", ".2e"),
+    Shown("grad_norm", "grad", ".2f"),
+    Shown("tokens_per_second", "tokens/s", ",.0f"),
+    Shown("eval_text_loss", "held-out text loss", ".4f"),
+    Shown("eval_episodes_loss", "held-out episodes loss", ".4f"),
+    Shown("eval_episodes_accuracy", "answers right", ".1%"),
 )
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Returns the share of answer tokens that were right, if any were asked for."""
     asked = int(prediction.label_ids.sum())
-    return {"accuracy": float(prediction.predictions.sum()) / asked} if asked else {}
+    if asked == 0:
+        return {}
+    return {"accuracy": float(prediction.predictions.sum()) / asked}
