@@ -13,13 +13,13 @@ __version__ = "0.1.0"
 _HOME = {
     "LandmarkCache": "landmark.hf.cache",
     "LandmarkConfig": "landmark.config",
-    "Library": "landmark.library",
+    "Library": "landmark.texts.library",
     "convert": "landmark.hf.convert",
-    "explain": "landmark.eval.explain",
+    "explain": "landmark.texts.explain",
     "insert_landmarks": "landmark.blocks",
     "landmark_attention": "landmark.ops.attention",
     "load": "landmark.hf.convert",
-    "remember": "landmark.library",
+    "remember": "landmark.texts.library",
     "strip_landmarks": "landmark.blocks",
 }
 
@@ -40,11 +40,11 @@ __all__ = [
 if TYPE_CHECKING:
     from landmark.blocks import insert_landmarks, strip_landmarks
     from landmark.config import LandmarkConfig
-    from landmark.eval.explain import explain
     from landmark.hf.cache import LandmarkCache
     from landmark.hf.convert import convert, load
-    from landmark.library import Library, remember
     from landmark.ops.attention import landmark_attention
+    from landmark.texts.explain import explain
+    from landmark.texts.library import Library, remember
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from landmark.cli.output import say, say_text
 
 if TYPE_CHECKING:
-    from landmark.eval.explanation import Explanation
+    from landmark.texts.explanation import Explanation
 
 CHARACTERS = 240  # shown of a passage
 

@@ -26,10 +26,10 @@ from landmark.cli.output import (
     say_error,
     show_what_the_terminal_can,
 )
-from landmark.cli.passages import passages
 from landmark.cli.passkey import passkey
 from landmark.cli.perplexity import perplexity
 from landmark.cli.rank import rank
+from landmark.cli.ranking import ranking
 from landmark.cli.remember import remember
 from landmark.cli.train import train
 from landmark.data.errors import first_line
@@ -58,7 +58,7 @@ app.command()(rank)
 app.command()(info)
 evaluation.command()(passkey)
 evaluation.command()(perplexity)
-evaluation.command("rank")(passages)
+evaluation.command("rank")(ranking)
 for _command in (memory.info, memory.verify, memory.compact):
     memories.command()(_command)
 evaluation.command()(index)

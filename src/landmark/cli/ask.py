@@ -44,13 +44,13 @@ def ask(
             f"QUESTION: expected a question or --interactive, got {found}; ask one, or line by line"
         )
     with Shown() as progress:
-        from landmark.eval.subjects import load, quiet
-        from landmark.library import Library, model_of
+        from landmark.texts.library import Library, model_of
+        from landmark.texts.loading import load, quiet
 
         quiet()
-        subject = load(model or model_of(memory), device, dtype)
+        loaded = load(model or model_of(memory), device, dtype)
         progress("opening the memory")
-        library = Library.open(memory, subject, tier, spill_folder=spill_folder)
+        library = Library.open(memory, loaded, tier, spill_folder=spill_folder)
     for each in _lines() if question is None else [question]:
         with Shown() as progress:
             progress("answering")

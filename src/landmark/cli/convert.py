@@ -44,16 +44,16 @@ def convert(
     with Shown() as progress:
         import landmark
         from landmark.data import outputs
-        from landmark.eval.subjects import quiet, require_model, tokenizer_of
         from landmark.hf.bundled import model_folder
+        from landmark.texts.loading import quiet, require_model, tokenizer_of
 
         source = model_folder(model)
-        require_utf8(source, "MODEL")
-        require_model(source, option="MODEL")
-        outputs.require_folder(out, "--out")
-        require_utf8(out, "--out")
+        require_utf8(source, "model")
+        require_model(source)
+        outputs.require_folder(out, "out")
+        require_utf8(out, "out")
         quiet()
-        tokenizer = tokenizer_of(source, "MODEL")
+        tokenizer = tokenizer_of(source)
         progress("converting, and comparing with the model as it was")
         converted = landmark.convert(
             source,

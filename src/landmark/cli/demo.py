@@ -43,27 +43,28 @@ def demo(
         from rich.console import Console
 
         from landmark.eval import demo as work
-        from landmark.eval import plots, subjects
+        from landmark.eval import plots
         from landmark.eval.dense import run_dense
+        from landmark.texts.loading import load, quiet, require_landmark
 
-        subjects.quiet()
+        quiet()
         console = Console(soft_wrap=True, highlight=False)
-        subject = subjects.load(model, device, dtype)
-        subjects.require_landmark(subject)
-        filler = work.load_text(text, subject.tokenizer, progress)
+        loaded = load(model, device, dtype)
+        require_landmark(loaded)
+        filler = work.load_text(text, loaded.tokenizer, progress)
         with contextlib.suppress(ModuleNotFoundError):  # then there is no picture
-            plots.require_picture(out, "--out")
-        settings = subject.model.landmark
+            plots.require_picture(out, "out")
+        settings = loaded.model.landmark
         progress.rest()
         say(
-            f"Model {subject.name}: trained on {subject.trained_length} positions, retrieves "
+            f"Model {loaded.name}: trained on {settings.trained_length} positions, retrieves "
             f"{settings.top_k} blocks. Text {filler.name}: {len(filler.ids):,} tokens. In each "
             f"part of it, a pass key and {work.DISTRACTORS} other codes at random places. "
             "Documents are read without retrieval; the question retrieves."
         )
         say("")
         trials = []
-        for trial in work.run_trials(subject, filler, seed, progress):
+        for trial in work.run_trials(loaded, filler, seed, progress):
             trials.append(trial)
             progress.rest()
             _print_trial(console, len(trials), trial)
@@ -73,7 +74,7 @@ def demo(
         if dense:
             number = work.compared_number(filler)
             progress("the same weights, densely")
-            compared = run_dense(subject, work.build_document(subject, filler, number, seed))
+            compared = run_dense(loaded, work.build_document(loaded, filler, number, seed))
             progress.rest()
             _print_dense(trials[number], compared)
     twin = work.recorded_twin(work.DENSE_LENGTH) if model is None else None

@@ -36,17 +36,18 @@ def explain(
     """
     with Shown() as progress:
         from landmark.data import outputs
-        from landmark.eval.explain import explain_sources, file_sources
-        from landmark.eval.subjects import load, quiet, require_landmark
+        from landmark.texts.explain import explain_sources
+        from landmark.texts.files import file_sources
+        from landmark.texts.loading import load, quiet, require_landmark
 
         quiet()
-        outputs.require_writable(out, "--out")
+        outputs.require_writable(out, "out")
         sources = file_sources(files, progress)
-        subject = load(model, device, dtype)
-        require_landmark(subject)
+        loaded = load(model, device, dtype)
+        require_landmark(loaded)
         explanation = explain_sources(
-            subject.model,
-            subject.tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             sources,
             question,
             max_new_tokens=max_new_tokens,

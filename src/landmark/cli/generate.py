@@ -30,8 +30,8 @@ def generate(
 ) -> None:
     """Go on from PROMPT, after reading a text of any length with --file."""
     with Shown() as progress:
-        from landmark.eval.generate import continue_text
-        from landmark.eval.subjects import load, quiet
+        from landmark.texts.generate import continue_text
+        from landmark.texts.loading import load, quiet
 
         quiet()
         written = continue_text(

@@ -47,24 +47,32 @@ def index(
         from landmark.cli.tables import index_table, show
         from landmark.data.text import read_documents
         from landmark.eval import index as task_module
-        from landmark.eval import results, subjects
+        from landmark.eval import results
         from landmark.eval.fillers import pydoc_text
+        from landmark.texts.loading import load, quiet
 
         numbers = integers("--landmarks", landmarks)
-        task = task_module.IndexTask(numbers, words(index), layer, queries, max_tokens, seed)
+        task = task_module.IndexTask(
+            landmarks=numbers,
+            kinds=words(index),
+            layer=layer,
+            queries=queries,
+            max_tokens=max_tokens,
+            seed=seed,
+        )
         texts = (
             iter([pydoc_text()])
             if data is None
             else (each.text for each in read_documents(data, split=split))
         )
         name = "pydoc" if data is None else f"{Path(data).name}, {split}"
-        subjects.quiet()
-        subject = subjects.load(model, device, dtype)
+        quiet()
+        loaded = load(model, device, dtype)
 
         def tell(row: results.IndexRow) -> None:
             progress.rest()
             note(f"{row.index}, {row.landmarks:,} landmarks: {row.step_ms} ms a step")
 
-        report = results.Recorder(out, subject.device, tell)
-        rows = task_module.run(subject, task, texts, name, report, progress)
+        report = results.Recorder(out, loaded.device, tell)
+        rows = task_module.run(loaded, task, texts, name, report, progress)
     show(index_table(rows))

@@ -68,7 +68,9 @@ def passkey(
     with Shown() as progress:
         from landmark.cli.tables import passkey_table, show
         from landmark.eval import passkey as task_module
-        from landmark.eval import plots, results, subjects
+        from landmark.eval import plots, results
+        from landmark.eval.variants import load_variants
+        from landmark.texts.loading import quiet
 
         task = task_module.PasskeyTask(
             lengths=documents,
@@ -83,16 +85,18 @@ def passkey(
             plain_limit=plain_limit,
         )
         if plot is not None:
-            plots.require_picture(plot, "--plot")
-        subjects.quiet()
-        tested = subjects.load_all(model, compare, device, dtype, window, factor)
+            plots.require_picture(plot, "plot")
+        quiet()
+        variants = load_variants(
+            model, compare, device=device, dtype=dtype, window=window, rope=factor
+        )
 
         def tell(row: results.PasskeyRow) -> None:
             progress.rest()
             note(f"{row.model} {row.attention} {row.filler} {row.length}: {row.accuracy:.1%}")
 
         rows = task_module.run(
-            tested, task, results.Recorder(out, tested[0].device, tell), progress
+            variants, task, results.Recorder(out, variants[0].device, tell), progress
         )
     try:
         show(passkey_table(rows))

@@ -67,7 +67,9 @@ def perplexity(
         from landmark.cli.tables import perplexity_table, show
         from landmark.data.text import read_documents
         from landmark.eval import perplexity as task_module
-        from landmark.eval import plots, results, subjects
+        from landmark.eval import plots, results
+        from landmark.eval.variants import load_variants
+        from landmark.texts.loading import quiet
 
         task = task_module.PerplexityTask(
             **counts,
@@ -78,18 +80,20 @@ def perplexity(
             seed=seed,
         )
         if plot is not None:
-            plots.require_picture(plot, "--plot")
+            plots.require_picture(plot, "plot")
         documents = list(read_documents(data, split=split))
-        subjects.quiet()
-        tested = subjects.load_all(model, compare, device, dtype, window, factor)
+        quiet()
+        variants = load_variants(
+            model, compare, device=device, dtype=dtype, window=window, rope=factor
+        )
 
         def tell(row: results.PerplexityRow) -> None:
             progress.rest()
             note(f"{row.model} {row.attention} {row.length} k={row.top_k}: {row.perplexity:.2f}")
 
-        report = results.Recorder(out, tested[0].device, tell)
+        report = results.Recorder(out, variants[0].device, tell)
         rows = task_module.run(
-            tested, task, documents, f"{Path(data).name}, {split}", report, progress
+            variants, task, documents, f"{Path(data).name}, {split}", report, progress
         )
     try:
         show(perplexity_table(rows))

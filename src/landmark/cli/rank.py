@@ -28,8 +28,8 @@ def rank(
         raise ValueError(f"--top: expected at least 1, got {top}; pass for example --top 10")
     with Shown() as progress:
         from landmark.cli.tables import ranking_table, show
-        from landmark.eval.rank import rank_files
-        from landmark.eval.subjects import load, quiet
+        from landmark.texts.loading import load, quiet
+        from landmark.texts.rank import rank_files
 
         quiet()
         lines = rank_files(load(model, device, dtype), query, files, progress)

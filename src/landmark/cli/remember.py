@@ -34,11 +34,11 @@ def remember(
     """
     with Shown() as watch:
         from landmark.data.outputs import require_folder
-        from landmark.eval.subjects import load, quiet
-        from landmark.library import Progress
-        from landmark.library import remember as remembered
+        from landmark.texts.library import SavedProgress
+        from landmark.texts.library import remember as remembered
+        from landmark.texts.loading import load, quiet
 
-        def show(found: Progress) -> None:
+        def show(found: SavedProgress) -> None:
             sizes = ", ".join(
                 f"{tier} {size / 2**20:,.0f} MiB" for tier, size in found.nbytes.items() if size
             )
@@ -47,12 +47,12 @@ def remember(
             say(f"{found.tokens:,} of {found.total:,} tokens  {speed:,.0f} tokens/s  {sizes}")
 
         quiet()
-        require_folder(out, "--out")
-        subject = load(model, device, dtype)
+        require_folder(out, "out")
+        loaded = load(model, device, dtype)
         library = remembered(
             files,
             out,
-            subject,
+            loaded,
             tier=tier,
             retrieve=retrieve,
             progress=show,

@@ -124,7 +124,7 @@ def train(
     """Train a landmark model on texts: from scratch, or from a model."""
     given = dict(locals())
     with Shown() as progress:
-        from landmark.eval.subjects import quiet
+        from landmark.texts.loading import quiet
         from landmark.train.prepare import require_model_settings
         from landmark.train.recipe import Recipe, fine_tuning, load_recipe
         from landmark.train.run import train as run

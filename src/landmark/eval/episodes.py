@@ -123,7 +123,7 @@ def build_episode(
     room = length - len(start_ids) - sum(map(len, statements))
     if room < 0:
         raise ValueError(
-            f"--lengths: expected at least {length - room} text tokens for {len(statements)} "
+            f"lengths: expected at least {length - room} text tokens for {len(statements)} "
             f"facts, got {length}; pass greater lengths or fewer facts"
         )
     cuts = [rng.randint(0, room) for _ in statements]

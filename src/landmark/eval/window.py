@@ -49,8 +49,8 @@ def window_attention(model: Any, window: int) -> Iterator[Callable[[Tensor], dic
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if rotary is None:
         raise ValueError(
-            "--window: expected a model with rotary position embedding, got "
-            f"{type(model).__name__}; leave --window out"
+            "window: expected a model with rotary position embedding, got "
+            f"{type(model).__name__}; leave it out"
         )
     AttentionInterface.register(_NAME, _attend)
     before = model.config._attn_implementation

@@ -13,7 +13,7 @@ from landmark.cli.progress import Shown
 from landmark.config import GREATEST
 
 
-def passages(
+def ranking(
     data: Annotated[
         str, typer.Option(help="Folder of .txt, .txt or .jsonl file, or a data set of the hub.")
     ],
@@ -43,22 +43,25 @@ def passages(
     with Shown() as progress:
         from landmark.cli.tables import rank_table, show
         from landmark.data.text import read_documents
-        from landmark.eval import passages as task_module
-        from landmark.eval import results, subjects
+        from landmark.eval import ranking as task_module
+        from landmark.eval import results
+        from landmark.texts.loading import load, quiet
 
-        task = task_module.PassageTask(passages, passage_tokens, max_tokens, seed)
+        task = task_module.PassageTask(
+            passages=passages, passage_tokens=passage_tokens, max_tokens=max_tokens, seed=seed
+        )
         documents = list(read_documents(data, split=split))
         others = [
             document for part in words(among) for document in read_documents(data, split=part)
         ]
-        subjects.quiet()
-        subject = subjects.load(model, device, dtype)
+        quiet()
+        loaded = load(model, device, dtype)
 
         def tell(row: results.RankRow) -> None:
             progress.rest()
             note(f"{row.ranker}, text {row.text}: recall@1 {row.recall_at_1:.1%}")
 
-        report = results.Recorder(out, subject.device, tell)
+        report = results.Recorder(out, loaded.device, tell)
         name = ", ".join([Path(data).name, split, *(f"among {part}" for part in words(among))])
-        rows = task_module.run(subject, task, documents, others, name, report, progress)
+        rows = task_module.run(loaded, task, documents, others, name, report, progress)
     show(rank_table(rows))
