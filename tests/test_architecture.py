@@ -329,6 +329,15 @@ def test_one_word_for_landmark():
     assert found == [], f"write landmark or memory, not mem: {found}"
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if part_of(path) in {"texts", "eval"}], ids=name_of
+)
+def test_only_commands_name_options(path):
+    """Below them a message names a parameter; `landmark.cli.parameters` makes an option of it."""
+    found = re.findall(r"[^\w-](--[a-z][a-z-]+)", path.read_text())
+    assert found == [], f"{name_of(path)} names {found}"
+
+
 def map_of_the_tree():
     """Paths in the map of docs/architecture.md.
 

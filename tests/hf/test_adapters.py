@@ -376,6 +376,6 @@ def test_the_command_line_takes_an_adapter(tmp_path: Path) -> None:
             assert torch.equal(loaded.model(ids).logits, adapted(input_ids=ids).logits)
     plain_base(tmp_path)
     with pytest.raises(
-        ValueError, match=r"--model: expected an adapter of a landmark model, got .*the plain llama"
+        ValueError, match=r"^model: expected an adapter of a landmark model, got .*the plain llama"
     ):
         loading.load(str(tmp_path / "adapter"), "cpu", "float32")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from landmark.blocks import tokens_for
 from landmark.data.tokenizer import train_tokenizer
-from landmark.train.prepare import new_model, text_tokens
+from landmark.train.prepare import new_model
 from landmark.train.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -32,7 +33,7 @@ def test_the_bundled_recipe_is_what_the_model_card_says():
         sum(weight.numel() for weight in marked.parameters())
         == weights + recipe.model["hidden_size"]
     )
-    assert text_tokens(recipe.data.length, marked.landmark.block_size) == 504
+    assert tokens_for(recipe.data.length, marked.landmark.block_size) == 504
     assert recipe.warmup == 200 and recipe.decay == 1920
 
 
@@ -41,7 +42,7 @@ def test_the_bundled_recipe_is_what_the_model_card_says():
 )
 def test_text_tokens_fill_the_positions(length, block_size):
     """Counted one by one: every ``block_size``-th position is a landmark."""
-    assert text_tokens(length, block_size) == sum(
+    assert tokens_for(length, block_size) == sum(
         p % block_size != block_size - 1 for p in range(length)
     )
 

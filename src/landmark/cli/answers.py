@@ -13,8 +13,9 @@ CHARACTERS = 240  # shown of a passage
 
 
 def show_answer(explanation: Explanation) -> None:
-    """Prints the question with its answer, and below it share, file, line and text of each
-    passage.
+    """Prints a question with its answer, and below it the passages that were read.
+
+    Of each passage: its share of the attention, its file and line, and its text.
     """
     say_text(f"{explanation.question.strip()}{explanation.answer.rstrip()}")
     for passage in explanation.passages():

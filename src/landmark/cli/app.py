@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated, cast
 
 import typer
@@ -26,6 +27,7 @@ from landmark.cli.output import (
     say_error,
     show_what_the_terminal_can,
 )
+from landmark.cli.parameters import Command
 from landmark.cli.passkey import passkey
 from landmark.cli.perplexity import perplexity
 from landmark.cli.rank import rank
@@ -47,21 +49,17 @@ evaluation = typer.Typer(
 app.add_typer(evaluation, name="eval")
 memories = typer.Typer(help="Look at a saved memory: info, verify, compact.", add_completion=False)
 app.add_typer(memories, name="memory")
-app.command()(demo)
-app.command()(generate)
-app.command()(remember)
-app.command()(ask)
-app.command()(explain)
-app.command()(convert)
-app.command()(train)
-app.command()(rank)
-app.command()(info)
-evaluation.command()(passkey)
-evaluation.command()(perplexity)
-evaluation.command("rank")(ranking)
-for _command in (memory.info, memory.verify, memory.compact):
-    memories.command()(_command)
-evaluation.command()(index)
+
+
+def _add(group: typer.Typer, *commands: Callable[..., object]) -> None:
+    for command in commands:
+        group.command(cls=Command)(command)
+
+
+_add(app, demo, generate, remember, ask, explain, convert, train, rank, info)
+_add(memories, memory.info, memory.verify, memory.compact)
+_add(evaluation, passkey, perplexity, index)
+evaluation.command("rank", cls=Command)(ranking)
 
 # ClickException, of whichever click typer stands on
 _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])

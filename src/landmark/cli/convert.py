@@ -19,27 +19,31 @@ def convert(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the landmark model and its tokenizer.")],
     block_size: Annotated[int, typer.Option(help="Positions of a block, landmark included.")] = 64,
-    top_k: Annotated[int, typer.Option(help="Retrieved blocks of a query.")] = 4,
+    top_k: Annotated[int, typer.Option(help="Blocks that a query retrieves.")] = 4,
     granularity: Annotated[
-        str, typer.Option(help="token_head, head, token or group.")
+        str, typer.Option(help="Who shares a choice of blocks: token_head, head, token or group.")
     ] = "token_head",
-    positions: Annotated[str, typer.Option(help="stingy or exact.")] = "stingy",
+    positions: Annotated[
+        str, typer.Option(help="RoPE positions of retrieved blocks: stingy or exact.")
+    ] = "stingy",
     local_blocks: Annotated[
-        int, typer.Option(help="Finished blocks before its own that a query sees.")
+        int, typer.Option(help="Finished blocks before its own that a query always sees.")
     ] = 2,
     max_blocks: Annotated[
-        int | None, typer.Option(help="Retrieve from the latest so many only. By default all.")
+        int | None, typer.Option(help="Latest blocks to retrieve from. By default all.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers that retrieve, with commas. By default all.")
+        str | None, typer.Option(help="Layers that retrieve, separated by commas. By default all.")
     ] = None,
     chunk_tokens: Annotated[int, typer.Option(help="Text tokens computed at once.")] = 1008,
     trained_length: Annotated[
-        int | None, typer.Option(help="Trained positions. By default the model's maximum.")
+        int | None,
+        typer.Option(help="Positions that it is trained on. By default the model's maximum."),
     ] = None,
 ) -> None:
-    """Make a landmark model of a causal language model with RoPE, and save it with its
-    tokenizer.
+    """Convert a causal language model with RoPE to a landmark model, and save it.
+
+    Its tokenizer is saved with it.
     """
     with Shown() as progress:
         import landmark

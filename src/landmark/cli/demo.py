@@ -26,17 +26,19 @@ SHOWN_CHARACTERS = 150
 
 def demo(
     text: Annotated[
-        Path | None, typer.Option(help="Your own text. By default Python's language reference.")
+        Path | None,
+        typer.Option(help="Text file to hide keys in. By default Python's language reference."),
     ] = None,
     model: Model = None,
-    out: Annotated[Path, typer.Option(help="Picture.")] = Path("out/demo.png"),
+    out: Annotated[Path, typer.Option(help="Path of the picture.")] = Path("out/demo.png"),
     dense: Annotated[bool, typer.Option(help="Also run the same weights densely, once.")] = True,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Find pass keys in a long real text, show what was read for each, reopen a memory, compare
-    with a dense run.
+    """Find pass keys in a long real text, and show what was read for each.
+
+    One memory is saved and opened again. The same weights run densely once, to compare.
     """
     begun = time.perf_counter()
     with Shown() as progress:

@@ -1,6 +1,4 @@
-"""``landmark memory``: what a saved memory holds, whether it is what was written, what an
-interrupted writer left.
-"""
+"""``landmark memory``: describe a saved memory, check it, and clean it up."""
 
 from __future__ import annotations
 

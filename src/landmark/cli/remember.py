@@ -18,19 +18,20 @@ def remember(
         typer.Argument(help="Text files or folders of .txt files, read one after the other."),
     ],
     out: Annotated[
-        Path, typer.Option(help="The memory's folder; where there is one, reading goes on.")
+        Path, typer.Option(help="Folder of the memory; reading goes on where there is one.")
     ],
     tier: Tier = "disk",
     spill_folder: SpillFolder = None,
     retrieve: Annotated[
-        bool, typer.Option("--retrieve", help="Read with retrieval: much slower.")
+        bool, typer.Option("--retrieve", help="Prefill with retrieval, much slower.")
     ] = False,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Read FILES into a memory on disk; the same command goes on with what was interrupted, and
-    adds further files.
+    """Read FILES into a memory on disk.
+
+    The same command goes on after an interruption, and adds further files.
     """
     with Shown() as watch:
         from landmark.data.outputs import require_folder

@@ -30,8 +30,9 @@ def show(table: Table) -> None:
 
 
 def cell(value: object) -> Text:
-    """Returns a cell that shows a value as it stands: no markup, no control characters; a dash for
-    ``None``.
+    """Returns a cell that shows a value as it stands, a dash for ``None``.
+
+    Nothing in it is markup or a control character.
     """
     return Text("-" if value is None else in_line(str(value)))
 

@@ -1,5 +1,4 @@
-"""The main job shown: a long real text, keys hidden in it, answers, and the text that was read for
-each of them.
+"""The demo: keys hidden in a long real text, answers, and what was read for each.
 
 One of the memories is saved, opened again and asked once more.
 """
@@ -139,8 +138,9 @@ def lengths_for(filler: Filler) -> tuple[int, ...]:
 def run_trials(
     loaded: LoadedModel, filler: Filler, seed: int, progress: Progress | None = None
 ) -> Iterator[Trial]:
-    """Hides a pass key among distractor codes at a random place and asks for it, ten times; reopens
-    one memory.
+    """Hides a pass key among other codes at a random place and asks for it, ten times.
+
+    One of the memories is reopened.
     """
     loaded.model.read(filler.ids[None, :_WARM_UP].to(loaded.device), retrieve=False)
     for number in range(len(LENGTHS)):
@@ -151,16 +151,18 @@ def run_trials(
 
 
 def compared_number(filler: Filler) -> int:
-    """Returns which of the ten documents is reopened and run densely: the one nearest to 32k
-    tokens.
+    """Returns which of the ten documents is reopened and run densely.
+
+    It is the one nearest to 32k tokens.
     """
     lengths = lengths_for(filler)
     return min(range(len(lengths)), key=lambda number: abs(lengths[number] - DENSE_LENGTH))
 
 
 def build_document(loaded: LoadedModel, filler: Filler, number: int, seed: int) -> Episode:
-    """Returns document ``number`` of the ten: one pass key and some named codes at random places of
-    the text.
+    """Returns document ``number`` of the ten.
+
+    It has one pass key and some named codes at random places of the text.
     """
     rng = random.Random(f"{seed} {number}")
     length = lengths_for(filler)[number]
@@ -220,8 +222,7 @@ def run_trial(
 def reopened(
     loaded: LoadedModel, cache: LandmarkCache, prompt: Tensor, written: list[int]
 ) -> Reopened:
-    """Saves a memory to a folder of temporary files, opens it on tier ``disk`` and asks it on a
-    fork.
+    """Saves a memory to a temporary folder, opens it on tier ``disk`` and asks a fork.
 
     Args:
         loaded: the model that it was made by.
@@ -280,8 +281,9 @@ def _blocks_read(
 
 
 def recorded_twin(length: int) -> PasskeyRow | None:
-    """Returns the bundled twin's recorded pass-key row at the length nearest to ``length``, if
-    there is one.
+    """Returns the recorded pass-key row of the bundled twin, ``None`` if there is none.
+
+    Of several, the one whose length is nearest to ``length``.
     """
     path = model_path() / FIGURES
     if not path.is_file():

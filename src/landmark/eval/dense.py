@@ -40,9 +40,7 @@ class DenseRun:
 
 
 def dense_model(model: Any) -> Any:
-    """Returns the stock model of a landmark model's family with the same weights (shared, not
-    copied).
-    """
+    """Returns the stock model of a landmark model's family, sharing its weights."""
     stock: Any = family(model.config.model_type.removeprefix(PREFIX)).stock_causal_lm
     fields = model.config.to_dict()
     for name in ("landmark", "model_type", "architectures", "auto_map", "dtype"):

@@ -1,6 +1,4 @@
-"""Documents with facts dropped into a filler at random token places, and the questions about
-them.
-"""
+"""Documents with facts at random places of a filler, and questions about them."""
 
 from __future__ import annotations
 

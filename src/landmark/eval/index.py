@@ -1,5 +1,4 @@
-"""What an index finds among the landmarks of one layer, and how fast: recall and time beside
-scoring every one.
+"""Recall and time of indexes over the landmarks of one layer, beside scoring all.
 
 Landmarks and queries are recorded while a model reads text. Where more landmarks are asked for than
 were recorded, the rest are copies of these with noise, and the time alone is measured.
@@ -262,8 +261,9 @@ def _layer(loaded: LoadedModel, layer: int | None) -> int:
 
 
 def with_copies(recorded: Recorded, landmarks: int, seed: int) -> Recorded:
-    """Returns one head with copies of its landmarks, up to so many, the noise in each column that
-    of the column.
+    """Returns one head with noisy copies of its landmarks, up to so many in all.
+
+    The noise in each column is proportional to the deviation of the column.
     """
     keys = recorded.keys[0]
     copies = keys[torch.arange(landmarks) % len(keys)]
@@ -276,8 +276,15 @@ def with_copies(recorded: Recorded, landmarks: int, seed: int) -> Recorded:
 
 
 def exact(query: Tensor, keys: Tensor, top_k: int) -> Tensor:
-    """The ``top_k`` best of ``keys (G, N, D)`` for ``query (G, R, Q, D)`` as a memory finds them,
-    ``(G, R, Q, K)``.
+    """Returns the best landmarks of each query as a memory finds them.
+
+    Args:
+        query: ``(G, R, Q, D)``.
+        keys: ``(G, N, D)``.
+        top_k: landmarks of each query, ``K``.
+
+    Returns:
+        ``(G, R, Q, K)`` indices of keys.
     """
     flat = query.flatten(1, 2)
     at_once = max(1, SLAB_BYTES["cpu"] // (COPIES * 4 * flat.shape[0] * flat.shape[1]))
@@ -291,12 +298,13 @@ def _measure(kind: str, recorded: Recorded, top_k: int, right: Tensor | None) ->
     """The fields of a row that are measured."""
     query = recorded.query
     keys = recorded.keys
+    exactly = kind == "exact"
     begin = time.perf_counter()
-    indexes = [] if kind == "exact" else [_build(kind, head) for head in keys]
+    indexes = [] if exactly else [_build(kind, head) for head in keys]
     built = time.perf_counter() - begin
 
     def search(part: Tensor) -> Tensor:
-        if kind == "exact":
+        if exactly:
             return exact(part, keys, top_k)
         found = [
             index.search(each.flatten(0, 1), top_k)[1]
@@ -310,8 +318,8 @@ def _measure(kind: str, recorded: Recorded, top_k: int, right: Tensor | None) ->
         "step_ms": _milliseconds(search, torch.split(query, 1, dim=2)),
         "chunk_ms": _milliseconds(search, [query]),
         "build_seconds": round(built, 3),
-        "nbytes": sum(index.nbytes for index in indexes) or keys.numel() * 4,
-        "settings": indexes[0].settings if indexes else {},
+        "nbytes": keys.nbytes if exactly else sum(index.nbytes for index in indexes),
+        "settings": {} if exactly else indexes[0].settings,
     }
 
 

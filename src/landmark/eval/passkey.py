@@ -1,4 +1,4 @@
-"""Pass key and named facts: is a fact found wherever it lies in a document of any length?
+"""Measure whether a fact is found wherever it lies in a document of any length.
 
 A greedy exact match is read off one forward: the answer is teacher-forced, and it equals the greedy
 continuation when each of its tokens was the most probable one.
@@ -6,6 +6,7 @@ continuation when each of its tokens was the most probable one.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -112,18 +113,19 @@ def run(
         fillers = [made_filler(name, text, variant.tokenizer, progress) for name, text in texts]
         for settings in _settings(variant, task):
             with variant.configured(**settings):
-                for filler in fillers:
-                    for length in task.lengths:
-                        if variant.attention != "landmark" and length > task.plain_limit:
-                            continue
-                        for facts in task.facts or (None,):
-                            rows.append(_row(variant, task, filler, length, facts, progress))
-                            report(rows[-1])
+                for filler, length, facts in itertools.product(
+                    fillers, task.lengths, task.facts or (None,)
+                ):
+                    if not variant.is_landmark and length > task.plain_limit:
+                        continue
+                    row = _row(variant, task, filler, length=length, facts=facts, progress=progress)
+                    rows.append(row)
+                    report(row)
     return rows
 
 
 def _settings(variant: Variant, task: PasskeyTask) -> Iterator[dict[str, Any]]:
-    if variant.attention != "landmark":
+    if not variant.is_landmark:
         yield {}
         return
     for top_k in task.top_k or (variant.model.landmark.top_k,):
@@ -135,12 +137,14 @@ def _row(
     variant: Variant,
     task: PasskeyTask,
     filler: Filler,
+    *,
     length: int,
     facts: int | None,
     progress: Progress | None,
 ) -> PasskeyRow:
     episodes = [
-        _episode(variant, task, filler, length, facts, trial) for trial in range(task.trials)
+        _episode(variant, task, filler, length=length, facts=facts, trial=trial)
+        for trial in range(task.trials)
     ]
     size = max(1, _BATCH_TOKENS.get(torch.device(variant.device).type, 1 << 13) // length)
     asked = [0] * BUCKETS
@@ -176,7 +180,7 @@ def _row(
             {"from": i / BUCKETS, "to": (i + 1) / BUCKETS, "asked": asked[i], "correct": correct[i]}
             for i in range(BUCKETS)
         ),
-        read=task.read if variant.attention == "landmark" else "full",
+        read=task.read if variant.is_landmark else "full",
         top_k=settings.get("top_k"),
         granularity=settings.get("granularity"),
         settings=settings,
@@ -189,7 +193,13 @@ def _row(
 
 
 def _episode(
-    variant: Variant, task: PasskeyTask, filler: Filler, length: int, facts: int | None, trial: int
+    variant: Variant,
+    task: PasskeyTask,
+    filler: Filler,
+    *,
+    length: int,
+    facts: int | None,
+    trial: int,
 ) -> Episode:
     rng = random.Random(f"{task.seed} {length} {facts} {trial}")
     if facts is None:
@@ -221,7 +231,7 @@ def answers_right(
     """
     documents = torch.stack([episode.document for episode in episodes]).to(variant.device)
     cache: Any = None
-    if variant.attention == "landmark":
+    if variant.is_landmark:
         cache = read_into_memory(variant, documents, retrieve=read == "retrieve", progress=progress)
     right: list[list[bool]] = [[] for _ in episodes]
     for number in range(len(episodes[0].questions)):

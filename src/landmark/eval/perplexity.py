@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,8 +95,17 @@ class PerplexityTask:
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One way of attending: the columns of a row and the settings that make it."""
+class _Setup:
+    """The attention of one row.
+
+    Attributes:
+        scheme: see ``PerplexityRow``.
+        local: see ``PerplexityRow``.
+        blocks: see ``PerplexityRow``.
+        top_k: see ``PerplexityRow``.
+        attention_size: the most text tokens that one query attends to in a text of any length.
+        changes: settings of a landmark model that make it.
+    """
 
     scheme: str
     local: int
@@ -114,7 +123,7 @@ def run(
     report: Callable[[PerplexityRow], None],
     progress: Progress | None = None,
 ) -> list[PerplexityRow]:
-    """Measures every model at every length in every asked way.
+    """Measures every model at every length with every setup that is asked for.
 
     Args:
         variants: the models, of one vocabulary: perplexities of different tokens are not
@@ -143,11 +152,13 @@ def run(
             documents, variant.tokenizer, max(task.lengths), task.max_tokens, task.seed, progress
         )
         for length in task.lengths:
-            for way in _ways(variant, task, length):
+            for setup in _setups(variant, task, length):
                 if progress is not None:
                     progress(f"measuring {spans.numel():,} tokens in segments of {length:,}", 0, 0)
-                with variant.configured(**way.changes):
-                    rows.append(_row(variant, task, spans, length, way, data))
+                with variant.configured(**setup.changes):
+                    rows.append(
+                        _row(variant, task, segments_of(spans, length), setup=setup, data=data)
+                    )
                     report(rows[-1])
     return rows
 
@@ -190,10 +201,12 @@ def choose_spans(
     return torch.stack((chosen + spare)[:wanted])
 
 
-def _ways(variant: Variant, task: PerplexityTask, length: int) -> Iterator[_Way]:
-    if variant.attention != "landmark":
+def _setups(variant: Variant, task: PerplexityTask, length: int) -> Iterator[_Setup]:
+    if not variant.is_landmark:
         size = min(length, SINK + variant.window) if variant.window else length
-        yield _Way("plain", size, None, None, size, {})
+        yield _Setup(
+            scheme="plain", local=size, blocks=None, top_k=None, attention_size=size, changes={}
+        )
         return
     config: LandmarkConfig = variant.model.landmark
     retrieving = [top_k for top_k in task.top_k if top_k > 0]
@@ -201,13 +214,13 @@ def _ways(variant: Variant, task: PerplexityTask, length: int) -> Iterator[_Way]
     without = set()
     for first in task.local if task.scheme == "paper" else task.local_blocks:
         for top_k in retrieving:
-            way = (
+            setup = (
                 _paper(config, first, top_k, task)
                 if task.scheme == "paper"
                 else _blocks(config, first, top_k, task)
             )
-            yield _Way(**{**way.__dict__, "changes": {**way.changes, "granularity": granularity}})
-            without.add(math.ceil(way.attention_size / config.text_per_block) - 2)
+            yield replace(setup, changes={**setup.changes, "granularity": granularity})
+            without.add(math.ceil(setup.attention_size / config.text_per_block) - 2)
         if not retrieving:
             local = math.ceil(first / config.text_per_block) if task.scheme == "paper" else first
             without.add(local)
@@ -216,7 +229,7 @@ def _ways(variant: Variant, task: PerplexityTask, length: int) -> Iterator[_Way]
             yield _without_retrieval(config, local_blocks)
 
 
-def _paper(config: LandmarkConfig, local: int, top_k: int, task: PerplexityTask) -> _Way:
+def _paper(config: LandmarkConfig, local: int, top_k: int, task: PerplexityTask) -> _Setup:
     """A chunk may begin inside a block, which is then local as well."""
     started = config.text_per_block - 1 if local % config.text_per_block else 0
     size = started + local + top_k * config.text_per_block
@@ -228,10 +241,17 @@ def _paper(config: LandmarkConfig, local: int, top_k: int, task: PerplexityTask)
         "positions": "stingy",
         "mode": "retrieval",
     }
-    return _Way("paper", local, task.blocks, top_k, size, changes)
+    return _Setup(
+        scheme="paper",
+        local=local,
+        blocks=task.blocks,
+        top_k=top_k,
+        attention_size=size,
+        changes=changes,
+    )
 
 
-def _blocks(config: LandmarkConfig, local_blocks: int, top_k: int, task: PerplexityTask) -> _Way:
+def _blocks(config: LandmarkConfig, local_blocks: int, top_k: int, task: PerplexityTask) -> _Setup:
     local = (local_blocks + 1) * config.text_per_block
     changes = {
         "local": "blocks",
@@ -240,10 +260,17 @@ def _blocks(config: LandmarkConfig, local_blocks: int, top_k: int, task: Perplex
         "top_k": top_k,
         "mode": "retrieval",
     }
-    return _Way("blocks", local, task.blocks, top_k, local + top_k * config.text_per_block, changes)
+    return _Setup(
+        scheme="blocks",
+        local=local,
+        blocks=task.blocks,
+        top_k=top_k,
+        attention_size=local + top_k * config.text_per_block,
+        changes=changes,
+    )
 
 
-def _without_retrieval(config: LandmarkConfig, local_blocks: int) -> _Way:
+def _without_retrieval(config: LandmarkConfig, local_blocks: int) -> _Setup:
     local = (local_blocks + 1) * config.text_per_block
     changes = {
         "local": "blocks",
@@ -253,13 +280,25 @@ def _without_retrieval(config: LandmarkConfig, local_blocks: int) -> _Way:
         "layers": (),
         "mode": "retrieval",
     }
-    return _Way("blocks", local, None, 0, local + config.text_per_block, changes)
+    return _Setup(
+        scheme="blocks",
+        local=local,
+        blocks=None,
+        top_k=0,
+        attention_size=local + config.text_per_block,
+        changes=changes,
+    )
+
+
+def segments_of(spans: Tensor, length: int) -> Tensor:
+    """Cuts spans into segments ``(n, length)``, which do not overlap."""
+    return spans[:, : spans.shape[1] // length * length].reshape(-1, length)
 
 
 def _row(
-    variant: Variant, task: PerplexityTask, spans: Tensor, length: int, way: _Way, data: str
+    variant: Variant, task: PerplexityTask, segments: Tensor, *, setup: _Setup, data: str
 ) -> PerplexityRow:
-    segments = spans[:, : spans.shape[1] // length * length].reshape(-1, length)
+    length = segments.shape[1]
     with measured(variant.device) as measure:
         loss = mean_loss(variant, segments)
     settings = variant.settings()
@@ -267,12 +306,12 @@ def _row(
         model=variant.name,
         attention=variant.attention,
         length=length,
-        scheme=way.scheme,
-        local=way.local,
-        blocks=way.blocks,
-        top_k=way.top_k,
-        attention_size=min(way.attention_size, length),
-        granularity=settings.get("granularity") if way.top_k else None,
+        scheme=setup.scheme,
+        local=setup.local,
+        blocks=setup.blocks,
+        top_k=setup.top_k,
+        attention_size=min(setup.attention_size, length),
+        granularity=settings.get("granularity") if setup.top_k else None,
         perplexity=math.exp(loss),
         loss=loss,
         tokens=segments.numel() - len(segments),
@@ -288,8 +327,11 @@ def _row(
 
 
 def mean_loss(variant: Variant, segments: Tensor) -> float:
-    """Returns the mean loss in nats over all tokens of ``segments (n, length)`` but each segment's
-    first.
+    """Returns the mean loss in nats over the tokens of segments.
+
+    Args:
+        variant: the model.
+        segments: ``(n, length)`` token ids; the first token of each is context only.
     """
     size = max(
         1, _BATCH_TOKENS.get(torch.device(variant.device).type, 1 << 12) // segments.shape[1]

@@ -262,8 +262,9 @@ def cut_out(ids: Sequence[Tensor], passages: Sequence[PassageQuery]) -> list[Ten
 
 
 def rank_of(scores: Sequence[float], wanted: int) -> int:
-    """Returns the place of document ``wanted`` by falling score, from 1; equal scores count against
-    it.
+    """Returns the rank of document ``wanted`` by falling score, from 1.
+
+    Equal scores count against it.
     """
     return sum(score >= scores[wanted] for score in scores)
 
@@ -274,7 +275,8 @@ def recall(ranks: Sequence[int]) -> float:
 
 
 def ndcg(ranks: Sequence[int]) -> float:
-    """Returns the mean of ``1 / log2(1 + rank)``, 0 beyond rank 10: nDCG@10 where one document is
-    relevant.
+    """Returns nDCG@10 where one document is relevant.
+
+    It is the mean of ``1 / log2(1 + rank)``, 0 beyond rank 10.
     """
     return sum(1 / math.log2(1 + rank) for rank in ranks if rank <= CUTOFF) / len(ranks)

@@ -1,4 +1,4 @@
-"""Order documents by their highest landmark scores: which of them would a query retrieve from?
+"""Order documents by their highest landmark scores for a query.
 
 Of a document nothing is kept but its landmark keys, one vector for each block, layer and key/value
 head, and the mean of its queries. A query text is read by itself; the mean of its positions is

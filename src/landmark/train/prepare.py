@@ -63,11 +63,6 @@ class Prepared:
     greatest: int
 
 
-def text_tokens(length: int, block_size: int) -> int:
-    """Returns the text tokens of ``length`` positions, landmarks included."""
-    return length - length // block_size
-
-
 def find_tokenizer(
     data: str,
     out: Path,

@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import IntervalStrategy
 
-from landmark.blocks import slots_for
+from landmark.blocks import slots_for, tokens_for
 from landmark.config import LandmarkConfig
 from landmark.data import encoding, outputs
 from landmark.data.characters import require_utf8
@@ -44,7 +44,6 @@ from landmark.train.prepare import (
     prepare_rows,
     require_model_settings,
     stored_dtype,
-    text_tokens,
 )
 from landmark.train.recipe import Recipe
 from landmark.train.summary import summarise, write_summary
@@ -124,7 +123,7 @@ def train(
         if args.should_save:
             outputs.require_room(out, made.num_parameters() * getattr(torch, dtype).itemsize, "out")
         settings = LandmarkConfig.from_dict(recipe.landmark) if plain else made.landmark
-        row_tokens = text_tokens(recipe.data.length, settings.block_size)
+        row_tokens = tokens_for(recipe.data.length, settings.block_size)
         rows = prepare_rows(data, store, recipe, cutter, tokens=row_tokens, progress=progress)
     require_rows(cutter, made, path or "model", rows.greatest)
     if recipe.run.evaluate_every and not rows.held_out:
