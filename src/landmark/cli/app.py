@@ -47,7 +47,9 @@ evaluation = typer.Typer(
     add_completion=False,
 )
 app.add_typer(evaluation, name="eval")
-memories = typer.Typer(help="Look at a saved memory: info, verify, compact.", add_completion=False)
+memories = typer.Typer(
+    help="Describe, check or clean up a saved memory: info, verify, compact.", add_completion=False
+)
 app.add_typer(memories, name="memory")
 
 
@@ -128,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _named(error: OSError) -> str:
-    """What the system says of a file, or what we say."""
+    """Returns what the system says of a file, by the file's name, or our own message."""
     if error.strerror is None or error.filename is None:
         return str(error)
     name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
@@ -136,7 +138,8 @@ def _named(error: OSError) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, a GPU or, by no class of its own, the CPU of torch has no room."""
+    """Returns whether Python, a GPU or torch on the CPU has run out of memory."""
+    # The CPU allocator of torch raises a plain RuntimeError.
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "can't allocate memory" in str(error)
 

@@ -131,7 +131,7 @@ def _print_reopened(console: Console, found: Reopened) -> None:
 
 
 def _cut(text: str, wanted: str) -> str:
-    """At most ``SHOWN_CHARACTERS`` of a text, around the key where it stands in it."""
+    """Cuts a text to ``SHOWN_CHARACTERS``, around the key where it stands in it."""
     if len(text) <= SHOWN_CHARACTERS:
         return text
     found = text.find(wanted)

@@ -98,7 +98,7 @@ class Shown:
 
 
 def _terminal() -> Any:
-    """The console of stderr where it can show a bar, else ``None``."""
+    """Returns the console of stderr, ``None`` where it cannot show a bar."""
     if sys.stderr is None or not sys.stderr.isatty():
         return None
     from rich.console import Console

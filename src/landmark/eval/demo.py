@@ -253,7 +253,7 @@ def reopened(
 
 
 def _write(model: Any, ids: Tensor, cache: Any, count: int) -> list[int]:
-    """Greedy continuation of ``ids (1, T)`` by ``count`` tokens."""
+    """Returns the greedy continuation of ``ids (1, T)`` by ``count`` tokens."""
     written: list[int] = []
     while len(written) < count:
         output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -277,7 +277,9 @@ def _blocks_read(
         text = loaded.tokenizer.decode(episode.document[first:last].tolist())
         middle = (first + last) / 2 / len(episode.document)
         has_fact = first < place.stop and place.start < last
-        yield BlockRead(block, middle, weights[block], text, has_fact)
+        yield BlockRead(
+            block=block, place=middle, share=weights[block], text=text, has_fact=has_fact
+        )
 
 
 def recorded_twin(length: int) -> PasskeyRow | None:

@@ -159,6 +159,6 @@ def _question(tokenizer: Any, fact: Fact) -> Question:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text that goes on from another one."""
+    """Returns the ids of a text that goes on from another one."""
     ids: list[int] = encode(tokenizer, text, continues=True).ids.tolist()
     return ids

@@ -25,21 +25,21 @@ from landmark.texts.loading import LoadedModel, require_landmark
 from landmark.texts.rank import old_queries
 from landmark.texts.reading import read_into_memory, tokenize
 
-NOISE = 0.1
+NOISE = 0.1  # of copied landmarks, in standard deviations of the recorded ones
 ARRIVING = 1024  # landmarks that are added at once
-SECONDS = 2.0
-LEAST = 5  # a time is the median of so many seconds of trials, of so many at least
+SECONDS = 2.0  # of trials whose median is a time
+LEAST = 5  # trials at least
 
 
 @dataclass(frozen=True)
 class IndexTask:
-    """What is measured.
+    """Settings of a measurement of indexes.
 
     Attributes:
         landmarks: numbers of landmarks of each head.
         kinds: indexes beside ``exact``.
         layer: which layer, ``None`` for the middle one.
-        queries: positions of text whose queries look.
+        queries: positions of text whose queries search.
         max_tokens: text that is read at most, ``None`` for all that is needed and there is.
         seed: of the noise.
 
@@ -250,7 +250,7 @@ def _tokens(texts: Iterable[str], tokenizer: Any, most: int, progress: Progress 
 
 
 def _layer(loaded: LoadedModel, layer: int | None) -> int:
-    """The layer asked for, or the middle one."""
+    """Returns the layer that is asked for, or the middle one; raises ``ValueError``."""
     layers = loaded.model.config.num_hidden_layers
     if layer is not None and not 1 <= layer < layers:
         raise ValueError(
@@ -295,7 +295,7 @@ def exact(query: Tensor, keys: Tensor, top_k: int) -> Tensor:
 
 
 def _measure(kind: str, recorded: Recorded, top_k: int, right: Tensor | None) -> dict[str, Any]:
-    """The fields of a row that are measured."""
+    """Returns the fields of an ``IndexRow`` that are measured."""
     query = recorded.query
     keys = recorded.keys
     exactly = kind == "exact"
@@ -331,12 +331,12 @@ def _build(kind: str, keys: Tensor) -> VectorIndex:
 
 
 def _recall(found: Tensor, right: Tensor) -> float:
-    """Share of ``right (..., K)`` that is among ``found (..., K)``."""
+    """Returns the share of ``right (..., K)`` that is among ``found (..., K)``."""
     return float((right[..., :, None] == found[..., None, :]).any(-1).float().mean())
 
 
 def _milliseconds(search: Callable[[Tensor], Tensor], queries: Sequence[Tensor]) -> float:
-    """Median time of a search, going through ``queries`` again and again."""
+    """Returns the median time of a search, going through ``queries`` again and again."""
     search(queries[0])
     times: list[float] = []
     while len(times) < LEAST or sum(times) < SECONDS:

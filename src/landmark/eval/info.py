@@ -86,7 +86,7 @@ def bundled_rows() -> list[tuple[str, str]]:
 
 
 def _headlines(rows: Sequence[Row], settings: LandmarkConfig) -> list[tuple[str, str]]:
-    """The figures at the greatest lengths that were recorded with the model's own settings."""
+    """Returns the figures at the greatest lengths, recorded with the model's own settings."""
     found = []
     asked = [row for row in rows if isinstance(row, PasskeyRow) and _is_own(row.settings, settings)]
     keys = _longest([row for row in asked if row.task == "passkey"])
@@ -117,5 +117,5 @@ def _longest(rows: Sequence[Figure]) -> list[Figure]:
 
 
 def _is_own(settings: dict[str, Any], own: LandmarkConfig) -> bool:
-    """Whether a row was measured with the model as it is saved."""
+    """Returns whether a row was measured with the model as it is saved."""
     return settings == own.to_dict()

@@ -28,7 +28,7 @@ _BATCH_TOKENS = {"cuda": 1 << 18}
 
 @dataclass(frozen=True)
 class PasskeyTask:
-    """What is asked of every model.
+    """Settings of a measurement of pass keys or named facts.
 
     Attributes:
         lengths: text tokens of the documents.

@@ -30,7 +30,7 @@ _BATCH_TOKENS = {"cuda": 1 << 16}
 
 @dataclass(frozen=True)
 class PerplexityTask:
-    """What is measured on every model.
+    """Settings of a measurement of perplexity.
 
     Attributes:
         lengths: evaluation lengths, text tokens of a segment.
@@ -230,7 +230,8 @@ def _setups(variant: Variant, task: PerplexityTask, length: int) -> Iterator[_Se
 
 
 def _paper(config: LandmarkConfig, local: int, top_k: int, task: PerplexityTask) -> _Setup:
-    """A chunk may begin inside a block, which is then local as well."""
+    """Returns the setup of the paper, in which the whole chunk is local."""
+    # A chunk may begin inside a block, which is then local as well.
     started = config.text_per_block - 1 if local % config.text_per_block else 0
     size = started + local + top_k * config.text_per_block
     changes = {

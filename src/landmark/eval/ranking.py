@@ -33,7 +33,7 @@ CUTOFF = 10  # of nDCG
 
 @dataclass(frozen=True)
 class PassageTask:
-    """What is asked.
+    """Settings of a measurement of ranking.
 
     Attributes:
         passages: how many, drawn evenly from the documents, without overlap.
@@ -119,10 +119,8 @@ def run(
     """
     require_landmark(loaded)
     require_bm25s()
-    ids, more = (
-        [_head(loaded, document, task, progress) for document in some]
-        for some in (documents, others)
-    )
+    ids = [_head(loaded, document, task, progress) for document in documents]
+    more = [_head(loaded, document, task, progress) for document in others]
     passages = draw_passages(ids, task)
     with measured(loaded.device) as reading:
         known = [
@@ -131,7 +129,8 @@ def run(
         ]
     rows = []
     for text in TEXTS:
-        searched = [*(ids if text == "whole" else cut_out(ids, passages)), *more]
+        drawn_from = ids if text == "whole" else cut_out(ids, passages)
+        searched = [*drawn_from, *more]
         for make in (_landmarks, _bm25):
             with measured(loaded.device) as measure:
                 ranker = make(loaded, searched, known, progress)
@@ -139,15 +138,32 @@ def run(
                     rank_of(ranker.scores(passage.ids), passage.document)
                     for passage in counted("passages looked for", passages, progress)
                 ]
-            seconds = measure.seconds + (reading.seconds if make is _landmarks else 0.0)
-            rows.append(_row(task, text, ranks, searched, data, seconds, ranker.fields))
-            report(rows[-1])
+            seconds = measure.seconds
+            if make is _landmarks:
+                seconds += reading.seconds
+            row = RankRow(
+                text=text,
+                documents=len(searched),
+                tokens=sum(len(document) for document in searched),
+                max_tokens=task.max_tokens,
+                passages=len(ranks),
+                passage_tokens=task.passage_tokens,
+                recall_at_1=recall(ranks),
+                ndcg_at_10=ndcg(ranks),
+                seed=task.seed,
+                seconds=round(seconds, 3),
+                data=data,
+                **ranker.fields,
+            )
+            rows.append(row)
+            report(row)
     return rows
 
 
 def _head(
     loaded: LoadedModel, document: Document, task: PassageTask, progress: Progress | None
 ) -> Tensor:
+    """Returns the first tokens of a document, as many as are used."""
     return tokenize(document.text, loaded.tokenizer, progress=progress)[: task.max_tokens]
 
 
@@ -157,7 +173,7 @@ def _landmarks(
     known: Sequence[TextLandmarks],
     progress: Progress | None,
 ) -> _Ranker:
-    """By landmarks; the last of the documents are ``known`` already."""
+    """Returns the ranker by landmarks; the last of the documents are ``known`` already."""
     new = searched[: len(searched) - len(known)]
     index = build_index(
         [
@@ -189,7 +205,7 @@ def _bm25(
     known: Sequence[TextLandmarks],
     progress: Progress | None,
 ) -> _Ranker:
-    """By BM25 on the text of the same tokens."""
+    """Returns the ranker by BM25 on the text of the same tokens."""
     index = Bm25([loaded.tokenizer.decode(document.tolist()) for document in searched])
     fields = {
         "ranker": "bm25",
@@ -199,31 +215,6 @@ def _bm25(
         "library_bytes": None,
     }
     return _Ranker(lambda passage: index.scores(loaded.tokenizer.decode(passage.tolist())), fields)
-
-
-def _row(
-    task: PassageTask,
-    text: str,
-    ranks: Sequence[int],
-    searched: Sequence[Tensor],
-    data: str,
-    seconds: float,
-    fields: dict[str, Any],
-) -> RankRow:
-    return RankRow(
-        text=text,
-        documents=len(searched),
-        tokens=sum(len(document) for document in searched),
-        max_tokens=task.max_tokens,
-        passages=len(ranks),
-        passage_tokens=task.passage_tokens,
-        recall_at_1=recall(ranks),
-        ndcg_at_10=ndcg(ranks),
-        seed=task.seed,
-        seconds=round(seconds, 3),
-        data=data,
-        **fields,
-    )
 
 
 def draw_passages(ids: Sequence[Tensor], task: PassageTask) -> list[PassageQuery]:
