@@ -31,9 +31,9 @@ from landmark import LandmarkCache
 from landmark.data.text import read_documents
 from landmark.data.tokenizer import row_start
 from landmark.eval.episodes import Episode, Question, build_episode, named_codes, pass_key
-from landmark.eval.fillers import Filler, tokenize
-from landmark.eval.passkey import read_into_memory
-from landmark.eval.subjects import Subject, load, quiet
+from landmark.eval.fillers import Filler
+from landmark.texts.loading import LoadedModel, load, quiet
+from landmark.texts.reading import read_into_memory, tokenize
 from landmark.versions import versions
 
 TENTH = 5  # of the text, counted from 0, that the key lies in
@@ -80,7 +80,7 @@ def main() -> None:
         "seed": options.seed,
         "saved": saved,
         "opened": opened,
-        "settings": subject.settings(),
+        "settings": subject.model.landmark.to_dict(),
         "dtype": subject.dtype,
     }
     made_with = {
@@ -94,7 +94,7 @@ def main() -> None:
     )
 
 
-def episodes(subject: Subject, data: Path, tokens: int, seed: int) -> tuple[Episode, Episode]:
+def episodes(subject: LoadedModel, data: Path, tokens: int, seed: int) -> tuple[Episode, Episode]:
     """Returns the text with the pass key, and the one with a code that is appended."""
     rng = random.Random(seed)
     filler = books(subject.tokenizer, data, tokens)
@@ -116,7 +116,9 @@ def books(tokenizer: Any, data: Path, tokens: int) -> Filler:
     return Filler(data.name, torch.cat(found))
 
 
-def remember(subject: Subject, episode: Episode, folder: str, files: Path | None) -> dict[str, Any]:
+def remember(
+    subject: LoadedModel, episode: Episode, folder: str, files: Path | None
+) -> dict[str, Any]:
     """Reads the text into a memory, asks it, saves it to ``folder``."""
     cache = LandmarkCache(subject.model, "disk", spill_folder=files)
     start = time.perf_counter()
@@ -158,7 +160,7 @@ def reopen(folder: str, key: Question, appended: list[int], code: Question) -> d
 
 
 @torch.no_grad()
-def ask(subject: Subject, cache: LandmarkCache, question: Question) -> dict[str, Any]:
+def ask(subject: LoadedModel, cache: LandmarkCache, question: Question) -> dict[str, Any]:
     """Asks on a fork, in one call as ``landmark eval passkey`` does: what it chose, and the logits
     of that.
     """

@@ -149,8 +149,8 @@ def recorded(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor
     """
     from landmark.blocks import tokens_for
     from landmark.eval.fillers import load_filler
-    from landmark.eval.subjects import load
     from landmark.hf.attention import CachedPass
+    from landmark.texts.loading import load
 
     subject = load(None, device)
     taken = []

@@ -44,10 +44,10 @@ import landmark
 from landmark import LandmarkCache
 from landmark.blocks import slots_for
 from landmark.data.text import read_documents
-from landmark.eval.fillers import tokenize
-from landmark.eval.subjects import load
 from landmark.memory.triton import decode
 from landmark.memory.triton.decode import Scores
+from landmark.texts.loading import load
+from landmark.texts.reading import tokenize
 from landmark.versions import versions
 
 SHAPES = {

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from landmark import LandmarkCache
 from landmark.eval.episodes import BUCKETS, Episode, Question, build_episode, named_codes, pass_key
-from landmark.eval.passkey import read_into_memory
-from landmark.eval.subjects import Subject, load, quiet
 from landmark.memory.storage.tiers import TIERS
+from landmark.texts.loading import LoadedModel, load, quiet
+from landmark.texts.reading import read_into_memory
 from landmark.versions import versions
 
 PART = 1 << 16  # tokens that are taken to the model's device at once
@@ -88,7 +88,7 @@ def main() -> None:
         "tier": options.tier,
         "host_bytes": options.host_bytes,
         "seed": options.seed,
-        "settings": subject.settings(),
+        "settings": subject.model.landmark.to_dict(),
         "dtype": subject.dtype,
     }
     rng = random.Random(options.seed)
@@ -108,7 +108,7 @@ def main() -> None:
         write(options.out, subject, row)
 
 
-def many(subject: Subject, episode: Episode, budgets: dict[str, Any]) -> dict[str, Any]:
+def many(subject: LoadedModel, episode: Episode, budgets: dict[str, Any]) -> dict[str, Any]:
     """Reads a text, asks all its questions, and writes the answer to the first."""
     cache, found = remember(subject, episode.document, budgets)
     asked = questions(subject, cache, episode)
@@ -124,7 +124,7 @@ def many(subject: Subject, episode: Episode, budgets: dict[str, Any]) -> dict[st
     return found
 
 
-def one(subject: Subject, episode: Episode, budgets: dict[str, Any]) -> dict[str, Any]:
+def one(subject: LoadedModel, episode: Episode, budgets: dict[str, Any]) -> dict[str, Any]:
     """Reads a text and asks its only question; what was read before is forgotten."""
     gc.collect()
     cache, found = remember(subject, episode.document, budgets)
@@ -132,7 +132,7 @@ def one(subject: Subject, episode: Episode, budgets: dict[str, Any]) -> dict[str
 
 
 def remember(
-    subject: Subject, document: Tensor, budgets: dict[str, Any]
+    subject: LoadedModel, document: Tensor, budgets: dict[str, Any]
 ) -> tuple[LandmarkCache, dict[str, Any]]:
     """Reads a text ``(tokens,)`` on the CPU, piece by piece, and says how fast and what lay where
     on the way.
@@ -157,7 +157,7 @@ def remember(
     return cache, {**found, "after_a_tenth": tenths[0], "after_reading": tenths[-1]}
 
 
-def held(subject: Subject, cache: LandmarkCache) -> dict[str, int]:
+def held(subject: LoadedModel, cache: LandmarkCache) -> dict[str, int]:
     """Bytes of what the memory holds by tier, of the process, and on a GPU of what torch has taken.
 
     ``resident_bytes`` is the process as Linux counts it; whether pinned memory is part of it
@@ -179,7 +179,7 @@ def held(subject: Subject, cache: LandmarkCache) -> dict[str, int]:
     return {**found, "resident_bytes": resident_bytes()}
 
 
-def questions(subject: Subject, cache: LandmarkCache, episode: Episode) -> list[dict[str, Any]]:
+def questions(subject: LoadedModel, cache: LandmarkCache, episode: Episode) -> list[dict[str, Any]]:
     """Asks every question on a fork of its own."""
     found = []
     for question, place in zip(episode.questions, episode.places, strict=True):
@@ -212,7 +212,7 @@ class Clock:
         """Told that there is no more."""
 
 
-def decode(subject: Subject, cache: LandmarkCache, question: Question) -> dict[str, Any]:
+def decode(subject: LoadedModel, cache: LandmarkCache, question: Question) -> dict[str, Any]:
     """Lets the model answer on a fork, and says how long a token took and what was fetched for
     it.
     """
@@ -253,7 +253,7 @@ def decode(subject: Subject, cache: LandmarkCache, question: Question) -> dict[s
     return found
 
 
-def write(out: Path, subject: Subject, row: dict[str, Any]) -> None:
+def write(out: Path, subject: LoadedModel, row: dict[str, Any]) -> None:
     """Writes what was measured so far."""
     on_gpu = subject.device.startswith("cuda")
     device = torch.cuda.get_device_name() if on_gpu else "cpu"

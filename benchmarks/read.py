@@ -22,8 +22,8 @@ import torch
 
 from landmark.eval.fillers import load_filler
 from landmark.eval.measure import measured
-from landmark.eval.subjects import Subject, load
 from landmark.memory import layer
+from landmark.texts.loading import LoadedModel, load
 from landmark.versions import versions
 
 CHUNK = 1 << 14
@@ -42,7 +42,9 @@ def plain(yes: bool) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measure(subject: Subject, remembered: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
+def measure(
+    subject: LoadedModel, remembered: int, tokens: int, repeats: int
+) -> list[dict[str, Any]]:
     """Returns a row for each way to read ``tokens`` more after ``remembered``."""
     model = subject.model
     device = subject.device
@@ -68,7 +70,7 @@ def measure(subject: Subject, remembered: int, tokens: int, repeats: int) -> lis
             "seconds": statistics.median(times),
             "tokens_per_second": round(tokens / statistics.median(times)),
             "repeats": repeats,
-            "settings": subject.settings(),
+            "settings": subject.model.landmark.to_dict(),
             "dtype": subject.dtype,
         }
         for (by, read), times in ways.items()

@@ -11,7 +11,7 @@ sys.modules["fcntl"] = None
 from landmark import landmark_attention
 x = torch.ones(1, 1, 8, 4)
 print(landmark_attention(x, x, x, block_size=4).shape)
-for name in ("landmark.hf", "landmark.memory.archive.log", "landmark.library"):
+for name in ("landmark.hf", "landmark.memory.archive.log", "landmark.texts.library"):
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:

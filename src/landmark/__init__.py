@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "LandmarkCache": "landmark.hf.cache",
     "LandmarkConfig": "landmark.config",
-    "Library": "landmark.library",
+    "Library": "landmark.texts.library",
     "__version__": "landmark.versions",
     "convert": "landmark.hf.convert",
-    "explain": "landmark.eval.explain",
+    "explain": "landmark.texts.explain",
     "insert_landmarks": "landmark.blocks",
     "landmark_attention": "landmark.ops.attention",
     "load": "landmark.hf.convert",
-    "remember": "landmark.library",
+    "remember": "landmark.texts.library",
     "strip_landmarks": "landmark.blocks",
 }
 
@@ -39,11 +39,11 @@ __all__ = [
 if TYPE_CHECKING:
     from landmark.blocks import insert_landmarks, strip_landmarks
     from landmark.config import LandmarkConfig
-    from landmark.eval.explain import explain
     from landmark.hf.cache import LandmarkCache
     from landmark.hf.convert import convert, load
-    from landmark.library import Library, remember
     from landmark.ops.attention import landmark_attention
+    from landmark.texts.explain import explain
+    from landmark.texts.library import Library, remember
     from landmark.versions import __version__
 
 

@@ -169,12 +169,12 @@ CASES = [
     (
         "remember with files in no folder",
         run("remember FILE --out FOLDER/m --model MARKED --spill-folder FOLDER/none", b"text"),
-        "spill_folder: expected a folder that exists, got .*none'; make it first",
+        "--spill-folder: expected a folder that exists, got .*none'; make it first",
     ),
     (
         "remember on no tier",
         run("remember FILE --out FOLDER/m --model MARKED --tier tape", b"text"),
-        "tier: .*'tape'",
+        "--tier: .*'tape'",
     ),
     (
         "remember by a plain model",
@@ -272,13 +272,13 @@ CASES = [
     (
         "a memory whose model is gone",
         memory_without_its_model,
-        "model: expected the one that made the memory .* got nothing there; pass its new folder "
-        "as model",
+        "^--model: expected the one that made the memory .* got nothing there; pass its new "
+        "folder: --model FOLDER",
     ),
     (
         "top_k 0",
         run("eval passkey --model MARKED --lengths 200 --trials 1 --top-k 0"),
-        "top_k: expected.*got 0",
+        "^--top-k: expected.*got 0; pass --top-k 1",
     ),
     (
         "an unknown granularity",
@@ -354,7 +354,7 @@ CASES = [
     (
         "convert with a block of 1",
         run("convert PLAIN --out FOLDER/out --block-size 1"),
-        "block_size: expected.*got 1",
+        "^--block-size: expected.*got 1; pass --block-size 2",
     ),
     (
         "layers that are no numbers",

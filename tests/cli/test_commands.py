@@ -152,7 +152,7 @@ def test_remember_and_ask(run, folder, tmp_path, monkeypatch):
 
 
 def test_an_error_in_one_question_does_not_end_the_session(run, folder, tmp_path, monkeypatch):
-    from landmark.library import Library
+    from landmark.texts.library import Library
 
     (tmp_path / "a.txt").write_text("What is the pass key?\n" * 40)
     assert run("remember", "a.txt", "--out", "memory", "--model", folder / "marked")[0] == 0

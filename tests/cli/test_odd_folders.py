@@ -73,9 +73,9 @@ def test_a_memory_of_the_bundled_model_is_asked_beside_something_of_its_name(run
 def test_a_model_that_is_called_as_the_bundled_one_comes_first(run):
     Path("marked").rename("landmark")
     assert run("remember text.txt --out memory --model landmark")[0] == 0
-    assert run("memory info memory")[1] and landmark.library.model_of("memory") == os.path.abspath(
-        "landmark"
-    )
+    assert run("memory info memory")[1] and landmark.texts.library.model_of(
+        "memory"
+    ) == os.path.abspath("landmark")
 
 
 def test_the_bundled_models_are_converted_by_name(run):

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 
 import landmark
-import landmark.library
+import landmark.texts.library
 from landmark.cli import app as cli
 from landmark.cli import progress as module
 from landmark.cli.progress import CHECKED, EVERY, FIRST, Shown
@@ -36,7 +36,7 @@ def quick(monkeypatch):
 def test_the_first_line_comes_in_time_and_the_others_often_enough():
     assert FIRST + CHECKED < 3
     assert EVERY + CHECKED < 3
-    assert landmark.library.SAVE_SECONDS <= 10
+    assert landmark.texts.library.SAVE_SECONDS <= 10
 
 
 def test_short_work_says_nothing(capsys):
@@ -329,10 +329,10 @@ def test_training_says_how_far_its_data_is(tmp_path, monkeypatch, capsys, quick)
 
 WRITER = """
 import sys, time
-import landmark.library
+import landmark.texts.library
 from landmark.cli import app
 from landmark.hf.causal import LandmarkCausalLMMixin
-landmark.library.SAVE_SECONDS = 0.2
+landmark.texts.library.SAVE_SECONDS = 0.2
 stock = LandmarkCausalLMMixin.read
 def slow(self, *arguments, **more):
     time.sleep(0.05)
@@ -362,7 +362,7 @@ def test_killed_in_its_first_tokens_it_goes_on_to_the_same_memory(
     total = int(total.replace(",", ""))
     assert (
         tmp_path / "killed" / STATE
-    ).exists() and 0 < done < total < landmark.library.SAVE_TOKENS
+    ).exists() and 0 < done < total < landmark.texts.library.SAVE_TOKENS
     said = run(["remember", *words, "--out", "killed"], capsys)
     assert f"{total:,} of {total:,} tokens" in said.out
     run(["remember", *words, "--out", "whole"], capsys)

@@ -181,7 +181,7 @@ def test_interrupted(models, tmp_path):
 
 def test_a_memory_is_asked_from_another_folder(models, tmp_path, monkeypatch):
     """It was remembered by a model with a relative name."""
-    from landmark.library import model_of
+    from landmark.texts.library import model_of
 
     monkeypatch.chdir(models)
     remember([Path(NAME)], tmp_path / "memory", "marked")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from landmark.eval.subjects import Subject
+from landmark.eval.variants import Variant
 from tiny import save_models, tiny_landmark, tiny_llama, tiny_tokenizer
 
 
@@ -13,12 +13,12 @@ def tokenizer():
 
 @pytest.fixture
 def plain(tokenizer):
-    return Subject("tiny", tiny_llama(), tokenizer, "full")
+    return Variant("tiny", tiny_llama(), tokenizer)
 
 
 @pytest.fixture
 def marked(tokenizer):
-    return Subject("tiny-landmark", tiny_landmark(), tokenizer, "landmark")
+    return Variant("tiny-landmark", tiny_landmark(), tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 from landmark.eval import passkey
 from landmark.eval.episodes import Question, build_episode, named_codes, pass_key
 from landmark.eval.fillers import load_filler
-from landmark.eval.subjects import Subject
+from landmark.eval.variants import Variant
 from tiny import BLOCK, Knowing, tiny_llama
 
 
@@ -25,23 +25,23 @@ def episodes_of(tokenizer, length, count, facts=1):
 
 def test_reads_the_logits_that_predict_the_answer(tokenizer):
     episodes = episodes_of(tokenizer, 200, 4)
-    subject = Subject("knowing", Knowing(episodes, misses=[2]), tokenizer, "full")
-    assert passkey.answers_right(subject, episodes) == [[True], [True], [False], [True]]
+    variant = Variant("knowing", Knowing(episodes, misses=[2]), tokenizer)
+    assert passkey.answers_right(variant, episodes) == [[True], [True], [False], [True]]
 
 
 def test_answers_of_different_length_share_a_batch(tokenizer):
     episodes = episodes_of(tokenizer, 300, 2, facts=3)
-    subject = Subject("knowing", Knowing(episodes), tokenizer, "full")
+    variant = Variant("knowing", Knowing(episodes), tokenizer)
     assert len({len(q.ids) for episode in episodes for q in episode.questions}) > 1
-    assert passkey.answers_right(subject, episodes) == [[True] * 3] * 2
+    assert passkey.answers_right(variant, episodes) == [[True] * 3] * 2
 
 
-def greedy(subject, document, prompt, count, read):
+def greedy(variant, document, prompt, count, read):
     ids = torch.cat((document, torch.tensor(prompt)))[None]
     extra = {}
-    if subject.attention == "landmark":
-        extra["past_key_values"] = subject.model.read(document[None], retrieve=read == "retrieve")
-    written = subject.model.generate(
+    if variant.attention == "landmark":
+        extra["past_key_values"] = variant.model.read(document[None], retrieve=read == "retrieve")
+    written = variant.model.generate(
         ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, **extra
     )
     return written[0, ids.shape[1] :].tolist()
@@ -53,15 +53,15 @@ def test_right_means_the_greedy_continuation(kind, read, request, tokenizer):
     """Answers made by generate count as right, whatever was asked before; one token changed counts
     as wrong.
     """
-    subject = request.getfixturevalue(kind)
+    variant = request.getfixturevalue(kind)
     episodes = []
     for episode in episodes_of(tokenizer, 150, 2, facts=3):
         prompts = [question.ids[: -question.answered] for question in episode.questions]
-        answers = [greedy(subject, episode.document, prompt, 5, read) for prompt in prompts]
+        answers = [greedy(variant, episode.document, prompt, 5, read) for prompt in prompts]
         answers[1][3] = (answers[1][3] + 1) % 300
         questions = tuple(Question(p + a, 5) for p, a in zip(prompts, answers, strict=True))
         episodes.append(dataclasses.replace(episode, questions=questions))
-    assert passkey.answers_right(subject, episodes, read) == [[True, False, True]] * 2
+    assert passkey.answers_right(variant, episodes, read) == [[True, False, True]] * 2
 
 
 def test_rows_count_and_carry_their_settings(tokenizer, marked, plain):
@@ -97,10 +97,10 @@ def test_accuracy_counts_every_fact(tokenizer, monkeypatch):
     monkeypatch.setattr(
         passkey,
         "answers_right",
-        lambda subject, episodes, read, *_: [[True, False, True, True]] * len(episodes),
+        lambda variant, episodes, read, *_: [[True, False, True, True]] * len(episodes),
     )
-    subject = Subject("x", Knowing([]), tokenizer, "full")
-    (row,) = passkey.run([subject], task, lambda row: None)
+    variant = Variant("x", Knowing([]), tokenizer)
+    (row,) = passkey.run([variant], task, lambda row: None)
     assert (row.task, row.facts, row.asked, row.correct, row.accuracy) == ("facts", 4, 8, 6, 0.75)
 
 
@@ -109,7 +109,7 @@ def test_all_models_are_asked_about_the_same_documents(tokenizer, marked, plain,
     monkeypatch.setattr(
         passkey,
         "answers_right",
-        lambda subject, episodes, read, *_: (
+        lambda variant, episodes, read, *_: (
             asked.append([e.document.tolist() for e in episodes]) or [[True]] * len(episodes)
         ),
     )
@@ -140,7 +140,7 @@ def test_a_filler_is_read_once_for_all_models(tokenizer, tmp_path, monkeypatch):
     read = []
     stock = passkey.filler_text
     monkeypatch.setattr(passkey, "filler_text", lambda name: read.append(name) or stock(name))
-    subjects = [Subject(name, tiny_llama(), tokenizer, "full") for name in "ab"]
+    variants = [Variant(name, tiny_llama(), tokenizer) for name in "ab"]
     task = passkey.PasskeyTask(lengths=(150,), trials=1, fillers=("paper", "paper"))
-    rows = passkey.run(subjects, task, lambda row: None)
+    rows = passkey.run(variants, task, lambda row: None)
     assert read == ["paper"] * 2 and len(rows) == 4

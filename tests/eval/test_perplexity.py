@@ -41,17 +41,17 @@ def test_no_document_is_long_enough(tokenizer):
 
 @pytest.mark.parametrize("kind", ["plain", "marked"])
 def test_mean_loss_is_that_of_every_token_but_the_first(kind, request, monkeypatch):
-    subject = request.getfixturevalue(kind)
+    variant = request.getfixturevalue(kind)
     segments = torch.randint(0, 290, (3, 130), generator=torch.Generator().manual_seed(0))
     losses = []
     for segment in segments:
         for end in range(1, 130):
             context = segment[None, :end]
             if end % 40 in (0, 1, 39):
-                losses.append((end, -subject.logits(context)[0, -1].log_softmax(-1)[segment[end]]))
+                losses.append((end, -variant.logits(context)[0, -1].log_softmax(-1)[segment[end]]))
     monkeypatch.setattr(perplexity, "_BATCH_TOKENS", {"cpu": 2 * 130})
-    got = perplexity.mean_loss(subject, segments)
-    every = subject.logits(segments)[:, :-1].log_softmax(-1)
+    got = perplexity.mean_loss(variant, segments)
+    every = variant.logits(segments)[:, :-1].log_softmax(-1)
     every = -every.gather(-1, segments[:, 1:, None])[..., 0]
     assert got == pytest.approx(float(every.mean()), abs=1e-6)
     wanted = torch.stack([loss for _, loss in losses])
@@ -65,19 +65,19 @@ def test_models_of_different_vocabularies_are_refused(plain):
     )
     task = perplexity.PerplexityTask(lengths=(40,), max_tokens=400)
     with pytest.raises(
-        ValueError, match=r"--compare: expected the vocabulary of .* got another in other"
+        ValueError, match=r"^compare: expected the vocabulary of .* got another in other"
     ):
         rows_of([plain, other], task, None)
 
 
-def rows_of(subjects, task, tokenizer, size=8000):
-    return perplexity.run(subjects, task, documents(size), "pydoc", lambda row: None)
+def rows_of(variants, task, tokenizer, size=8000):
+    return perplexity.run(variants, task, documents(size), "pydoc", lambda row: None)
 
 
 def test_every_length_measures_the_same_text(marked, plain, tokenizer, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        perplexity, "mean_loss", lambda subject, segments, *_: seen.append(segments) or 1.0
+        perplexity, "mean_loss", lambda variant, segments, *_: seen.append(segments) or 1.0
     )
     task = perplexity.PerplexityTask(lengths=(60, 240), local=(30,), top_k=(2,), max_tokens=960)
     rows = rows_of([marked, plain], task, tokenizer)

@@ -5,13 +5,13 @@ query sees.
 import pytest
 import torch
 
-from landmark.eval.subjects import Subject, plain_variants
+from landmark.eval.variants import Variant, plain_variants
 from landmark.eval.window import SINK
 from tiny import tiny_llama
 
 
 def windowed(model, tokenizer, size):
-    return Subject("tiny", model, tokenizer, "window", window=size)
+    return Variant("tiny", model, tokenizer, window=size)
 
 
 def test_window_over_everything_is_stock_attention(plain, tokenizer):
@@ -52,7 +52,7 @@ def test_far_queries_see_the_first_block_right_before_the_window(tokenizer):
 
 
 def test_variants_of_a_plain_model(saved):
-    from landmark.eval.subjects import load
+    from landmark.texts.loading import load
 
     full, window, dynamic = plain_variants(load(str(saved / "plain"), "cpu"), 40, 2.0)
     assert [each.attention for each in (full, window, dynamic)] == ["full", "window", "dynamic"]

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import landmark
 import models
 from landmark.data.tokenizer import train_tokenizer
-from landmark.eval import subjects
 from landmark.hf import pretrained
+from landmark.texts import loading
 
 peft = pytest.importorskip("peft")
 
@@ -370,12 +370,12 @@ def test_the_command_line_takes_an_adapter(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "base")
     for place in ("base", "adapter"):
         tokenizer.save_pretrained(tmp_path / place)
-        subject = subjects.load(str(tmp_path / "adapter"), "cpu", "float32")
-        assert subject.attention == "landmark" and len(subject.tokenizer) == len(tokenizer)
+        loaded = loading.load(str(tmp_path / "adapter"), "cpu", "float32")
+        assert loaded.is_landmark and len(loaded.tokenizer) == len(tokenizer)
         with torch.no_grad():
-            assert torch.equal(subject.model(ids).logits, adapted(input_ids=ids).logits)
+            assert torch.equal(loaded.model(ids).logits, adapted(input_ids=ids).logits)
     plain_base(tmp_path)
     with pytest.raises(
-        ValueError, match=r"--model: expected an adapter of a landmark model, got .*the plain llama"
+        ValueError, match=r"^model: expected an adapter of a landmark model, got .*the plain llama"
     ):
-        subjects.load(str(tmp_path / "adapter"), "cpu", "float32")
+        loading.load(str(tmp_path / "adapter"), "cpu", "float32")

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import landmark
 import models
-from landmark.eval import subjects
+from landmark.texts import loading
 
 IDS = models.text(2 * 20).view(2, 20)
 SETTINGS: dict[str, Any] = {"block_size": 64}
@@ -557,7 +557,7 @@ def test_a_config_that_convert_would_refuse_is_refused_at_load(name: str, tmp_pa
         with pytest.raises(ValueError, match=message):
             landmark.load(tmp_path, **fields)
     config_with(**fields)(tmp_path)
-    for read in (landmark.load, lambda path: subjects.load(str(path), "cpu", "float32")):
+    for read in (landmark.load, lambda path: loading.load(str(path), "cpu", "float32")):
         with pytest.raises(ValueError, match=message) as caught:
             read(tmp_path)
         assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

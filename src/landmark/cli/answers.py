@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 from landmark.cli.output import say, say_text
 
 if TYPE_CHECKING:
-    from landmark.eval.explanation import Explanation
+    from landmark.texts.explanation import Explanation
 
 CHARACTERS = 240  # shown of a passage
 
 
 def show_answer(explanation: Explanation) -> None:
-    """Prints the question with its answer, and below it share, file, line and text of each
-    passage.
+    """Prints a question with its answer, and below it the passages that were read.
+
+    Of each passage: its share of the attention, its file and line, and its text.
     """
     say_text(f"{explanation.question.strip()}{explanation.answer.rstrip()}")
     for passage in explanation.passages():

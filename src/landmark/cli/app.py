@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated, cast
 
 import typer
@@ -25,10 +26,11 @@ from landmark.cli.output import (
     say_error,
     show_what_the_terminal_can,
 )
-from landmark.cli.passages import passages
+from landmark.cli.parameters import Command
 from landmark.cli.passkey import passkey
 from landmark.cli.perplexity import perplexity
 from landmark.cli.rank import rank
+from landmark.cli.ranking import ranking
 from landmark.cli.remember import remember
 from landmark.cli.train import train
 from landmark.data.errors import first_line
@@ -45,23 +47,21 @@ evaluation = typer.Typer(
     add_completion=False,
 )
 app.add_typer(evaluation, name="eval")
-memories = typer.Typer(help="Look at a saved memory: info, verify, compact.", add_completion=False)
+memories = typer.Typer(
+    help="Describe, check or clean up a saved memory: info, verify, compact.", add_completion=False
+)
 app.add_typer(memories, name="memory")
-app.command()(demo)
-app.command()(generate)
-app.command()(remember)
-app.command()(ask)
-app.command()(explain)
-app.command()(convert)
-app.command()(train)
-app.command()(rank)
-app.command()(info)
-evaluation.command()(passkey)
-evaluation.command()(perplexity)
-evaluation.command("rank")(passages)
-for _command in (memory.info, memory.verify, memory.compact):
-    memories.command()(_command)
-evaluation.command()(index)
+
+
+def _add(group: typer.Typer, *commands: Callable[..., object]) -> None:
+    for command in commands:
+        group.command(cls=Command)(command)
+
+
+_add(app, demo, generate, remember, ask, explain, convert, train, rank, info)
+_add(memories, memory.info, memory.verify, memory.compact)
+_add(evaluation, passkey, perplexity, index)
+evaluation.command("rank", cls=Command)(ranking)
 
 # ClickException, of whichever click typer stands on
 _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _named(error: OSError) -> str:
-    """What the system says of a file, or what we say."""
+    """Returns what the system says of a file, by the file's name, or our own message."""
     if error.strerror is None or error.filename is None:
         return str(error)
     name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
@@ -138,7 +138,8 @@ def _named(error: OSError) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, a GPU or, by no class of its own, the CPU of torch has no room."""
+    """Returns whether Python, a GPU or torch on the CPU has run out of memory."""
+    # The CPU allocator of torch raises a plain RuntimeError.
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "can't allocate memory" in str(error)
 

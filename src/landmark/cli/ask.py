@@ -18,39 +18,38 @@ from landmark.data.characters import from_arguments
 
 
 def ask(
-    memory: Annotated[
-        Path, typer.Argument(help="The folder of a memory made by landmark remember.")
-    ],
+    memory: Annotated[Path, typer.Argument(help="Folder of a memory made by landmark remember.")],
     question: Annotated[
         str | None,
-        typer.Argument(
-            callback=text, help="What the model goes on from; it ends where the answer begins."
-        ),
+        typer.Argument(callback=text, help="Text to go on from; it ends where the answer begins."),
     ] = None,
     interactive: Annotated[
-        bool, typer.Option("--interactive", help="Ask line by line, until an empty one.")
+        bool, typer.Option("--interactive", help="Ask one question a line, until an empty line.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="At most so many tokens.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="Most tokens to write.")] = 16,
     tier: Tier = "disk",
     spill_folder: SpillFolder = None,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Ask a MEMORY; below the answer stand the passages that were read. Asking changes nothing."""
+    """Ask a MEMORY, and print the passages that were read below the answer.
+
+    The memory stays as it is.
+    """
     if (question is None) != interactive:
         found = "neither" if question is None else "both"
         raise ValueError(
             f"QUESTION: expected a question or --interactive, got {found}; ask one, or line by line"
         )
     with Shown() as progress:
-        from landmark.eval.subjects import load, quiet
-        from landmark.library import Library, model_of
+        from landmark.texts.library import Library, model_of
+        from landmark.texts.loading import load, quiet
 
         quiet()
-        subject = load(model or model_of(memory), device, dtype)
+        loaded = load(model or model_of(memory), device, dtype)
         progress("opening the memory")
-        library = Library.open(memory, subject, tier, spill_folder=spill_folder)
+        library = Library.open(memory, loaded, tier, spill_folder=spill_folder)
     for each in _lines() if question is None else [question]:
         with Shown() as progress:
             progress("answering")

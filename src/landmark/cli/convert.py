@@ -22,43 +22,49 @@ def convert(
     block_size: Annotated[
         int, typer.Option(help="Positions of a block, landmark included.")
     ] = LandmarkConfig.block_size,
-    top_k: Annotated[int, typer.Option(help="Retrieved blocks of a query.")] = LandmarkConfig.top_k,
+    top_k: Annotated[
+        int, typer.Option(help="Blocks that a query retrieves.")
+    ] = LandmarkConfig.top_k,
     granularity: Annotated[
-        str, typer.Option(help="token_head, head, token or group.")
+        str, typer.Option(help="Who shares a choice of blocks: token_head, head, token or group.")
     ] = LandmarkConfig.granularity,
-    positions: Annotated[str, typer.Option(help="stingy or exact.")] = LandmarkConfig.positions,
+    positions: Annotated[
+        str, typer.Option(help="RoPE positions of retrieved blocks: stingy or exact.")
+    ] = LandmarkConfig.positions,
     local_blocks: Annotated[
-        int, typer.Option(help="Finished blocks before its own that a query sees.")
+        int, typer.Option(help="Finished blocks before its own that a query always sees.")
     ] = LandmarkConfig.local_blocks,
     max_blocks: Annotated[
-        int | None, typer.Option(help="Retrieve from the latest so many only. By default all.")
+        int | None, typer.Option(help="Latest blocks to retrieve from. By default all.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers that retrieve, with commas. By default all.")
+        str | None, typer.Option(help="Layers that retrieve, separated by commas. By default all.")
     ] = None,
     chunk_tokens: Annotated[
         int, typer.Option(help="Text tokens computed at once.")
     ] = LandmarkConfig.chunk_tokens,
     trained_length: Annotated[
-        int | None, typer.Option(help="Trained positions. By default the model's maximum.")
+        int | None,
+        typer.Option(help="Positions that it is trained on. By default the model's maximum."),
     ] = None,
 ) -> None:
-    """Make a landmark model of a causal language model with RoPE, and save it with its
-    tokenizer.
+    """Convert a causal language model with RoPE to a landmark model, and save it.
+
+    Its tokenizer is saved with it.
     """
     with Shown() as progress:
         import landmark
         from landmark.data import outputs
-        from landmark.eval.subjects import quiet, require_model, tokenizer_of
         from landmark.hf.bundled import model_folder
+        from landmark.texts.loading import quiet, require_model, tokenizer_of
 
         source = model_folder(model)
-        require_utf8(source, "MODEL")
-        require_model(source, option="MODEL")
-        outputs.require_folder(out, "--out")
-        require_utf8(out, "--out")
+        require_utf8(source, "model")
+        require_model(source)
+        outputs.require_folder(out, "out")
+        require_utf8(out, "out")
         quiet()
-        tokenizer = tokenizer_of(source, "MODEL")
+        tokenizer = tokenizer_of(source)
         progress("converting, and comparing with the model as it was")
         converted = landmark.convert(
             source,

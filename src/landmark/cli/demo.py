@@ -26,44 +26,47 @@ SHOWN_CHARACTERS = 150
 
 def demo(
     text: Annotated[
-        Path | None, typer.Option(help="Your own text. By default Python's language reference.")
+        Path | None,
+        typer.Option(help="Text file to hide keys in. By default Python's language reference."),
     ] = None,
     model: Model = None,
-    out: Annotated[Path, typer.Option(help="Picture.")] = Path("out/demo.png"),
+    out: Annotated[Path, typer.Option(help="Path of the picture.")] = Path("out/demo.png"),
     dense: Annotated[bool, typer.Option(help="Also run the same weights densely, once.")] = True,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Find pass keys in a long real text, show what was read for each, reopen a memory, compare
-    with a dense run.
+    """Find pass keys in a long real text, and show what was read for each.
+
+    One memory is saved and opened again. The same weights run densely once, to compare.
     """
     begun = time.perf_counter()
     with Shown() as progress:
         from rich.console import Console
 
         from landmark.eval import demo as work
-        from landmark.eval import plots, subjects
+        from landmark.eval import plots
         from landmark.eval.dense import run_dense
+        from landmark.texts.loading import load, quiet, require_landmark
 
-        subjects.quiet()
+        quiet()
         console = Console(soft_wrap=True, highlight=False)
-        subject = subjects.load(model, device, dtype)
-        subjects.require_landmark(subject)
-        filler = work.load_text(text, subject.tokenizer, progress)
+        loaded = load(model, device, dtype)
+        require_landmark(loaded)
+        filler = work.load_text(text, loaded.tokenizer, progress)
         with contextlib.suppress(ModuleNotFoundError):  # then there is no picture
-            plots.require_picture(out, "--out")
-        settings = subject.model.landmark
+            plots.require_picture(out, "out")
+        settings = loaded.model.landmark
         progress.rest()
         say(
-            f"Model {subject.name}: trained on {subject.trained_length} positions, retrieves "
+            f"Model {loaded.name}: trained on {settings.trained_length} positions, retrieves "
             f"{settings.top_k} blocks. Text {filler.name}: {len(filler.ids):,} tokens. In each "
             f"part of it, a pass key and {work.DISTRACTORS} other codes at random places. "
             "Documents are read without retrieval; the question retrieves."
         )
         say("")
         trials = []
-        for trial in work.run_trials(subject, filler, seed, progress):
+        for trial in work.run_trials(loaded, filler, seed, progress):
             trials.append(trial)
             progress.rest()
             _print_trial(console, len(trials), trial)
@@ -73,7 +76,7 @@ def demo(
         if dense:
             number = work.compared_number(filler)
             progress("the same weights, densely")
-            compared = run_dense(subject, work.build_document(subject, filler, number, seed))
+            compared = run_dense(loaded, work.build_document(loaded, filler, number, seed))
             progress.rest()
             _print_dense(trials[number], compared)
     twin = work.recorded_twin(work.DENSE_LENGTH) if model is None else None
@@ -128,7 +131,7 @@ def _print_reopened(console: Console, found: Reopened) -> None:
 
 
 def _cut(text: str, wanted: str) -> str:
-    """At most ``SHOWN_CHARACTERS`` of a text, around the key where it stands in it."""
+    """Cuts a text to ``SHOWN_CHARACTERS``, around the key where it stands in it."""
     if len(text) <= SHOWN_CHARACTERS:
         return text
     found = text.find(wanted)

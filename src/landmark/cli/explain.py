@@ -21,32 +21,29 @@ def explain(
     ],
     question: Annotated[
         str,
-        typer.Option(
-            callback=text, help="What the model goes on from; it ends where the answer begins."
-        ),
+        typer.Option(callback=text, help="Text to go on from; it ends where the answer begins."),
     ],
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("out/explain.html"),
-    max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="At most so many tokens.")] = 16,
+    out: Annotated[Path, typer.Option(help="Path of the HTML page.")] = Path("out/explain.html"),
+    max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="Most tokens to write.")] = 16,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Ask about FILES, and show as an HTML page which passages were read for each token of the
-    answer.
-    """
+    """Ask about FILES, and write an HTML page of what was read for each token of the answer."""
     with Shown() as progress:
         from landmark.data import outputs
-        from landmark.eval.explain import explain_sources, file_sources
-        from landmark.eval.subjects import load, quiet, require_landmark
+        from landmark.texts.explain import explain_sources
+        from landmark.texts.files import file_sources
+        from landmark.texts.loading import load, quiet, require_landmark
 
         quiet()
-        outputs.require_writable(out, "--out")
+        outputs.require_writable(out, "out")
         sources = file_sources(files, progress)
-        subject = load(model, device, dtype)
-        require_landmark(subject)
+        loaded = load(model, device, dtype)
+        require_landmark(loaded)
         explanation = explain_sources(
-            subject.model,
-            subject.tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             sources,
             question,
             max_new_tokens=max_new_tokens,

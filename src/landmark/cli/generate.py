@@ -16,22 +16,25 @@ from landmark.config import GREATEST
 def generate(
     prompt: Annotated[str, typer.Argument(callback=text, help="Text to go on from.")],
     model: Model = None,
-    max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="At most so many tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="Most tokens to write.")] = 64,
     file: Annotated[
-        Path | None, typer.Option(help="A text of any length that is read before the prompt.")
+        Path | None, typer.Option(help="Text file of any length to read before the prompt.")
     ] = None,
     read: Annotated[
-        str, typer.Option(help="Read the file without retrieval (local) or with (retrieve).")
+        str,
+        typer.Option(help="How to prefill the file: local (local attention only) or retrieve."),
     ] = "local",
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of sampling; 0 takes the most probable token.")
+    ] = 0.0,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Go on from PROMPT, after reading a text of any length with --file."""
+    """Write on from PROMPT, after reading a text of any length with --file."""
     with Shown() as progress:
-        from landmark.eval.generate import continue_text
-        from landmark.eval.subjects import load, quiet
+        from landmark.texts.generate import continue_text
+        from landmark.texts.loading import load, quiet
 
         quiet()
         written = continue_text(

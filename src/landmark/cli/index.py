@@ -15,56 +15,66 @@ from landmark.config import GREATEST
 
 def index(
     model: Model = None,
-    landmarks: Annotated[str, typer.Option(help="Numbers of landmarks, with commas.")] = "1000",
+    landmarks: Annotated[
+        str, typer.Option(help="Numbers of landmarks, separated by commas.")
+    ] = "1000",
     index: Annotated[
-        str, typer.Option(help="Kinds, with commas.")
+        str, typer.Option(help="Kinds of index, separated by commas.")
     ] = "exact,faiss-flat,faiss-ivf,faiss-hnsw",
     data: Annotated[
         str | None,
         typer.Option(
-            help="Folder of .txt, .txt or .jsonl file, data set of the hub. By default Python's "
-            "reference."
+            help="Folder of .txt files, .txt or .jsonl file, or data set of the hub. By default "
+            "Python's language reference."
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Part of a divided data set.")] = "test",
+    split: Annotated[str, typer.Option(help="Split of the data to read.")] = "test",
     max_tokens: Annotated[
         int | None,
-        typer.Option(max=GREATEST, help="Read so many; more landmarks are noisy copies."),
+        typer.Option(max=GREATEST, help="Most tokens to read; further landmarks are noisy copies."),
     ] = None,
     layer: Annotated[
-        int | None, typer.Option(help="Whose landmarks. By default the middle one.")
+        int | None, typer.Option(help="Layer to measure. By default the middle one.")
     ] = None,
     queries: Annotated[
-        int, typer.Option(max=GREATEST, help="Positions of text whose queries look.")
+        int, typer.Option(max=GREATEST, help="Positions of text whose queries search.")
     ] = 256,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
 ) -> None:
-    """Recall and time of an index over recorded landmarks, beside scoring every one."""
+    """Measure recall and time of indexes over landmarks, beside scoring every one."""
     with Shown() as progress:
         from landmark.cli.tables import index_table, show
         from landmark.data.text import read_documents
         from landmark.eval import index as task_module
-        from landmark.eval import results, subjects
+        from landmark.eval import results
         from landmark.eval.fillers import pydoc_text
+        from landmark.texts.loading import load, quiet
 
         numbers = integers("--landmarks", landmarks)
-        task = task_module.IndexTask(numbers, words(index), layer, queries, max_tokens, seed)
+        task = task_module.IndexTask(
+            landmarks=numbers,
+            kinds=words(index),
+            layer=layer,
+            queries=queries,
+            max_tokens=max_tokens,
+            seed=seed,
+        )
         texts = (
             iter([pydoc_text()])
             if data is None
             else (each.text for each in read_documents(data, split=split))
         )
         name = "pydoc" if data is None else f"{Path(data).name}, {split}"
-        subjects.quiet()
-        subject = subjects.load(model, device, dtype)
+        quiet()
+        loaded = load(model, device, dtype)
 
         def tell(row: results.IndexRow) -> None:
             progress.rest()
             note(f"{row.index}, {row.landmarks:,} landmarks: {row.step_ms} ms a step")
 
-        report = results.Recorder(out, subject.device, tell)
-        rows = task_module.run(subject, task, texts, name, report, progress)
+        report = results.Recorder(out, loaded.device, tell)
+        rows = task_module.run(loaded, task, texts, name, report, progress)
     show(index_table(rows))

@@ -6,9 +6,7 @@ from landmark.cli.output import say
 
 
 def info() -> None:
-    """Show versions, devices, which implementation would be chosen and why not the others, and the
-    bundled model.
-    """
+    """Show versions, devices, the implementation that would run, and the bundled model."""
     from rich.console import Console
 
     from landmark.cli.tables import facts_table, show

@@ -1,6 +1,4 @@
-"""``landmark memory``: what a saved memory holds, whether it is what was written, what an
-interrupted writer left.
-"""
+"""``landmark memory``: describe a saved memory, check it, and clean it up."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ Folder = Annotated[Path, typer.Argument(help="Folder of a saved memory.")]
 
 
 def info(folder: Folder) -> None:
-    """Show what a memory is, and the bytes of its files."""
+    """Show what a saved memory holds, and the bytes of its files."""
     from landmark.memory.archive.log import Archive
     from landmark.memory.archive.manifest import manifest_of, sources_of
 
@@ -48,7 +46,7 @@ def info(folder: Folder) -> None:
 
 
 def verify(folder: Folder) -> int:
-    """Read all of a memory and name what is damaged; exit code 1 if anything is."""
+    """Read a whole memory and name what is damaged; exit code 1 if anything is."""
     with Shown() as progress:
         from landmark.memory.archive.layer import verify as damaged
         from landmark.memory.archive.manifest import damage_of
@@ -61,7 +59,7 @@ def verify(folder: Folder) -> int:
 
 
 def compact(folder: Folder) -> None:
-    """Remove what an interrupted writer left; it counts as nothing."""
+    """Remove what an interrupted writer left, which is no part of the memory."""
     from landmark.memory.archive.log import Archive
     from landmark.memory.archive.manifest import manifest_of
 

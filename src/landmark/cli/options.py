@@ -1,4 +1,4 @@
-"""Options that several commands share, and lists written with commas."""
+"""Options that several commands share, and lists that are separated by commas."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from landmark.data.characters import from_arguments
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Folder or hub name; `twin` is the bundled plain-attention twin. By default the "
-        "bundled model."
+        help="Model: folder or hub name. By default the bundled model; `twin` is its twin with "
+        "plain attention."
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="auto (bfloat16 on a GPU, else float32), float32, bfloat16, float16, float64."
+        help="Dtype of the weights: auto (bfloat16 on a GPU, else float32), float32, bfloat16, "
+        "float16 or float64."
     ),
 ]
-Tier = Annotated[str, typer.Option(help="Where blocks live: device, host or disk.")]
+Tier = Annotated[str, typer.Option(help="Lowest tier that holds blocks: device, host or disk.")]
 SpillFolder = Annotated[
     Path | None,
     typer.Option(
         help="Folder for temporary files of tier disk. By default the system's, mostly /tmp."
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=GREATEST, help="Of all random choices.")]
+Seed = Annotated[int, typer.Option(min=0, max=GREATEST, help="Random seed.")]
 
 
 def text(word: str | None) -> str | None:
-    """Reads a word of the command line that is a text, not a path; see ``from_arguments``."""
+    """Returns a word of the command line that is a text, not a path; see ``from_arguments``."""
     return None if word is None else from_arguments(word)
 
 

@@ -1,5 +1,6 @@
-"""What commands print; the one place that makes it safe for a terminal, whatever names, texts and
-models say.
+"""Printing for all commands.
+
+This is the one place that makes output safe for a terminal, whatever names, texts and models say.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def say_error(message: str) -> None:
 
 
 def show_what_the_terminal_can() -> None:
-    """Makes stdout and stderr replace what their encoding lacks, and stdin keep what is no text in
-    it.
+    """Sets what standard streams do with characters that their encoding lacks.
+
+    stdout and stderr replace them; stdin keeps bytes that are no text.
     """
     for stream, errors in (
         (sys.stdin, "surrogateescape"),

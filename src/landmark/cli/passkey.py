@@ -16,51 +16,73 @@ from landmark.config import GREATEST
 def passkey(
     model: Model = None,
     lengths: Annotated[
-        str, typer.Option(help="Text tokens of the documents, with commas.")
+        str, typer.Option(help="Text tokens of the documents, separated by commas.")
     ] = "512,8192,32768",
     trials: Annotated[int, typer.Option(max=GREATEST, help="Documents of each length.")] = 50,
     top_k: Annotated[
-        str | None, typer.Option(help="Retrieved blocks, with commas. By default the model's own.")
+        str | None,
+        typer.Option(
+            help="Blocks that a query retrieves, separated by commas. By default the model's own."
+        ),
     ] = None,
     granularity: Annotated[
         str | None,
         typer.Option(
-            help="token_head, head, token, group, with commas. By default the model's own."
+            help="Who shares a choice of blocks: token_head, head, token or group, separated by "
+            "commas. By default the model's own."
         ),
     ] = None,
     filler: Annotated[
-        str, typer.Option(help="paper, pydoc, a text file or a folder of .txt, with commas.")
+        str,
+        typer.Option(
+            help="What documents are made of: paper, pydoc, text files or folders of .txt files, "
+            "separated by commas."
+        ),
     ] = "paper",
     facts: Annotated[
-        str | None, typer.Option(help="Ask for so many named facts instead of a pass key.")
+        str | None,
+        typer.Option(
+            help="Numbers of named facts to ask for instead of a pass key, separated by commas."
+        ),
     ] = None,
     distractors: Annotated[
-        int, typer.Option(max=GREATEST, help="Named codes that are not asked for.")
+        int, typer.Option(max=GREATEST, help="Named codes in a document that are not asked for.")
     ] = 0,
     read: Annotated[
-        str, typer.Option(help="Read documents without retrieval (local) or with (retrieve).")
+        str,
+        typer.Option(
+            help="How to prefill documents: local (local attention only) or retrieve (with "
+            "retrieval)."
+        ),
     ] = "local",
-    compare: Annotated[str | None, typer.Option(help="Second model, landmark or plain.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Second model to measure, landmark or plain.")
+    ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Plain models also with the first 64 and the latest N.")
+        int | None,
+        typer.Option(
+            help="Measure plain models also with a sliding window of so many tokens beside the "
+            "first 64."
+        ),
     ] = None,
     rope: Annotated[
-        str | None, typer.Option(help="Plain models also with dynamic[:FACTOR] RoPE scaling.")
+        str | None,
+        typer.Option(
+            help="Measure plain models also with RoPE scaling: dynamic or dynamic:FACTOR."
+        ),
     ] = None,
     plain_limit: Annotated[
-        int, typer.Option(max=GREATEST, help="Longest document that plain models are asked about.")
+        int, typer.Option(max=GREATEST, help="Longest document that plain models read.")
     ] = 32768,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Picture: accuracy over length and depth.")
+        Path | None, typer.Option(help="Path of a picture: accuracy over length and depth.")
     ] = None,
 ) -> None:
-    """Find a pass key, or named facts, in documents of any length: accuracy by length, filler, k
-    and depth.
-    """
+    """Measure how often a pass key, or named facts, are found in documents of any length."""
     documents = integers("--lengths", lengths)
     counts = () if facts is None else integers("--facts", facts)
     retrieved = None if top_k is None else integers("--top-k", top_k)
@@ -68,7 +90,9 @@ def passkey(
     with Shown() as progress:
         from landmark.cli.tables import passkey_table, show
         from landmark.eval import passkey as task_module
-        from landmark.eval import plots, results, subjects
+        from landmark.eval import plots, results
+        from landmark.eval.variants import load_variants
+        from landmark.texts.loading import quiet
 
         task = task_module.PasskeyTask(
             lengths=documents,
@@ -83,16 +107,18 @@ def passkey(
             plain_limit=plain_limit,
         )
         if plot is not None:
-            plots.require_picture(plot, "--plot")
-        subjects.quiet()
-        tested = subjects.load_all(model, compare, device, dtype, window, factor)
+            plots.require_picture(plot, "plot")
+        quiet()
+        variants = load_variants(
+            model, compare, device=device, dtype=dtype, window=window, rope=factor
+        )
 
         def tell(row: results.PasskeyRow) -> None:
             progress.rest()
             note(f"{row.model} {row.attention} {row.filler} {row.length}: {row.accuracy:.1%}")
 
         rows = task_module.run(
-            tested, task, results.Recorder(out, tested[0].device, tell), progress
+            variants, task, results.Recorder(out, variants[0].device, tell), progress
         )
     try:
         show(passkey_table(rows))

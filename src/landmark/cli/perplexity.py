@@ -15,46 +15,68 @@ from landmark.config import GREATEST
 
 def perplexity(
     data: Annotated[
-        str, typer.Option(help="Folder of .txt, .txt or .jsonl file, or a data set of the hub.")
+        str, typer.Option(help="Folder of .txt files, .txt or .jsonl file, or data set of the hub.")
     ],
     model: Model = None,
     lengths: Annotated[
-        str, typer.Option(help="Evaluation lengths, text tokens, with commas.")
+        str, typer.Option(help="Text tokens of a segment, separated by commas.")
     ] = "512,2048,4096",
     local: Annotated[
-        str, typer.Option(help="Text tokens of a chunk (scheme paper), with commas.")
+        str, typer.Option(help="Text tokens of a chunk (scheme paper), separated by commas.")
     ] = "250",
-    blocks: Annotated[int | None, typer.Option(help="Memory blocks kept. By default all.")] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="Latest blocks to retrieve from. By default all.")
+    ] = None,
     top_k: Annotated[
-        str, typer.Option(help="Retrieved blocks, with commas; 0 for none at equal attention size.")
+        str,
+        typer.Option(
+            help="Blocks that a query retrieves, separated by commas; 0 for none at equal "
+            "attention size."
+        ),
     ] = "4",
     scheme: Annotated[
-        str, typer.Option(help="paper: the whole chunk is local; blocks: local by block index.")
+        str, typer.Option(help="What is local: paper (the whole chunk) or blocks (by block index).")
     ] = "paper",
     local_blocks: Annotated[
-        str, typer.Option(help="Local blocks (scheme blocks), with commas.")
+        str, typer.Option(help="Local blocks (scheme blocks), separated by commas.")
     ] = "2",
     granularity: Annotated[
-        str | None, typer.Option(help="token_head, head, token, group. By default the model's own.")
+        str | None,
+        typer.Option(
+            help="Who shares a choice of blocks: token_head, head, token or group. By default the "
+            "model's own."
+        ),
     ] = None,
-    compare: Annotated[str | None, typer.Option(help="Second model, landmark or plain.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Second model to measure, landmark or plain.")
+    ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Plain models also with the first 64 and the latest N.")
+        int | None,
+        typer.Option(
+            help="Measure plain models also with a sliding window of so many tokens beside the "
+            "first 64."
+        ),
     ] = None,
     rope: Annotated[
-        str | None, typer.Option(help="Plain models also with dynamic[:FACTOR] RoPE scaling.")
+        str | None,
+        typer.Option(
+            help="Measure plain models also with RoPE scaling: dynamic or dynamic:FACTOR."
+        ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(max=GREATEST, help="How much text is measured.")] = 1
+    max_tokens: Annotated[int, typer.Option(max=GREATEST, help="Most tokens to measure.")] = 1
     << 18,
-    split: Annotated[str, typer.Option(help="Part of a divided data set.")] = "test",
+    split: Annotated[str, typer.Option(help="Split of the data to read.")] = "test",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture: perplexity over length.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Path of a picture: perplexity over length.")
+    ] = None,
 ) -> None:
-    """Measure perplexity in the columns of the paper's Table 1, on the same text at every
-    evaluation length.
+    """Measure perplexity in the columns of the paper's Table 1.
+
+    Every evaluation length is measured on the same text.
     """
     counts = {
         "lengths": integers("--lengths", lengths),
@@ -67,7 +89,9 @@ def perplexity(
         from landmark.cli.tables import perplexity_table, show
         from landmark.data.text import read_documents
         from landmark.eval import perplexity as task_module
-        from landmark.eval import plots, results, subjects
+        from landmark.eval import plots, results
+        from landmark.eval.variants import load_variants
+        from landmark.texts.loading import quiet
 
         task = task_module.PerplexityTask(
             **counts,
@@ -78,18 +102,20 @@ def perplexity(
             seed=seed,
         )
         if plot is not None:
-            plots.require_picture(plot, "--plot")
+            plots.require_picture(plot, "plot")
         documents = list(read_documents(data, split=split))
-        subjects.quiet()
-        tested = subjects.load_all(model, compare, device, dtype, window, factor)
+        quiet()
+        variants = load_variants(
+            model, compare, device=device, dtype=dtype, window=window, rope=factor
+        )
 
         def tell(row: results.PerplexityRow) -> None:
             progress.rest()
             note(f"{row.model} {row.attention} {row.length} k={row.top_k}: {row.perplexity:.2f}")
 
-        report = results.Recorder(out, tested[0].device, tell)
+        report = results.Recorder(out, variants[0].device, tell)
         rows = task_module.run(
-            tested, task, documents, f"{Path(data).name}, {split}", report, progress
+            variants, task, documents, f"{Path(data).name}, {split}", report, progress
         )
     try:
         show(perplexity_table(rows))

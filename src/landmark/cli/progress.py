@@ -1,5 +1,6 @@
-"""How far long work has come, on stderr: a bar on a terminal, plain lines elsewhere; short work
-says nothing.
+"""Progress of long work on stderr: a bar on a terminal, plain lines elsewhere.
+
+Short work says nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ CHECKED = 0.25  # seconds between two states of a bar
 
 
 class Shown:
-    """Shows from its ``with`` block on what it was told last, until it ``rest``s; it begins with
-    loading.
+    """Shows the progress that it was told last, inside its ``with`` block.
+
+    It begins with loading, and shows nothing between ``rest`` and the next call.
 
     It is a ``Progress`` of ``landmark.data.encoding``. A thread shows it, so that work in one long
     step is seen too.
@@ -37,8 +39,12 @@ class Shown:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Takes what is being done, how much of it is done, and how much there is (0: not
-        known).
+        """Takes the progress to show.
+
+        Args:
+            what: the work that is being done.
+            done: how much of it is done.
+            total: how much there is; 0 where that is not known.
         """
         if self._latest is None:
             self._due = time.perf_counter() + FIRST
@@ -92,7 +98,7 @@ class Shown:
 
 
 def _terminal() -> Any:
-    """The console of stderr where it can show a bar, else ``None``."""
+    """Returns the console of stderr, ``None`` where it cannot show a bar."""
     if sys.stderr is None or not sys.stderr.isatty():
         return None
     from rich.console import Console

@@ -17,19 +17,17 @@ def rank(
         list[Path], typer.Argument(help="Text files, or .jsonl files with a document in each row.")
     ],
     model: Model = None,
-    top: Annotated[int, typer.Option(help="How many documents are shown.")] = 10,
+    top: Annotated[int, typer.Option(help="Documents to show.")] = 10,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Order FILES by their highest landmark scores for QUERY; the passage is the text of the best
-    block.
-    """
+    """Order FILES by their highest landmark scores for QUERY, with the text of the best block."""
     if top < 1:
         raise ValueError(f"--top: expected at least 1, got {top}; pass for example --top 10")
     with Shown() as progress:
         from landmark.cli.tables import ranking_table, show
-        from landmark.eval.rank import rank_files
-        from landmark.eval.subjects import load, quiet
+        from landmark.texts.loading import load, quiet
+        from landmark.texts.rank import rank_files
 
         quiet()
         lines = rank_files(load(model, device, dtype), query, files, progress)

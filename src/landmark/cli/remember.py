@@ -18,27 +18,28 @@ def remember(
         typer.Argument(help="Text files or folders of .txt files, read one after the other."),
     ],
     out: Annotated[
-        Path, typer.Option(help="The memory's folder; where there is one, reading goes on.")
+        Path, typer.Option(help="Folder of the memory; reading goes on where there is one.")
     ],
     tier: Tier = "disk",
     spill_folder: SpillFolder = None,
     retrieve: Annotated[
-        bool, typer.Option("--retrieve", help="Read with retrieval: much slower.")
+        bool, typer.Option("--retrieve", help="Prefill with retrieval, much slower.")
     ] = False,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Read FILES into a memory on disk; the same command goes on with what was interrupted, and
-    adds further files.
+    """Read FILES into a memory on disk.
+
+    The same command goes on after an interruption, and adds further files.
     """
     with Shown() as watch:
         from landmark.data.outputs import require_folder
-        from landmark.eval.subjects import load, quiet
-        from landmark.library import Progress
-        from landmark.library import remember as remembered
+        from landmark.texts.library import SavedProgress
+        from landmark.texts.library import remember as remembered
+        from landmark.texts.loading import load, quiet
 
-        def show(found: Progress) -> None:
+        def show(found: SavedProgress) -> None:
             sizes = ", ".join(
                 f"{tier} {size / 2**20:,.0f} MiB" for tier, size in found.nbytes.items() if size
             )
@@ -47,12 +48,12 @@ def remember(
             say(f"{found.tokens:,} of {found.total:,} tokens  {speed:,.0f} tokens/s  {sizes}")
 
         quiet()
-        require_folder(out, "--out")
-        subject = load(model, device, dtype)
+        require_folder(out, "out")
+        loaded = load(model, device, dtype)
         library = remembered(
             files,
             out,
-            subject,
+            loaded,
             tier=tier,
             retrieve=retrieve,
             progress=show,

@@ -14,8 +14,8 @@ from landmark.cli.output import in_line
 from landmark.data.errors import names
 
 if TYPE_CHECKING:
-    from landmark.eval.rank import Line
     from landmark.eval.results import IndexRow, PasskeyRow, PerplexityRow, RankRow
+    from landmark.texts.rank import RankedDocument
 
 BEYOND = "beyond the trained length"
 PASSAGE = 80  # characters shown of a passage
@@ -30,8 +30,9 @@ def show(table: Table) -> None:
 
 
 def cell(value: object) -> Text:
-    """Returns a cell that shows a value as it stands: no markup, no control characters; a dash for
-    ``None``.
+    """Returns a cell that shows a value as it stands, a dash for ``None``.
+
+    Nothing in it is markup or a control character.
     """
     return Text("-" if value is None else in_line(str(value)))
 
@@ -108,7 +109,7 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
     return table
 
 
-def ranking_table(lines: Sequence[Line]) -> Table:
+def ranking_table(lines: Sequence[RankedDocument]) -> Table:
     """Returns documents as they were ranked, the passage cut to one line."""
     table = Table(title="Documents by their highest landmark score")
     for name in ("rank", "file", "score", "passage"):

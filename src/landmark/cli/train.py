@@ -41,48 +41,59 @@ Data = Annotated[
 Out = Annotated[Path, typer.Option(help="Folder of the trained model.")]
 Model = Annotated[
     str | None,
-    typer.Option(help="Train this further; without landmarks it gets them. Also: landmark, twin."),
+    typer.Option(
+        help="Model to train further: folder, hub name, landmark or twin. A plain one is converted."
+    ),
 ]
 Config = Annotated[
-    Path | None, typer.Option(help="Recipe (JSON), or the config.json of a model from scratch.")
+    Path | None,
+    typer.Option(help="Path of a recipe (JSON), or of the config.json of a model from scratch."),
 ]
-Plain = Annotated[bool, typer.Option("--plain", help="Without landmarks, on the same rows.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Train without landmarks, on the same rows.")]
 Tokenizer = Annotated[
-    str | None, typer.Option(help="Tokenizer of a model from scratch; else one is trained.")
+    str | None, typer.Option(help="Tokenizer of a model from scratch. By default one is trained.")
 ]
 Tokens = Annotated[
-    Path | None, typer.Option(help="Folder of the token files; OUT/tokens by default.")
+    Path | None, typer.Option(help="Folder of the token files. By default OUT/tokens.")
 ]
 Lora = Annotated[
     int | None,
     typer.Option(max=GREATEST, help="Rank of LoRA adapters, trained with the landmark embedding."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")]
-MaxSeconds = Annotated[float | None, typer.Option(help="Stop after so many seconds of training.")]
+MaxSeconds = Annotated[float | None, typer.Option(help="Seconds of training to stop after.")]
 Steps = Annotated[int | None, _setting("Optimiser steps.")]
-Batch = Annotated[int | None, _setting("Rows of a step, of all devices.")]
-Lr = Annotated[float | None, _setting("Highest learning rate.")]
+Batch = Annotated[int | None, _setting("Rows of a step, over all devices.")]
+Lr = Annotated[float | None, _setting("Peak learning rate.")]
 Warmup = Annotated[int | None, _setting("Warm-up steps.")]
-Seed = Annotated[int | None, _setting("Of weights and rows.")]
+Seed = Annotated[int | None, _setting("Random seed of weights and rows.")]
 Length = Annotated[int | None, _setting("Positions of a row, landmarks included.")]
 Episodes = Annotated[float | None, _setting("Share of synthetic retrieval episodes, 0 to 1.")]
 AnswerWeight = Annotated[float | None, _setting("Weight of the mean loss on answers.")]
 Field = Annotated[str | None, _setting("Key of the text in rows.")]
-VocabSize = Annotated[int | None, _setting("Of a new tokenizer.")]
+VocabSize = Annotated[int | None, _setting("Tokens of a new tokenizer.")]
 BlockSize = Annotated[int | None, _setting("Positions of a block, its landmark included.")]
-TopK = Annotated[int | None, _setting("Blocks retrieved afterwards.")]
-LocalBlocks = Annotated[int | None, _setting("Blocks always seen.")]
+TopK = Annotated[int | None, _setting("Blocks that a query of the trained model retrieves.")]
+LocalBlocks = Annotated[
+    int | None, _setting("Finished blocks before its own that a query always sees.")
+]
 PositionGap = Annotated[int | None, _setting("Largest random jump of positions after a landmark.")]
-MicroBatch = Annotated[int | None, _computation("Rows of a device at once.")]
-Precision = Annotated[str | None, _computation("auto, bf16 or fp32.")]
-Weights = Annotated[str | None, _computation("Load the model as float32, bfloat16 or auto.")]
-Compile = Annotated[bool | None, _computation("torch.compile; on a GPU by default.")]
-GradientCheckpointing = Annotated[bool | None, _computation("Recompute activations.")]
-Workers = Annotated[int | None, _computation("Processes making rows.")]
-LogEvery = Annotated[int | None, _computation("Steps.")]
-EvaluateEvery = Annotated[int | None, _computation("Steps; 0 never.")]
-SaveEvery = Annotated[int | None, _computation("Steps between checkpoints; 0 none.")]
-ReportTo = Annotated[str | None, _computation("none, tensorboard, wandb, trackio, ...")]
+MicroBatch = Annotated[int | None, _computation("Rows that a device computes at once.")]
+Precision = Annotated[str | None, _computation("Precision of training: auto, bf16 or fp32.")]
+Weights = Annotated[
+    str | None, _computation("Dtype that the model is loaded in: float32, bfloat16 or auto.")
+]
+Compile = Annotated[bool | None, _computation("Use torch.compile. By default on a GPU.")]
+GradientCheckpointing = Annotated[
+    bool | None, _computation("Recompute activations in the backward pass.")
+]
+Workers = Annotated[int | None, _computation("Worker processes that make rows.")]
+LogEvery = Annotated[int | None, _computation("Steps between log lines.")]
+EvaluateEvery = Annotated[int | None, _computation("Steps between evaluations; 0 for none.")]
+SaveEvery = Annotated[int | None, _computation("Steps between checkpoints; 0 for none.")]
+ReportTo = Annotated[
+    str | None, _computation("Where metrics are sent: none, tensorboard, wandb, trackio, ...")
+]
 
 
 def train(
@@ -124,7 +135,7 @@ def train(
     """Train a landmark model on texts: from scratch, or from a model."""
     given = dict(locals())
     with Shown() as progress:
-        from landmark.eval.subjects import quiet
+        from landmark.texts.loading import quiet
         from landmark.train.prepare import require_model_settings
         from landmark.train.recipe import Recipe, fine_tuning, load_recipe
         from landmark.train.run import train as run

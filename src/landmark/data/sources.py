@@ -32,6 +32,11 @@ class Source:
         return ends - self.text.count("\r\n", 0, character + 1) + 1
 
 
+def starts_of(sources: Sequence[Source]) -> tuple[int, ...]:
+    """Returns the first character of each source, and the number of all characters."""
+    return tuple(itertools.accumulate((len(source.text) for source in sources), initial=0))
+
+
 @dataclass(frozen=True)
 class Reading:
     """Sources one after the other, as a memory reads them.
@@ -50,8 +55,8 @@ class Reading:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """The first character of each source, and the number of all characters."""
-        return tuple(itertools.accumulate((len(source.text) for source in self.sources), initial=0))
+        """First character of each source, and the number of all characters."""
+        return starts_of(self.sources)
 
     def of_block(self, block: int, text_per_block: int) -> tuple[int, int]:
         """Returns the first character of a block and the one after its last.

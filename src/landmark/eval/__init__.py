@@ -1,3 +1,1 @@
-"""Evaluation: pass key, named facts and perplexity as typed results, their pictures, and the
-demo.
-"""
+"""Measuring: pass key, named facts, perplexity, ranking, indexes, and the demo."""

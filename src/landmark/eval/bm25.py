@@ -1,4 +1,4 @@
-"""BM25 over whole documents, by the package bm25s: what ranking by landmarks is compared with."""
+"""BM25 over whole documents by the package bm25s, beside ranking by landmarks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 
 class Bm25:
-    """An index of documents with bm25s' own settings: Lucene's variant, lower case, English stop
-    words left out.
+    """An index of documents for BM25, with the settings of bm25s.
+
+    These are Lucene's variant, lower case, English stop words left out.
 
     Args:
         texts: the documents.

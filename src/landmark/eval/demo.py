@@ -1,5 +1,4 @@
-"""The main job shown: a long real text, keys hidden in it, answers, and the text that was read for
-each of them.
+"""The demo: keys hidden in a long real text, answers, and what was read for each.
 
 One of the memories is saved, opened again and asked once more.
 """
@@ -20,15 +19,16 @@ from landmark.blocks import slot_of
 from landmark.data.encoding import Progress
 from landmark.eval.dense import DenseRun
 from landmark.eval.episodes import Episode, build_episode, named_codes, pass_key
-from landmark.eval.explain import block_shares
-from landmark.eval.fillers import Filler, file_text, made_filler, pydoc_text
+from landmark.eval.fillers import Filler, made_filler, pydoc_text
 from landmark.eval.measure import measured
-from landmark.eval.passkey import read_into_memory
 from landmark.eval.plots import save, subplots
 from landmark.eval.results import FIGURES, PasskeyRow, read
-from landmark.eval.subjects import Subject
 from landmark.hf.bundled import model_path
 from landmark.hf.cache import LandmarkCache
+from landmark.texts.explain import block_shares
+from landmark.texts.files import file_text
+from landmark.texts.loading import LoadedModel
+from landmark.texts.reading import read_into_memory
 
 LENGTHS = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768, 65536)
 DENSE_LENGTH = 32768
@@ -120,13 +120,11 @@ def load_text(path: Path | None, tokenizer: Any, progress: Progress | None = Non
         FileNotFoundError: no such file.
         ValueError: empty, no UTF-8 text, or too short to hide keys in.
     """
-    text = pydoc_text() if path is None else file_text(path, "--text")
-    filler = made_filler(
-        "pydoc" if path is None else str(path), text, tokenizer, progress, "--text"
-    )
+    text = pydoc_text() if path is None else file_text(path, "text")
+    filler = made_filler("pydoc" if path is None else str(path), text, tokenizer, progress, "text")
     if len(filler.ids) < LENGTHS[0]:
         raise ValueError(
-            f"--text: expected a text of at least {LENGTHS[0]} tokens, got {len(filler.ids)} in "
+            f"text: expected a text of at least {LENGTHS[0]} tokens, got {len(filler.ids)} in "
             f"{filler.name}; pass a longer one"
         )
     return filler
@@ -138,40 +136,43 @@ def lengths_for(filler: Filler) -> tuple[int, ...]:
 
 
 def run_trials(
-    subject: Subject, filler: Filler, seed: int, progress: Progress | None = None
+    loaded: LoadedModel, filler: Filler, seed: int, progress: Progress | None = None
 ) -> Iterator[Trial]:
-    """Hides a pass key among distractor codes at a random place and asks for it, ten times; reopens
-    one memory.
+    """Hides a pass key among other codes at a random place and asks for it, ten times.
+
+    One of the memories is reopened.
     """
-    subject.model.read(filler.ids[None, :_WARM_UP].to(subject.device), retrieve=False)
+    loaded.model.read(filler.ids[None, :_WARM_UP].to(loaded.device), retrieve=False)
     for number in range(len(LENGTHS)):
-        document = build_document(subject, filler, number, seed)
+        document = build_document(loaded, filler, number, seed)
         yield run_trial(
-            subject, document, reopen=number == compared_number(filler), progress=progress
+            loaded, document, reopen=number == compared_number(filler), progress=progress
         )
 
 
 def compared_number(filler: Filler) -> int:
-    """Returns which of the ten documents is reopened and run densely: the one nearest to 32k
-    tokens.
+    """Returns which of the ten documents is reopened and run densely.
+
+    It is the one nearest to 32k tokens.
     """
     lengths = lengths_for(filler)
     return min(range(len(lengths)), key=lambda number: abs(lengths[number] - DENSE_LENGTH))
 
 
-def build_document(subject: Subject, filler: Filler, number: int, seed: int) -> Episode:
-    """Returns document ``number`` of the ten: one pass key and some named codes at random places of
-    the text.
+def build_document(loaded: LoadedModel, filler: Filler, number: int, seed: int) -> Episode:
+    """Returns document ``number`` of the ten.
+
+    It has one pass key and some named codes at random places of the text.
     """
     rng = random.Random(f"{seed} {number}")
     length = lengths_for(filler)[number]
     codes = named_codes(rng, DISTRACTORS, digits=5)
-    return build_episode(rng, subject.tokenizer, filler, length, [pass_key(rng)], codes)
+    return build_episode(rng, loaded.tokenizer, filler, length, [pass_key(rng)], codes)
 
 
 @torch.no_grad()
 def run_trial(
-    subject: Subject, episode: Episode, *, reopen: bool = False, progress: Progress | None = None
+    loaded: LoadedModel, episode: Episode, *, reopen: bool = False, progress: Progress | None = None
 ) -> Trial:
     """Reads a document without retrieval, then answers its question with retrieval.
 
@@ -181,30 +182,30 @@ def run_trial(
     """
     (question,) = episode.questions
     known = len(question.ids) - question.answered
-    prompt = torch.tensor([question.ids[:known]], device=subject.device)
-    document = episode.document[None].to(subject.device)
-    with measured(subject.device) as whole:
-        with measured(subject.device) as reading:
-            cache = read_into_memory(subject, document, retrieve=False, progress=progress)
+    prompt = torch.tensor([question.ids[:known]], device=loaded.device)
+    document = episode.document[None].to(loaded.device)
+    with measured(loaded.device) as whole:
+        with measured(loaded.device) as reading:
+            cache = read_into_memory(loaded, document, retrieve=False, progress=progress)
         cache_bytes = cache.nbytes()
         cache.record = True
-        written = _write(subject.model, prompt, cache, question.answered)
+        written = _write(loaded.model, prompt, cache, question.answered)
     expected = question.ids[known:]
     length = len(episode.document)
-    settings = subject.model.landmark
+    settings = loaded.model.landmark
     slots = [
         slot_of(index, settings.block_size)
         for index in range(length + known - 1, length + len(question.ids) - 1)
     ]
-    blocks = tuple(_blocks_read(subject, episode, cache.retrievals, slots))
+    blocks = tuple(_blocks_read(loaded, episode, cache.retrievals, slots))
     cache.record = False
     cache.retrievals = []
     cache.crop(length)
     return Trial(
         length=length,
         place=episode.places[0].start,
-        expected=subject.tokenizer.decode(expected).strip(),
-        answer=subject.tokenizer.decode(written).strip(),
+        expected=loaded.tokenizer.decode(expected).strip(),
+        answer=loaded.tokenizer.decode(written).strip(),
         right=written == expected,
         blocks=blocks,
         read_seconds=reading.seconds,
@@ -213,19 +214,18 @@ def run_trial(
         cache_bytes=cache_bytes,
         keys_per_query=length // settings.text_per_block
         + settings.block_size * (settings.top_k + settings.local_blocks + 1),
-        reopened=reopened(subject, cache, prompt, written) if reopen else None,
+        reopened=reopened(loaded, cache, prompt, written) if reopen else None,
     )
 
 
 @torch.no_grad()
 def reopened(
-    subject: Subject, cache: LandmarkCache, prompt: Tensor, written: list[int]
+    loaded: LoadedModel, cache: LandmarkCache, prompt: Tensor, written: list[int]
 ) -> Reopened:
-    """Saves a memory to a folder of temporary files, opens it on tier ``disk`` and asks it on a
-    fork.
+    """Saves a memory to a temporary folder, opens it on tier ``disk`` and asks a fork.
 
     Args:
-        subject: the model that it was made by.
+        loaded: the model that it was made by.
         cache: the memory of a document, not of the question.
         prompt: ``(1, T)`` token ids of the question.
         written: what the model answered from ``cache``.
@@ -234,18 +234,18 @@ def reopened(
         ValueError: there is no room for it.
     """
     with tempfile.TemporaryDirectory(prefix="landmark-") as folder:
-        with measured(subject.device) as saving:
+        with measured(loaded.device) as saving:
             cache.save(folder)
-        with measured(subject.device) as opening:
-            opened = LandmarkCache.open(folder, subject.model, "disk")
+        with measured(loaded.device) as opening:
+            opened = LandmarkCache.open(folder, loaded.model, "disk")
         fork = opened.fork()
-        with measured(subject.device) as answering:
-            answer = _write(subject.model, prompt, fork, len(written))
+        with measured(loaded.device) as answering:
+            answer = _write(loaded.model, prompt, fork, len(written))
         return Reopened(
             saved_bytes=sum(file.stat().st_size for file in Path(folder).iterdir()),
             save_seconds=saving.seconds,
             open_seconds=opening.seconds,
-            answer=subject.tokenizer.decode(answer).strip(),
+            answer=loaded.tokenizer.decode(answer).strip(),
             same=answer == written,
             answer_seconds=answering.seconds,
             fetched_bytes=fork.transfers.fetched_disk - opened.transfers.fetched_disk,
@@ -253,7 +253,7 @@ def reopened(
 
 
 def _write(model: Any, ids: Tensor, cache: Any, count: int) -> list[int]:
-    """Greedy continuation of ``ids (1, T)`` by ``count`` tokens."""
+    """Returns the greedy continuation of ``ids (1, T)`` by ``count`` tokens."""
     written: list[int] = []
     while len(written) < count:
         output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -263,26 +263,29 @@ def _write(model: Any, ids: Tensor, cache: Any, count: int) -> list[int]:
 
 
 def _blocks_read(
-    subject: Subject, episode: Episode, retrievals: Sequence[Any], slots: Sequence[int]
+    loaded: LoadedModel, episode: Episode, retrievals: Sequence[Any], slots: Sequence[int]
 ) -> Iterator[BlockRead]:
     weights: dict[int, float] = {}
     for shares in block_shares(retrievals, slots):
         for block, share in shares.items():
             weights[block] = weights.get(block, 0.0) + share / len(slots)
-    per_block = subject.model.landmark.block_size - 1
+    per_block = loaded.model.landmark.block_size - 1
     place = episode.places[0]
     for block in sorted(weights, key=lambda index: -weights[index]):
         first = block * per_block
         last = (block + 1) * per_block
-        text = subject.tokenizer.decode(episode.document[first:last].tolist())
+        text = loaded.tokenizer.decode(episode.document[first:last].tolist())
         middle = (first + last) / 2 / len(episode.document)
         has_fact = first < place.stop and place.start < last
-        yield BlockRead(block, middle, weights[block], text, has_fact)
+        yield BlockRead(
+            block=block, place=middle, share=weights[block], text=text, has_fact=has_fact
+        )
 
 
 def recorded_twin(length: int) -> PasskeyRow | None:
-    """Returns the bundled twin's recorded pass-key row at the length nearest to ``length``, if
-    there is one.
+    """Returns the recorded pass-key row of the bundled twin, ``None`` if there is none.
+
+    Of several, the one whose length is nearest to ``length``.
     """
     path = model_path() / FIGURES
     if not path.is_file():

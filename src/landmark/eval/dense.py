@@ -9,9 +9,9 @@ import torch
 
 from landmark.eval.episodes import Episode
 from landmark.eval.measure import measured
-from landmark.eval.subjects import Subject
 from landmark.hf.compat import CACHE
 from landmark.hf.families import PREFIX, family
+from landmark.texts.loading import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class DenseRun:
 
 
 def dense_model(model: Any) -> Any:
-    """Returns the stock model of a landmark model's family with the same weights (shared, not
-    copied).
-    """
+    """Returns the stock model of a landmark model's family, sharing its weights."""
     stock: Any = family(model.config.model_type.removeprefix(PREFIX)).stock_causal_lm
     fields = model.config.to_dict()
     for name in ("landmark", "model_type", "architectures", "auto_map", "dtype"):
@@ -57,32 +55,32 @@ def dense_model(model: Any) -> Any:
 
 
 @torch.no_grad()
-def run_dense(subject: Subject, episode: Episode) -> DenseRun:
-    """Reads the document and answers its question with the weights of ``subject``, densely."""
+def run_dense(loaded: LoadedModel, episode: Episode) -> DenseRun:
+    """Reads the document and answers its question with the weights of ``loaded``, densely."""
     from transformers import DynamicCache
 
-    dense = dense_model(subject.model)
+    dense = dense_model(loaded.model)
     (question,) = episode.questions
     known = len(question.ids) - question.answered
     cache = DynamicCache(config=dense.config)
     written: list[int] = []
-    with measured(subject.device) as whole:
-        with measured(subject.device) as reading:
+    with measured(loaded.device) as whole:
+        with measured(loaded.device) as reading:
             dense(
-                episode.document[None].to(subject.device),
+                episode.document[None].to(loaded.device),
                 **{CACHE: cache},
                 use_cache=True,
                 logits_to_keep=1,
             )
         cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        ids = torch.tensor([question.ids[:known]], device=subject.device)
+        ids = torch.tensor([question.ids[:known]], device=loaded.device)
         while len(written) < question.answered:
             logits = dense(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
             written.append(int(logits[0, -1].argmax()))
             ids = ids.new_tensor([written[-1:]])
     return DenseRun(
         length=len(episode.document),
-        answer=subject.tokenizer.decode(written).strip(),
+        answer=loaded.tokenizer.decode(written).strip(),
         right=written == question.ids[known:],
         read_seconds=reading.seconds,
         answer_seconds=whole.seconds - reading.seconds,

@@ -1,6 +1,4 @@
-"""Documents with facts dropped into a filler at random token places, and the questions about
-them.
-"""
+"""Documents with facts at random places of a filler, and questions about them."""
 
 from __future__ import annotations
 
@@ -123,7 +121,7 @@ def build_episode(
     room = length - len(start_ids) - sum(map(len, statements))
     if room < 0:
         raise ValueError(
-            f"--lengths: expected at least {length - room} text tokens for {len(statements)} "
+            f"lengths: expected at least {length - room} text tokens for {len(statements)} "
             f"facts, got {length}; pass greater lengths or fewer facts"
         )
     cuts = [rng.randint(0, room) for _ in statements]
@@ -161,6 +159,6 @@ def _question(tokenizer: Any, fact: Fact) -> Question:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text that goes on from another one."""
+    """Returns the ids of a text that goes on from another one."""
     ids: list[int] = encode(tokenizer, text, continues=True).ids.tolist()
     return ids

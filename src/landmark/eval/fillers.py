@@ -1,4 +1,4 @@
-"""What a document is made of: token streams of any length."""
+"""Token streams of any length that documents are made of."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from landmark.data.encoding import Progress
-from landmark.data.text import read_documents
-from landmark.data.tokenizer import encode, encoder_of
+from landmark.data.tokenizer import encoder_of
+from landmark.texts.files import file_text
+from landmark.texts.reading import tokenize
 
 PAPER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
@@ -32,7 +33,7 @@ class Filler:
     again: Tensor | None = None
 
     def take(self, start: int, count: int) -> Tensor:
-        """Returns ``count`` ids from place ``start`` on, ``(count,)``."""
+        """Returns ``count`` ids from token index ``start`` on, ``(count,)``."""
         again = self.ids if self.again is None else self.again
         rounds = -(-max(0, start + count - len(self.ids)) // len(again))
         return torch.cat((self.ids, again.repeat(rounds)))[start : start + count]
@@ -58,13 +59,26 @@ def filler_text(name: str) -> str:
     """Returns the text of a filler; raises as ``load_filler``."""
     if name == "paper":
         return PAPER + " "
-    return pydoc_text() if name == "pydoc" else file_text(Path(name), "--filler")
+    if name == "pydoc":
+        return pydoc_text()
+    return file_text(Path(name), "fillers", others="paper, pydoc, ")
 
 
 def made_filler(
-    name: str, text: str, tokenizer: Any, progress: Progress | None = None, option: str = "--filler"
+    name: str,
+    text: str,
+    tokenizer: Any,
+    progress: Progress | None = None,
+    parameter: str = "fillers",
 ) -> Filler:
-    """Tokenises a text that is repeated as often as needed; a message begins with ``option``.
+    """Tokenises a text that is repeated as often as needed.
+
+    Args:
+        name: of the filler.
+        text: of the filler.
+        tokenizer: of transformers, a fast one.
+        progress: called while a long text is tokenised.
+        parameter: that the text was given by, for the message.
 
     Raises:
         ValueError: a slow tokenizer, or one that finds no token in the text.
@@ -72,8 +86,8 @@ def made_filler(
     first = tokenize(text, tokenizer, progress=progress)
     if len(first) == 0:
         raise ValueError(
-            f"{option}: expected a text of at least one token, got none in {name}; pass another "
-            "text"
+            f"{parameter}: expected a text of at least one token, got none in {name}; pass "
+            "another text"
         )
     if not encoder_of(tokenizer).prefixes:
         return Filler(name, first)
@@ -85,29 +99,3 @@ def pydoc_text() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def file_text(path: Path, option: str) -> str:
-    """Returns the text of a file or of a folder of .txt files (of its ``test`` part, where it is
-    divided).
-
-    Raises:
-        FileNotFoundError: nothing there; the message begins with ``option``.
-        ValueError: empty or no UTF-8 text.
-    """
-    if not path.exists():
-        others = "paper, pydoc, " if option == "--filler" else ""
-        raise FileNotFoundError(
-            f"{option}: expected {others}a text file or a folder of .txt files, got {path}, which "
-            "does not exist"
-        )
-    return "\n\n".join(document.text for document in read_documents(path, split="test"))
-
-
-def tokenize(
-    text: str, tokenizer: Any, *, continues: bool = False, progress: Progress | None = None
-) -> Tensor:
-    """Returns the token ids of a text of any length ``(n,)`` as ``landmark.data.tokenizer.encode``
-    does.
-    """
-    return torch.from_numpy(encode(tokenizer, text, continues=continues, progress=progress).ids)

@@ -1,5 +1,4 @@
-"""What an index finds among the landmarks of one layer, and how fast: recall and time beside
-scoring every one.
+"""Recall and time of indexes over the landmarks of one layer, beside scoring all.
 
 Landmarks and queries are recorded while a model reads text. Where more landmarks are asked for than
 were recorded, the rest are copies of these with noise, and the time alone is measured.
@@ -9,41 +8,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from landmark.data.encoding import Progress
-from landmark.eval.fillers import tokenize
-from landmark.eval.passkey import read_into_memory
-from landmark.eval.rank import old_queries
 from landmark.eval.results import IndexRow
-from landmark.eval.subjects import Subject, require_landmark
 from landmark.hf.cache import LandmarkCache
 from landmark.memory.faiss_index import KINDS, VectorIndex, require_faiss
 from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory
 from landmark.memory.retrieval import COPIES, SLAB_BYTES
-from landmark.memory.rotary_tables import RotaryTables
 from landmark.ops.select import running_top_k
+from landmark.texts.loading import LoadedModel, require_landmark
+from landmark.texts.rank import old_queries
+from landmark.texts.reading import read_into_memory, tokenize
 
-NOISE = 0.1
+NOISE = 0.1  # of copied landmarks, in standard deviations of the recorded ones
 ARRIVING = 1024  # landmarks that are added at once
-SECONDS = 2.0
-LEAST = 5  # a time is the median of so many seconds of trials, of so many at least
+SECONDS = 2.0  # of trials whose median is a time
+LEAST = 5  # trials at least
 
 
 @dataclass(frozen=True)
 class IndexTask:
-    """What is measured.
+    """Settings of a measurement of indexes.
 
     Attributes:
         landmarks: numbers of landmarks of each head.
         kinds: indexes beside ``exact``.
         layer: which layer, ``None`` for the middle one.
-        queries: positions of text whose queries look.
+        queries: positions of text whose queries search.
         max_tokens: text that is read at most, ``None`` for all that is needed and there is.
         seed: of the noise.
 
@@ -61,9 +58,9 @@ class IndexTask:
 
     def __post_init__(self) -> None:
         numbers = {
-            "--landmarks": self.landmarks,
-            "--queries": (self.queries,),
-            "--max-tokens": (1 if self.max_tokens is None else self.max_tokens,),
+            "landmarks": self.landmarks,
+            "queries": (self.queries,),
+            "max_tokens": (1 if self.max_tokens is None else self.max_tokens,),
         }
         for name, values in numbers.items():
             if not values or min(values) < 1:
@@ -73,9 +70,7 @@ class IndexTask:
                 )
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds:
-            raise ValueError(
-                f"--index: expected some of {', '.join(KINDS)}, got {list(self.kinds)}"
-            )
+            raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {list(self.kinds)}")
         if set(self.kinds) != {"exact"}:
             require_faiss()
 
@@ -94,64 +89,51 @@ class Recorded:
     query: Tensor
 
 
-class _RecordingMemory(LayerMemory):
-    """Keeps what it is given of landmarks, and the latest queries."""
+class LayerRecorder:
+    """An observer of a ``LandmarkCache`` that keeps landmarks and the latest queries of one layer.
 
-    keys: list[Tensor]
-    query: Tensor | None = None
-    wanted = 1
+    Args:
+        layer: the layer's index.
+        queries: positions of text whose queries are kept at most.
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        geometry: CallGeometry,
-        *,
-        scale: float,
-        **rest: Any,
-    ) -> Any:
-        """Attends as ``LayerMemory.attend`` does."""
-        turned = (
-            old_queries(self, query[:, :, -self.wanted :], _last(geometry, self.wanted), scale)[0]
-            .float()
-            .cpu()
-        )
-        latest = turned if self.query is None else torch.cat((self.query, turned), dim=1)
-        self.query = latest[:, -self.wanted :]
-        done = super().attend(query, key, value, geometry, scale=scale, **rest)
-        places = self.store.kept.index_of(geometry.writes.landmark_blocks)
-        self.keys.append(self.store.landmark_keys[0][:, places].float().cpu())
-        return done
+    Attributes:
+        keys: of each call, ``(G, n, D)`` float32 on the CPU: the landmark keys of the ``n`` blocks
+            that it finished.
+        query: ``(H, Q, D)`` float32 on the CPU, see ``old_queries``; ``None`` before the first
+            call.
+    """
 
+    def __init__(self, layer: int, queries: int) -> None:
+        self.layer = layer
+        self.queries = queries
+        self.keys: list[Tensor] = []
+        self.query: Tensor | None = None
 
-def _last(plan: CallGeometry, wanted: int) -> CallGeometry:
-    return replace(plan, offsets=plan.offsets[:, -wanted:])
-
-
-class _RecordingCache(LandmarkCache):
-    def __init__(self, config: Any, layer: int, wanted: int) -> None:
-        super().__init__(config)
-        self._layer = layer
-        self._wanted = wanted
-
-    def memory(self, layer: int, tables: RotaryTables) -> LayerMemory:
-        """Returns layer ``layer``'s memory, made at its first use."""
-        if layer == self._layer and self.memories[layer] is None:
-            made = self.memories[layer] = _RecordingMemory(self.settings, tables, layer)
-            made.keys = []
-            made.wanted = self._wanted
-        return super().memory(layer, tables)
+    def __call__(
+        self, memory: LayerMemory, query: Tensor, geometry: CallGeometry, scale: float
+    ) -> None:
+        """Takes what one call of one layer has computed, its queries ``(1, H, T, D)``."""
+        if memory.layer != self.layer:
+            return
+        latest = query[:, :, -self.queries :]
+        offsets = geometry.offsets[:, -self.queries :]
+        found = old_queries(memory, latest, offsets, scale)[0].float().cpu()
+        if self.query is not None:
+            found = torch.cat((self.query, found), dim=1)
+        self.query = found[:, -self.queries :]
+        # A layer that does not retrieve drops its older blocks, so these are taken as they come.
+        index = memory.store.kept.index_of(geometry.writes.landmark_blocks)
+        self.keys.append(memory.store.landmark_keys[0][:, index].float().cpu())
 
 
 @torch.no_grad()
 def record(
-    subject: Subject, ids: Tensor, layer: int, queries: int, progress: Progress | None = None
+    loaded: LoadedModel, ids: Tensor, layer: int, queries: int, progress: Progress | None = None
 ) -> Recorded:
     """Reads a text without retrieval and records landmarks that are old for the queries of its end.
 
     Args:
-        subject: a landmark model.
+        loaded: a landmark model.
         ids: ``(T,)`` token ids.
         layer: which layer is recorded.
         queries: positions of text whose queries are kept.
@@ -160,28 +142,29 @@ def record(
     Raises:
         ValueError: no landmark model, or a text too short for one landmark.
     """
-    config = subject.model.landmark
-    with subject.configured(
+    config = loaded.model.landmark
+    recorder = LayerRecorder(layer, queries)
+    with loaded.configured(
         mode="retrieval", positions="stingy", local="blocks", layers=(), max_blocks=None
     ):
-        cache = _RecordingCache(subject.model.config, layer, queries)
+        cache = LandmarkCache(loaded.model.config)
+        cache.observer = recorder
         read_into_memory(
-            subject, ids[None].to(subject.device), retrieve=False, cache=cache, progress=progress
+            loaded, ids[None].to(loaded.device), retrieve=False, cache=cache, progress=progress
         )
-    memory = cache.memories[layer]
-    assert isinstance(memory, _RecordingMemory) and memory.query is not None
-    keys = torch.cat(memory.keys, dim=1)
+    assert recorder.query is not None
+    keys = torch.cat(recorder.keys, dim=1)
     old = keys.shape[1] - config.local_blocks - config.top_k - -(-queries // config.block_size)
     if old < 1:
         raise ValueError(
-            f"--data: expected a text longer than the {queries} queries and what is local to "
-            f"them, got {len(ids)} tokens; pass a longer text or fewer --queries"
+            f"texts: expected a text longer than the {queries} queries and what is local to "
+            f"them, got {len(ids)} tokens; pass a longer text or fewer queries"
         )
-    return Recorded(keys[:, :old], torch.unflatten(memory.query, 0, (len(keys), -1)))
+    return Recorded(keys[:, :old], torch.unflatten(recorder.query, 0, (len(keys), -1)))
 
 
 def run(
-    subject: Subject,
+    loaded: LoadedModel,
     task: IndexTask,
     texts: Iterable[str],
     data: str,
@@ -191,7 +174,7 @@ def run(
     """Measures every kind of index at every number of landmarks.
 
     Args:
-        subject: a landmark model.
+        loaded: a landmark model.
         task: what is measured.
         texts: what is read, one after the other; no more of them than is needed.
         data: their name, for the rows.
@@ -202,9 +185,9 @@ def run(
         ValueError: no landmark model, a layer that it has not or whose landmarks are all equal, or
             too short a text.
     """
-    require_landmark(subject)
-    layer = _layer(subject, task.layer)
-    config = subject.model.landmark
+    require_landmark(loaded)
+    layer = _layer(loaded, task.layer)
+    config = loaded.model.landmark
     blocks = (
         max(task.landmarks)
         + config.local_blocks
@@ -213,12 +196,12 @@ def run(
     )
     needed = blocks * config.text_per_block
     most = needed if task.max_tokens is None else min(needed, task.max_tokens)
-    ids = _tokens(texts, subject.tokenizer, most, progress)
+    ids = _tokens(texts, loaded.tokenizer, most, progress)
     if len(ids) == 0:
         raise ValueError(
-            f"--data: expected a text of at least one token, got none in {data}; pass another text"
+            f"texts: expected a text of at least one token, got none in {data}; pass another text"
         )
-    recorded = record(subject, ids, layer, task.queries, progress)
+    recorded = record(loaded, ids, layer, task.queries, progress)
     rows = []
     for landmarks in sorted(task.landmarks):
         real = min(landmarks, recorded.keys.shape[1])
@@ -237,7 +220,7 @@ def run(
             rows.append(
                 IndexRow(
                     index=kind,
-                    model=subject.name,
+                    model=loaded.name,
                     layer=layer,
                     heads=len(found.keys),
                     landmarks=landmarks,
@@ -247,7 +230,7 @@ def run(
                     queries=found.query.shape[2],
                     threads=torch.get_num_threads(),
                     seed=task.seed,
-                    dtype=subject.dtype,
+                    dtype=loaded.dtype,
                     data=data,
                     **measured,
                 )
@@ -267,20 +250,21 @@ def _tokens(texts: Iterable[str], tokenizer: Any, most: int, progress: Progress 
     return torch.cat(parts)[:most]
 
 
-def _layer(subject: Subject, layer: int | None) -> int:
-    """The layer asked for, or the middle one."""
-    layers = subject.model.config.num_hidden_layers
+def _layer(loaded: LoadedModel, layer: int | None) -> int:
+    """Returns the layer that is asked for, or the middle one; raises ``ValueError``."""
+    layers = loaded.model.config.num_hidden_layers
     if layer is not None and not 1 <= layer < layers:
         raise ValueError(
-            f"--layer: expected 1 to {layers - 1}, got {layer}; the landmarks of layer 0 are all "
+            f"layer: expected 1 to {layers - 1}, got {layer}; the landmarks of layer 0 are all "
             "equal, no index serves it"
         )
     return layers // 2 if layer is None else layer
 
 
 def with_copies(recorded: Recorded, landmarks: int, seed: int) -> Recorded:
-    """Returns one head with copies of its landmarks, up to so many, the noise in each column that
-    of the column.
+    """Returns one head with noisy copies of its landmarks, up to so many in all.
+
+    The noise in each column is proportional to the deviation of the column.
     """
     keys = recorded.keys[0]
     copies = keys[torch.arange(landmarks) % len(keys)]
@@ -293,8 +277,15 @@ def with_copies(recorded: Recorded, landmarks: int, seed: int) -> Recorded:
 
 
 def exact(query: Tensor, keys: Tensor, top_k: int) -> Tensor:
-    """The ``top_k`` best of ``keys (G, N, D)`` for ``query (G, R, Q, D)`` as a memory finds them,
-    ``(G, R, Q, K)``.
+    """Returns the best landmarks of each query as a memory finds them.
+
+    Args:
+        query: ``(G, R, Q, D)``.
+        keys: ``(G, N, D)``.
+        top_k: landmarks of each query, ``K``.
+
+    Returns:
+        ``(G, R, Q, K)`` indices of keys.
     """
     flat = query.flatten(1, 2)
     at_once = max(1, SLAB_BYTES["cpu"] // (COPIES * 4 * flat.shape[0] * flat.shape[1]))
@@ -305,15 +296,16 @@ def exact(query: Tensor, keys: Tensor, top_k: int) -> Tensor:
 
 
 def _measure(kind: str, recorded: Recorded, top_k: int, right: Tensor | None) -> dict[str, Any]:
-    """The fields of a row that are measured."""
+    """Returns the fields of an ``IndexRow`` that are measured."""
     query = recorded.query
     keys = recorded.keys
+    exactly = kind == "exact"
     begin = time.perf_counter()
-    indexes = [] if kind == "exact" else [_build(kind, head) for head in keys]
+    indexes = [] if exactly else [_build(kind, head) for head in keys]
     built = time.perf_counter() - begin
 
     def search(part: Tensor) -> Tensor:
-        if kind == "exact":
+        if exactly:
             return exact(part, keys, top_k)
         found = [
             index.search(each.flatten(0, 1), top_k)[1]
@@ -327,8 +319,8 @@ def _measure(kind: str, recorded: Recorded, top_k: int, right: Tensor | None) ->
         "step_ms": _milliseconds(search, torch.split(query, 1, dim=2)),
         "chunk_ms": _milliseconds(search, [query]),
         "build_seconds": round(built, 3),
-        "nbytes": sum(index.nbytes for index in indexes) or keys.numel() * 4,
-        "settings": indexes[0].settings if indexes else {},
+        "nbytes": keys.nbytes if exactly else sum(index.nbytes for index in indexes),
+        "settings": {} if exactly else indexes[0].settings,
     }
 
 
@@ -340,12 +332,12 @@ def _build(kind: str, keys: Tensor) -> VectorIndex:
 
 
 def _recall(found: Tensor, right: Tensor) -> float:
-    """Share of ``right (..., K)`` that is among ``found (..., K)``."""
+    """Returns the share of ``right (..., K)`` that is among ``found (..., K)``."""
     return float((right[..., :, None] == found[..., None, :]).any(-1).float().mean())
 
 
 def _milliseconds(search: Callable[[Tensor], Tensor], queries: Sequence[Tensor]) -> float:
-    """Median time of a search, going through ``queries`` again and again."""
+    """Returns the median time of a search, going through ``queries`` again and again."""
     search(queries[0])
     times: list[float] = []
     while len(times) < LEAST or sum(times) < SECONDS:

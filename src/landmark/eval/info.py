@@ -1,4 +1,4 @@
-"""What is installed here, what would run, and what is known of the bundled model."""
+"""Describe this installation, and the bundled model."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ _PACKAGES = (
 
 
 def version_lines() -> list[str]:
-    """Returns a line for each package, missing optional ones included, and one for the commit of a
-    checkout.
+    """Returns a line for each package and one for the commit of a checkout.
+
+    Optional packages that are missing are named too.
     """
     found = versions(*_PACKAGES)
     commit = found.pop("commit")
@@ -52,9 +53,7 @@ def device_lines() -> list[str]:
 
 
 def attention_lines() -> list[str]:
-    """Returns which implementation ``impl="auto"`` chooses for bfloat16 here, and why none of the
-    others.
-    """
+    """Returns which implementation would run here in bfloat16, and why not the others."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     choice = explain_impl(torch.empty(1, 1, 1, 64, device=device, dtype=torch.bfloat16))
     return [f"{choice.chosen}: chosen"] + [
@@ -63,8 +62,9 @@ def attention_lines() -> list[str]:
 
 
 def bundled_rows() -> list[tuple[str, str]]:
-    """Returns what the bundled model is and its headline figures, as (name, value); its model card
-    has the others.
+    """Returns what the bundled model is and its main figures, as (name, value).
+
+    Its model card has the other figures.
     """
     try:
         folder = model_path()
@@ -86,7 +86,7 @@ def bundled_rows() -> list[tuple[str, str]]:
 
 
 def _headlines(rows: Sequence[Row], settings: LandmarkConfig) -> list[tuple[str, str]]:
-    """The figures at the greatest lengths that were recorded with the model's own settings."""
+    """Returns the figures at the greatest lengths, recorded with the model's own settings."""
     found = []
     asked = [row for row in rows if isinstance(row, PasskeyRow) and _is_own(row.settings, settings)]
     keys = _longest([row for row in asked if row.task == "passkey"])
@@ -117,5 +117,5 @@ def _longest(rows: Sequence[Figure]) -> list[Figure]:
 
 
 def _is_own(settings: dict[str, Any], own: LandmarkConfig) -> bool:
-    """Whether a row was measured with the model as it is saved."""
+    """Returns whether a row was measured with the model as it is saved."""
     return settings == own.to_dict()

@@ -1,4 +1,4 @@
-"""Wall time and peak memory of a piece of work."""
+"""Measure wall time and peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass key and named facts: is a fact found wherever it lies in a document of any length?
+"""Measure whether a fact is found wherever it lies in a document of any length.
 
 A greedy exact match is read off one forward: the answer is teacher-forced, and it equals the greedy
 continuation when each of its tokens was the most probable one.
@@ -6,6 +6,7 @@ continuation when each of its tokens was the most probable one.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,18 +19,16 @@ from landmark.data.encoding import Progress
 from landmark.eval.episodes import BUCKETS, Episode, bucket_of, build_episode, named_codes, pass_key
 from landmark.eval.fillers import Filler, filler_text, made_filler
 from landmark.eval.measure import measured
-from landmark.eval.reading import read_reporting
 from landmark.eval.results import PasskeyRow
-from landmark.eval.subjects import Subject
+from landmark.eval.variants import Variant
+from landmark.texts.reading import READS, read_into_memory
 
-READS = ("local", "retrieve")
 _BATCH_TOKENS = {"cuda": 1 << 18}
-_LARGE_CHUNK = 1 << 14
 
 
 @dataclass(frozen=True)
 class PasskeyTask:
-    """What is asked of every model.
+    """Settings of a measurement of pass keys or named facts.
 
     Attributes:
         lengths: text tokens of the documents.
@@ -60,34 +59,35 @@ class PasskeyTask:
     plain_limit: int = 32768
 
     def __post_init__(self) -> None:
-        for name, values in (
-            ("--lengths", self.lengths),
-            ("--facts", self.facts),
-            ("--trials", (self.trials,)),
-        ):
-            if any(value < 1 for value in values) or (name == "--lengths" and not values):
+        counts = {"lengths": self.lengths, "facts": self.facts, "trials": (self.trials,)}
+        for name, values in counts.items():
+            if any(value < 1 for value in values):
                 raise ValueError(
                     f"{name}: expected integers of at least 1, got {list(values)}; pass for "
                     "example 8"
                 )
-        if not self.fillers or self.granularity == ():
-            option = "--granularity" if self.fillers else "--filler"
-            raise ValueError(
-                f"{option}: expected some, with commas, got none; leave {option} out for the "
-                "default"
-            )
+        several = {
+            "lengths": self.lengths,
+            "fillers": self.fillers,
+            "granularity": self.granularity,
+        }
+        for name, chosen in several.items():
+            if chosen == ():
+                raise ValueError(
+                    f"{name}: expected some, with commas, got none; leave it out for the default"
+                )
         if self.distractors < 0:
             raise ValueError(
-                f"--distractors: expected at least 0, got {self.distractors}; pass --distractors 0"
+                f"distractors: expected at least 0, got {self.distractors}; pass distractors=0"
             )
         if self.read not in READS:
             raise ValueError(
-                f"--read: expected one of {', '.join(READS)}, got {self.read!r}; pass --read local"
+                f"read: expected one of {', '.join(READS)}, got {self.read!r}; pass read=local"
             )
 
 
 def run(
-    subjects: Sequence[Subject],
+    variants: Sequence[Variant],
     task: PasskeyTask,
     report: Callable[[PasskeyRow], None],
     progress: Progress | None = None,
@@ -95,7 +95,7 @@ def run(
     """Evaluates every model at every length and filler with all asked settings.
 
     Args:
-        subjects: models; all answer the same documents as far as their tokenizers agree.
+        variants: models; all answer the same documents as far as their tokenizers agree.
         task: what is asked.
         report: called with each row as soon as it is there.
         progress: called while texts are tokenised and read.
@@ -109,50 +109,53 @@ def run(
     """
     rows = []
     texts = [(name, filler_text(name)) for name in task.fillers]  # once: a pipe is not read again
-    for subject in subjects:
-        fillers = [made_filler(name, text, subject.tokenizer, progress) for name, text in texts]
-        for settings in _settings(subject, task):
-            with subject.configured(**settings):
-                for filler in fillers:
-                    for length in task.lengths:
-                        if subject.attention != "landmark" and length > task.plain_limit:
-                            continue
-                        for facts in task.facts or (None,):
-                            rows.append(_row(subject, task, filler, length, facts, progress))
-                            report(rows[-1])
+    for variant in variants:
+        fillers = [made_filler(name, text, variant.tokenizer, progress) for name, text in texts]
+        for settings in _settings(variant, task):
+            with variant.configured(**settings):
+                for filler, length, facts in itertools.product(
+                    fillers, task.lengths, task.facts or (None,)
+                ):
+                    if not variant.is_landmark and length > task.plain_limit:
+                        continue
+                    row = _row(variant, task, filler, length=length, facts=facts, progress=progress)
+                    rows.append(row)
+                    report(row)
     return rows
 
 
-def _settings(subject: Subject, task: PasskeyTask) -> Iterator[dict[str, Any]]:
-    if subject.attention != "landmark":
+def _settings(variant: Variant, task: PasskeyTask) -> Iterator[dict[str, Any]]:
+    if not variant.is_landmark:
         yield {}
         return
-    for top_k in task.top_k or (subject.model.landmark.top_k,):
-        for granularity in task.granularity or (subject.model.landmark.granularity,):
+    for top_k in task.top_k or (variant.model.landmark.top_k,):
+        for granularity in task.granularity or (variant.model.landmark.granularity,):
             yield {"top_k": top_k, "granularity": granularity}
 
 
 def _row(
-    subject: Subject,
+    variant: Variant,
     task: PasskeyTask,
     filler: Filler,
+    *,
     length: int,
     facts: int | None,
     progress: Progress | None,
 ) -> PasskeyRow:
     episodes = [
-        _episode(subject, task, filler, length, facts, trial) for trial in range(task.trials)
+        _episode(variant, task, filler, length=length, facts=facts, trial=trial)
+        for trial in range(task.trials)
     ]
-    size = max(1, _BATCH_TOKENS.get(torch.device(subject.device).type, 1 << 13) // length)
+    size = max(1, _BATCH_TOKENS.get(torch.device(variant.device).type, 1 << 13) // length)
     asked = [0] * BUCKETS
     correct = [0] * BUCKETS
-    with measured(subject.device) as measure:
+    with measured(variant.device) as measure:
         for start in range(0, len(episodes), size):
             batch = episodes[start : start + size]
             if progress is not None:
                 progress(f"documents of {length:,} tokens asked", start, len(episodes))
             for episode, answers in zip(
-                batch, answers_right(subject, batch, task.read, progress), strict=True
+                batch, answers_right(variant, batch, task.read, progress), strict=True
             ):
                 for place, right in zip(episode.places, answers, strict=True):
                     asked[bucket_of(place.start, length)] += 1
@@ -160,11 +163,11 @@ def _row(
     longest = length + max(
         len(question.ids) for episode in episodes for question in episode.questions
     )
-    settings = subject.settings()
+    settings = variant.settings()
     return PasskeyRow(
         task="passkey" if facts is None else "facts",
-        model=subject.name,
-        attention=subject.attention,
+        model=variant.name,
+        attention=variant.attention,
         length=length,
         filler=filler.name,
         facts=facts or 1,
@@ -177,34 +180,40 @@ def _row(
             {"from": i / BUCKETS, "to": (i + 1) / BUCKETS, "asked": asked[i], "correct": correct[i]}
             for i in range(BUCKETS)
         ),
-        read=task.read if subject.attention == "landmark" else "full",
+        read=task.read if variant.is_landmark else "full",
         top_k=settings.get("top_k"),
         granularity=settings.get("granularity"),
         settings=settings,
-        beyond_trained=subject.beyond_trained(longest),
+        beyond_trained=variant.beyond_trained(longest),
         seed=task.seed,
-        dtype=subject.dtype,
+        dtype=variant.dtype,
         seconds=round(measure.seconds, 3),
         peak_bytes=measure.peak_bytes,
     )
 
 
 def _episode(
-    subject: Subject, task: PasskeyTask, filler: Filler, length: int, facts: int | None, trial: int
+    variant: Variant,
+    task: PasskeyTask,
+    filler: Filler,
+    *,
+    length: int,
+    facts: int | None,
+    trial: int,
 ) -> Episode:
     rng = random.Random(f"{task.seed} {length} {facts} {trial}")
     if facts is None:
         codes = named_codes(rng, task.distractors, digits=5)
         return build_episode(
-            rng, subject.tokenizer, filler, length, [pass_key(rng)], codes, bucket=trial % BUCKETS
+            rng, variant.tokenizer, filler, length, [pass_key(rng)], codes, bucket=trial % BUCKETS
         )
     codes = named_codes(rng, facts + task.distractors)
-    return build_episode(rng, subject.tokenizer, filler, length, codes[:facts], codes[facts:])
+    return build_episode(rng, variant.tokenizer, filler, length, codes[:facts], codes[facts:])
 
 
 @torch.no_grad()
 def answers_right(
-    subject: Subject,
+    variant: Variant,
     episodes: Sequence[Episode],
     read: str = "local",
     progress: Progress | None = None,
@@ -212,7 +221,7 @@ def answers_right(
     """Asks every question of documents of one length.
 
     Args:
-        subject: the model.
+        variant: the model.
         episodes: all with documents of one length and the same number of questions.
         read: see ``PasskeyTask``; plain models read everything with every question.
         progress: called while the documents are read.
@@ -220,19 +229,19 @@ def answers_right(
     Returns:
         For each episode, whether each of its questions was answered exactly.
     """
-    documents = torch.stack([episode.document for episode in episodes]).to(subject.device)
+    documents = torch.stack([episode.document for episode in episodes]).to(variant.device)
     cache: Any = None
-    if subject.attention == "landmark":
-        cache = read_into_memory(subject, documents, retrieve=read == "retrieve", progress=progress)
+    if variant.is_landmark:
+        cache = read_into_memory(variant, documents, retrieve=read == "retrieve", progress=progress)
     right: list[list[bool]] = [[] for _ in episodes]
     for number in range(len(episodes[0].questions)):
         questions = [episode.questions[number] for episode in episodes]
-        ids = _padded([question.ids for question in questions]).to(subject.device)
+        ids = _padded([question.ids for question in questions]).to(variant.device)
         if cache is not None:
-            logits = subject.model(ids, past_key_values=cache).logits
+            logits = variant.model(ids, past_key_values=cache).logits
             cache.crop(-ids.shape[1])
         else:
-            logits = subject.logits(torch.cat((documents, ids), dim=1), keep=ids.shape[1])
+            logits = variant.logits(torch.cat((documents, ids), dim=1), keep=ids.shape[1])
         best = logits.argmax(-1).cpu()
         ids = ids.cpu()
         for row, question in enumerate(questions):
@@ -240,24 +249,6 @@ def answers_right(
             last = len(question.ids)
             right[row].append(bool((best[row, first - 1 : last - 1] == ids[row, first:last]).all()))
     return right
-
-
-def read_into_memory(
-    subject: Subject,
-    documents: Tensor,
-    *,
-    retrieve: bool,
-    cache: Any = None,
-    progress: Progress | None = None,
-) -> Any:
-    """Reads ``documents (B, T)`` into a cache, a new one for ``None``, in larger chunks on a GPU
-    (rounding only).
-    """
-    large = documents.is_cuda and subject.model.landmark.local == "blocks"
-    with subject.configured(**({"chunk_tokens": _LARGE_CHUNK} if large else {})):
-        return read_reporting(
-            subject.model, documents, retrieve=retrieve, cache=cache, progress=progress
-        )
 
 
 def _padded(rows: Sequence[list[int]]) -> Tensor:

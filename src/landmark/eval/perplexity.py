@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from torch import Tensor
 from landmark.config import LandmarkConfig
 from landmark.data.encoding import Progress
 from landmark.data.text import Document
-from landmark.eval.fillers import tokenize
 from landmark.eval.measure import measured
 from landmark.eval.results import PerplexityRow
-from landmark.eval.subjects import Subject
+from landmark.eval.variants import Variant
 from landmark.eval.window import SINK
+from landmark.texts.reading import tokenize
 
 SCHEMES = ("paper", "blocks")
 _BATCH_TOKENS = {"cuda": 1 << 16}
@@ -30,7 +30,7 @@ _BATCH_TOKENS = {"cuda": 1 << 16}
 
 @dataclass(frozen=True)
 class PerplexityTask:
-    """What is measured on every model.
+    """Settings of a measurement of perplexity.
 
     Attributes:
         lengths: evaluation lengths, text tokens of a segment.
@@ -62,11 +62,12 @@ class PerplexityTask:
 
     def __post_init__(self) -> None:
         checks = (
-            ("--lengths", self.lengths, 2),
-            ("--local", self.local, 1),
-            ("--local-blocks", self.local_blocks, 0),
+            ("lengths", self.lengths, 2),
+            ("local", self.local, 1),
+            ("local_blocks", self.local_blocks, 0),
+            ("top_k", self.top_k, 0),
         )
-        for name, values, least in (*checks, ("--top-k", self.top_k, 0)):
+        for name, values, least in checks:
             if not values or any(value < least for value in values):
                 raise ValueError(
                     f"{name}: expected integers of at least {least}, got {list(values)}; pass "
@@ -76,27 +77,35 @@ class PerplexityTask:
         odd = [length for length in self.lengths if greatest % length]
         if odd:
             raise ValueError(
-                f"--lengths: expected lengths that divide the greatest, {greatest}, so that all "
+                f"lengths: expected lengths that divide the greatest, {greatest}, so that all "
                 f"rows measure the same text, got {odd}; pass for example "
                 f"{greatest // 4},{greatest}"
             )
         if self.blocks is not None and self.blocks < 1:
             raise ValueError(
-                f"--blocks: expected at least 1 block, got {self.blocks}; leave --blocks out to "
-                "keep all"
+                f"blocks: expected at least 1 block, got {self.blocks}; leave it out to keep all"
             )
         if self.scheme not in SCHEMES:
-            raise ValueError(f"--scheme: expected one of {', '.join(SCHEMES)}, got {self.scheme!r}")
+            raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {self.scheme!r}")
         if self.max_tokens < max(self.lengths):
             raise ValueError(
-                f"--max-tokens: expected at least the greatest length {max(self.lengths)}, "
+                f"max_tokens: expected at least the greatest length {max(self.lengths)}, "
                 f"got {self.max_tokens}; raise it"
             )
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One way of attending: the columns of a row and the settings that make it."""
+class _Setup:
+    """The attention of one row.
+
+    Attributes:
+        scheme: see ``PerplexityRow``.
+        local: see ``PerplexityRow``.
+        blocks: see ``PerplexityRow``.
+        top_k: see ``PerplexityRow``.
+        attention_size: the most text tokens that one query attends to in a text of any length.
+        changes: settings of a landmark model that make it.
+    """
 
     scheme: str
     local: int
@@ -107,17 +116,17 @@ class _Way:
 
 
 def run(
-    subjects: Sequence[Subject],
+    variants: Sequence[Variant],
     task: PerplexityTask,
     documents: Sequence[Document],
     data: str,
     report: Callable[[PerplexityRow], None],
     progress: Progress | None = None,
 ) -> list[PerplexityRow]:
-    """Measures every model at every length in every asked way.
+    """Measures every model at every length with every setup that is asked for.
 
     Args:
-        subjects: the models, of one vocabulary: perplexities of different tokens are not
+        variants: the models, of one vocabulary: perplexities of different tokens are not
             comparable.
         task: what is measured.
         documents: texts.
@@ -129,25 +138,27 @@ def run(
         ValueError: models with different vocabularies, no document as long as the greatest
             evaluation length, or settings that a model refuses.
     """
-    vocabulary = subjects[0].tokenizer.get_vocab()
-    other = [subject.name for subject in subjects if subject.tokenizer.get_vocab() != vocabulary]
+    vocabulary = variants[0].tokenizer.get_vocab()
+    other = [variant.name for variant in variants if variant.tokenizer.get_vocab() != vocabulary]
     if other:
         raise ValueError(
-            f"--compare: expected the vocabulary of {subjects[0].name}, got another in "
+            f"compare: expected the vocabulary of {variants[0].name}, got another in "
             f"{other[0]}: perplexities of different tokens are not comparable; measure each model "
             "in a run of its own"
         )
     rows = []
-    for subject in subjects:
+    for variant in variants:
         spans = choose_spans(
-            documents, subject.tokenizer, max(task.lengths), task.max_tokens, task.seed, progress
+            documents, variant.tokenizer, max(task.lengths), task.max_tokens, task.seed, progress
         )
         for length in task.lengths:
-            for way in _ways(subject, task, length):
+            for setup in _setups(variant, task, length):
                 if progress is not None:
                     progress(f"measuring {spans.numel():,} tokens in segments of {length:,}", 0, 0)
-                with subject.configured(**way.changes):
-                    rows.append(_row(subject, task, spans, length, way, data))
+                with variant.configured(**setup.changes):
+                    rows.append(
+                        _row(variant, task, segments_of(spans, length), setup=setup, data=data)
+                    )
                     report(rows[-1])
     return rows
 
@@ -184,30 +195,32 @@ def choose_spans(
             break
     if not chosen:
         raise ValueError(
-            f"--lengths: expected documents of at least {length} tokens, got {len(documents)} "
+            f"lengths: expected documents of at least {length} tokens, got {len(documents)} "
             "shorter ones; pass smaller lengths or longer documents"
         )
     return torch.stack((chosen + spare)[:wanted])
 
 
-def _ways(subject: Subject, task: PerplexityTask, length: int) -> Iterator[_Way]:
-    if subject.attention != "landmark":
-        size = min(length, SINK + subject.window) if subject.window else length
-        yield _Way("plain", size, None, None, size, {})
+def _setups(variant: Variant, task: PerplexityTask, length: int) -> Iterator[_Setup]:
+    if not variant.is_landmark:
+        size = min(length, SINK + variant.window) if variant.window else length
+        yield _Setup(
+            scheme="plain", local=size, blocks=None, top_k=None, attention_size=size, changes={}
+        )
         return
-    config: LandmarkConfig = subject.model.landmark
+    config: LandmarkConfig = variant.model.landmark
     retrieving = [top_k for top_k in task.top_k if top_k > 0]
     granularity = task.granularity or config.granularity
     without = set()
     for first in task.local if task.scheme == "paper" else task.local_blocks:
         for top_k in retrieving:
-            way = (
+            setup = (
                 _paper(config, first, top_k, task)
                 if task.scheme == "paper"
                 else _blocks(config, first, top_k, task)
             )
-            yield _Way(**{**way.__dict__, "changes": {**way.changes, "granularity": granularity}})
-            without.add(math.ceil(way.attention_size / config.text_per_block) - 2)
+            yield replace(setup, changes={**setup.changes, "granularity": granularity})
+            without.add(math.ceil(setup.attention_size / config.text_per_block) - 2)
         if not retrieving:
             local = math.ceil(first / config.text_per_block) if task.scheme == "paper" else first
             without.add(local)
@@ -216,8 +229,9 @@ def _ways(subject: Subject, task: PerplexityTask, length: int) -> Iterator[_Way]
             yield _without_retrieval(config, local_blocks)
 
 
-def _paper(config: LandmarkConfig, local: int, top_k: int, task: PerplexityTask) -> _Way:
-    """A chunk may begin inside a block, which is then local as well."""
+def _paper(config: LandmarkConfig, local: int, top_k: int, task: PerplexityTask) -> _Setup:
+    """Returns the setup of the paper, in which the whole chunk is local."""
+    # A chunk may begin inside a block, which is then local as well.
     started = config.text_per_block - 1 if local % config.text_per_block else 0
     size = started + local + top_k * config.text_per_block
     changes = {
@@ -228,10 +242,17 @@ def _paper(config: LandmarkConfig, local: int, top_k: int, task: PerplexityTask)
         "positions": "stingy",
         "mode": "retrieval",
     }
-    return _Way("paper", local, task.blocks, top_k, size, changes)
+    return _Setup(
+        scheme="paper",
+        local=local,
+        blocks=task.blocks,
+        top_k=top_k,
+        attention_size=size,
+        changes=changes,
+    )
 
 
-def _blocks(config: LandmarkConfig, local_blocks: int, top_k: int, task: PerplexityTask) -> _Way:
+def _blocks(config: LandmarkConfig, local_blocks: int, top_k: int, task: PerplexityTask) -> _Setup:
     local = (local_blocks + 1) * config.text_per_block
     changes = {
         "local": "blocks",
@@ -240,10 +261,17 @@ def _blocks(config: LandmarkConfig, local_blocks: int, top_k: int, task: Perplex
         "top_k": top_k,
         "mode": "retrieval",
     }
-    return _Way("blocks", local, task.blocks, top_k, local + top_k * config.text_per_block, changes)
+    return _Setup(
+        scheme="blocks",
+        local=local,
+        blocks=task.blocks,
+        top_k=top_k,
+        attention_size=local + top_k * config.text_per_block,
+        changes=changes,
+    )
 
 
-def _without_retrieval(config: LandmarkConfig, local_blocks: int) -> _Way:
+def _without_retrieval(config: LandmarkConfig, local_blocks: int) -> _Setup:
     local = (local_blocks + 1) * config.text_per_block
     changes = {
         "local": "blocks",
@@ -253,51 +281,66 @@ def _without_retrieval(config: LandmarkConfig, local_blocks: int) -> _Way:
         "layers": (),
         "mode": "retrieval",
     }
-    return _Way("blocks", local, None, 0, local + config.text_per_block, changes)
+    return _Setup(
+        scheme="blocks",
+        local=local,
+        blocks=None,
+        top_k=0,
+        attention_size=local + config.text_per_block,
+        changes=changes,
+    )
+
+
+def segments_of(spans: Tensor, length: int) -> Tensor:
+    """Cuts spans into segments ``(n, length)``, which do not overlap."""
+    return spans[:, : spans.shape[1] // length * length].reshape(-1, length)
 
 
 def _row(
-    subject: Subject, task: PerplexityTask, spans: Tensor, length: int, way: _Way, data: str
+    variant: Variant, task: PerplexityTask, segments: Tensor, *, setup: _Setup, data: str
 ) -> PerplexityRow:
-    segments = spans[:, : spans.shape[1] // length * length].reshape(-1, length)
-    with measured(subject.device) as measure:
-        loss = mean_loss(subject, segments)
-    settings = subject.settings()
+    length = segments.shape[1]
+    with measured(variant.device) as measure:
+        loss = mean_loss(variant, segments)
+    settings = variant.settings()
     return PerplexityRow(
-        model=subject.name,
-        attention=subject.attention,
+        model=variant.name,
+        attention=variant.attention,
         length=length,
-        scheme=way.scheme,
-        local=way.local,
-        blocks=way.blocks,
-        top_k=way.top_k,
-        attention_size=min(way.attention_size, length),
-        granularity=settings.get("granularity") if way.top_k else None,
+        scheme=setup.scheme,
+        local=setup.local,
+        blocks=setup.blocks,
+        top_k=setup.top_k,
+        attention_size=min(setup.attention_size, length),
+        granularity=settings.get("granularity") if setup.top_k else None,
         perplexity=math.exp(loss),
         loss=loss,
         tokens=segments.numel() - len(segments),
         segments=len(segments),
         settings=settings,
-        beyond_trained=subject.beyond_trained(length),
+        beyond_trained=variant.beyond_trained(length),
         seed=task.seed,
-        dtype=subject.dtype,
+        dtype=variant.dtype,
         seconds=round(measure.seconds, 3),
         peak_bytes=measure.peak_bytes,
         data=data,
     )
 
 
-def mean_loss(subject: Subject, segments: Tensor) -> float:
-    """Returns the mean loss in nats over all tokens of ``segments (n, length)`` but each segment's
-    first.
+def mean_loss(variant: Variant, segments: Tensor) -> float:
+    """Returns the mean loss in nats over the tokens of segments.
+
+    Args:
+        variant: the model.
+        segments: ``(n, length)`` token ids; the first token of each is context only.
     """
     size = max(
-        1, _BATCH_TOKENS.get(torch.device(subject.device).type, 1 << 12) // segments.shape[1]
+        1, _BATCH_TOKENS.get(torch.device(variant.device).type, 1 << 12) // segments.shape[1]
     )
     total = 0.0
     for batch in torch.split(segments, size):
-        ids = batch.to(subject.device)
-        logits = subject.logits(ids)
+        ids = batch.to(variant.device)
+        logits = variant.logits(ids)
         for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):
             total += float(torch.nn.functional.cross_entropy(row.float(), targets, reduction="sum"))
     return total / (segments.numel() - len(segments))

@@ -13,8 +13,9 @@ from landmark.eval.results import PasskeyRow, PerplexityRow
 
 
 def plot_passkey(rows: Sequence[PasskeyRow], path: str | Path) -> None:
-    """Draws accuracy over length, a line for each model and setting, and a heat map over length and
-    depth.
+    """Draws accuracy over length as lines, and over length and depth as a heat map.
+
+    There is a line for each model and setting.
 
     The heat map adds up all landmark rows (all rows where there are none).
 
@@ -44,8 +45,9 @@ def plot_passkey(rows: Sequence[PasskeyRow], path: str | Path) -> None:
 
 
 def plot_perplexity(rows: Sequence[PerplexityRow], path: str | Path) -> None:
-    """Draws perplexity over evaluation length, a line for each model and setting; hollow beyond the
-    trained length.
+    """Draws perplexity over evaluation length, a line for each model and setting.
+
+    Points beyond the trained length are hollow.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
@@ -99,8 +101,7 @@ def require_matplotlib() -> None:
 
 
 def require_picture(path: str | Path, name: str) -> None:
-    """Checks that a picture can be drawn and written to ``path``, before anything is computed for
-    it.
+    """Checks that a picture can be drawn and written, before anything is computed.
 
     Args:
         path: of the picture.
@@ -134,8 +135,9 @@ def _format(path: str | Path) -> str:
 
 
 def _label(text: str) -> str:
-    """A text as it stands: matplotlib reads formulas between dollars, and hides what begins with an
-    underscore.
+    """Returns a label that matplotlib draws as it stands.
+
+    matplotlib reads formulas between dollars, and hides what begins with an underscore.
     """
     return " ".join(printable(text).replace("$", r"\$").split()).removeprefix("_")
 

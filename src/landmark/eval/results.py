@@ -220,9 +220,7 @@ Some = TypeVar("Some", PasskeyRow, PerplexityRow, RankRow, IndexRow)
 
 
 def made_with(device: str) -> dict[str, str | None]:
-    """Returns what the figures were made with: packages, Python, device name, and the commit of a
-    checkout.
-    """
+    """Returns what figures are made with: packages, Python, device, commit of a checkout."""
     import torch
 
     on_gpu = device.startswith("cuda")
@@ -241,8 +239,7 @@ def write(path: str | Path, rows: Sequence[Row], device: str) -> None:
 
 
 class Recorder(Generic[Some]):
-    """Takes rows one at a time and keeps the file complete, so that an interrupted run loses
-    nothing.
+    """Writes results to a file after every row, so that an interrupted run keeps them.
 
     Args:
         out: the file, ``None`` for none; what is there stays until the first row.

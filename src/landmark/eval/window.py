@@ -24,6 +24,8 @@ _QUERIES = 512
 
 @dataclass(frozen=True)
 class _Window:
+    """A window of ``size`` latest tokens, and the rotary embedding of the model."""
+
     size: int
     rotary: Any
 
@@ -49,8 +51,8 @@ def window_attention(model: Any, window: int) -> Iterator[Callable[[Tensor], dic
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if rotary is None:
         raise ValueError(
-            "--window: expected a model with rotary position embedding, got "
-            f"{type(model).__name__}; leave --window out"
+            "window: expected a model with rotary position embedding, got "
+            f"{type(model).__name__}; leave it out"
         )
     AttentionInterface.register(_NAME, _attend)
     before = model.config._attn_implementation
@@ -74,23 +76,26 @@ def _attend(
     sink_window: _Window,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function of transformers: unrotated ``(B, H, T, D)`` in, ``(B, T, H, D)`` out."""
+    """Attends as an attention function of transformers.
+
+    Unrotated ``(B, H, T, D)`` in, ``(B, T, H, D)`` out.
+    """
     length = query.shape[2]
     window = sink_window.size
     scale = rest.get("scaling") or query.shape[-1] ** -0.5
-    places = torch.arange(length, device=query.device)
+    positions = torch.arange(length, device=query.device)
     sink = min(SINK, length)
-    capped = sink_window.rotate(module, query, places.clamp(max=SINK + window - 1)) * scale
-    query = sink_window.rotate(module, query, places) * scale
-    key = sink_window.rotate(module, key, places)
+    capped = sink_window.rotate(module, query, positions.clamp(max=SINK + window - 1)) * scale
+    query = sink_window.rotate(module, query, positions) * scale
+    key = sink_window.rotate(module, key, positions)
     parts = []
     for start in range(0, length, _QUERIES):
         stop = min(start + _QUERIES, length)
         first = max(0, start - window + 1)
-        queries = places[start:stop, None]
-        keys = places[None, first:stop]
+        queries = positions[start:stop, None]
+        keys = positions[None, first:stop]
         latest = (keys <= queries) & (keys > queries - window) & (keys >= SINK)
-        seen = torch.cat((places[None, :sink] <= queries, latest), dim=1)
+        seen = torch.cat((positions[None, :sink] <= queries, latest), dim=1)
         scores = torch.cat(
             (
                 _scores(capped[:, :, start:stop], key[:, :, :sink]),

@@ -1,10 +1,8 @@
-"""Texts that a model remembers once and is asked about ever after: a memory, its texts, and the
-folder of both.
-"""
+"""Remember texts once in a folder, and ask about them ever after."""
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,27 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from landmark.data import encoding
 from landmark.data.sources import Reading, Source, read_sources
-from landmark.eval.explain import MAX_NEW_TOKENS, explain_memory, file_sources
-from landmark.eval.explanation import Explanation
-from landmark.eval.subjects import Subject, load, require_landmark
+from landmark.data.tokenizer import fingerprint
 from landmark.hf.bundled import NAMES
 from landmark.hf.cache import LandmarkCache
+from landmark.hf.cache_io import Attachments
 from landmark.memory.archive.layer import as_bytes
 from landmark.memory.archive.log import STATE, Archive, require_free
 from landmark.memory.archive.manifest import manifest_of, sources_of
+from landmark.texts.explain import MAX_NEW_TOKENS, explain_memory
+from landmark.texts.explanation import Explanation
+from landmark.texts.files import file_sources
+from landmark.texts.loading import LoadedModel, load, require_landmark
 
-SAVE_TOKENS = 1 << 16
-SAVE_SECONDS = 10.0  # read between two saves, at most
-TOKEN_BYTES = 4
-SPAN_BYTES = 16  # of one in its stream
+SAVE_TOKENS = 1 << 16  # read between two saves, at most
+SAVE_SECONDS = 10.0  # likewise
+TOKEN_BYTES = 4  # of a token id in its stream
+SPAN_BYTES = 16  # of the two characters of a span in its stream
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a library has been read.
+class SavedProgress:
+    """How much of a library is saved, told after every save.
 
     Attributes:
         tokens: remembered and on the disk.
@@ -51,19 +53,21 @@ class Progress:
 
 
 class Library:
-    """CachedPass texts, to be asked about; made by ``remember`` or ``Library.open``.
+    """Texts that a model has read into a memory, to be asked about.
+
+    It is made by ``remember`` or ``Library.open``.
 
     Attributes:
-        subject: the model and its tokenizer.
+        loaded: the model and its tokenizer.
         memory: what the model remembers, of one row.
         reading: the texts that are to be remembered, and where each of their tokens stands.
         folder: where it is saved, as an absolute path.
     """
 
     def __init__(
-        self, subject: Subject, memory: LandmarkCache, reading: Reading, folder: Path
+        self, loaded: LoadedModel, memory: LandmarkCache, reading: Reading, folder: Path
     ) -> None:
-        self.subject = subject
+        self.loaded = loaded
         self.memory = memory
         self.reading = reading
         self.folder = folder.absolute()
@@ -72,7 +76,7 @@ class Library:
     def open(
         cls,
         folder: str | Path,
-        model: Subject | str | None = None,
+        model: LoadedModel | str | None = None,
         tier: str = "disk",
         **budgets: Any,
     ) -> Library:
@@ -90,20 +94,20 @@ class Library:
             ValueError: a memory without texts, another model, or as ``LandmarkCache.open``.
         """
         folder = Path(folder)
-        subject = _subject(model_of(folder) if model is None else model)
-        memory = LandmarkCache.open(folder, subject.model, tier, **budgets)
+        loaded = _loaded(model_of(folder) if model is None else model)
+        memory = LandmarkCache.open(folder, loaded.model, tier, **budgets)
         assert memory.saved is not None
         notes = memory.saved.notes
-        sources = _sources_of(notes, folder)
-        if notes["tokenizer"] != _hash(subject.tokenizer):
+        known = _sources_of(notes, folder)
+        if notes["tokenizer"] != fingerprint(loaded.tokenizer):
             raise ValueError(
                 f"{str(folder)!r} was remembered with another tokenizer than that of "
-                f"{subject.name}; use that"
+                f"{loaded.name}; use that"
             )
         ids = torch.frombuffer(memory.saved.attachment("tokens"), dtype=torch.int32).long()
         spans = torch.frombuffer(memory.saved.attachment("spans"), dtype=torch.int64).view(-1, 2)
-        texts = _sources(sources, memory.saved.attachment("characters"))
-        return cls(subject, memory, Reading(texts, ids, spans), folder)
+        sources = _sources(known, memory.saved.attachment("characters"))
+        return cls(loaded, memory, Reading(sources, ids, spans), folder)
 
     @property
     def tokens(self) -> int:
@@ -114,18 +118,18 @@ class Library:
         self,
         *,
         retrieve: bool = False,
-        progress: Callable[[Progress], None] | None = None,
+        progress: Callable[[SavedProgress], None] | None = None,
         watch: encoding.Progress | None = None,
     ) -> None:
-        """Reads what is not remembered yet, and saves it as it goes; interrupted, it goes on from
-        the last save.
+        """Reads what is not remembered yet, and saves it as it goes.
 
-        It saves after 65,536 tokens or 10 seconds. Chunks end at multiples of ``chunk_tokens``, so
-        that the memory is the same, to the bit, wherever reading was interrupted.
+        It saves after 65,536 tokens or 10 seconds. Interrupted, it goes on from the last save.
+        Chunks end at multiples of ``chunk_tokens``, so that the memory is the same, to the bit,
+        wherever reading was interrupted.
 
         Args:
-            retrieve: whether to read with retrieval; much slower, and not what later questions
-                need.
+            retrieve: whether to read with retrieval, which is much slower. Questions do not need
+                it.
             progress: called after every save.
             watch: called before every chunk with what is done, how much of it, and of how much.
 
@@ -151,33 +155,50 @@ class Library:
             saved_at = time.perf_counter()
             if progress is not None:
                 nbytes = {tier: self.memory.nbytes(tier) for tier in ("device", "host", "disk")}
-                progress(Progress(saved, total, saved_at - start, saved - before, nbytes))
+                progress(
+                    SavedProgress(
+                        tokens=saved,
+                        total=total,
+                        seconds=saved_at - start,
+                        read=saved - before,
+                        nbytes=nbytes,
+                    )
+                )
 
     def _read_chunk(self, *, retrieve: bool) -> None:
         """Reads to the next multiple of a chunk, or to the end."""
-        model = self.subject.model
+        model = self.loaded.model
         chunk = min(model.landmark.chunk_tokens, SAVE_TOKENS)
         part = self.reading.ids[self.tokens : (self.tokens // chunk + 1) * chunk]
-        model.read(part[None].to(self.subject.device), cache=self.memory, retrieve=retrieve)
+        model.read(part[None].to(self.loaded.device), cache=self.memory, retrieve=retrieve)
 
     def save(self) -> None:
         """Saves what is remembered; raises as ``LandmarkCache.save``."""
         sources = [
             {"name": each.name, "characters": len(each.text)} for each in self.reading.sources
         ]
-        attachments = {
-            "characters": self._characters,
-            "tokens": lambda kept: bytes(as_bytes(self.reading.ids[kept // TOKEN_BYTES :].int())),
-            "spans": lambda kept: bytes(
-                as_bytes(self.reading.spans[kept // SPAN_BYTES :].contiguous())
-            ),
+        notes = {
+            "sources": sources,
+            "model": self.loaded.folder or self.loaded.name,
+            "tokenizer": fingerprint(self.loaded.tokenizer),
         }
-        model = self.subject.folder or self.subject.name
-        notes = {"sources": sources, "model": model, "tokenizer": _hash(self.subject.tokenizer)}
+        attachments: Attachments = {
+            "characters": self._characters,
+            "tokens": self._tokens,
+            "spans": self._spans,
+        }
         self.memory.save(self.folder, notes=notes, attachments=attachments)
 
+    def _tokens(self, kept: int) -> bytes:
+        """Returns the token ids behind the ``kept`` bytes that are saved, as int32."""
+        return _bytes(self.reading.ids[kept // TOKEN_BYTES :].int())
+
+    def _spans(self, kept: int) -> bytes:
+        """Returns the spans behind the ``kept`` bytes that are saved, as int64."""
+        return _bytes(self.reading.spans[kept // SPAN_BYTES :])
+
     def _characters(self, kept: int) -> bytes:
-        """Those of the sources that came since the last save, which are whole."""
+        """Returns the texts of the sources that came since the last save, as UTF-8."""
         saved = self.memory.saved
         known = len(saved.notes["sources"]) if kept and saved is not None else 0
         return "".join(each.text for each in self.reading.sources[known:]).encode()
@@ -201,23 +222,21 @@ class Library:
                 f"expected a library that has read something in {str(self.folder)!r}, got none; "
                 "read it first"
             )
-        read = Reading(
+        remembered = Reading(
             self.reading.sources, self.reading.ids[: self.tokens], self.reading.spans[: self.tokens]
         )
-        subject = self.subject
         return explain_memory(
-            subject.model,
-            subject.tokenizer,
+            self.loaded.model,
+            self.loaded.tokenizer,
             self.memory,
-            read,
+            remembered,
             question,
             max_new_tokens=max_new_tokens,
         )
 
 
 def model_of(folder: str | Path) -> str | None:
-    """Returns the folder or name of the model that a library was remembered by, ``None`` for the
-    bundled one.
+    """Returns the model that remembers a library: its folder or name, ``None`` if it is bundled.
 
     Raises:
         FileNotFoundError, ValueError: as ``Library.open``.
@@ -230,7 +249,7 @@ def model_of(folder: str | Path) -> str | None:
     if os.path.isabs(model) and not os.path.isdir(model):
         raise FileNotFoundError(
             f"model: expected the one that made the memory {str(folder)!r} in {model}, got "
-            "nothing there; pass its new folder as model (--model)"
+            "nothing there; pass its new folder: model=FOLDER"
         )
     return model
 
@@ -238,11 +257,11 @@ def model_of(folder: str | Path) -> str | None:
 def remember(
     files: Sequence[str | Path],
     folder: str | Path,
-    model: Subject | str | None = None,
+    model: LoadedModel | str | None = None,
     *,
     tier: str = "disk",
     retrieve: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[SavedProgress], None] | None = None,
     watch: encoding.Progress | None = None,
     **budgets: Any,
 ) -> Library:
@@ -271,9 +290,9 @@ def remember(
         library.reading = _continued(library, sources, watch)
     else:
         require_free(folder)
-        subject = _subject(model)
-        memory = LandmarkCache(subject.model, tier, **budgets)
-        library = Library(subject, memory, read_sources(sources, subject.tokenizer, watch), folder)
+        loaded = _loaded(model)
+        memory = LandmarkCache(loaded.model, tier, **budgets)
+        library = Library(loaded, memory, read_sources(sources, loaded.tokenizer, watch), folder)
     library.read(retrieve=retrieve, progress=progress, watch=watch)
     return library
 
@@ -281,40 +300,47 @@ def remember(
 def _continued(
     library: Library, sources: Sequence[Source], watch: encoding.Progress | None
 ) -> Reading:
-    """Raises ``ValueError`` unless the texts, and the tokens that were read, begin as those of the
-    library.
+    """Returns the reading of more sources than those of the library, which come first.
+
+    Raises:
+        ValueError: the texts, or their tokens, begin otherwise than those of the library.
     """
     known = library.reading.sources
     if tuple(each.text for each in sources[: len(known)]) != tuple(each.text for each in known):
-        names = ", ".join(each.name for each in known[:3]) + (", ..." if len(known) > 3 else "")
+        names = ", ".join(each.name for each in known[:3])
+        if len(known) > 3:
+            names += ", ..."
         raise ValueError(
-            f"FILES: expected those of the library in {str(library.folder)!r} first ({names}), "
+            f"files: expected those of the library in {str(library.folder)!r} first ({names}), "
             f"unchanged, then further ones, got {', '.join(each.name for each in sources[:3])}; "
             "name them, or another folder"
         )
-    reading = read_sources(sources, library.subject.tokenizer, watch)
+    reading = read_sources(sources, library.loaded.tokenizer, watch)
     if not torch.equal(reading.ids[: library.tokens], library.reading.ids[: library.tokens]):
         raise ValueError(
-            f"--out: expected a memory of the tokens of these texts in {str(library.folder)!r}, "
+            f"folder: expected a memory of the tokens of these texts in {str(library.folder)!r}, "
             "got one that was tokenised otherwise, by an earlier version; remember them in "
             "another folder"
         )
     return reading
 
 
-def _subject(model: Subject | str | None) -> Subject:
-    subject = model if isinstance(model, Subject) else load(model)
-    require_landmark(subject)
-    return subject
+def _loaded(model: LoadedModel | str | None) -> LoadedModel:
+    """Returns a landmark model, loaded if it is given by its name; raises ``ValueError``."""
+    loaded = model if isinstance(model, LoadedModel) else load(model)
+    require_landmark(loaded)
+    return loaded
 
 
-def _hash(tokenizer: Any) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(as_bytes(tensor.contiguous()))
 
 
 def _sources_of(notes: dict[str, Any], folder: str | Path) -> list[tuple[str, int]]:
-    """The names and characters of a library's texts; raises ``ValueError`` for a memory without its
-    texts.
+    """Returns the names of a library's texts and how many characters they have.
+
+    Raises:
+        ValueError: a memory without its texts.
     """
     sources = sources_of(notes)
     if sources is None or not all(
@@ -327,11 +353,11 @@ def _sources_of(notes: dict[str, Any], folder: str | Path) -> list[tuple[str, in
     return sources
 
 
-def _sources(sources: Sequence[tuple[str, int]], characters: bytearray) -> tuple[Source, ...]:
+def _sources(known: Sequence[tuple[str, int]], characters: bytearray) -> tuple[Source, ...]:
+    """Returns texts that were saved one after the other, by name and number of characters."""
     text = characters.decode()
-    begin = 0
-    found = []
-    for name, count in sources:
-        found.append(Source(name, text[begin : begin + count]))
-        begin += count
-    return tuple(found)
+    ends = itertools.accumulate(count for _, count in known)
+    return tuple(
+        Source(name, text[end - count : end])
+        for (name, count), end in zip(known, ends, strict=True)
+    )

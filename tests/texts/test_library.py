@@ -5,23 +5,23 @@ import dataclasses
 import pytest
 import torch
 
-import landmark.library
+import landmark.texts.library
 from landmark import Library, remember
-from landmark.eval.subjects import Subject
 from landmark.memory.storage.tiers import TIERS
+from landmark.texts.loading import LoadedModel
 from tiny import WORDS, tiny_landmark, tiny_tokenizer
 
 QUESTION = " What is the pass key? The pass key is"
 
 
 @pytest.fixture(scope="module")
-def subject():
-    return Subject("tiny", tiny_landmark(), tiny_tokenizer(), "landmark")
+def loaded():
+    return LoadedModel("tiny", tiny_landmark(), tiny_tokenizer())
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    monkeypatch.setattr(landmark.library, "SAVE_TOKENS", 50)
+    monkeypatch.setattr(landmark.texts.library, "SAVE_TOKENS", 50)
     for name, numbers in (("a.txt", range(12)), ("b.txt", range(12, 17))):
         (tmp_path / name).write_text(
             "\n".join(f"{number} {WORDS}" for number in numbers), encoding="utf-8"
@@ -45,19 +45,19 @@ def interrupt_after(saves):
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_opened_again_it_answers_the_same(subject, files, tmp_path, tier):
-    library = remember(files, tmp_path / "memory", subject)
+def test_opened_again_it_answers_the_same(loaded, files, tmp_path, tier):
+    library = remember(files, tmp_path / "memory", loaded)
     assert library.tokens == len(library.reading.ids)
     expected = library.ask(QUESTION)
     assert any(step.spans for step in expected.steps)
     assert {passage.source for passage in expected.passages()} <= {str(file) for file in files}
-    opened = Library.open(tmp_path / "memory", subject, tier)
+    opened = Library.open(tmp_path / "memory", loaded, tier)
     assert opened.ask(QUESTION) == expected
     assert opened.reading.sources == library.reading.sources
 
 
-def test_asking_changes_nothing(subject, files, tmp_path):
-    library = remember(files, tmp_path / "memory", subject)
+def test_asking_changes_nothing(loaded, files, tmp_path):
+    library = remember(files, tmp_path / "memory", loaded)
     before = {path.name: path.read_bytes() for path in (tmp_path / "memory").iterdir()}
     first = library.ask(QUESTION)
     assert library.ask(QUESTION) == first and library.tokens == len(library.reading.ids)
@@ -65,15 +65,15 @@ def test_asking_changes_nothing(subject, files, tmp_path):
 
 
 @pytest.mark.parametrize("saves", [1, 3])
-def test_goes_on_where_it_was_interrupted(subject, files, tmp_path, saves):
-    expected = remember(files, tmp_path / "whole", subject).ask(QUESTION)
+def test_goes_on_where_it_was_interrupted(loaded, files, tmp_path, saves):
+    expected = remember(files, tmp_path / "whole", loaded).ask(QUESTION)
     with pytest.raises(Interrupted):
-        remember(files, tmp_path / "memory", subject, progress=interrupt_after(saves))
-    half = Library.open(tmp_path / "memory", subject)
+        remember(files, tmp_path / "memory", loaded, progress=interrupt_after(saves))
+    half = Library.open(tmp_path / "memory", loaded)
     assert half.tokens == 50 * saves
     assert half.ask(QUESTION).answer  # what was read so far can be asked
     seen = []
-    library = remember(files, tmp_path / "memory", subject, progress=seen.append)
+    library = remember(files, tmp_path / "memory", loaded, progress=seen.append)
     assert (
         seen[0].tokens == min(50 * (saves + 1), seen[0].total)
         and seen[-1].read == seen[-1].total - 50 * saves
@@ -93,7 +93,7 @@ class Clock:
             return stock(reader, *arguments, **more)
 
         monkeypatch.setattr(type(model), "read", read)
-        monkeypatch.setattr(landmark.library.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(landmark.texts.library.time, "perf_counter", lambda: self.now)
 
 
 def held(folder):
@@ -107,11 +107,11 @@ def held(folder):
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_saved_by_time_and_the_same_to_the_bit_wherever_it_was_interrupted(
-    subject, files, tmp_path, monkeypatch, tier
+    loaded, files, tmp_path, monkeypatch, tier
 ):
-    monkeypatch.setattr(landmark.library, "SAVE_TOKENS", 1 << 16)
-    remember(files, tmp_path / "whole", subject, tier=tier)
-    clock = Clock(monkeypatch, subject.model, 4.0)
+    monkeypatch.setattr(landmark.texts.library, "SAVE_TOKENS", 1 << 16)
+    remember(files, tmp_path / "whole", loaded, tier=tier)
+    clock = Clock(monkeypatch, loaded.model, 4.0)
     lines = []
 
     def watch(what, done, total):
@@ -119,46 +119,46 @@ def test_saved_by_time_and_the_same_to_the_bit_wherever_it_was_interrupted(
 
     with pytest.raises(Interrupted):
         remember(
-            files, tmp_path / "memory", subject, tier=tier, progress=interrupt_after(2), watch=watch
+            files, tmp_path / "memory", loaded, tier=tier, progress=interrupt_after(2), watch=watch
         )
-    chunk = subject.model.landmark.chunk_tokens
-    half = Library.open(tmp_path / "memory", subject)
+    chunk = loaded.model.landmark.chunk_tokens
+    half = Library.open(tmp_path / "memory", loaded)
     assert half.tokens == 6 * chunk  # two saves, each after three chunks of four seconds
     read = [line for line in lines if line[1] == "tokens read"]
     assert [line[0] for line in read] == [0, 4, 8, 12, 16, 20]  # before every chunk
     assert [line[2:] for line in read] == [
         (index * chunk, len(half.reading.ids)) for index in range(6)
     ]
-    library = remember(files, tmp_path / "memory", subject, tier=tier)
+    library = remember(files, tmp_path / "memory", loaded, tier=tier)
     assert library.tokens == len(library.reading.ids)
     assert held(tmp_path / "memory") == held(tmp_path / "whole")
     ids = torch.arange(1, 40)[None]
-    both = [Library.open(tmp_path / name, subject, "device").memory for name in ("memory", "whole")]
-    assert torch.equal(*(subject.model(ids, past_key_values=cache).logits for cache in both))
+    both = [Library.open(tmp_path / name, loaded, "device").memory for name in ("memory", "whole")]
+    assert torch.equal(*(loaded.model(ids, past_key_values=cache).logits for cache in both))
 
 
 def test_a_memory_of_other_tokens_of_the_same_texts_is_refused(
-    subject, files, tmp_path, monkeypatch
+    loaded, files, tmp_path, monkeypatch
 ):
-    remember(files[:1], tmp_path / "memory", subject)
-    stock = landmark.library.read_sources
+    remember(files[:1], tmp_path / "memory", loaded)
+    stock = landmark.texts.library.read_sources
 
     def otherwise(*arguments):
         reading = stock(*arguments)
         return dataclasses.replace(reading, ids=reading.ids.flip(0))
 
-    monkeypatch.setattr(landmark.library, "read_sources", otherwise)
+    monkeypatch.setattr(landmark.texts.library, "read_sources", otherwise)
     with pytest.raises(ValueError, match="tokenised otherwise"):
-        remember(files, tmp_path / "memory", subject)
+        remember(files, tmp_path / "memory", loaded)
 
 
-def test_further_files_are_added(subject, files, tmp_path):
-    expected = remember(files, tmp_path / "whole", subject).ask(QUESTION)
-    remember(files[:1], tmp_path / "memory", subject)
+def test_further_files_are_added(loaded, files, tmp_path):
+    expected = remember(files, tmp_path / "whole", loaded).ask(QUESTION)
+    remember(files[:1], tmp_path / "memory", loaded)
     seen = []
-    library = remember(files, tmp_path / "memory", subject, progress=seen.append)
+    library = remember(files, tmp_path / "memory", loaded, progress=seen.append)
     assert 0 < seen[-1].read < seen[-1].total
-    opened = Library.open(tmp_path / "memory", subject).reading
+    opened = Library.open(tmp_path / "memory", loaded).reading
     assert opened.sources == library.reading.sources
     assert torch.equal(opened.ids, library.reading.ids) and torch.equal(
         opened.spans, library.reading.spans
@@ -172,18 +172,18 @@ def test_further_files_are_added(subject, files, tmp_path):
         )
 
 
-def test_bytes_of_all_tiers_are_reported(subject, files, tmp_path):
+def test_bytes_of_all_tiers_are_reported(loaded, files, tmp_path):
     seen = []
-    remember(files, tmp_path / "memory", subject, progress=seen.append)
+    remember(files, tmp_path / "memory", loaded, progress=seen.append)
     assert set(seen[-1].nbytes) == set(TIERS) and seen[-1].nbytes["disk"] > 0
     assert dataclasses.asdict(seen[-1])["seconds"] > 0
 
 
-def test_files_of_tier_disk_lie_where_they_are_told(subject, files, tmp_path):
+def test_files_of_tier_disk_lie_where_they_are_told(loaded, files, tmp_path):
     (tmp_path / "spill").mkdir()
-    made = remember(files[:1], tmp_path / "memory", subject, spill_folder=tmp_path / "spill")
-    opened = Library.open(tmp_path / "memory", subject, spill_folder=tmp_path / "spill")
-    continued = remember(files, tmp_path / "memory", subject, spill_folder=tmp_path / "spill")
+    made = remember(files[:1], tmp_path / "memory", loaded, spill_folder=tmp_path / "spill")
+    opened = Library.open(tmp_path / "memory", loaded, spill_folder=tmp_path / "spill")
+    continued = remember(files, tmp_path / "memory", loaded, spill_folder=tmp_path / "spill")
     for library in (made, opened, continued):
         assert library.memory.offload_config.spill_folder == tmp_path / "spill"
     for library in (made, continued):  # which wrote
@@ -191,19 +191,17 @@ def test_files_of_tier_disk_lie_where_they_are_told(subject, files, tmp_path):
         assert {store.pool.offload.file.folder for store in stores} == {tmp_path / "spill"}
 
 
-def test_another_working_directory_changes_nothing(subject, files, tmp_path, monkeypatch):
+def test_another_working_directory_changes_nothing(loaded, files, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Interrupted):
-        remember(files, "memory", subject, progress=interrupt_after(1))
-    library = Library.open("memory", subject)
-    library.reading = remember(files, "whole", subject).reading
+        remember(files, "memory", loaded, progress=interrupt_after(1))
+    library = Library.open("memory", loaded)
+    library.reading = remember(files, "whole", loaded).reading
     monkeypatch.chdir(tmp_path / "elsewhere")
     library.read()
-    expected = Library.open(tmp_path / "whole", subject).ask(QUESTION)
+    expected = Library.open(tmp_path / "whole", loaded).ask(QUESTION)
     assert (
-        library.ask(QUESTION)
-        == expected
-        == Library.open(tmp_path / "memory", subject).ask(QUESTION)
+        library.ask(QUESTION) == expected == Library.open(tmp_path / "memory", loaded).ask(QUESTION)
     )
     assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -1,6 +1,4 @@
-"""Given a passage, find the document it comes from: ranking by landmarks beside BM25, on the same
-text.
-"""
+"""Measure ranking by landmarks beside BM25: find the document that a passage comes from."""
 
 from __future__ import annotations
 
@@ -16,12 +14,18 @@ from torch import Tensor
 from landmark.data.encoding import Progress
 from landmark.data.text import Document
 from landmark.eval.bm25 import Bm25, require_bm25s
-from landmark.eval.fillers import tokenize
 from landmark.eval.measure import measured
-from landmark.eval.rank import SETTINGS, TextRead, build_library, read_document, read_text, search
-from landmark.eval.reading import counted
 from landmark.eval.results import RankRow
-from landmark.eval.subjects import Subject, require_landmark
+from landmark.texts.loading import LoadedModel, require_landmark
+from landmark.texts.rank import (
+    SETTINGS,
+    TextLandmarks,
+    build_index,
+    read_document,
+    read_text,
+    search,
+)
+from landmark.texts.reading import counted, tokenize
 
 TEXTS = ("cut", "whole")
 CUTOFF = 10  # of nDCG
@@ -29,7 +33,7 @@ CUTOFF = 10  # of nDCG
 
 @dataclass(frozen=True)
 class PassageTask:
-    """What is asked.
+    """Settings of a measurement of ranking.
 
     Attributes:
         passages: how many, drawn evenly from the documents, without overlap.
@@ -48,21 +52,26 @@ class PassageTask:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("passages", self.passages), ("passage-tokens", self.passage_tokens)):
+        for name, value in (("passages", self.passages), ("passage_tokens", self.passage_tokens)):
             if value < 1:
                 raise ValueError(
-                    f"--{name}: expected at least 1, got {value}; leave --{name} out for the "
-                    "default"
+                    f"{name}: expected at least 1, got {value}; leave it out for the default"
                 )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(
-                f"--max-tokens: expected at least 1, got {self.max_tokens}; leave it out for all"
+                f"max_tokens: expected at least 1, got {self.max_tokens}; leave it out for all"
             )
 
 
 @dataclass(frozen=True)
-class Passage:
-    """A passage: its tokens ``start..start + len(ids) - 1`` of document ``document``."""
+class PassageQuery:
+    """A passage whose document is looked for.
+
+    Attributes:
+        document: index of the document that it was drawn from.
+        start: its first token there.
+        ids: ``(n,)`` its tokens.
+    """
 
     document: int
     start: int
@@ -71,8 +80,11 @@ class Passage:
 
 @dataclass(frozen=True)
 class _Ranker:
-    """Scores of all searched documents for a passage, and the fields of a row that say what gives
-    them.
+    """A way to rank documents.
+
+    Attributes:
+        scores: returns the scores of all searched documents for a passage's tokens.
+        fields: of a row, which say what ranks.
     """
 
     scores: Callable[[Tensor], Sequence[float]]
@@ -80,7 +92,7 @@ class _Ranker:
 
 
 def run(
-    subject: Subject,
+    loaded: LoadedModel,
     task: PassageTask,
     documents: Sequence[Document],
     others: Sequence[Document],
@@ -88,11 +100,12 @@ def run(
     report: Callable[[RankRow], None],
     progress: Progress | None = None,
 ) -> list[RankRow]:
-    """Ranks the documents for every passage: first with all passages cut out of their documents,
-    then whole.
+    """Ranks the documents for every passage, by landmarks and by BM25.
+
+    Once all passages are cut out of their documents, then the documents are whole.
 
     Args:
-        subject: a landmark model.
+        loaded: a landmark model.
         task: what is asked.
         documents: texts that passages are drawn from.
         others: further texts that are searched.
@@ -104,80 +117,96 @@ def run(
         ValueError: no landmark model, or documents that are too few or too short.
         ModuleNotFoundError: bm25s is missing.
     """
-    require_landmark(subject)
+    require_landmark(loaded)
     require_bm25s()
-    ids, more = (
-        [_head(subject, document, task, progress) for document in some]
-        for some in (documents, others)
-    )
+    ids = [_head(loaded, document, task, progress) for document in documents]
+    more = [_head(loaded, document, task, progress) for document in others]
     passages = draw_passages(ids, task)
-    with measured(subject.device) as reading:
+    with measured(loaded.device) as reading:
         known = [
-            read_document(subject, other, progress)
+            read_document(loaded, other, progress)
             for other in counted("documents read", more, progress)
         ]
     rows = []
     for text in TEXTS:
-        searched = [*(ids if text == "whole" else cut_out(ids, passages)), *more]
+        drawn_from = ids if text == "whole" else cut_out(ids, passages)
+        searched = [*drawn_from, *more]
         for make in (_landmarks, _bm25):
-            with measured(subject.device) as measure:
-                ranker = make(subject, searched, known, progress)
+            with measured(loaded.device) as measure:
+                ranker = make(loaded, searched, known, progress)
                 ranks = [
                     rank_of(ranker.scores(passage.ids), passage.document)
                     for passage in counted("passages looked for", passages, progress)
                 ]
-            seconds = measure.seconds + (reading.seconds if make is _landmarks else 0.0)
-            rows.append(_row(task, text, ranks, searched, data, seconds, ranker.fields))
-            report(rows[-1])
+            seconds = measure.seconds
+            if make is _landmarks:
+                seconds += reading.seconds
+            row = RankRow(
+                text=text,
+                documents=len(searched),
+                tokens=sum(len(document) for document in searched),
+                max_tokens=task.max_tokens,
+                passages=len(ranks),
+                passage_tokens=task.passage_tokens,
+                recall_at_1=recall(ranks),
+                ndcg_at_10=ndcg(ranks),
+                seed=task.seed,
+                seconds=round(seconds, 3),
+                data=data,
+                **ranker.fields,
+            )
+            rows.append(row)
+            report(row)
     return rows
 
 
 def _head(
-    subject: Subject, document: Document, task: PassageTask, progress: Progress | None
+    loaded: LoadedModel, document: Document, task: PassageTask, progress: Progress | None
 ) -> Tensor:
-    return tokenize(document.text, subject.tokenizer, progress=progress)[: task.max_tokens]
+    """Returns the first tokens of a document, as many as are used."""
+    return tokenize(document.text, loaded.tokenizer, progress=progress)[: task.max_tokens]
 
 
 def _landmarks(
-    subject: Subject,
+    loaded: LoadedModel,
     searched: Sequence[Tensor],
-    known: Sequence[TextRead],
+    known: Sequence[TextLandmarks],
     progress: Progress | None,
 ) -> _Ranker:
-    """By landmarks; the last of the documents are ``known`` already."""
+    """Returns the ranker by landmarks; the last of the documents are ``known`` already."""
     new = searched[: len(searched) - len(known)]
-    library = build_library(
+    index = build_index(
         [
             *(
-                read_document(subject, document, progress)
+                read_document(loaded, document, progress)
                 for document in counted("documents read", new, progress)
             ),
             *known,
         ]
     )
-    with subject.configured(**SETTINGS):
-        settings = subject.settings()
+    with loaded.configured(**SETTINGS):
+        settings = loaded.model.landmark.to_dict()
     fields = {
         "ranker": "landmark",
-        "model": subject.name,
+        "model": loaded.name,
         "settings": settings,
-        "dtype": subject.dtype,
-        "library_bytes": library.nbytes(),
+        "dtype": loaded.dtype,
+        "library_bytes": index.nbytes(),
     }
     return _Ranker(
-        lambda passage: [found.score for found in search(library, read_text(subject, passage))],
+        lambda passage: [found.score for found in search(index, read_text(loaded, passage))],
         fields,
     )
 
 
 def _bm25(
-    subject: Subject,
+    loaded: LoadedModel,
     searched: Sequence[Tensor],
-    known: Sequence[TextRead],
+    known: Sequence[TextLandmarks],
     progress: Progress | None,
 ) -> _Ranker:
-    """By BM25 on the text of the same tokens."""
-    index = Bm25([subject.tokenizer.decode(document.tolist()) for document in searched])
+    """Returns the ranker by BM25 on the text of the same tokens."""
+    index = Bm25([loaded.tokenizer.decode(document.tolist()) for document in searched])
     fields = {
         "ranker": "bm25",
         "model": None,
@@ -185,35 +214,10 @@ def _bm25(
         "dtype": None,
         "library_bytes": None,
     }
-    return _Ranker(lambda passage: index.scores(subject.tokenizer.decode(passage.tolist())), fields)
+    return _Ranker(lambda passage: index.scores(loaded.tokenizer.decode(passage.tolist())), fields)
 
 
-def _row(
-    task: PassageTask,
-    text: str,
-    ranks: Sequence[int],
-    searched: Sequence[Tensor],
-    data: str,
-    seconds: float,
-    fields: dict[str, Any],
-) -> RankRow:
-    return RankRow(
-        text=text,
-        documents=len(searched),
-        tokens=sum(len(document) for document in searched),
-        max_tokens=task.max_tokens,
-        passages=len(ranks),
-        passage_tokens=task.passage_tokens,
-        recall_at_1=recall(ranks),
-        ndcg_at_10=ndcg(ranks),
-        seed=task.seed,
-        seconds=round(seconds, 3),
-        data=data,
-        **fields,
-    )
-
-
-def draw_passages(ids: Sequence[Tensor], task: PassageTask) -> list[Passage]:
+def draw_passages(ids: Sequence[Tensor], task: PassageTask) -> list[PassageQuery]:
     """Draws passages evenly from documents ``(T,)`` each, at any place, without overlap.
 
     Raises:
@@ -221,8 +225,7 @@ def draw_passages(ids: Sequence[Tensor], task: PassageTask) -> list[Passage]:
     """
     if not ids:
         raise ValueError(
-            "--data: expected documents to draw passages from, got none; pass a folder with .txt "
-            "files"
+            "documents: expected texts to draw passages from, got none; pass a folder of texts"
         )
     rng = random.Random(task.seed)
     size = task.passage_tokens
@@ -231,17 +234,17 @@ def draw_passages(ids: Sequence[Tensor], task: PassageTask) -> list[Passage]:
         count = task.passages // len(ids) + (index < task.passages % len(ids))
         if len(document) < 2 * count * size:
             raise ValueError(
-                f"--passages: expected documents of at least {2 * count * size} tokens for "
+                f"passages: expected documents of at least {2 * count * size} tokens for "
                 f"{count} passages of {size} from each, got one of {len(document)}; pass fewer or "
                 "shorter passages"
             )
         gaps = sorted(rng.choices(range(len(document) - count * size + 1), k=count))
         starts = [gap + number * size for number, gap in enumerate(gaps)]
-        found += [Passage(index, start, document[start : start + size]) for start in starts]
+        found += [PassageQuery(index, start, document[start : start + size]) for start in starts]
     return found
 
 
-def cut_out(ids: Sequence[Tensor], passages: Sequence[Passage]) -> list[Tensor]:
+def cut_out(ids: Sequence[Tensor], passages: Sequence[PassageQuery]) -> list[Tensor]:
     """Returns the documents without their passages."""
     kept = [torch.ones(len(document), dtype=torch.bool) for document in ids]
     for passage in passages:
@@ -250,8 +253,9 @@ def cut_out(ids: Sequence[Tensor], passages: Sequence[Passage]) -> list[Tensor]:
 
 
 def rank_of(scores: Sequence[float], wanted: int) -> int:
-    """Returns the place of document ``wanted`` by falling score, from 1; equal scores count against
-    it.
+    """Returns the rank of document ``wanted`` by falling score, from 1.
+
+    Equal scores count against it.
     """
     return sum(score >= scores[wanted] for score in scores)
 
@@ -262,7 +266,8 @@ def recall(ranks: Sequence[int]) -> float:
 
 
 def ndcg(ranks: Sequence[int]) -> float:
-    """Returns the mean of ``1 / log2(1 + rank)``, 0 beyond rank 10: nDCG@10 where one document is
-    relevant.
+    """Returns nDCG@10 where one document is relevant.
+
+    It is the mean of ``1 / log2(1 + rank)``, 0 beyond rank 10.
     """
     return sum(1 / math.log2(1 + rank) for rank in ranks if rank <= CUTOFF) / len(ranks)

@@ -12,18 +12,19 @@ from landmark.blocks import slot_of
 from landmark.data.sources import Reading, Source, read_sources
 from landmark.data.tokenizer import encode, train_tokenizer
 from landmark.eval.episodes import named_codes, pass_key
-from landmark.eval.explain import (
-    block_shares,
-    explain,
-    explain_memory,
-    file_sources,
-    spans_of,
-    token_texts,
-)
-from landmark.eval.explanation import Explanation, Passage, Span, Step
 from landmark.eval.fillers import pydoc_text
 from landmark.hf.bundled import model_path
 from landmark.memory.retrieval import Retrieval
+from landmark.texts.explain import (
+    block_shares,
+    explain,
+    explain_memory,
+    spans_of,
+    token_texts,
+)
+from landmark.texts.explanation import Explanation, Step
+from landmark.texts.files import file_sources
+from landmark.texts.passages import Passage, Span
 from tiny import BLOCK, tiny_landmark
 
 LAYERS = 3

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from landmark.data.sources import Source
-from landmark.eval.explain import explain
-from landmark.eval.explanation import Explanation, Span, Step
-from landmark.eval.heat import LEAST
+from landmark.texts.explain import explain
+from landmark.texts.explanation import Explanation, Step
+from landmark.texts.page import LEAST
+from landmark.texts.passages import Span
 from tiny import tiny_landmark
 
 NASTY = (

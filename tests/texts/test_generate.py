@@ -6,8 +6,8 @@ import pytest
 from tokenizers import processors
 
 from landmark.data.tokenizer import END
-from landmark.eval.generate import continue_text
-from landmark.eval.subjects import Subject
+from landmark.texts.generate import continue_text
+from landmark.texts.loading import LoadedModel
 
 
 def adding(tokenizer):
@@ -33,7 +33,7 @@ def test_a_file_begins_with_bos_where_the_tokenizer_adds_it(
         return stock(self, ids, **more)
 
     monkeypatch.setattr(type(marked.model), "read", heard)
-    subject = Subject("tiny", marked.model, adding(tokenizer) if adds else tokenizer, "landmark")
-    continue_text(subject, " What is", file=tmp_path / "a.txt", max_new_tokens=1)
+    loaded = LoadedModel("tiny", marked.model, adding(tokenizer) if adds else tokenizer)
+    continue_text(loaded, " What is", file=tmp_path / "a.txt", max_new_tokens=1)
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert read == ([tokenizer.bos_token_id] if adds else []) + expected

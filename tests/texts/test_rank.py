@@ -1,6 +1,5 @@
-"""Ranking by landmarks, against the definition in loops, and its comparison with BM25."""
+"""Ranking by landmarks, against the definition in loops."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -9,11 +8,10 @@ import torch
 from tokenizers import normalizers
 
 import oracle
-from landmark.data.text import Document
-from landmark.eval import passages, rank
-from landmark.eval.bm25 import Bm25
-from landmark.eval.subjects import Subject, load
+from landmark.hf.cache import LandmarkCache
 from landmark.memory import retrieval
+from landmark.texts import rank
+from landmark.texts.loading import LoadedModel, load
 from small_text import sentences
 from tiny import BLOCK, tiny_landmark, tiny_llama, tiny_tokenizer
 
@@ -83,8 +81,8 @@ def defined_scores(model, documents, query, monkeypatch):
 def test_scores_are_the_definition(marked, monkeypatch):
     documents = [ids_of(n * TEXT, n) for n in (7, 1, 12)]
     query = ids_of(2 * TEXT + 4, 99)
-    library = rank.build_library([rank.read_document(marked, ids) for ids in documents])
-    found = rank.search(library, rank.read_text(marked, query))
+    index = rank.build_index([rank.read_document(marked, ids) for ids in documents])
+    found = rank.search(index, rank.read_text(marked, query))
     expected = defined_scores(marked.model, documents, query, monkeypatch)
     assert [each.document for each in found] == [0, 1, 2]
     assert [each.block for each in found] == [block for _, block in expected]
@@ -96,7 +94,7 @@ def test_scores_are_the_definition(marked, monkeypatch):
 def test_the_query_is_scored_as_the_model_scores_old_landmarks(marked, monkeypatch):
     """The sum of what retrieval computes for each query and old block, without centring."""
     config = marked.model.landmark
-    cache = rank._QueryCache(marked.model.config)
+    cache = LandmarkCache(marked.model.config)
     marked.model.read(ids_of(12 * TEXT, 1)[None], cache=cache, retrieve=False)
     summed = []
     scores_of = retrieval.landmark_scores
@@ -110,12 +108,13 @@ def test_the_query_is_scored_as_the_model_scores_old_landmarks(marked, monkeypat
         return scores
 
     monkeypatch.setattr(retrieval, "landmark_scores", kept)
-    for memory in cache.memories:
-        memory.total = None
+    queries = rank.QuerySums()
+    cache.observer = queries
     marked.model.read(ids_of(2 * TEXT, 2)[None], cache=cache)
     old = 12 - config.local_blocks - config.top_k
-    (memory,) = cache.deciding()
-    ours = memory.total @ memory.store.landmark_keys[0][:, :old].transpose(-1, -2)
+    (memory,) = rank.deciding_layers(cache)
+    keys = memory.store.landmark_keys[0][:, :old]
+    ours = queries.totals[memory.layer].unflatten(0, (len(keys), -1)) @ keys.transpose(-1, -2)
     assert old > 0
     assert torch.allclose(sum(each[..., :old] for each in summed), ours, atol=1e-10)
 
@@ -164,20 +163,20 @@ def test_a_landmark_that_was_never_trained_is_named(marked):
 def test_the_order_of_documents_does_not_matter(marked):
     read = [rank.read_document(marked, ids_of(n, n)) for n in (40, 90, 200)]
     query = rank.read_text(marked, ids_of(30, 5))
-    found = rank.search(rank.build_library(read), query)
-    turned = rank.search(rank.build_library(read[::-1]), query)
+    found = rank.search(rank.build_index(read), query)
+    turned = rank.search(rank.build_index(read[::-1]), query)
     for ours, theirs in zip(found, turned[::-1], strict=True):
         assert ours.block == theirs.block
         assert ours.score == pytest.approx(theirs.score, abs=1e-9)
-    assert [each.score for each in rank.ordered(found)] == sorted(
+    assert [each.score for each in rank.best_first(found)] == sorted(
         [each.score for each in found], reverse=True
     )
 
 
 def test_a_lone_block_scores_nothing(marked):
     """All that it has is common to all landmarks."""
-    library = rank.build_library([rank.read_document(marked, ids_of(TEXT, 1))])
-    (found,) = rank.search(library, rank.read_text(marked, ids_of(9, 2)))
+    index = rank.build_index([rank.read_document(marked, ids_of(TEXT, 1))])
+    (found,) = rank.search(index, rank.read_text(marked, ids_of(9, 2)))
     assert (found.score, found.block) == (0, 0)
 
 
@@ -224,97 +223,24 @@ def test_the_bundled_model_ranks_the_text_with_the_key_first(tmp_path):
     assert "48213" in first.passage
 
 
-def test_a_passage_is_drawn_once_and_cut_out():
-    task = passages.PassageTask(passages=7, passage_tokens=10, seed=3)
-    documents = [torch.arange(100), torch.arange(1000, 1080), torch.arange(2000, 2200)]
-    drawn = passages.draw_passages(documents, task)
-    assert [sum(each.document == index for each in drawn) for index in range(3)] == [3, 2, 2]
-    taken = [token for each in drawn for token in each.ids.tolist()]
-    assert len(set(taken)) == 70
-    for each in drawn:
-        assert torch.equal(each.ids, documents[each.document][each.start : each.start + 10])
-    left = [token for document in passages.cut_out(documents, drawn) for token in document.tolist()]
-    assert sorted(left + taken) == [token for document in documents for token in document.tolist()]
-    again = passages.draw_passages(documents, task)
-    other = passages.draw_passages(documents, dataclasses.replace(task, seed=4))
-    assert (
-        [each.start for each in again]
-        == [each.start for each in drawn]
-        != [each.start for each in other]
-    )
-
-
-def test_passages_come_from_every_place():
-    task = passages.PassageTask(passages=1, passage_tokens=5)
-    starts = [
-        passages.draw_passages([torch.arange(20)], dataclasses.replace(task, seed=seed))[0].start
-        for seed in range(300)
-    ]
-    assert set(starts) == set(range(16))
-
-
-def test_ranks_and_their_means():
-    assert [passages.rank_of([0.5, 2.0, 0.5, -1.0], wanted) for wanted in range(4)] == [3, 1, 3, 4]
-    assert passages.rank_of([0.0] * 9, 4) == 9
-    assert passages.recall([1, 2, 1, 11]) == 0.5
-    expected = (1 + 1 / math.log2(3) + 1 + 1 / math.log2(11) + 0) / 5
-    assert passages.ndcg([1, 2, 1, 10, 11]) == pytest.approx(expected, abs=1e-12)
-
-
-def test_bm25_finds_the_word():
-    index = Bm25(["The cat sat on the mat.", "A dog barked.", "!"])
-    assert np.argmax(index.scores("Where is the dog?")) == 1
-    assert index.scores("zebra") == index.scores("!?") == [0, 0, 0]
-    assert index.settings()["k1"] == 1.5
-
-
-def test_every_ranker_answers_the_same_passages(marked, monkeypatch):
-    documents = [
-        Document(f"d{seed}", sentences(60, seed=seed) + f" name{seed} " * 9, "")
-        for seed in range(3)
-    ]
-    others = [Document("other", sentences(60, seed=9), "")]
-    searched = []
-    build = passages.build_library
-    index = passages.Bm25
-    monkeypatch.setattr(
-        passages, "build_library", lambda read: searched.append(len(read)) or build(read)
-    )
-    monkeypatch.setattr(passages, "Bm25", lambda texts: searched.append(len(texts)) or index(texts))
-    task = passages.PassageTask(passages=9, passage_tokens=40, max_tokens=400)
-    told = []
-    rows = passages.run(marked, task, documents, others, "made up", told.append)
-    assert told == rows
-    assert searched == [4, 4, 4, 4]
-    assert [(row.text, row.ranker, row.documents, row.passages) for row in rows] == [
-        ("cut", "landmark", 4, 9),
-        ("cut", "bm25", 4, 9),
-        ("whole", "landmark", 4, 9),
-        ("whole", "bm25", 4, 9),
-    ]
-    assert [row.tokens for row in rows] == [1600 - 360, 1600 - 360, 1600, 1600]
-    assert rows[0].settings["positions"] == "stingy" and "k1" in rows[1].settings
-    assert rows[3].recall_at_1 == 1, "a passage that stands in its document has all its words there"
-
-
 def test_a_document_without_a_token_is_left_out(tmp_path):
     """Among others with a warning; a query or files of none are refused."""
-    subject = Subject("tiny", tiny_landmark(), tiny_tokenizer(), "landmark")
-    subject.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    loaded = LoadedModel("tiny", tiny_landmark(), tiny_tokenizer())
+    loaded.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "The grass is green."}\n{"text": "~~"}\n{"text": "The code."}\n')
     with pytest.warns(
         UserWarning, match=r"rows\.jsonl, line 2: not ranked, as the tokenizer finds no token"
     ):
-        lines = rank.rank_files(subject, "green", [rows])
+        lines = rank.rank_files(loaded, "green", [rows])
     assert sorted(line.title[-1] for line in lines) == ["1", "3"]
     with pytest.raises(
-        ValueError, match="QUERY: expected a text of at least one token, got one of none"
+        ValueError, match="query: expected a text of at least one token, got one of none"
     ):
-        rank.rank_files(subject, "~", [rows])
+        rank.rank_files(loaded, "~", [rows])
     rows.write_text('{"text": "~~"}\n')
     with (
         pytest.warns(UserWarning),
-        pytest.raises(ValueError, match=r"FILES: .*with a token, got .*rows\.jsonl"),
+        pytest.raises(ValueError, match=r"files: .*with a token, got .*rows\.jsonl"),
     ):
-        rank.rank_files(subject, "green", [rows])
+        rank.rank_files(loaded, "green", [rows])

@@ -1,26 +1,41 @@
-"""Asks a memory and says which text was read for each token of the answer."""
+"""Ask a memory, and say which text was read for each token of the answer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from landmark.blocks import slot_of
-from landmark.data.characters import from_arguments, without_surrogates
+from landmark.data.characters import without_surrogates
 from landmark.data.encoding import Progress
 from landmark.data.sources import Reading, Source, read_sources
-from landmark.data.text import read_documents, text_files
 from landmark.data.tokenizer import continuation, encode
-from landmark.eval.explanation import Explanation, Span, Step
-from landmark.eval.reading import counted, read_reporting
 from landmark.hf.cache import LandmarkCache
 from landmark.memory.retrieval import Retrieval
+from landmark.texts.explanation import Explanation, Step
+from landmark.texts.passages import Span
+from landmark.texts.reading import read_reporting
 
 MAX_NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A question as it is asked.
+
+    Attributes:
+        text: as it was given.
+        ids: ``(n,)`` its tokens, which go on from the texts.
+        max_new_tokens: at most so many tokens are written.
+    """
+
+    text: str
+    ids: Tensor
+    max_new_tokens: int
 
 
 def explain(
@@ -31,8 +46,9 @@ def explain(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Explanation:
-    """Reads a text without retrieval, asks a question with it, and says what was read for each
-    token of the answer.
+    """Reads a text, asks a question, and says what was read for each token of the answer.
+
+    The text is read without retrieval, the question with it.
 
     Args:
         model: a landmark model.
@@ -78,14 +94,14 @@ def explain_sources(
     Raises:
         ValueError: as ``explain``.
     """
-    asked = _question_ids(tokenizer, question, max_new_tokens)
+    asked = _question(tokenizer, question, max_new_tokens)
     reading = read_sources(sources, tokenizer, progress)
     cache = read_reporting(
         model, reading.ids[None].to(model.device), retrieve=False, progress=progress
     )
     if progress is not None:
         progress("answering", 0, 0)
-    return _explained(model, tokenizer, cache, reading, question, asked, max_new_tokens)
+    return _answered(model, tokenizer, cache, reading, asked)
 
 
 def explain_memory(
@@ -97,7 +113,9 @@ def explain_memory(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Explanation:
-    """The same of what was read before; the memory stays as it is, the question runs on a fork.
+    """Does what ``explain`` does for texts that were read before.
+
+    The question runs on a fork of the memory, which stays as it is.
 
     Args:
         model: a landmark model.
@@ -117,46 +135,40 @@ def explain_memory(
             f"padding, got rows of {memory.tokens} in {memory.get_seq_length()} columns; pass "
             "what was read into it, and nothing more"
         )
-    asked = _question_ids(tokenizer, question, max_new_tokens)
-    return _explained(model, tokenizer, memory.fork(), reading, question, asked, max_new_tokens)
+    asked = _question(tokenizer, question, max_new_tokens)
+    return _answered(model, tokenizer, memory.fork(), reading, asked)
 
 
-def _question_ids(tokenizer: Any, question: str, most: int) -> Tensor:
-    """The tokens of a question that goes on from the texts; checks what is asked for, before
-    anything is read.
-    """
-    if most < 1:
+def _question(tokenizer: Any, question: str, max_new_tokens: int) -> _Question:
+    """Checks what is asked for, before anything is read; raises ``ValueError``."""
+    if max_new_tokens < 1:
         raise ValueError(
-            f"max_new_tokens: expected at least 1, got {most}; pass for example {MAX_NEW_TOKENS}"
+            f"max_new_tokens: expected at least 1, got {max_new_tokens}; pass for example "
+            f"{MAX_NEW_TOKENS}"
         )
     ids = torch.from_numpy(encode(tokenizer, without_surrogates(question), continues=True).ids)
     if len(ids) == 0:
         raise ValueError("question: expected at least one token, got an empty text; ask something")
-    return ids
+    return _Question(question, ids, max_new_tokens)
 
 
-def _explained(
-    model: Any,
-    tokenizer: Any,
-    cache: LandmarkCache,
-    reading: Reading,
-    question: str,
-    asked: Tensor,
-    most: int,
+def _answered(
+    model: Any, tokenizer: Any, cache: LandmarkCache, reading: Reading, question: _Question
 ) -> Explanation:
+    """Writes the answer behind what the cache has read, and explains each of its tokens."""
     cache.record = True
     cache.retrievals = []
-    ids = torch.cat((reading.ids, asked))[None].to(model.device)
+    ids = torch.cat((reading.ids, question.ids))[None].to(model.device)
     with torch.no_grad():
         whole = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
-            max_new_tokens=most,
+            max_new_tokens=question.max_new_tokens,
             do_sample=False,
         )
     written = _without_end(whole[0, ids.shape[1] :].tolist(), model.generation_config.eos_token_id)
-    texts = list(token_texts(tokenizer, written, asked.tolist()))
+    texts = list(token_texts(tokenizer, written, question.ids.tolist()))
     size = model.landmark.block_size
     slots = [slot_of(ids.shape[1] - 1 + index, size) for index in range(len(written))]
     shares = block_shares(cache.retrievals, slots)
@@ -164,12 +176,11 @@ def _explained(
         Step(text, spans_of(share, reading, size - 1))
         for text, share in zip(texts, shares, strict=True)
     )
-    return Explanation(reading.sources, question, "".join(texts), tuple(steps))
+    return Explanation(reading.sources, question.text, "".join(texts), tuple(steps))
 
 
 def block_shares(retrievals: Iterable[Retrieval], slots: Sequence[int]) -> list[dict[int, float]]:
-    """Returns the share of the attention that each retrieved block got from the queries at some
-    slots.
+    """Returns the share of the attention that each retrieved block got from some queries.
 
     Args:
         retrievals: what a cache of one row recorded.
@@ -195,16 +206,17 @@ def block_shares(retrievals: Iterable[Retrieval], slots: Sequence[int]) -> list[
 
 
 def _add(sums: dict[int, float], blocks: Tensor, weights: Tensor) -> None:
-    found, place = torch.unique(blocks, return_inverse=True)
+    """Adds the weights of blocks, -1 for none, to what each block has."""
+    found, inverse = torch.unique(blocks, return_inverse=True)
     totals = torch.zeros(len(found), dtype=torch.float64)
-    totals.index_add_(0, place.flatten(), weights.flatten().double())
+    totals.index_add_(0, inverse.flatten(), weights.flatten().double())
     for block, total in zip(found.tolist(), totals.tolist(), strict=True):
         if block >= 0:
             sums[block] = sums.get(block, 0.0) + total
 
 
 def spans_of(shares: dict[int, float], reading: Reading, text_per_block: int) -> tuple[Span, ...]:
-    """Returns the blocks, by place, that hold text of the sources, with their characters."""
+    """Returns the blocks that hold text of the sources, by block, with their characters."""
     spans = (
         Span(block, *reading.of_block(block, text_per_block), shares[block])
         for block in sorted(shares)
@@ -229,31 +241,8 @@ def token_texts(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) 
 
 
 def _without_end(ids: list[int], end: int | list[int] | None) -> list[int]:
-    ends = [] if end is None else [end] if isinstance(end, int) else end
-    return ids[:-1] if ids and ids[-1] in ends else ids
-
-
-def file_sources(files: Iterable[Path], progress: Progress | None = None) -> list[Source]:
-    """Returns text files by their paths: those named, those below folders (.txt), each row of JSONL
-    files.
-
-    Args:
-        files: files and folders.
-        progress: called before each file is read: a pipe may be slow.
-
-    Raises:
-        FileNotFoundError: nothing there.
-        ValueError: empty, no UTF-8 text, or a folder without .txt files.
-    """
-    found: list[Path] = []
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(
-                f"FILES: expected text files or folders of .txt files, got {file}: no such file"
-            )
-        found += (sorted(text_files(file)) if file.is_dir() else []) or [file]
-    return [
-        Source(from_arguments(str(file.parent / each.title)), each.text)
-        for file in counted("texts read", found, progress)
-        for each in read_documents(file)
-    ]
+    """Returns ids without the end token that they end with; there may be several kinds of it."""
+    ends = [end] if isinstance(end, int) else end
+    if ids and ends and ids[-1] in ends:
+        return ids[:-1]
+    return ids

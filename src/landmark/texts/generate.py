@@ -1,4 +1,4 @@
-"""A text of any length, a prompt, and what the model writes."""
+"""Write on from a prompt, after reading a text of any length."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 from landmark.data.encoding import Progress
 from landmark.data.tokenizer import continuation, row_start
-from landmark.eval.fillers import file_text, tokenize
-from landmark.eval.passkey import READS
-from landmark.eval.reading import read_reporting
-from landmark.eval.subjects import Subject
+from landmark.texts.files import file_text
+from landmark.texts.loading import LoadedModel
+from landmark.texts.reading import READS, read_reporting, tokenize
 
+# Temperatures of sampling; beyond these, probabilities are no numbers.
 COLDEST = 1e-4
-HOTTEST = 1e4  # of sampling; beyond, probabilities are no numbers
+HOTTEST = 1e4
 
 
 def continue_text(
-    subject: Subject,
+    loaded: LoadedModel,
     prompt: str,
     *,
     file: Path | None = None,
@@ -32,7 +32,7 @@ def continue_text(
     """Returns what the model writes after the text of ``file`` and ``prompt``.
 
     Args:
-        subject: the model.
+        loaded: the model.
         prompt: text to go on from, not empty.
         file: text of any length that comes before the prompt.
         read: ``local`` reads the file without retrieval, ``retrieve`` with; the prompt always
@@ -47,44 +47,42 @@ def continue_text(
         FileNotFoundError: no such file.
     """
     if read not in READS:
-        raise ValueError(
-            f"--read: expected one of {', '.join(READS)}, got {read!r}; pass --read local"
-        )
+        raise ValueError(f"read: expected one of {', '.join(READS)}, got {read!r}; pass read=local")
     if max_new_tokens < 1:
         raise ValueError(
-            f"--max-new-tokens: expected at least 1, got {max_new_tokens}; pass for example 64"
+            f"max_new_tokens: expected at least 1, got {max_new_tokens}; pass for example 64"
         )
     if temperature != 0 and not COLDEST <= temperature <= HOTTEST:
         raise ValueError(
-            f"--temperature: expected at least 0, and for sampling {COLDEST:g} to {HOTTEST:g}, "
+            f"temperature: expected at least 0, and for sampling {COLDEST:g} to {HOTTEST:g}, "
             f"got {temperature}; 0 takes the most probable token"
         )
-    tokenizer = subject.tokenizer
+    tokenizer = loaded.tokenizer
     document = torch.tensor(row_start(tokenizer), dtype=torch.long)
     question = tokenize(prompt, tokenizer, continues=file is not None)
     if len(question) == 0 and (file is not None or len(document) == 0):
         raise ValueError(
-            "PROMPT: expected a text of at least one token, got an empty one; write where to go "
+            "prompt: expected a text of at least one token, got an empty one; write where to go "
             "on from"
         )
     if file is not None:
         document = torch.cat(
-            (document, tokenize(file_text(file, "--file"), tokenizer, progress=progress))
+            (document, tokenize(file_text(file, "file"), tokenizer, progress=progress))
         )
-    ids = torch.cat((document, question))[None].to(subject.device)
+    ids = torch.cat((document, question))[None].to(loaded.device)
     arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         arguments["temperature"] = temperature
-    if subject.attention == "landmark" and file is not None and len(document):
+    if loaded.is_landmark and file is not None and len(document):
         document = ids[:, : len(document)]
         arguments["past_key_values"] = read_reporting(
-            subject.model, document, retrieve=read == "retrieve", progress=progress
+            loaded.model, document, retrieve=read == "retrieve", progress=progress
         )
     if progress is not None and file is not None:
         progress("answering", 0, 0)
     torch.manual_seed(seed)
     with torch.no_grad():
-        written = subject.model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+        written = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
     row = written[0].tolist()
     return continuation(
         tokenizer, row[ids.shape[1] :], row[: ids.shape[1]], skip_special_tokens=True
