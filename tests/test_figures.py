@@ -231,3 +231,19 @@ def test_readme_quotes_named_codes() -> None:
     )
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"of 64 named codes it tells {100 * share:.0f} %" in page
+
+
+def test_readme_quotes_the_window() -> None:
+    rows = [row for row in tables.figures() if row["attention"] == "window"]
+    (perplexity,) = (
+        row["perplexity"]
+        for row in rows
+        if row.get("length") == 4096 and row.get("attention_size") == 448
+    )
+    keys = [row for row in rows if row.get("task") == "passkey" and row["length"] == 32_768]
+    found = sum(row["correct"] for row in keys)
+    asked = sum(row["asked"] for row in keys)
+    page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        f"({perplexity:.2f} at 4,096 tokens), but finds {found} of {asked} keys in 32,768" in page
+    )
