@@ -6,7 +6,7 @@ PYTEST_FLAGS ?=
 # One thread for each worker: the tests run on all cores at once.
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-full test-gpu matrix check setup clean
+.PHONY: demo test test-full test-gpu matrix check docs picture tables setup clean
 
 demo: $(VENV)/.installed-viz
 	$(BIN)/landmark demo
@@ -30,6 +30,17 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --no-cache --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
+
+# The site, into build/site; a link that leads nowhere is an error. Nothing is loaded from elsewhere.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# README's picture, and the tables of README and docs/ from benchmarks/results.
+picture:
+	$(PYTHON) docs/picture.py
+
+tables: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/tables.py
 
 setup: $(VENV)/.installed-test
 

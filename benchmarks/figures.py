@@ -1,4 +1,4 @@
-"""Measures every figure of the bundled models, merges the rows and writes the model cards.
+"""Measures every figure of the bundled models, merges the rows, writes cards and tables.
 
     python benchmarks/figures.py --data books --tuned out/tuned --jobs 6
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import model_cards
+import tables
 
 FIGURES = model_cards.BUNDLED / "landmark" / "figures.json"
 TIMES = ("seconds", "peak_bytes")
@@ -169,6 +170,7 @@ def merge(out: Path, names: dict[str, str], jobs: int, commit: str | None, keep:
         encoding="utf-8",
     )
     model_cards.main()
+    tables.main()
 
 
 def _both(old: Any, new: Any) -> Any:

@@ -9,7 +9,7 @@ has no figures. Operations are counted as for dense causal attention, whoever do
 ``of_roofline`` counts what each has to do by ``landmark.ops.cost``. ``first_seconds`` is the first
 forward and backward pass of the case in this process, compilation included as far as no earlier
 case and no cache on disk (``TRITON_CACHE_DIR``, ``TORCHINDUCTOR_CACHE_DIR``) spared it. Rows are
-written after every case; ``model_cards.py`` makes README's table of them.
+written after every case; ``tables.py`` makes the table of docs/kernels.md.
 """
 
 from __future__ import annotations

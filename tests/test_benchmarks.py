@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import cases  # noqa: E402
-import model_cards  # noqa: E402
+import tables  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("benchmarks_ops", BENCHMARKS / "ops.py")
 ops = importlib.util.module_from_spec(spec)
@@ -259,7 +259,7 @@ RESULTS = {
 
 def test_readme_table():
     columns = "cuDNN | flash | flex | landmark | landmark / cuDNN"
-    assert model_cards.kernels_summary(RESULTS).splitlines() == [
+    assert tables.kernels_summary(RESULTS).splitlines() == [
         f"| TFLOP/s | forward: {columns} | forward + backward: {columns} |",
         "| --- " * 11 + "|",
         "| dense-2048 | 500 | 301 | refused | 400 | 0.80 | 450 | 250 | refused | 350 | 0.78 |",

@@ -1,8 +1,7 @@
-"""The tables of README, of the model cards and of memories say what was recorded, and nothing
-else.
-"""
+"""The tables of README, docs/ and the model cards say what was recorded, and nothing else."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,22 +11,35 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import model_cards  # noqa: E402
+import tables  # noqa: E402
 
 sys.path.remove(str(ROOT / "benchmarks"))  # its ops.py is not tests/ops
 
-PAGES = model_cards.pages()
+CARDS = model_cards.pages()
+PAGES = tables.pages()
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_card_is_made_from_the_recorded_figures(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == CARDS[path], "run python benchmarks/model_cards.py"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_page_is_made_from_the_recorded_figures(path: Path) -> None:
-    assert path.read_text(encoding="utf-8") == PAGES[path], "run python benchmarks/model_cards.py"
+    assert path.read_text(encoding="utf-8") == PAGES[path], "run python benchmarks/tables.py"
 
 
-def test_readme_has_every_table() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_table_is_on_a_page() -> None:
+    found = {}
+    for path in PAGES:
+        for name, table in re.findall(
+            r"<!-- figures: ([\w-]+) -->(.*?)<!-- end: \1 -->", path.read_text("utf-8"), re.S
+        ):
+            found[name] = table
+    assert set(found) == set(tables.TABLES)
     for name in ("passkey", "facts", "perplexity", "kernels"):
-        table = readme.split(f"<!-- figures: {name} -->")[1].split(f"<!-- end: {name} -->")[0]
-        assert table.count("|") > 20
+        assert found[name].count("|") > 20
+    assert all(table.count("|") > 8 for table in found.values())
 
 
 def test_the_table_of_archives() -> None:
@@ -37,8 +49,8 @@ def test_the_table_of_archives() -> None:
     saved = row["saved"]
     opened = row["opened"]
     both = row["opened"]["appended"]["asked"]
-    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
-    head = f"| {row['tokens']:,} tokens | | |\n"
+    page = page_of("millions")
+    head = f"| {row['tokens']:,} tokens |  |  |\n"
     found = [
         line.strip("|").split("|") for line in page.split(head)[1].split("\n\n")[0].splitlines()[1:]
     ]
@@ -69,8 +81,8 @@ def test_the_table_of_archives() -> None:
         ), line
 
 
-def memory_page() -> str:
-    return (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+def page_of(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
 def recorded(name: str) -> dict:
@@ -92,26 +104,21 @@ def test_the_table_of_decoding() -> None:
             f"{dense / kernels:.1f}",
         )
         bytes_read = (f"{row[name] / 1e6:.1f}" for name in ("bytes", "least_bytes"))
-        assert f"| {' | '.join((*cells, *bytes_read))} |" in memory_page()
+        assert f"| {' | '.join((*cells, *bytes_read))} |" in page_of("benchmarks")
 
 
 def test_readme_quotes_decoding() -> None:
-    rows = recorded("decode")["rows"]
+    row = recorded("decode")["rows"][-1]
+    kernels, dense = (1e3 * row[f"{name}_graph_ms"] for name in ("kernels", "dense"))
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    for line, name, form in (
-        ("slots remembered", "slots", "{:,}"),
-        ("landmarks, `top_k` 16", "kernels_graph_ms", "{:.1f}"),
-        ("dense", "dense_graph_ms", "{:.0f}"),
-    ):
-        cells = [form.format(row[name] * (1 if name == "slots" else 1e3)) for row in rows]
-        assert f"| {line} | {' | '.join(cells)} |" in page
+    assert f"behind {row['slots']:,} | {kernels:.0f} µs | {dense:.0f} µs |" in page
 
 
 def test_the_table_of_whole_models() -> None:
     rows = [row for part in recorded("generate")["rows"].values() for row in part]
     lines = [
         line
-        for line in memory_page().splitlines()
+        for line in page_of("benchmarks").splitlines()
         if line.startswith(("| 1B", "| 8B", "| bundled"))
     ]
     assert len(lines) == len(rows) > 10
@@ -155,7 +162,7 @@ def test_the_table_of_ten_million_tokens() -> None:
         f"| {row['single_right']} right |",
         *rest,
     ):
-        assert said in memory_page()
+        assert said in page_of("millions")
 
 
 def test_the_table_of_what_lies_on_disk() -> None:
@@ -172,11 +179,11 @@ def test_the_table_of_what_lies_on_disk() -> None:
         f"{decode['ms_per_token']:.0f} ms, {decode['fetched_disk_per_token'] / 1e6:.2f} MB fetched",
         f"| {row['named']['right']} right |",
     ):
-        assert said in memory_page()
+        assert said in page_of("millions")
 
 
-def test_readme_quotes_whole_models_and_ten_million_tokens() -> None:
-    page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+def test_pages_quote_whole_models_and_ten_million_tokens() -> None:
+    page = " ".join((page_of("benchmarks") + page_of("results")).split())
     stock, ours = (
         next(
             row
@@ -201,3 +208,42 @@ def test_readme_quotes_whole_models_and_ten_million_tokens() -> None:
         f"{row['named']['right']} of {row['named']['asked']} named codes",
     ):
         assert said in page
+
+
+def test_the_table_of_ranking_begins_with_what_was_recorded() -> None:
+    ours, bm25 = (
+        next(
+            row
+            for row in recorded("rank-books")["rows"]
+            if (row["ranker"], row["text"]) == (ranker, "cut")
+        )
+        for ranker in ("landmark", "bm25")
+    )
+    cells = [f"{row['recall_at_1']:.1%} | {row['ndcg_at_10']:.3f}" for row in (ours, bm25)]
+    assert f"| books | cut | {' | '.join(cells)} | " in page_of("evaluation")
+
+
+def test_readme_quotes_named_codes() -> None:
+    (share,) = (
+        row["accuracy"]
+        for row in tables.figures()
+        if row.get("task") == "facts" and (row["length"], row["facts"]) == (8192, 64)
+    )
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"of 64 named codes it tells {100 * share:.0f} %" in page
+
+
+def test_readme_quotes_the_window() -> None:
+    rows = [row for row in tables.figures() if row["attention"] == "window"]
+    (perplexity,) = (
+        row["perplexity"]
+        for row in rows
+        if row.get("length") == 4096 and row.get("attention_size") == 448
+    )
+    keys = [row for row in rows if row.get("task") == "passkey" and row["length"] == 32_768]
+    found = sum(row["correct"] for row in keys)
+    asked = sum(row["asked"] for row in keys)
+    page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        f"({perplexity:.2f} at 4,096 tokens), but finds {found} of {asked} keys in 32,768" in page
+    )

@@ -1,4 +1,4 @@
-"""Saves a ``LandmarkCache`` as a folder and reads it back; ``docs/memory.md`` lists the files.
+"""Saves a ``LandmarkCache`` as a folder and reads it back; ``docs/archive-format.md`` lists the files.
 
 ``LandmarkCache.save`` and ``LandmarkCache.open`` are the public way in. This module does not know
 that class: a cache hands over its contents, and takes what was read.

@@ -1,3 +1,1 @@
-"""Reading from the memory as fused kernels for NVIDIA GPUs; ``docs/memory.md`` says what they
-compute.
-"""
+"""The memory's kernels for NVIDIA GPUs, each beside its launcher; see ``docs/decoding.md``."""
