@@ -81,7 +81,7 @@ class Recorded:
 
     Attributes:
         keys: ``(G, N, D)`` landmark keys.
-        query: ``(G, R, Q, D)`` queries of the text behind them, scaled, turned to where old
+        query: ``(G, R, Q, D)`` queries of the text behind them, scaled, rotated to where old
             landmarks are scored.
     """
 

@@ -1,4 +1,4 @@
-"""Saves a ``LandmarkCache`` as a folder and reads it back; ``docs/archive-format.md`` lists the files.
+"""Saves a ``LandmarkCache`` as a folder and reads it back; see ``docs/archive-format.md``.
 
 ``LandmarkCache.save`` and ``LandmarkCache.open`` are the public way in. This module does not know
 that class: a cache hands over its contents, and takes what was read.
@@ -102,7 +102,7 @@ class Loaded:
     saved: Saved
 
 
-def fingerprint(decoder: Any) -> str:
+def weights_fingerprint(decoder: Any) -> str:
     """Returns a hash of a decoder's weights.
 
     It covers the name, shape and dtype of every parameter, and evenly spaced values of each.
@@ -135,7 +135,7 @@ def require_reader(reader: Any, decoder: Any) -> None:
             "expected the model that read this cache, got another, and that one is gone: save a "
             "cache before its model goes, and open it with LandmarkCache.open"
         )
-    if fingerprint(reader) != fingerprint(decoder):
+    if weights_fingerprint(reader) != weights_fingerprint(decoder):
         raise ValueError(
             "expected the model that read this cache, got one with other weights: make a new "
             "LandmarkCache"
@@ -299,7 +299,7 @@ def _folder_for(contents: CacheContents, folder: Path) -> Saved:
 def _manifest(contents: CacheContents, saved: Saved) -> dict[str, Any]:
     decoder = contents.decoder
     return {
-        "model": {"type": decoder.config.model_type, "fingerprint": fingerprint(decoder)},
+        "model": {"type": decoder.config.model_type, "fingerprint": weights_fingerprint(decoder)},
         "settings": contents.settings.to_dict(),
         "dtype": name_of(saved.layers[0].dtype),
         "layers": [list(layer.shape) for layer in saved.layers],
@@ -357,7 +357,7 @@ def _check_model(archive: Archive, settings: LandmarkConfig, decoder: Any) -> No
         )
     made_with = LandmarkConfig.from_dict(manifest["settings"])
     require_settings(settings, made_with, f"memory {folder!r}", SET_MODEL)
-    model = {"type": decoder.config.model_type, "fingerprint": fingerprint(decoder)}
+    model = {"type": decoder.config.model_type, "fingerprint": weights_fingerprint(decoder)}
     if manifest["model"] != model:
         raise ValueError(
             f"{folder!r} was made with another model ({manifest['model']['type']} "

@@ -16,7 +16,7 @@ from landmark.hf.check import check_conversion
 from landmark.hf.columns import device_of
 from landmark.hf.compat import warn_untested
 from landmark.hf.families import PREFIX, check_config, family
-from landmark.hf.pretrained import Source, find, read_weights
+from landmark.hf.pretrained import ModelSource, find, read_weights
 from landmark.hf.rope import trained_positions
 from landmark.hf.sharing import config_as, model_around
 
@@ -87,7 +87,7 @@ def convert(
     return _converted(model_or_path, settings)
 
 
-def _converted_folder(source: Source, settings: dict[str, Any]) -> Any:
+def _converted_folder(source: ModelSource, settings: dict[str, Any]) -> Any:
     """Loads a stock model and converts it; also returns the loading info if it was asked for."""
     _settings(source.config, settings)  # refuses before the weights are read
     if source.adapter is not None:

@@ -69,7 +69,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model that was found and whose weights are not read yet.
 
     Attributes:
@@ -97,7 +97,7 @@ def read_config(path: Any, **loading: Any) -> Any:
     return find(path, **loading).config
 
 
-def find(path: Any, **loading: Any) -> Source:
+def find(path: Any, **loading: Any) -> ModelSource:
     """Finds a model and reads its config, as ``AutoModelForCausalLM.from_pretrained`` does.
 
     Args:
@@ -134,10 +134,12 @@ def find(path: Any, **loading: Any) -> Source:
             check_landmark_config(config)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    return Source(path=model, adapter=adapter, config=config, loading=rest, wants_info=wants_info)
+    return ModelSource(
+        path=model, adapter=adapter, config=config, loading=rest, wants_info=wants_info
+    )
 
 
-def read_weights(source: Source) -> tuple[Any, dict[str, Any]]:
+def read_weights(source: ModelSource) -> tuple[Any, dict[str, Any]]:
     """Returns a model and its loading info.
 
     Raises:
@@ -192,7 +194,7 @@ def _of_other_shapes(tensors: Any) -> str:
     )
 
 
-def _check_files(source: Source, folder: Path) -> None:
+def _check_files(source: ModelSource, folder: Path) -> None:
     """Raises ``ValueError`` for a damaged file, ``FileNotFoundError`` for a missing one."""
     check_weights(folder, source.loading.get("variant"), source.loading.get("use_safetensors"))
     if source.adapter is not None and source.adapter.base is None:
@@ -339,7 +341,7 @@ def _base(file: Path, folder: Path) -> str:
     return named
 
 
-def _load_adapter(model: Any, source: Source, adapter: Adapter, missing: set[str]) -> set[str]:
+def _load_adapter(model: Any, source: ModelSource, adapter: Adapter, missing: set[str]) -> set[str]:
     """Loads the tensors of an adapter that ``from_pretrained`` has not loaded with the model.
 
     Args:

@@ -296,7 +296,7 @@ class FaissIndex:
         """Finds the landmarks with the largest scores, as far as this kind of index finds them.
 
         Args:
-            query: ``(B, G, R, n, W, D)``, scaled and turned to slot 0.
+            query: ``(B, G, R, n, W, D)``, scaled and rotated to the start of the prefix.
             count: how many are wanted.
             lowest: ``(B, n)`` lowest block that each own block may read, ``None`` for all.
             keep_first: whether block 0 may be read all the same.

@@ -15,7 +15,7 @@ from landmark.memory.kernel_limits import FUSED_BYTES
 from landmark.memory.landmark_index import LandmarkIndex
 from landmark.memory.policies import INDEXES, SELECTORS
 from landmark.memory.positions import SCHEMES
-from landmark.memory.reader import MemoryReader, Reading
+from landmark.memory.reader import MemoryReader, ReadResult
 from landmark.memory.retrieval import Selector
 from landmark.memory.rotary_tables import RotaryTables
 from landmark.memory.storage.store import BlockStore
@@ -103,7 +103,7 @@ class LayerMemory:
         retrieve: bool,
         record: bool,
         prepared: bool = False,
-    ) -> Reading:
+    ) -> ReadResult:
         """Appends the keys and values of a call, then attends.
 
         Args:
@@ -210,7 +210,7 @@ class LayerMemory:
         *,
         record: bool,
         prepared: bool,
-    ) -> Reading:
+    ) -> ReadResult:
         """Computes ``attend`` by the kernels for few queries, ``(B, G, R, T, D)``."""
         from landmark.memory.triton.append import append
 

@@ -27,7 +27,7 @@ from landmark.memory.retrieval import (
 )
 
 
-class Reading(NamedTuple):
+class ReadResult(NamedTuple):
     """What a call read.
 
     Attributes:
@@ -73,7 +73,7 @@ class MemoryReader:
         retrieve: bool,
         fused: bool,
         record: bool,
-    ) -> Reading:
+    ) -> ReadResult:
         """Attends; the keys of the call were appended.
 
         Args:
@@ -111,11 +111,11 @@ class MemoryReader:
                 found.append((blocks.expand(attended.gates.shape), attended.gates))
         output = from_grid(torch.cat(outputs, dim=3), geometry)
         if not record:
-            return Reading(output, None)
+            return ReadResult(output, None)
         if not found:
-            return Reading(output, self._nothing_retrieved(query, geometry))
+            return ReadResult(output, self._nothing_retrieved(query, geometry))
         blocks, weights = (torch.cat(parts, dim=3) for parts in zip(*found, strict=True))
-        return Reading(output, self._retrieval(blocks, weights, geometry))
+        return ReadResult(output, self._retrieval(blocks, weights, geometry))
 
     def takes_few(self, query: Tensor, geometry: CallGeometry, context: LayerContext) -> bool:
         """Returns whether the decode kernels take a call: few queries of one own block a row."""
@@ -139,15 +139,15 @@ class MemoryReader:
         context: LayerContext,
         *,
         record: bool,
-    ) -> Reading:
+    ) -> ReadResult:
         """Reads as ``read`` by the kernels for few queries ``(B, G, R, 1, W, D)``, on the grid."""
         from landmark.memory.triton.decode import decode
 
         decoded = decode(query, geometry.grid, geometry.candidates, context)
         if not record:
-            return Reading(decoded.output, None)
+            return ReadResult(decoded.output, None)
         retrieval = self._retrieval(decoded.blocks, decoded.gates, geometry)
-        return Reading(decoded.output, retrieval)
+        return ReadResult(decoded.output, retrieval)
 
     def _select(
         self,

@@ -23,7 +23,7 @@ from landmark.ops.layout import as_pieces, from_pieces, gather_slots, lay_out, s
 from landmark.ops.metadata import AttentionMetadata
 from landmark.ops.tile import (
     Operands,
-    View,
+    TileView,
     select_blocks,
     tile_backward,
     tile_forward,
@@ -226,7 +226,7 @@ class _Tiling:
             spans.append(slice(low, max(low, min(high, blocks - 1)) + 1))
         return spans
 
-    def view(self, tile: _Tile) -> View:
+    def view(self, tile: _Tile) -> TileView:
         """Returns what the queries of a tile may see, all past blocks included."""
         return view_of(
             self.layout.rows(tile.rows),

@@ -31,7 +31,7 @@ class Operands(NamedTuple):
     landmark_keys: Tensor
 
 
-class View(NamedTuple):
+class TileView(NamedTuple):
     """What the queries of a tile may see.
 
     Attributes:
@@ -60,7 +60,7 @@ class View(NamedTuple):
 
 def view_of(
     layout: BlockLayout, slots: Tensor, *, queries: slice, blocks: slice, scale: float
-) -> View:
+) -> TileView:
     """Returns what some queries may see of some blocks, before any is selected.
 
     Args:
@@ -77,7 +77,7 @@ def view_of(
     count = number.shape[0]
     relative = own_block - (blocks.start or 0)
     piece_block = layout.piece_block
-    return View(
+    return TileView(
         slots=slots[queries],
         reach=layout.slot[:, blocks] if piece_block is None else layout.slot,
         own=number == own_block,
@@ -88,7 +88,7 @@ def view_of(
     )
 
 
-def select_blocks(query: Tensor, landmark_keys: Tensor, view: View, top_k: int) -> Tensor:
+def select_blocks(query: Tensor, landmark_keys: Tensor, view: TileView, top_k: int) -> Tensor:
     """Selects the past blocks of highest landmark score.
 
     Args:
@@ -105,7 +105,7 @@ def select_blocks(query: Tensor, landmark_keys: Tensor, view: View, top_k: int) 
     return torch.where(valid, indices, -1)
 
 
-def tile_forward(query: Tensor, operands: Operands, view: View) -> tuple[Tensor, Tensor]:
+def tile_forward(query: Tensor, operands: Operands, view: TileView) -> tuple[Tensor, Tensor]:
     """Computes output (B, G, H/G, T, D) and log-sum-exp (B, G, H/G, T) of a tile."""
     if view.gather:
         gathered = _Gathered(operands, view)
@@ -117,7 +117,7 @@ def tile_forward(query: Tensor, operands: Operands, view: View) -> tuple[Tensor,
 
 
 def tile_backward(
-    query: Tensor, grad: Tensor, delta: Tensor, operands: Operands, view: View
+    query: Tensor, grad: Tensor, delta: Tensor, operands: Operands, view: TileView
 ) -> tuple[Tensor, Operands]:
     """Computes the gradients of a tile's queries and operands.
 
@@ -145,7 +145,7 @@ def tile_backward(
     return _mix(text, operands.keys) + _mix(landmarks, landmark_keys), grads
 
 
-def _weigh_all(query: Tensor, operands: Operands, view: View) -> tuple[Weights, Tensor]:
+def _weigh_all(query: Tensor, operands: Operands, view: TileView) -> tuple[Weights, Tensor]:
     """Returns the weights of all blocks of a tile, and which of them are past blocks."""
     exact = torch.promote_types(query.dtype, torch.float32)
     text = _dots(query, operands.keys).to(exact) * view.scale
@@ -178,7 +178,7 @@ class _Gathered:
         values: (B, G, H/G, T, K + 1, W, D).
     """
 
-    def __init__(self, operands: Operands, view: View) -> None:
+    def __init__(self, operands: Operands, view: TileView) -> None:
         assert view.selected is not None and view.piece_block is None
         self.operands = operands
         self.view = view

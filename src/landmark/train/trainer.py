@@ -313,7 +313,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self.watch("steps trained", state.global_step, state.max_steps)
 
 
-class Shown(NamedTuple):
+class LoggedValue(NamedTuple):
     """A number of a log entry that is printed: its key, its label and its format."""
 
     key: str
@@ -322,13 +322,13 @@ class Shown(NamedTuple):
 
 
 _SHOWN = (
-    Shown("loss", "loss", ".4f"),
-    Shown("learning_rate", "lr", ".2e"),
-    Shown("grad_norm", "grad", ".2f"),
-    Shown("tokens_per_second", "tokens/s", ",.0f"),
-    Shown("eval_text_loss", "held-out text loss", ".4f"),
-    Shown("eval_episodes_loss", "held-out episodes loss", ".4f"),
-    Shown("eval_episodes_accuracy", "answers right", ".1%"),
+    LoggedValue("loss", "loss", ".4f"),
+    LoggedValue("learning_rate", "lr", ".2e"),
+    LoggedValue("grad_norm", "grad", ".2f"),
+    LoggedValue("tokens_per_second", "tokens/s", ",.0f"),
+    LoggedValue("eval_text_loss", "held-out text loss", ".4f"),
+    LoggedValue("eval_episodes_loss", "held-out episodes loss", ".4f"),
+    LoggedValue("eval_episodes_accuracy", "answers right", ".1%"),
 )
 
 

@@ -14,9 +14,9 @@ from landmark.ops.triton.primitives import (
     LOG2_E,
     LOWEST,
     NUMBERS,
-    Document,
     HeadTensor,
     ListedBlocks,
+    PackedDocument,
     Queries,
     TileShape,
     gate_logit,
@@ -608,7 +608,7 @@ def key_value_blocks(
     the block in their past and selected it.
     """
     n_keys = tl.minimum(n_keys, end) - origin
-    document = Document(origin=origin, n_keys=n_keys, n_closed=n_keys // shape.BLOCK)
+    document = PackedDocument(origin=origin, n_keys=n_keys, n_closed=n_keys // shape.BLOCK)
     n_seeing = tl.minimum(n_queries, end - query_start)
     key = load_keys(keys, document, block, piece, shape=shape, TMA=False, CLEAR=False)
     value = load_keys(values, document, block, piece, shape=shape, TMA=False, CLEAR=False)

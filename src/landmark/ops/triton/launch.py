@@ -59,7 +59,7 @@ class KernelArguments(NamedTuple):
         return 0 if self.selected is None else self.selected.shape[3]
 
 
-class QuerySums(NamedTuple):
+class SoftmaxSums(NamedTuple):
     """Numbers of each query that the backward kernels share, (B, H, T) float32.
 
     Attributes:
@@ -168,7 +168,7 @@ def run_query_gradient(
     value: Tensor,
     out: Tensor,
     grad: Tensor,
-    sums: QuerySums,
+    sums: SoftmaxSums,
     d_query: Tensor,
     arguments: KernelArguments,
 ) -> None:
@@ -215,7 +215,7 @@ def run_key_value_gradient(
     key: Tensor,
     value: Tensor,
     grad: Tensor,
-    sums: QuerySums,
+    sums: SoftmaxSums,
     d_key: Tensor,
     d_value: Tensor,
     arguments: KernelArguments,

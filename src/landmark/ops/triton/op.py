@@ -25,7 +25,7 @@ from landmark.ops.triton.configs import (
 )
 from landmark.ops.triton.launch import (
     KernelArguments,
-    QuerySums,
+    SoftmaxSums,
     programs,
     run_forward,
     run_key_value_gradient,
@@ -306,7 +306,7 @@ def run_attention_backward(
     )
     config = config_for(query.device, query.dtype, query.shape[3], top_k=arguments.top_k > 0)
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
-    sums = QuerySums(lse=lse, lse_grad=lse_grad.contiguous(), delta=torch.empty_like(lse))
+    sums = SoftmaxSums(lse=lse, lse_grad=lse_grad.contiguous(), delta=torch.empty_like(lse))
     d_query = torch.empty_like(query)
     # The kernels write no gradient of padding, and none at all without queries.
     unwritten = starts is not None or query.numel() == 0

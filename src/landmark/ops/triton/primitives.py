@@ -91,7 +91,7 @@ class Matrix(NamedTuple):
     i_head: Any
 
 
-class Document(NamedTuple):
+class PackedDocument(NamedTuple):
     """Keys of one document of a row; a row without ``segments`` is one document.
 
     Attributes:
@@ -252,7 +252,7 @@ def visible(first, o_slot, origin, end, n_keys, shape):
     if (first >= origin) & (end >= first + shape.ROWS):
         n_clear = tl.minimum((first - origin) // shape.BLOCK, n_closed)
         n_clear = n_clear // shape.BLOCKS * shape.BLOCKS
-    document = Document(origin=origin, n_keys=n_keys, n_closed=n_closed)
+    document = PackedDocument(origin=origin, n_keys=n_keys, n_closed=n_closed)
     return slot, own_block, document, n_clear, n_seen
 
 
