@@ -33,14 +33,14 @@ def test_what_is_recorded_is_what_an_index_is_asked(marked, monkeypatch):
     recorded = index.record(marked, ids, 1, queries=20)
     choose = retrieval.select_with_index
 
-    def kept(query, grid, store, *rest):
-        found = rest[-1].rows[0].heads
+    def kept(query, grid, context):
+        found = context.index.rows[0].heads
         search = [head.search for head in found]
         for head, of in zip(found, search, strict=True):
             monkeypatch.setattr(
                 head, "search", lambda q, *more, of=of: asked.append(q) or of(q, *more)
             )
-        return choose(query, grid, store, *rest)
+        return choose(query, grid, context)
 
     monkeypatch.setattr(retrieval, "select_with_index", kept)
     with marked.configured(

@@ -64,6 +64,7 @@ class LayerMemory:
         )
         selector = SELECTORS[config.granularity] if self.retrieves else Selector
         self.selector = selector(config)
+        self._context: LayerContext | None = None  # of the scale that was used last
         self.reader = MemoryReader(layer, self.selector)
         self.index: LandmarkIndex | None = None
         if self.retrieves and not self.store.shared_landmark:
@@ -81,7 +82,7 @@ class LayerMemory:
     def can_be_captured(self, geometry: CallGeometry) -> bool:
         """Returns whether kernels alone may compute a call, so that it can be a CUDA graph."""
         has_read = self.store.capacity > 0 and geometry.candidates > 0
-        return has_read and self.retrieves and self.reader.selects_fused(self._context(1.0))
+        return has_read and self.retrieves and self.reader.selects_fused(self.index)
 
     def graph_key(self) -> tuple[Any, ...] | None:
         """Returns what a CUDA graph of a call depends on; the call was prepared.
@@ -119,7 +120,7 @@ class LayerMemory:
         Returns:
             the output ``(B, T, H, D)``, and what was retrieved where asked for.
         """
-        context = self._context(scale)
+        context = self._with_scale(scale)
         query = torch.unflatten(query, 1, (key.shape[1], -1))
         retrieve = retrieve and self.retrieves and geometry.candidates > 0
         fused = runs_fused(query, self.config)
@@ -197,8 +198,11 @@ class LayerMemory:
         """Raises ``AssertionError`` where the bookkeeping of the blocks contradicts itself."""
         self.store.check_integrity()
 
-    def _context(self, scale: float) -> LayerContext:
-        return LayerContext(self.store, self.tables, self.config, scale, self.index)
+    def _with_scale(self, scale: float) -> LayerContext:
+        """Returns what reading needs; all calls of a layer have the same scale."""
+        if self._context is None or self._context.scale != scale:
+            self._context = LayerContext(self.store, self.tables, self.config, scale, self.index)
+        return self._context
 
     def _decode(
         self,

@@ -16,6 +16,7 @@ from landmark.memory.eager import Attended, PlacedBlocks
 from landmark.memory.eager import attend as attend_eager
 from landmark.memory.geometry import CallGeometry, QueryGrid
 from landmark.memory.kernel_limits import FEW_QUERIES, FEW_WIDTH, FUSED_TOP_K
+from landmark.memory.landmark_index import LandmarkIndex
 from landmark.memory.positions import SCHEMES
 from landmark.memory.retrieval import (
     COPIES,
@@ -122,14 +123,14 @@ class MemoryReader:
         _, _, repeats, width, _ = query.shape
         is_one_block = geometry.grid.own.shape[1] == 1
         is_few = width <= FEW_WIDTH and repeats * width <= FEW_QUERIES
-        return self.selects_fused(context) and is_one_block and is_few
+        return self.selects_fused(context.index) and is_one_block and is_few
 
-    def selects_fused(self, context: LayerContext) -> bool:
+    def selects_fused(self, index: LandmarkIndex | None) -> bool:
         """Returns whether kernels can select: a selector that needs no softmax, and no index."""
         return (
             isinstance(self.selector, TokenHeadSelector)
-            and context.index is None
-            and context.config.top_k <= FUSED_TOP_K
+            and index is None
+            and self.selector.config.top_k <= FUSED_TOP_K
         )
 
     def decode(
@@ -159,7 +160,7 @@ class MemoryReader:
         is_first: bool,
         fused: bool,
     ) -> Selection:
-        if fused and self.selects_fused(context):
+        if fused and self.selects_fused(context.index):
             from landmark.memory.triton.prefill import select
 
             return select(query, grid, candidates, context)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from landmark.memory.context import LayerContext
 from landmark.memory.geometry import QueryGrid
-from landmark.memory.triton.arguments import landmark_arguments, rotation_arguments
+from landmark.memory.triton.arguments import landmark_arguments, launch, rotation_arguments
 from landmark.memory.triton.primitives import ALIGNED, STRIDES, load_queries, load_rotation
 from landmark.ops.triton.configs import on_device
 
@@ -149,27 +149,37 @@ def append(
     rotation = context.tables.offset_table(query.device, query.dtype)
     shape = (batch, groups, repeats, 1, width, dim)
     rotated = torch.empty(shape, dtype=query.dtype, device=query.device)
-    given = {"query": query.flatten(1, 2), "key": key, "value": value}
-    strides = {}
-    for name, tensor in given.items():
-        if tensor.stride(-1) != 1:
-            tensor = given[name] = tensor.contiguous()
-        strides[f"{name}_batch"] = tensor.stride(0)
-        strides[f"{name}_head"] = tensor.stride(1)
-        strides[f"{name}_slot"] = tensor.stride(2)
+    query = _with_dense_columns(query.flatten(1, 2))
+    key = _with_dense_columns(key)
+    value = _with_dense_columns(value)
+    query_batch, query_head, query_slot, _ = query.stride()
+    key_batch, key_head, key_slot, _ = key.stride()
+    value_batch, value_head, value_slot, _ = value.stride()
+    store_batch, store_group, *_ = store.pool.keys.stride()
     with on_device(query.device):
-        append_kv_kernel[(heads + groups, width, batch)](
-            p_query=given["query"],
-            p_key=given["key"],
-            p_value=given["value"],
+        launch(
+            append_kv_kernel,
+            (heads + groups, width, batch),
+            p_query=query,
+            p_key=key,
+            p_value=value,
             p_own=grid.own,
             p_offset=grid.offsets,
             p_valid=grid.valid,
             p_rotated=rotated,
             p_keys=store.pool.keys,
             p_values=store.pool.values,
-            store_batch=store.pool.keys.stride(0),
-            store_group=store.pool.keys.stride(1),
+            query_batch=query_batch,
+            query_head=query_head,
+            query_slot=query_slot,
+            key_batch=key_batch,
+            key_head=key_head,
+            key_slot=key_slot,
+            value_batch=value_batch,
+            value_head=value_head,
+            value_slot=value_slot,
+            store_batch=store_batch,
+            store_group=store_group,
             groups=groups,
             n_heads=heads,
             n_width=width,
@@ -179,8 +189,12 @@ def append(
             SHARED=store.shared_landmark,
             PAGED=store.pool.needs_fetch,
             num_warps=APPEND_WARPS,
-            **strides,
             **landmark_arguments(store.landmark_keys),
             **rotation_arguments(rotation, query, context),
         )
     return rotated
+
+
+def _with_dense_columns(tensor: Tensor) -> Tensor:
+    """Returns the tensor, copied if the columns of a head do not lie side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

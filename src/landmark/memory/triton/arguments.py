@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,6 +24,38 @@ MOST_ROWS = 64  # of a tile of queries
 LANDMARK_STAGES = 3  # of a loop over tiles of landmark keys
 LANDMARK_BYTES = 3 * 2**14  # of a tile that is loaded in so many stages, at most
 WARPS = 4
+
+
+def launch(
+    kernel: Any,
+    programs: tuple[int, ...],
+    *,
+    num_warps: int,
+    num_stages: int | None = None,
+    **arguments: Any,
+) -> None:
+    """Launches a kernel with named arguments.
+
+    Triton binds arguments faster by position than by name, so they are put in order here.
+
+    Args:
+        kernel: a kernel of ``triton.jit``.
+        programs: how many, by dimension.
+        num_warps: of a program.
+        num_stages: of its loops, ``None`` for Triton's default.
+        **arguments: all that the kernel takes, by name.
+    """
+    assert len(kernel.arg_names) == len(arguments), set(kernel.arg_names) ^ set(arguments)
+    options = {"num_warps": num_warps}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
+    kernel[programs](*_in_order(kernel)(arguments), **options)
+
+
+@cache
+def _in_order(kernel: Any) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """Returns what puts the arguments of a kernel in order."""
+    return itemgetter(*kernel.arg_names)
 
 
 def rotation_arguments(rotation: Rotation, query: Tensor, context: LayerContext) -> dict[str, Any]:
@@ -57,21 +91,19 @@ def grid_strides(query: Tensor) -> dict[str, int]:
 
 def store_arguments(blocks: ResidentBlocks) -> dict[str, Any]:
     """Returns the keys and values that blocks are read from."""
+    batch, group, *_ = blocks.keys.stride()
     return {
         "p_keys": blocks.keys,
         "p_values": blocks.values,
-        "store_batch": blocks.keys.stride(0),
-        "store_group": blocks.keys.stride(1),
+        "store_batch": batch,
+        "store_group": group,
     }
 
 
 def landmark_arguments(keys: Tensor) -> dict[str, Any]:
     """Returns landmark keys ``(B, G, P, D)``."""
-    return {
-        "p_landmark": keys,
-        "landmark_batch": keys.stride(0),
-        "landmark_group": keys.stride(1),
-    }
+    batch, group, *_ = keys.stride()
+    return {"p_landmark": keys, "landmark_batch": batch, "landmark_group": group}
 
 
 def scored_landmarks(grid: QueryGrid, candidates: int, context: LayerContext) -> tuple[Tensor, int]:

@@ -17,8 +17,7 @@ Names are those of ``primitives.py``. Queries ``(B, G, R, W)`` are numbered in t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,8 +37,10 @@ from landmark.memory.triton.arguments import (
     landmark_arguments,
     landmark_stages,
     latest_candidates,
+    launch,
     multiprocessors,
     scored_landmarks,
+    store_arguments,
     to_int32,
 )
 from landmark.memory.triton.page_in import page_in
@@ -482,7 +483,7 @@ def reduce_partials(
     TOP_K: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
-    """CacheWrites a query's gate weights of what it chose, and its output."""
+    """Writes a query's gate weights of what it chose, and its output."""
     o_item = tl.arange(0, ITEMS)
     o_dim = tl.arange(0, PADDED)
     lse, part = load_partials(p_partial, p_lse, 0, n_items, DIM, PADDED)
@@ -672,8 +673,7 @@ def decode_attention_kernel(
         )
 
 
-@dataclass(frozen=True)
-class Decoded:
+class Decoded(NamedTuple):
     """What a decode step returns.
 
     Attributes:
@@ -694,8 +694,7 @@ class Decoded:
         return torch.where(self.index >= 0, self.kept.block_of(self.index), -1)
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Scores of all landmarks, as ``score_kernel`` leaves them.
 
     Attributes:
@@ -703,14 +702,14 @@ class Scores:
         peaks: ``(B, G, R * W, chunks)`` the best score of each chunk.
         recent: ``(B, G, R * W, padded top_k)`` scores of the latest blocks at their own distances.
         done: ``(B, G, R * W)`` counts the work items that have finished; zeros.
-        count: landmarks that were scored.
+        n_scored: landmarks that were scored.
     """
 
     scores: Tensor
     peaks: Tensor
     recent: Tensor
     done: Tensor
-    count: int
+    n_scored: int
 
 
 def decode(query: Tensor, grid: QueryGrid, candidates: int, context: LayerContext) -> Decoded:
@@ -730,16 +729,17 @@ def decode(query: Tensor, grid: QueryGrid, candidates: int, context: LayerContex
     padded_k = kept_of(config.top_k)
     is_stingy = config.positions == "stingy"
     items = config.top_k + 1 + grid.local.shape[-1]
-    scored = score(query, grid, candidates, context)
+    rotation = distance_rotation(query, _largest_distance(grid, context), context)
+    scored = score(query, grid, candidates, rotation, context)
     chunks = scored.peaks.shape[-1]
-    selection = {
+    selection: dict[str, Any] = {
         "p_score": scored.scores,
         "p_peak": scored.peaks,
         "p_recent": scored.recent,
         "p_first": grid.local_first,
         "groups": groups,
         "n_width": width,
-        "n_index": scored.count,
+        "n_index": scored.n_scored,
         "n_chunks": chunks,
         "first_kept": store.first,
         "TOP_K": config.top_k,
@@ -756,11 +756,18 @@ def decode(query: Tensor, grid: QueryGrid, candidates: int, context: LayerContex
     result = query.new_empty(batch, width, groups * repeats, dim)
     with on_device(query.device):
         if store.pool.needs_fetch:
-            top_k_kernel[(queries,)](
-                p_selected=selected, repeats=repeats, num_warps=WARPS, **selection
+            launch(
+                top_k_kernel,
+                (queries,),
+                p_selected=selected,
+                repeats=repeats,
+                num_warps=WARPS,
+                **selection,
             )
         read_from = items_to_read(grid, selected, context)
-        decode_attention_kernel[(repeats * width, queries // (repeats * width), items)](
+        launch(
+            decode_attention_kernel,
+            (repeats * width, queries // (repeats * width), items),
             p_query=query,
             p_own=grid.own,
             p_offset=grid.offsets,
@@ -782,20 +789,34 @@ def decode(query: Tensor, grid: QueryGrid, candidates: int, context: LayerContex
             **read_from,
             **slot_strides(query),
             **selection,
-            **distance_rotation(query, _largest_distance(grid, context), context),
+            **rotation,
         )
-    found = slice(min(config.top_k, scored.count))
+    found = slice(min(config.top_k, scored.n_scored))
     return Decoded(result, selected[..., found], gates[..., found], store.kept)
 
 
-def score(query: Tensor, grid: QueryGrid, candidates: int, context: LayerContext) -> Scores:
-    """Scores the landmarks of the kept blocks before ``candidates``; arguments as ``decode``."""
+def score(
+    query: Tensor,
+    grid: QueryGrid,
+    candidates: int,
+    rotation: dict[str, Any],
+    context: LayerContext,
+) -> Scores:
+    """Scores the landmarks of the kept blocks before ``candidates``.
+
+    Args:
+        query: as for ``decode``.
+        grid: likewise.
+        candidates: likewise.
+        rotation: by all distances, as ``distance_rotation`` returns it.
+        context: the layer.
+    """
     config = context.config
     is_stingy = config.positions == "stingy"
     batch, groups, repeats, _, width, _ = query.shape
     queries = repeats * width
     padded_k = kept_of(config.top_k)
-    keys, largest = scored_landmarks(grid, candidates, context)
+    keys, _ = scored_landmarks(grid, candidates, context)
     count = keys.shape[2]
     chunks = -(-count // CHUNK.value)
     shape = (batch, groups, queries)
@@ -813,7 +834,9 @@ def score(query: Tensor, grid: QueryGrid, candidates: int, context: LayerContext
     splits = -(-chunks // chunks_each)
     programs = splits + queries if is_stingy else splits
     with on_device(query.device):
-        score_kernel[(batch * groups * programs,)](
+        launch(
+            score_kernel,
+            (batch * groups * programs,),
             p_query=query,
             p_own=grid.own,
             p_first=grid.local_first,
@@ -842,7 +865,7 @@ def score(query: Tensor, grid: QueryGrid, candidates: int, context: LayerContext
             num_stages=landmark_stages(CHUNK.value * keys.shape[-1] * keys.itemsize),
             **slot_strides(query),
             **landmark_arguments(keys),
-            **distance_rotation(query, largest, context),
+            **rotation,
         )
     return Scores(scores, peaks, recent, done, count)
 
@@ -895,15 +918,13 @@ def attention_warps(block_bytes: int) -> int:
 def _kv_sources(common: ResidentBlocks, selected: ResidentBlocks | None) -> dict[str, Any]:
     """Returns the pools that items are read from; ``common.index`` is that of all items."""
     own = common if selected is None else selected
+    selected_batch, selected_group, *_ = own.keys.stride()
     return {
-        "p_keys": common.keys,
-        "p_values": common.values,
-        "store_batch": common.keys.stride(0),
-        "store_group": common.keys.stride(1),
+        **store_arguments(common),
         "p_selected_keys": own.keys,
         "p_selected_values": own.values,
-        "selected_batch": own.keys.stride(0),
-        "selected_group": own.keys.stride(1),
+        "selected_batch": selected_batch,
+        "selected_group": selected_group,
         "p_physical": common.index,
     }
 

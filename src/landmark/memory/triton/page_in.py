@@ -21,7 +21,7 @@ from torch import Tensor
 from landmark.memory.context import LayerContext
 from landmark.memory.geometry import QueryGrid
 from landmark.memory.storage.cached_pool import MOST_LRU_BLOCKS
-from landmark.memory.triton.arguments import WARPS
+from landmark.memory.triton.arguments import WARPS, launch
 from landmark.memory.triton.primitives import ALIGNED
 from landmark.ops.triton.configs import on_device, power_of_two
 
@@ -230,7 +230,9 @@ def page_in(grid: QueryGrid, selected: Tensor, context: LayerContext) -> PagedIt
     size = keys[0, 0, 0].numel()
     first_kept = context.store.first
     with on_device(selected.device):
-        lru_lookup_kernel[(batch * groups,)](
+        launch(
+            lru_lookup_kernel,
+            (batch * groups,),
             p_selected=selected,
             p_own=grid.own,
             p_window=arguments.window,
@@ -250,7 +252,9 @@ def page_in(grid: QueryGrid, selected: Tensor, context: LayerContext) -> PagedIt
             SIZE=power_of_two(wanted + arguments.lru_size),
             num_warps=WARPS,
         )
-        page_in_kernel[(2 * missing.numel(),)](
+        launch(
+            page_in_kernel,
+            (2 * missing.numel(),),
             p_selected=selected,
             p_missing=missing,
             p_pointer=arguments.pointers,

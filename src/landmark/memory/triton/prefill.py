@@ -25,6 +25,7 @@ from landmark.memory.triton.arguments import (
     landmark_arguments,
     landmark_stages,
     latest_candidates,
+    launch,
     programs,
     scored_landmarks,
     store_arguments,
@@ -426,7 +427,9 @@ def select(query: Tensor, grid: QueryGrid, candidates: int, context: LayerContex
     rows = select_rows(query)
     _, groups, repeats, own_blocks, width, dim = query.shape
     with on_device(query.device):
-        select_kernel[(programs(query, rows),)](
+        launch(
+            select_kernel,
+            (programs(query, rows),),
             p_query=query,
             p_own=to_int32(grid.own),
             p_first=to_int32(grid.local_first),
@@ -490,7 +493,9 @@ def attend(
     partial = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     lse = torch.empty(query.shape[:5], dtype=torch.float32, device=query.device)
     with on_device(query.device):
-        attend_shared_kernel[(programs(query, rows),)](
+        launch(
+            attend_shared_kernel,
+            (programs(query, rows),),
             p_own=to_int32(common.index[..., 0]),
             p_offset=to_int32(grid.offsets),
             p_shared=to_int32(common.index[..., 1:]),
@@ -515,7 +520,9 @@ def attend(
     gates = torch.empty((*query.shape[:5], count), dtype=torch.float32, device=query.device)
     names = ("batch", "group", "repeat", "own", "slot", "stride")
     with on_device(query.device):
-        attend_selected_kernel[(lse.numel(),)](
+        launch(
+            attend_selected_kernel,
+            (lse.numel(),),
             p_selected=index,
             p_distance=distances,
             p_partial=partial,
