@@ -156,7 +156,9 @@ def check(case: Token) -> dict[str, float]:
     rounded = plain(case, query)
     scores = exact.scores
     best = case.memory.store.kept.index_of(exact.blocks)
-    one, other = (scores.gather(-1, each.long()).sort(-1).values for each in (decoded.index, best))
+    one, other = (
+        scores.gather(-1, each.long()).sort(-1).values for each in (decoded.selected, best)
+    )
     gap = ((one - other).abs().max() / scores[scores > -torch.inf].abs().max()).item()
     if gap > CLOSE:
         raise RuntimeError(
@@ -266,7 +268,7 @@ def measure(slots: int, copied: float) -> dict[str, Any]:
     row = {
         "slots": slots,
         **check(cases[0]),
-        **bytes_read(cases[0], attended(cases[0], on_grid(cases[0])).index),
+        **bytes_read(cases[0], attended(cases[0], on_grid(cases[0])).selected),
     }
     row["least_ms"] = row["least_bytes"] / copied * 1e3
     for name, run in ways(cases).items():

@@ -381,7 +381,7 @@ def choosing(model: Any, cache: LandmarkCache, choices: dict[int, Tensor]) -> It
                     key[0], found.scores.shape[1:3], found.recent.shape[-1], width
                 )
         scores, peaks, recent = (each.index_select(0, now) for each in known[key])
-        return Scores(scores, peaks, recent, found.done, found.count)
+        return Scores(scores, peaks, recent, found.done, found.n_scored)
 
     def counted(self: Any, embeds: Tensor, *rest: Any, **named: Any) -> Any:
         now.fill_(min(calls[0], steps - 1))

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -469,11 +468,11 @@ def test_decoding_is_compared_before_it_is_timed(decode, monkeypatch):
     case = decode.token(40 * 16, (4, 2), 32, 16, 3, torch.float32, device)
     assert decode.check(case)["heads_alike"] == 4
     decoded = decode.attended(case, decode.on_grid(case))
-    other_blocks = replace(decoded, index=(decoded.index - 1).clamp(min=0))
+    other_blocks = decoded._replace(selected=(decoded.selected - 1).clamp(min=0))
     monkeypatch.setattr(decode, "attended", lambda *_: other_blocks)
     with pytest.raises(RuntimeError, match="selection: expected scores within"):
         decode.check(case)
-    other_output = replace(decoded, output=decoded.output * 1.01)
+    other_output = decoded._replace(output=decoded.output * 1.01)
     monkeypatch.setattr(decode, "attended", lambda *_: other_output)
     with pytest.raises(RuntimeError, match="output: expected an error"):
         decode.check(case)

@@ -678,20 +678,20 @@ class Decoded(NamedTuple):
 
     Attributes:
         output: ``(B, W, H, D)``, of the dtype of the query.
-        index: ``(B, G, R, 1, W, K)`` int32 indices of the selected blocks, ascending, -1 for none.
+        selected: ``(B, G, R, 1, W, K)`` int32 indices of selected blocks, ascending, -1 for none.
         gates: the same shape, their gate weights.
         kept: which blocks are kept.
     """
 
     output: Tensor
-    index: Tensor
+    selected: Tensor
     gates: Tensor
     kept: BlockRange
 
     @property
     def blocks(self) -> Tensor:
         """The selected blocks, -1 for none; few calls ask for them, and no other launches this."""
-        return torch.where(self.index >= 0, self.kept.block_of(self.index), -1)
+        return torch.where(self.selected >= 0, self.kept.block_of(self.selected), -1)
 
 
 class Scores(NamedTuple):
