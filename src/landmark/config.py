@@ -191,7 +191,12 @@ def _require_int(name: str, value: object, least: int) -> None:
 
 def _require_choice(name: str, value: object) -> None:
     if value not in CHOICES[name]:
-        raise ValueError(f"{name}: expected one of {', '.join(CHOICES[name])}, got {value!r}")
+        remedy = ""
+        if name in ("granularity", "positions"):
+            remedy = "; a policy from outside has to be registered first: import its file"
+        raise ValueError(
+            f"{name}: expected one of {', '.join(CHOICES[name])}, got {value!r}{remedy}"
+        )
 
 
 def add_choice(field: str, name: str) -> None:

@@ -10,7 +10,7 @@ from landmark import LandmarkCache
 from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
 from landmark.memory import policies
 from landmark.memory.positions import ExactPositions
-from landmark.memory.retrieval import Selector, landmark_scores, select_shared
+from landmark.memory.retrieval import Selector, landmark_scores, select_by_merit
 
 TEXT = models.text(90)[None]
 
@@ -23,9 +23,9 @@ class LatestSelector(Selector):
     def select(self, query, grid, candidates, context, *, is_first):
         """See ``Selector.select``."""
         landmarks = context.store.landmarks_before(candidates)
-        scores = landmark_scores(query, grid, landmarks, context)
+        scores = landmark_scores(query * context.scale, grid, landmarks, context)
         latest = landmarks.blocks[0].to(scores.dtype).expand_as(scores)
-        return select_shared(
+        return select_by_merit(
             latest.masked_fill(scores == -torch.inf, -torch.inf), landmarks, self.config.top_k
         )
 

@@ -20,7 +20,7 @@ from landmark.memory.retrieval import (
     Selector,
     landmark_scores,
     probabilities,
-    select_shared,
+    select_by_merit,
 )
 
 RECENT_BLOCKS = 8  # blocks whose queries are kept, so that a cache can be cropped into them
@@ -84,7 +84,7 @@ class HeadSelector(Selector):
         scores = landmark_scores(query * context.scale, grid, landmarks, context)
         peaks = head_peaks(scores, grid, self.config, self._earlier if is_first else None)
         self._keep_peak(peaks, grid)
-        return select_shared(peaks, landmarks, self.config.top_k)
+        return select_by_merit(peaks, landmarks, self.config.top_k)
 
     def commit(self) -> None:
         """See ``Selector.commit``."""

@@ -174,12 +174,13 @@ class LayerMemory:
     def rollback(self) -> None:
         """Called when a call failed in some layer.
 
-        Blocks need nothing, as a repeated call writes the same slots.
+        Blocks need nothing here: the next call writes the same slots, and its ``begin_call``
+        forgets what is on the device of later blocks (``BlockTable.forget_after``).
         """
         self.selector.rollback()
 
     def note_crop(self) -> None:
-        """Called when the rows were cropped."""
+        """Called when the rows were cropped; blocks are forgotten by the next ``begin_call``."""
         self.selector.note_crop()
 
     def nbytes(self, tier: str) -> int:

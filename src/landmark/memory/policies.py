@@ -93,7 +93,7 @@ def check_index(name: str, config: LandmarkConfig) -> None:
         return
     reasons = {
         "mode": ("retrieval", "nothing is chosen otherwise"),
-        "granularity": ("token_head", "the others need the softmax over every landmark"),
+        "granularity": ("token_head", "the others score every landmark"),
         "positions": ("stingy", "otherwise each landmark is rotated for each query"),
     }
     for field, (needed, reason) in reasons.items():

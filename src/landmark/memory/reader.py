@@ -126,9 +126,9 @@ class MemoryReader:
         return self.selects_fused(context.index) and is_one_block and is_few
 
     def selects_fused(self, index: LandmarkIndex | None) -> bool:
-        """Returns whether kernels can select: a selector that needs no softmax, and no index."""
+        """Returns whether kernels can select: they compute ``TokenHeadSelector.select`` alone."""
         return (
-            isinstance(self.selector, TokenHeadSelector)
+            type(self.selector).select is TokenHeadSelector.select
             and index is None
             and self.selector.config.top_k <= FUSED_TOP_K
         )

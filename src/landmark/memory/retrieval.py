@@ -60,13 +60,16 @@ class Selection:
 class Selector:
     """Who shares a selection of blocks: the interface, and what most selectors have in common.
 
-    A layer has a selector of its own. The base class keeps no state.
+    A layer has a selector of its own. The base class keeps no state. The latest candidate of an own
+    block is block ``grid.local_first - 1``; the candidates' numbers are ``LandmarkKeys.blocks``.
+
+    On a GPU kernels compute ``TokenHeadSelector.select``, with a decode step in few launches and as
+    a CUDA graph. A selector with another ``select`` runs in plain PyTorch, and kernels attend.
 
     Attributes:
         name: value of ``LandmarkConfig.granularity``.
-        needs_every_score: whether all scores of a query are looked at together, as a softmax over
-            them does. Otherwise the best are found piece by piece, and an index or a Triton kernel
-            may find them.
+        needs_every_score: whether ``select`` holds all scores of a query at once, as a softmax over
+            them does. Calls are then cut into smaller slabs.
         per_query_head: whether query heads of one key/value head may select different blocks.
         keeps_state: whether the selector has to see every call.
         crop_blocks: a cache can be cropped into so many of the latest blocks, ``None`` for all.
@@ -118,7 +121,7 @@ class Selector:
         """Called when a call failed in some layer: the state is that before the call."""
 
     def note_crop(self) -> None:
-        """Called when rows were cropped, or blocks were evicted."""
+        """Called when rows were cropped."""
 
     def state(self) -> dict[str, Tensor]:
         """Returns the state of the one row, for an archive."""
@@ -172,7 +175,7 @@ class SharedSelector(Selector):
         landmarks = context.store.landmarks_before(candidates)
         scores = landmark_scores(query * context.scale, grid, landmarks, context)
         merits = probabilities(scores).amax(self.shared_dims, keepdim=True)
-        return select_shared(merits, landmarks, self.config.top_k)
+        return select_by_merit(merits, landmarks, self.config.top_k)
 
 
 class TokenSelector(SharedSelector):
@@ -281,12 +284,13 @@ def select_with_index(query: Tensor, grid: QueryGrid, context: LayerContext) -> 
     return Selection(torch.cat((found_blocks, later_blocks), dim=-1).gather(-1, best), valid)
 
 
-def select_shared(merits: Tensor, landmarks: LandmarkKeys, top_k: int) -> Selection:
+def select_by_merit(merits: Tensor, landmarks: LandmarkKeys, top_k: int) -> Selection:
     """Selects the ``top_k`` blocks of the largest merits.
 
     Args:
         merits: ``(B, G or 1, R or 1, n or 1, W or 1, P)``, ``-inf`` where there is no candidate.
-        landmarks: the ``P`` landmarks, the same of every row.
+        landmarks: the ``P`` landmarks, of the same blocks in every row, as
+            ``BlockStore.landmarks_before`` returns them.
         top_k: how many at most.
     """
     index, valid = select_top(merits, top_k)

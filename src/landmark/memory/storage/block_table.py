@@ -177,7 +177,14 @@ class BlockTable:
         self._copy_to_device()
 
     def forget_after(self, first: Tensor) -> None:
-        """Forgets blocks after ``first (B,)``: they were cropped, or are of a call that failed."""
+        """Forgets blocks from ``first (B,)`` on: they were cropped, or are of a call that failed.
+
+        ``first`` is the own block in which the next call begins. The window keeps it, as the call
+        goes on writing there. The LRU cache must not: it holds finished blocks alone, and a copy of
+        this one would be read again when it has become an older block, with the text of before.
+        Where no block of the window is later, nothing was taken back, and the cache has no block
+        from ``first`` on either.
+        """
         later = self.window_host > first[:, None]
         if not bool(later.any()):
             return

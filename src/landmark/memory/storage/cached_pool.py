@@ -84,6 +84,8 @@ class CachedPool:
 
         The window shrinks when a call needs at most a quarter of it.
         """
+        # Calls inside one and the same block: its physical block is there, and a crop that leaves
+        # the row in this block has finished no other.
         if geometry.own_spans == self._own_spans:
             return
         first, last = torch.tensor(geometry.own_spans).T

@@ -459,9 +459,7 @@ def top_k_kernel(
 
 @triton.jit
 def load_partials(p_partial, p_lse, i_first, n_items, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Log-sum-exps (REDUCED_AT_ONCE,) and outputs (REDUCED_AT_ONCE, PADDED) of a query's items from
-    ``i_first`` on.
-    """
+    """Returns log-sum-exps and outputs of ``REDUCED_AT_ONCE`` items of a query, from ``i_first``."""
     o_part = i_first + tl.arange(0, REDUCED_AT_ONCE)
     o_dim = tl.arange(0, PADDED)
     inside = o_part < n_items
@@ -552,12 +550,12 @@ def decode_attention_kernel(
     ITEMS: tl.constexpr,
     PAGED: tl.constexpr,
 ):
-    """Attention of a query to one item; the last item to arrive joins them all.
+    """Attention of a query to one work item; the last one to finish reduces them all.
 
     Item ``i < TOP_K`` is the query's ``i``-th selected block, ``TOP_K`` the own block, ``TOP_K +
-    j`` the ``j``-th before it. With ``PAGED`` the choice is given and lies in the ``far`` keys and
-    values, and ``p_physical`` says where the items lie; otherwise it is made here and written, and
-    physical blocks are indices. ``p_result`` is (B, W, G, R, D).
+    j`` the ``j``-th before it. With ``PAGED`` the selection is given, its
+    blocks lie in ``p_selected_keys`` and ``p_selected_values``, and ``p_physical`` says where;
+    otherwise it is made here and written, and physical blocks are indices. ``p_result`` is (B, W, G, R, D).
     """
     i_item = tl.program_id(2)
     i_head = tl.program_id(1)  # those items that choose first, as they take longest
@@ -715,7 +713,8 @@ class Scores(NamedTuple):
 def decode(query: Tensor, grid: QueryGrid, candidates: int, context: LayerContext) -> Decoded:
     """Selects and attends for few queries of one own block in each row, in two launches.
 
-    Where blocks have to be paged in before they are read, three more launches do so.
+    Where blocks are offloaded, one more launch selects before, and two page blocks in from host
+    memory; with blocks on disk, or more than the LRU cache holds, the pool does that by PyTorch.
 
     Args:
         query: ``(B, G, R, 1, W, D)``, rotated by its offset inside the block.
