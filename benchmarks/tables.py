@@ -463,12 +463,6 @@ def against_retrieval() -> str:
             f"{bm25['recall_at_1']:.1%}",
             RANK,
         ],
-        [
-            f"the same: seconds for {ours['tokens']:,} tokens on a CPU",
-            f"{ours['seconds']:,.0f}",
-            f"{bm25['seconds']:,.1f}",
-            RANK,
-        ],
     ]
     (fact,) = (
         row
