@@ -459,7 +459,7 @@ def top_k_kernel(
 
 @triton.jit
 def load_partials(p_partial, p_lse, i_first, n_items, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Returns log-sum-exps and outputs of ``REDUCED_AT_ONCE`` items of a query, from ``i_first``."""
+    """Returns log-sum-exps and outputs of some items of a query, from ``i_first`` on."""
     o_part = i_first + tl.arange(0, REDUCED_AT_ONCE)
     o_dim = tl.arange(0, PADDED)
     inside = o_part < n_items
@@ -553,9 +553,9 @@ def decode_attention_kernel(
     """Attention of a query to one work item; the last one to finish reduces them all.
 
     Item ``i < TOP_K`` is the query's ``i``-th selected block, ``TOP_K`` the own block, ``TOP_K +
-    j`` the ``j``-th before it. With ``PAGED`` the selection is given, its
-    blocks lie in ``p_selected_keys`` and ``p_selected_values``, and ``p_physical`` says where;
-    otherwise it is made here and written, and physical blocks are indices. ``p_result`` is (B, W, G, R, D).
+    j`` the ``j``-th before it. With ``PAGED`` the selection is given, its blocks lie in
+    ``p_selected_keys`` and ``p_selected_values``, and ``p_physical`` says where; otherwise it is
+    made here and written, and physical blocks are indices. ``p_result`` is (B, W, G, R, D).
     """
     i_item = tl.program_id(2)
     i_head = tl.program_id(1)  # those items that choose first, as they take longest
