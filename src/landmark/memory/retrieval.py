@@ -61,7 +61,8 @@ class Selector:
     """Who shares a selection of blocks: the interface, and what most selectors have in common.
 
     A layer has a selector of its own. The base class keeps no state. The latest candidate of an own
-    block is block ``grid.local_first - 1``; the candidates' numbers are ``LandmarkKeys.blocks``.
+    block is block ``grid.local_first - 1``, of age 0; the candidates' numbers are
+    ``LandmarkKeys.blocks``.
 
     On a GPU kernels compute ``TokenHeadSelector.select``, with a decode step in few launches and as
     a CUDA graph. A selector with another ``select`` runs in plain PyTorch, and kernels attend.
@@ -101,11 +102,13 @@ class Selector:
         """Selects up to ``top_k`` blocks for each query.
 
         Args:
-            query: ``(B, G, R, n, W, D)``, rotated by its offset inside the block, not scaled.
+            query: ``(B, G, R, n, W, D)``, rotated by its offset inside the block, not scaled:
+                ``landmark_scores`` wants ``query * context.scale``.
             grid: where these queries stand.
             candidates: blocks ``0..candidates - 1`` may be selected.
             context: the layer.
-            is_first: whether these are the first own blocks of the call.
+            is_first: whether these are the first own blocks of the call; selectors without a state
+                have no use for it.
         """
         raise NotImplementedError
 

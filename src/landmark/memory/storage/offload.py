@@ -31,7 +31,8 @@ class HeldExtent(NamedTuple):
     Attributes:
         extent: some consecutive blocks.
         rows: ``(B,)`` row of the extent that holds each row of the batch.
-        exclusive: whether nobody else reads it; otherwise it is copied before it is written.
+        exclusive: whether nobody else reads it; otherwise it is copied before it is written. A
+            shared extent stays shared when the others are gone.
     """
 
     extent: Extent
