@@ -6,7 +6,7 @@ PYTEST_FLAGS ?=
 # One thread for each worker: the tests run on all cores at once.
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-full test-gpu matrix check docs picture tables setup clean
+.PHONY: demo test test-full test-gpu matrix check docs picture tables results setup clean
 
 demo: $(VENV)/.installed-viz
 	$(BIN)/landmark demo
@@ -41,6 +41,10 @@ picture:
 
 tables: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/tables.py
+
+# Every result that this machine can measure, anew: make results DATA=books
+results: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/run_all.py --data $(DATA)
 
 setup: $(VENV)/.installed-test
 

@@ -14,7 +14,6 @@ that of a whole process as Linux counts it, code and weights included.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -25,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 
 from landmark import LandmarkCache
@@ -34,7 +34,7 @@ from landmark.eval.episodes import Episode, Question, build_episode, named_codes
 from landmark.eval.fillers import Filler
 from landmark.texts.loading import LoadedModel, load, quiet
 from landmark.texts.reading import read_into_memory, tokenize
-from landmark.versions import versions
+from landmark.versions import made_with
 
 TENTH = 5  # of the text, counted from 0, that the key lies in
 APPENDED = 1 << 13  # text tokens that are read after opening
@@ -63,6 +63,10 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     subject = load(None, "cpu")
+    made = {
+        **made_with("cpu", "torch", "transformers"),
+        "threads": torch.get_num_threads(),
+    }
     document, more = episodes(subject, options.data, options.tokens, options.seed)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         saved = remember(subject, document, folder, options.folder)
@@ -83,15 +87,7 @@ def main() -> None:
         "settings": subject.model.landmark.to_dict(),
         "dtype": subject.dtype,
     }
-    made_with = {
-        **versions("torch", "transformers"),
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps({"versions": made_with, "rows": [row]}, indent=1) + "\n", encoding="utf-8"
-    )
+    record.write(options.out, made, {"rows": [row]})
 
 
 def episodes(subject: LoadedModel, data: Path, tokens: int, seed: int) -> tuple[Episode, Episode]:

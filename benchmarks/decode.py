@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import record
 import torch
 from torch import Tensor
 
@@ -32,7 +32,7 @@ from landmark.memory.layer import LayerMemory
 from landmark.memory.retrieval import landmark_scores
 from landmark.memory.rotary_tables import RotaryTables
 from landmark.rotary import Rotary
-from landmark.versions import versions
+from landmark.versions import made_with
 
 if TYPE_CHECKING:
     from landmark.memory.triton.decode import Decoded
@@ -297,6 +297,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected an NVIDIA GPU, found none: run it where torch.cuda.is_available()")
+    made = made_with("cuda", "torch", "triton")
     copied = copy_speed()
     rows = []
     print(
@@ -314,12 +315,11 @@ def main() -> None:
         "dim": DIM,
         "block_size": BLOCK,
         "top_k": TOP_K,
+        "local_blocks": LOCAL,
+        "dtype": "bfloat16",
+        "copied_bytes_per_second": copied,
     }
-    settings |= {"local_blocks": LOCAL, "dtype": "bfloat16", "copied_bytes_per_second": copied}
-    made_with = {**versions("torch", "triton"), "device": torch.cuda.get_device_name()}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    found = {"versions": made_with, "settings": settings, "rows": rows}
-    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    record.write(options.out, made, {"settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

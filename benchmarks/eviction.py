@@ -12,11 +12,11 @@ on the machine does not count.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 
 from landmark import LandmarkConfig
@@ -24,7 +24,7 @@ from landmark.memory.geometry import make_geometry
 from landmark.memory.storage import offload
 from landmark.memory.storage.store import EVICTION_STEP, BlockStore
 from landmark.memory.storage.tiers import TIERS, OffloadConfig
-from landmark.versions import versions
+from landmark.versions import made_with
 
 SIZE = 2
 DIM = 2
@@ -52,12 +52,9 @@ def main() -> None:
     options = parser.parse_args()
     offload.EXTENT_BYTES = options.extent_bytes
     torch.set_num_threads(1)
+    made = {**made_with("cpu", "torch"), "threads": 1}
     rows = measure(options.tier, options.blocks, options.max_blocks, options.window)
-    made_with = {**versions("torch"), "device": "cpu", "threads": 1}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps({"versions": made_with, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+    record.write(options.out, made, {"rows": rows})
 
 
 def measure(tier: str, blocks: int, max_blocks: int, window: int) -> list[dict[str, Any]]:

@@ -1,16 +1,16 @@
 """Times the tokens that whole models generate behind a long memory, by tier, beside their stock
 twins.
 
-    python benchmarks/generate.py --data books --out benchmarks/results/generate.json
+    python benchmarks/generate.py --part large --out benchmarks/results/generate-large.json
 
-Four parts, each a process of its own: `small` and `large`, of an 8B shape and of a 1B shape with
-random weights, which read random tokens without retrieval; `real`, the bundled model on a book of
-the test split, which it reads and then generates by being told the book's own tokens; `replayed`,
-the 8B shape, whose every choice is replaced by what the bundled model chose at the same place in
-the book. The stock model's cache is filled with random keys, not read. A token's time is the wall
-clock between two tokens that reach a streamer, the device waited for; the first ones are left out.
-Bytes on the device are those that PyTorch counts as allocated, less those before the memory was
-made.
+Four parts, each a process and a file of its own: `small` and `large`, of a 1B shape and of an 8B
+shape with random weights, which read random tokens without retrieval; `real`, the bundled model on
+a book of the test split, which it reads and then generates by being told the book's own tokens;
+`replayed`, the 8B shape, whose every choice is replaced by what the bundled model chose at the same
+place in the book. The stock model's cache is filled with random keys, not read. A token's time is
+the wall clock between two tokens that reach a streamer, the device waited for; the first ones are
+left out. Bytes on the device are those that PyTorch counts as allocated, less those before the
+memory was made.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -30,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from torch import Tensor
 from transformers import (
@@ -48,7 +47,7 @@ from landmark.memory.triton import decode
 from landmark.memory.triton.decode import Scores
 from landmark.texts.loading import load
 from landmark.texts.reading import tokenize
-from landmark.versions import versions
+from landmark.versions import made_with
 
 SHAPES = {
     "8B": {
@@ -74,7 +73,6 @@ STOCK_TIMED = 32
 REAL_TOKENS = 128_000
 PROMPT = 8
 DEVICE = "cuda"
-PARTS = ("small", "large", "real", "replayed")
 
 
 class Stamps:
@@ -400,53 +398,39 @@ def choosing(model: Any, cache: LandmarkCache, choices: dict[int, Tensor]) -> It
         decoder.extend = extend
 
 
+PARTS = {"small": small, "large": large, "real": real, "replayed": replayed}
+
+
 def main() -> None:
     """Parses, measures, writes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file; replaced")
-    parser.add_argument("--data", type=Path, required=True, help="folder with test/*.txt")
-    parser.add_argument(
-        "--parts", default=",".join(PARTS), help="which, with commas; rows of others stay"
-    )
+    parser.add_argument("--part", choices=list(PARTS), required=True)
+    parser.add_argument("--data", type=Path, help="folder with test/*.txt, for the part `real`")
     parser.add_argument(
         "--recorded",
         type=Path,
         default=Path("out/recorded.pt"),
-        help="what the bundled model chose",
+        help="what the bundled model chose: written by `real`, read by `replayed`",
     )
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected an NVIDIA GPU, found none: run it where torch.cuda.is_available()")
     warnings.filterwarnings("ignore", message=".*was never trained.*")
-    if options.alone:
-        with torch.no_grad():
-            for row in globals()[options.alone](options):
-                print(json.dumps(row), flush=True)
-        return
+    if options.part == "real" and options.data is None:
+        parser.error("--data: expected a folder with test/*.txt for `real`, got none")
     options.recorded.parent.mkdir(parents=True, exist_ok=True)
-    old = (
-        json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.exists() else {}
-    )
-    for part in options.parts.split(","):
-        command = [sys.executable, __file__, *sys.argv[1:], "--alone", part]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            old[part] = []
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                if line.startswith("{"):
-                    old[part].append(json.loads(line))
-    made_with = {
-        **versions("torch", "triton", "transformers"),
-        "device": torch.cuda.get_device_name(),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps({"versions": made_with, "rows": old}, indent=1) + "\n", encoding="utf-8"
-    )
+    made = made_with(DEVICE, "torch", "triton", "transformers")
+    rows = []
+    with torch.no_grad():
+        for row in PARTS[options.part](options):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+            record.write(
+                options.out, made, {**record.part(options.part, list(PARTS)), "rows": rows}
+            )
 
 
 if __name__ == "__main__":

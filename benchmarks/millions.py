@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import random
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from archive import ask, books, resident_bytes
 from torch import Tensor
@@ -32,7 +32,7 @@ from landmark.eval.episodes import BUCKETS, Episode, Question, build_episode, na
 from landmark.memory.storage.tiers import TIERS
 from landmark.texts.loading import LoadedModel, load, quiet
 from landmark.texts.reading import read_into_memory
-from landmark.versions import versions
+from landmark.versions import made_with
 
 PART = 1 << 16  # tokens that are taken to the model's device at once
 WRITTEN = 64  # tokens, by ``generate``
@@ -72,6 +72,10 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     subject = load(None, options.device, options.dtype)
+    made = {
+        **made_with(subject.device, "torch", "transformers", "triton"),
+        "threads": torch.get_num_threads(),
+    }
     budgets = {"host_bytes": options.host_bytes, "spill_folder": options.folder}
     budgets = {
         "tier": options.tier,
@@ -97,7 +101,7 @@ def main() -> None:
         subject, build_episode(rng, subject.tokenizer, filler, options.tokens, codes), budgets
     )
     row["single"] = []
-    write(options.out, subject, row)
+    write(options.out, made, row)
     for number in range(options.single):
         rng = random.Random(f"{options.seed} {number}")
         bucket = (2 * number + 1) * BUCKETS // (2 * options.single)
@@ -105,7 +109,7 @@ def main() -> None:
             rng, subject.tokenizer, filler, single, [pass_key(rng)], bucket=bucket
         )
         row["single"].append(one(subject, episode, budgets))
-        write(options.out, subject, row)
+        write(options.out, made, row)
 
 
 def many(subject: LoadedModel, episode: Episode, budgets: dict[str, Any]) -> dict[str, Any]:
@@ -253,20 +257,10 @@ def decode(subject: LoadedModel, cache: LandmarkCache, question: Question) -> di
     return found
 
 
-def write(out: Path, subject: LoadedModel, row: dict[str, Any]) -> None:
+def write(out: Path, made: dict[str, Any], row: dict[str, Any]) -> None:
     """Writes what was measured so far."""
-    on_gpu = subject.device.startswith("cuda")
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
     row["single_right"] = sum(each["right"] for each in row["single"])
-    made_with = {
-        **versions("torch", "transformers", "triton"),
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        json.dumps({"versions": made_with, "rows": [row]}, indent=1) + "\n", encoding="utf-8"
-    )
+    record.write(out, made, {"rows": [row]})
 
 
 if __name__ == "__main__":

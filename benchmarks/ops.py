@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import record
 import torch
 from cases import CASES, DENSE, MAKERS, PASSES, PEERS, Case, normal
 from torch import Tensor
@@ -33,7 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from landmark import landmark_attention
 from landmark.ops.choice import refusal
 from landmark.ops.cost import backward_cost, forward_cost
-from landmark.versions import versions
+from landmark.versions import made_with
 
 SEED = 0
 DEVICE = "cuda"
@@ -382,7 +383,7 @@ def heading() -> str:
     return f"{'case':<22}{'peer':<22}{columns}{'peak':>12}{'first':>9}"
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def plot(all_rows: list[dict[str, Any]], device: str | None, path: Path) -> None:
     """Draws TFLOP/s over the length of the dense cases of head dim 128, a line for each peer.
 
     Raises:
@@ -394,11 +395,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure, all_axes = subplots(2, (11.0, 4.5))
     for axes, (name, title) in zip(all_axes, PASSES.items(), strict=True):
         for peer, label in PEERS.items():
-            rows = [
-                row
-                for row in results["rows"]
-                if (row["peer"], row["case"] in shown) == (peer, True)
-            ]
+            rows = [row for row in all_rows if (row["peer"], row["case"] in shown) == (peer, True)]
             rows = sorted(
                 (row for row in rows if "refused" not in row), key=lambda row: row["keys"]
             )
@@ -412,22 +409,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.set(
             xlabel="keys",
             ylabel="TFLOP/s, counted as dense",
-            title=f"{title}, {results['versions']['device']}",
+            title=f"{title}, {device}",
         )
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     save(figure, path)
-
-
-def write(results: dict[str, Any], path: Path) -> None:
-    """Writes the results, a row on each line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in results["rows"])
-    head = "".join(
-        f"{json.dumps(name)}: {json.dumps(results[name])},\n" for name in ("versions", "ceilings")
-    )
-    path.write_text(f'{{{head}"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def main() -> None:
@@ -453,29 +440,22 @@ def main() -> None:
         )
     if not torch.cuda.is_available() or torch.version.cuda is None:
         parser.error("expected an NVIDIA GPU, got none; run it on a machine that has one")
-    made_with = {
-        **versions("torch", "triton", "transformers"),
+    made = {
+        **made_with("cuda", "torch", "triton", "transformers"),
         "cudnn": torch.backends.cudnn.version(),
-        "device": torch.cuda.get_device_name(),
     }
-    results: dict[str, Any] = {
-        "versions": made_with,
-        "ceilings": measure_ceilings(options.milliseconds),
-        "rows": [],
-    }
-    print(
-        json.dumps({name: results[name] for name in ("versions", "ceilings")}),
-        heading(),
-        sep="\n",
-        flush=True,
-    )
+    ceilings = measure_ceilings(options.milliseconds)
+    results: dict[str, Any] = {"ceilings": ceilings, "rows": []}
+    if set(names) != set(CASES):
+        results |= record.part(options.cases, list(CASES))
+    print(json.dumps({"versions": made, "ceilings": ceilings}), heading(), sep="\n", flush=True)
     for name in names:
-        rows = measure(CASES[name], options.milliseconds, results["ceilings"])
+        rows = measure(CASES[name], options.milliseconds, ceilings)
         results["rows"] += rows
-        write(results, options.out)
+        record.write(options.out, made, results)
         print("\n".join(map(line, rows)), flush=True)
     if options.plot:
-        plot(results, options.plot)
+        plot(results["rows"], made["device"], options.plot)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,20 @@ reference, again and again. On a CPU there are no kernels to compare with.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 
 from landmark.eval.fillers import load_filler
 from landmark.eval.measure import measured
 from landmark.memory import layer
 from landmark.texts.loading import LoadedModel, load
-from landmark.versions import versions
+from landmark.versions import made_with
 
 CHUNK = 1 << 14
 
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     subject = load(None, options.device)
+    made = made_with(subject.device, "torch", "triton")
     rows = []
     with subject.configured(chunk_tokens=CHUNK):
         for remembered in map(int, options.remembered.split(",")):
@@ -102,15 +103,7 @@ def main() -> None:
                     ),
                     flush=True,
                 )
-    on_gpu = torch.cuda.is_available() and str(subject.device).startswith("cuda")
-    made_with = {
-        **versions("torch", "triton"),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps({"versions": made_with, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+    record.write(options.out, made, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import landmark
 from landmark.blocks import tokens_for
 from landmark.train.run import compile_layers
-from landmark.versions import versions
+from landmark.versions import made_with
 
 BLOCK_SIZE = 64
 LARGE = {
@@ -120,6 +121,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected an NVIDIA GPU, got none; run it on a machine that has one")
+    made = made_with("cuda", "torch", "triton", "transformers")
     dense = stepper(
         stock_model(LARGE, "cuda", torch.bfloat16),
         options.positions,
@@ -137,24 +139,14 @@ def main() -> None:
         name: found["landmark"][name] / found["stock, cuDNN"][name]
         for name in ("milliseconds", "peak_bytes")
     }
-    made_with = {
-        **versions("torch", "triton", "transformers"),
-        "device": torch.cuda.get_device_name(),
-    }
     settings = {
         "shape": LARGE,
         "positions": options.positions,
         "block_size": BLOCK_SIZE,
         "repeats": options.repeats,
     }
-    results = {
-        "versions": made_with,
-        "settings": settings,
-        "steps": found,
-        "landmark to stock": ratios,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results = {"settings": settings, "steps": found, "landmark to stock": ratios}
+    record.write(options.out, made, results)
     print(json.dumps(results, indent=1))
 
 

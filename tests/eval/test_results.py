@@ -84,7 +84,7 @@ def test_what_is_written_is_read(tmp_path):
     assert results.read(path) == [PASSKEY, PERPLEXITY, RANK]
     content = json.loads(path.read_text())
     assert set(content) == {"versions", "rows"}
-    assert {"landmark", "torch", "transformers", "python", "device", "commit"} == set(
+    assert {"landmark", "torch", "transformers", "python", "device", "commit", "sources"} == set(
         content["versions"]
     )
     assert content["rows"][0]["accuracy"] == 0.5

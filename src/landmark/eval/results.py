@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from landmark.data import outputs
 from landmark.data.text import read_json
-from landmark.versions import versions
+from landmark.versions import made_with, sources
 
 FIGURES = "figures.json"  # recorded results in a bundled model's folder
 
@@ -219,22 +217,12 @@ Row = PasskeyRow | PerplexityRow | RankRow | IndexRow
 Some = TypeVar("Some", PasskeyRow, PerplexityRow, RankRow, IndexRow)
 
 
-def made_with(device: str) -> dict[str, str | None]:
-    """Returns what figures are made with: packages, Python, device, commit of a checkout."""
-    import torch
-
-    on_gpu = device.startswith("cuda")
-    name = (
-        torch.cuda.get_device_name(device)
-        if on_gpu
-        else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
-    return {**versions("torch", "transformers"), "device": name}
-
-
 def write(path: str | Path, rows: Sequence[Row], device: str) -> None:
-    """Writes ``rows`` with the versions to the JSON file ``path``; makes its folder."""
-    content = {"versions": made_with(device), "rows": [dataclasses.asdict(row) for row in rows]}
+    """Writes ``rows`` and what they were made with to the JSON file ``path``; makes its folder."""
+    content = {
+        "versions": made_with(device, "torch", "transformers"),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
     outputs.write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -257,6 +245,7 @@ class Recorder(Generic[Some]):
         self.rows: list[Some] = []
         if out is not None:
             outputs.require_writable(out, "out")
+            sources()  # now, and not after the first row: the hash is that of the code that runs
 
     def __call__(self, row: Some) -> None:
         """Keeps a row."""

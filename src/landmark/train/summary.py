@@ -60,7 +60,7 @@ def summarise(
         "recipe": recipe.to_dict(),
         "arguments": arguments.to_dict(),
         "landmark": getattr(trainer.model.config, "landmark", None),
-        "versions": made_with(),
+        "versions": {**versions(*PACKAGES), "device": _device()},
         "texts": [
             {"title": span.title, "sha256": span.sha256, "tokens": span.tokens}
             for span in documents
@@ -68,10 +68,8 @@ def summarise(
     }
 
 
-def made_with() -> dict[str, str | None]:
-    """Returns the versions that a result depends on, the commit and the device."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {**versions(*PACKAGES), "device": device}
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
 
 
 def write_summary(out: Path, summary: dict[str, Any]) -> None:
