@@ -23,6 +23,11 @@ def parameters_of(*words):
             "top_k: expected 1, got top_k=0; pass top_k=1",
             "--top-k: expected 1, got top_k=0; pass --top-k 1",
         ),
+        (
+            ["train"],
+            "out: a run is there; give resume=True, or out=FOLDER",
+            "--out: a run is there; give --resume, or --out FOLDER",
+        ),
         (["convert"], "model: expected a model", "MODEL: expected a model"),
         (["generate"], "model: expected a model", "--model: expected a model"),
         (["generate"], "./top_k: a file; its model is", "./top_k: a file; its model is"),

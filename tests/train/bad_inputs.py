@@ -168,7 +168,11 @@ CASES = [
         lambda folder: run(folder, recipe=toy_recipe(length=100_000, episodes=0.0)),
         "one row.*add text",
     ),
-    ("a run is there already", a_run_is_there, "already there; pass --resume.* or another --out"),
+    (
+        "a run is there already",
+        a_run_is_there,
+        "expected no run with checkpoints, got one; give resume=True .* or another out=",
+    ),
     (
         "resume without a run",
         lambda folder: run(folder, resume=True),
@@ -177,7 +181,7 @@ CASES = [
     (
         "resume without a checkpoint",
         no_checkpoint,
-        "no checkpoint to resume from; train without --resume",
+        "expected a checkpoint to resume from, got none; train without resume=True",
     ),
     (
         "damaged checkpoint",
@@ -197,7 +201,7 @@ CASES = [
     (
         "LoRA without a model",
         lambda folder: run(folder, lora=4),
-        "lora: expected a model to adapt.*pass --model",
+        "lora: expected a landmark model to adapt.*give model=",
     ),
     ("LoRA of rank 0", without("wandb", lora=0), "lora: expected a rank of at least 1, got 0"),
     ("LoRA without peft", without("peft", lora=4), r"pip install landmark-attention\[peft\]"),

@@ -35,7 +35,8 @@ def in_options(message: str, parameters: Sequence[Any]) -> str:
     """Returns a message with the options of a command in place of parameters.
 
     A message that begins with ``top_k:`` begins with ``--top-k:``, and a remedy, behind the last
-    semicolon, says ``--top-k 4`` for ``top_k=4``. Arguments are written in capitals.
+    semicolon, says ``--top-k 4`` for ``top_k=4`` and ``--resume`` for ``resume=True``. Arguments
+    are written in capitals.
 
     Args:
         message: what was expected, what was got; the remedy.
@@ -56,5 +57,6 @@ def in_options(message: str, parameters: Sequence[Any]) -> str:
     if not semicolon:
         return message
     for parameter, option in options.items():
+        remedy = re.sub(rf"\b{parameter}=True\b", option, remedy)
         remedy = re.sub(rf"\b{parameter}=", f"{option} ", remedy)
     return f"{before};{remedy}"

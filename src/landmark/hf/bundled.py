@@ -26,7 +26,8 @@ def model_path(name: str = "landmark") -> Path:
     folder = Path(str(resources.files("landmark"))) / "bundled" / name
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"this installation carries no bundled model {name!r}: reinstall, or pass --model"
+            f"expected the bundled model {name!r}, got an installation without it; install it "
+            "again, or name another model"
         )
     return folder
 

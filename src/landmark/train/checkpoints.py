@@ -34,8 +34,8 @@ def last_checkpoint(out: Path) -> Path:
     }
     if not found:
         raise FileNotFoundError(
-            f"{out / FOLDER}: no checkpoint to resume from; train without --resume, with "
-            "--save-every"
+            f"{out / FOLDER}: expected a checkpoint to resume from, got none; train without "
+            "resume=True, with save_every=100"
         )
     path = found[max(found)]
     remedy = f"delete {path.name} to resume from an earlier one"
@@ -68,8 +68,8 @@ def refuse_overwriting(out: Path) -> None:
     """
     if _checkpoints(out):
         raise ValueError(
-            f"{out}: a run with checkpoints is already there; pass --resume to continue it, or "
-            "another --out"
+            f"{out}: expected no run with checkpoints, got one; give resume=True to continue it, "
+            "or another out=FOLDER"
         )
 
 
@@ -117,8 +117,8 @@ def require_same_recipe(out: Path, recipe: Recipe, arguments: RunArguments) -> N
         ]
     if changed:
         raise ValueError(
-            f"{out}: expected the settings the run began with, got other {changed}; drop --resume "
-            "or those"
+            f"{out}: expected the settings the run began with, got other {changed}; leave out "
+            "resume=True or those"
         )
 
 

@@ -174,7 +174,7 @@ def _check(out: Path, recipe: Recipe, arguments: RunArguments, *, resume: bool) 
     """Checks what can be checked before any work, and returns the checkpoint to resume from."""
     if arguments.lora is not None and (arguments.model is None or arguments.plain):
         raise ValueError(
-            "lora: expected a model to adapt, with landmarks, got none or --plain; pass --model"
+            "lora: expected a landmark model to adapt, got none or a plain one; give model=NAME"
         )
     if importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError(
@@ -276,7 +276,7 @@ def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
             f"{optimiser.batch}; change one of them"
         )
     if run.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported():
-        raise ValueError("precision: this GPU has no bf16; pass --precision fp32")
+        raise ValueError("precision: expected one that this GPU has, got bf16; give precision=fp32")
     workers = run.workers
     if workers is None:
         workers = min(12, max(1, (os.cpu_count() or 1) - 1))
