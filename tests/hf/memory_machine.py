@@ -7,13 +7,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from memory_generation import Generating
-from memory_mistakes import MISTAKES
+from memory_mistakes import MISTAKES, another_text
 from memory_state import AROUND, CACHE_NAMES, CHUNKS, MOST_ROWS, TIERS, Memory
 
 import machine
@@ -198,6 +199,17 @@ class Machine(Generating):
     @rule(name=st.sampled_from(sorted(MISTAKES)))
     def mistake(self, name: str) -> None:
         """Refused in one line, and the memory is as it was."""
-        call = MISTAKES[name](self)
+        self.refused_if_any(MISTAKES[name](self))
+
+    @precondition(has_read)
+    @rule(beams=st.sampled_from((1, 2)))
+    def generate_behind_another_text(self, beams: int) -> None:
+        """Refused too. A rule of its own: among the mistakes it comes so seldom that a search may
+        end before it.
+        """
+        self.refused_if_any(another_text(self, num_beams=beams))
+
+    def refused_if_any(self, call: Callable[[], Any] | None) -> None:
+        """A mistake that cannot be made with this memory is none."""
         if call is not None:
             self.refused(call)

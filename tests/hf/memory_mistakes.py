@@ -35,8 +35,8 @@ def generated(memory: Memory, tokens: int = 1, model: Any = None, **options: Any
     return lambda: (model or memory.model).generate(options.pop("ids", text), **options)
 
 
-def another_text(memory: Memory) -> Call | None:
-    """Its ids differ in the last column that tells its token."""
+def another_text(memory: Memory, **options: Any) -> Call | None:
+    """Generates behind ids that differ in the last column that tells its token."""
     places = [
         place for place, column in enumerate(memory.rows[0]) if column.text and not column.unknown
     ]
@@ -44,7 +44,7 @@ def another_text(memory: Memory) -> Call | None:
         return None
     text, _ = as_tensors(memory.rows, memory.columns(1, 0), whole=True)
     text[0, places[-1]] = 1 + text[0, places[-1]] % (models.VOCAB - 1)
-    return generated(memory, ids=text)
+    return generated(memory, ids=text, **options)
 
 
 def a_beginning(memory: Memory) -> Call | None:
@@ -165,7 +165,6 @@ MISTAKES: dict[str, Callable[[Memory], Call | None]] = {
         lambda: m.cache.batch_select_indices(torch.tensor([0, len(m.rows)]))
     ),
     "several rows saved": lambda m: when(len(m.rows) > 1, lambda: m.cache.save(m.new_folder())),
-    "another text": another_text,
     "the question alone": lambda m: when(
         m.past() > 2,
         lambda: m.model.generate(ids(m, len(m.rows), 2), past_key_values=m.cache, max_new_tokens=2),
