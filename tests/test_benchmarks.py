@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import cases  # noqa: E402
+import record  # noqa: E402
 import tables  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("benchmarks_ops", BENCHMARKS / "ops.py")
@@ -267,10 +268,13 @@ def test_readme_table():
 
 
 def test_results_are_written_and_drawn(tmp_path):
-    ops.write(RESULTS, tmp_path / "new" / "ops.json")
-    assert json.loads((tmp_path / "new" / "ops.json").read_text()) == RESULTS
+    path = tmp_path / "new" / "ops.json"
+    made = {"device": "a machine", "sources": None}
+    figures = {name: value for name, value in RESULTS.items() if name != "versions"}
+    record.write(path, made, figures)
+    assert json.loads(path.read_text()) == {**RESULTS, "versions": made}
     pytest.importorskip("matplotlib")
-    ops.plot(RESULTS, tmp_path / "ops.png")
+    ops.plot(RESULTS["rows"], RESULTS["versions"]["device"], tmp_path / "ops.png")
     assert (tmp_path / "ops.png").stat().st_size > 10_000
 
 

@@ -12,7 +12,8 @@ from landmark import versions as module
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A repository with one committed file, which stands for the package."""
-    file = tmp_path / "versions.py"
+    file = tmp_path / "src" / "versions.py"
+    file.parent.mkdir()
     file.write_text("")
 
     def git(*words):
@@ -28,8 +29,14 @@ def checkout(tmp_path, monkeypatch):
 def test_commit_of_a_checkout(checkout):
     file, git = checkout
     assert module.versions()["commit"] is None, "not tracked"
-    git("add", file.name)
+    git("add", str(file))
     git("commit", "-qm", "one")
+    assert module.versions()["commit"] == git("rev-parse", "HEAD")
+    for name in ("benchmarks/results/a.json", "docs/a.md"):  # which a run writes
+        written = file.parents[1] / name
+        written.parent.mkdir(parents=True)
+        written.write_text("")
+        git("add", str(written))
     assert module.versions()["commit"] == git("rev-parse", "HEAD")
     file.write_text("changed")
     assert module.versions()["commit"] == git("rev-parse", "HEAD") + " with changes"

@@ -23,8 +23,8 @@ def versions(*packages: str) -> dict[str, str | None]:
     """Returns the versions that a result depends on, and the commit.
 
     The commit is that of the checkout which holds this file, followed by ``with changes`` where
-    tracked files differ from it. Outside a checkout it is what the environment variable
-    ``LANDMARK_COMMIT`` says, and ``None`` without one.
+    tracked sources differ from it (results, docs and tests are none). Outside a checkout it is what
+    the environment variable ``LANDMARK_COMMIT`` says, and ``None`` without one.
 
     Args:
         *packages: names of packages beside landmark and Python.
@@ -139,7 +139,9 @@ def _commit() -> str | None:
     if _git(folder, "ls-files", "--error-unmatch", __file__) is None:
         return os.environ.get(COMMIT_VARIABLE)
     commit = _git(folder, "rev-parse", "HEAD")
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    here = [f":/{name}" for name in SOURCE_FOLDERS]
+    results = f":(exclude,top){RESULTS}"
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *here, results)
     if commit and changes:
         return f"{commit} with changes"
     return commit
