@@ -252,6 +252,7 @@ CLI = {
         "--filler",
         "--out",
     },
+    "eval recall": {"--model", "--lengths", "--trials", "--facts", "--out"},
     "rank": {"--model", "--top"},
     "eval rank": {"--model", "--data", "--passages", "--out"},
     "memory info": set(),

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-MODES = ["retrieval", "all"]
+MODES = ["retrieval", "all", "top_k"]
 GRANULARITIES = ["token_head", "head", "token", "group"]
 POSITIONS = ["stingy", "exact"]
 LOCALS = ["blocks", "chunk"]
@@ -52,7 +52,9 @@ class LandmarkConfig:
         local: what is local. ``blocks`` defines it by block index. With ``chunk`` the whole chunk
             is local and all before it is memory, as in the paper's evaluation; results then depend
             on the chunk size.
-        mode: ``retrieval``, or ``all``: every query attends to every past block (training).
+        mode: ``retrieval``; ``all``: every query attends to every past block (training);
+            ``top_k``: each keeps its best ``top_k + local_blocks`` past blocks, as many as it sees
+            in retrieval (training, in one pass without a memory).
         chunk_tokens: text tokens of a prefill chunk. It changes no result, except with
             ``local="chunk"``.
         trained_length: positions the model was trained on; ``None`` when unknown.

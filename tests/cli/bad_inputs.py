@@ -413,6 +413,16 @@ CASES = [
     ),
     ("rank passages without bm25s", without_bm25s, r"BM25: expected.*landmark-attention\[rank\]"),
     (
+        "recall of a plain model",
+        run("eval recall --model PLAIN --lengths 200 --trials 1"),
+        "--model: expected a landmark model, got .*, which retrieves nothing",
+    ),
+    (
+        "recall of no facts",
+        run("eval recall --model MARKED --facts 0"),
+        "--facts: expected integers of at least 1",
+    ),
+    (
         "rank passages by a plain model",
         run("eval rank --data FILE --model PLAIN", b"word " * 900),
         "--model: expected a landmark model",

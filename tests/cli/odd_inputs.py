@@ -192,6 +192,9 @@ READERS = {
     "passkey": (
         "eval passkey --model MARKED --lengths 150 --trials 1 --filler THING --out out/rows.json"
     ),
+    "recall": (
+        "eval recall --model MARKED --lengths 150 --trials 1 --filler THING --out out/rows.json"
+    ),
     "perplexity": (
         "eval perplexity --model MARKED --data THING --lengths 20 --max-tokens 40 --out "
         "out/rows.json"

@@ -169,6 +169,7 @@ COMMANDS = {
     "ask": (["ask", "memory", " What is", "--max-new-tokens", "1"], "answering"),
     "rank": (["rank", "river", "a.txt"], "tokens read"),
     "eval passkey": (["eval", "passkey", "--lengths", "400", "--trials", "2"], "tokens read"),
+    "eval recall": (["eval", "recall", "--lengths", "400", "--trials", "2"], "tokens read"),
     "eval perplexity": (
         ["eval", "perplexity", "--data", "a.txt", "--lengths", "100", "--local", "30"],
         "measuring",

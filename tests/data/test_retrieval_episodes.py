@@ -2,6 +2,7 @@
 evaluation asks.
 """
 
+import random
 import re
 from collections import Counter
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from landmark.data import wordings
-from landmark.data.episodes import IGNORED, Episodes, _sentence_ends
+from landmark.data.episodes import IGNORED, Episodes, _names, _sentence_ends, _subjects
 from landmark.data.tokenizer import backend
 
 TOKENS = 504
@@ -78,7 +79,7 @@ def test_answers_are_the_codes_of_what_was_asked(rows, tokenizer):
             facts = [
                 s
                 for s in re.findall(r"[^.\n\[\]]*\d+[^.\n\[\]]*", before)
-                if re.search(rf"\b{name}\b(?!')", s)
+                if re.search(rf"\b{name}\b(?!')", s) and re.search(rf"\b{label}\b", s)
             ]
             assert facts and all(value in fact for fact in facts), (facts, value)
             asked += 1
@@ -99,6 +100,75 @@ def test_every_question_follows_its_fact(rows, digits):
             first.setdefault(value, places[0])
             if row.answers[places[0]]:
                 assert all(row.answers[places]) and first[value] < places[0]
+
+
+def test_questions_say_where_their_answer_was_said(rows, tokenizer):
+    """Each with all mentions before it; the first of them has no loss."""
+    seen = 0
+    for row in rows:
+        answers = np.zeros(TOKENS, dtype=bool)
+        for question in row.questions:
+            answers[question.answer] = True
+            assert question.tokens.stop == question.answer.stop
+            assert question.tokens.start < question.answer.start
+            wanted = row.input_ids[question.answer].tolist()
+            text = tokenizer.decode(row.input_ids[: question.tokens.start].tolist())
+            code = tokenizer.decode(wanted)
+            said = len(re.findall(rf"(?<!\d){code}(?!\d)", text))
+            assert [row.input_ids[tokens].tolist() for tokens in question.evidence] == said * [
+                wanted
+            ]
+            assert question.evidence[-1].stop <= question.tokens.start
+            assert (row.labels[question.evidence[0]] == IGNORED).all()
+            seen += said
+        assert np.array_equal(answers, row.answers)
+    assert seen > COUNT
+
+
+def subjects(row, tokenizer):
+    """What the codes of a row are of, as (kind, name), by plain statements."""
+    text = tokenizer.decode(row.input_ids.tolist())
+    return set(re.findall(r"The ([a-z ]+?) of ([^.?]+?) is \d+\.", text))
+
+
+def test_rows_hold_as_many_facts_as_asked_for(ids, tokenizer):
+    make = Episodes(
+        backend(tokenizer), ids, tokens=4000, seed=3, facts=64, questions=16, distractors=40
+    )
+    rows = [make(index) for index in range(60)]
+    assert max(len(row.questions) for row in rows) > 12
+    stated = [len(subjects(row, tokenizer)) for row in rows]
+    assert max(stated) > 40
+    for row in rows:
+        for question in row.questions:
+            wanted = row.input_ids[question.answer].tolist()
+            assert all(row.input_ids[tokens].tolist() == wanted for tokens in question.evidence)
+
+
+@pytest.mark.parametrize("count", [1, 8, 64])
+def test_some_facts_differ_by_their_kind_alone(count):
+    shared = 0
+    for seed in range(400):
+        found = _subjects(random.Random(seed), count)
+        assert len(found) == len(set(found)) == count
+        names = Counter(subject.name for subject in found)
+        if max(names.values()) == 1:
+            continue
+        shared += 1
+        kinds = {subject.label for subject in found}
+        assert len(kinds) <= 3 and len(names) <= 1 + count // 2
+        assert not any(a != b and a in b for a in kinds for b in kinds), kinds
+    assert abs(shared / 400 - 0.25) < 0.08 or (count == 1 and shared == 0)
+
+
+def test_a_third_of_names_share_their_words():
+    few = 0
+    for seed in range(300):
+        names = _names(random.Random(seed), 40)
+        assert len(set(names)) == 40
+        words = Counter(word for name in names for word in name.split() if word != "the")
+        few += sum(times > 1 for times in words.values()) > len(words) / 2
+    assert abs(few / 300 - 1 / 3) < 0.08
 
 
 def test_shares_of_kinds(rows, digits):

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from landmark.data.episodes import IGNORED, Episodes
-from landmark.data.rows import Rows, Windows, plain_row, stack
+from landmark.data.rows import Rows, Share, Stage, Windows, plain_row, stack
 from landmark.data.tokenizer import backend
 
 TOKENS = 130
@@ -17,7 +17,8 @@ TOKENS = 130
 @pytest.fixture
 def mixed(ids, tokenizer):
     episodes = Episodes(backend(tokenizer), ids, tokens=TOKENS, seed=3)
-    return Rows(Windows(ids, tokens=TOKENS, seed=3), episodes, share=0.5, count=400, seed=3)
+    windows = Windows(ids, tokens=TOKENS, seed=3)
+    return Rows([Stage([Share(episodes, 0.5), Share(windows, 0.5)], groups=400)], seed=3)
 
 
 def test_a_pass_visits_every_window_once():
@@ -50,20 +51,20 @@ def test_plain_rows_are_predicted_throughout():
 
 
 def test_share_of_episodes(mixed):
-    counted = sum(mixed[index].answers.any() for index in range(400))
+    counted = sum(row.answers.any() for index in range(400) for row in mixed[index])
     assert abs(counted / 400 - 0.5 * 0.85) < 0.08
 
 
 def test_order_is_that_of_the_index(mixed):
     def batches(workers):
         loader = DataLoader(
-            mixed, 50, num_workers=workers, collate_fn=lambda rows: stack(rows, answers=True)
+            mixed, 50, num_workers=workers, collate_fn=lambda groups: stack(groups, answers=True)
         )
         return list(loader)
 
     for here, there in zip(batches(0), batches(2), strict=True):
         assert all(torch.equal(here[name], there[name]) for name in here)
-    assert torch.equal(batches(0)[1]["input_ids"][3], torch.from_numpy(mixed[53].input_ids))
+    assert torch.equal(batches(0)[1]["input_ids"][3], torch.from_numpy(mixed[53][0].input_ids))
 
 
 def test_stacked_types(mixed):
@@ -74,3 +75,20 @@ def test_stacked_types(mixed):
         "answers": (torch.bool, (2, TOKENS)),
     }
     assert "answers" not in stack([mixed[0]], answers=False)
+
+
+def test_stages_follow_each_other():
+    """Every window of a pass once, first in groups of three short rows, then one long row each."""
+    ids = np.arange(1000, dtype=np.uint16)
+    short = Stage([Share(Windows(ids, tokens=10, seed=0), 1.0)], groups=4, rows=3)
+    long = Stage([Share(Windows(ids, tokens=30, seed=0), 1.0)], groups=5)
+    rows = Rows([short, long], seed=0)
+    assert len(rows) == 9
+    assert [[len(row.input_ids) for row in group] for group in rows] == 4 * [[10] * 3] + 5 * [[30]]
+    for groups, windows in ((range(4), 12), (range(4, 9), 5)):
+        tokens = np.concatenate([row.input_ids for index in groups for row in rows[index]])
+        assert len(set(tokens.tolist())) == len(tokens) == windows * (10 if windows == 12 else 30)
+    with pytest.raises(IndexError, match="expected an index below 9, got one greater by 0"):
+        rows[9]
+    batch = stack([rows[0], rows[1]], answers=False)
+    assert batch["input_ids"].shape == (6, 10)

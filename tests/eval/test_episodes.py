@@ -44,6 +44,11 @@ def test_document_is_as_long_as_said_and_holds_the_fact_where_said(tokenizer, le
     assert len(episode.document) == length
     (place,) = episode.places
     assert tokenizer.decode(episode.document[place.start : place.stop].tolist()) == fact.statement
+    ((first, second),) = episode.evidence
+    for mention in (first, second):
+        said = tokenizer.decode(episode.document[mention.start : mention.stop].tolist())
+        assert said.strip() == fact.answer.strip()
+        assert place.start < mention.start < mention.stop < place.stop
     assert other.statement in tokenizer.decode(episode.document.tolist())
     left = (
         tokenizer.decode(episode.document.tolist())

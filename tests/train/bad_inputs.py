@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from toy import silent, toy_recipe  # noqa: E402
 
+from landmark.hf.bundled import model_path  # noqa: E402
 from landmark.train.checkpoints import RECIPE  # noqa: E402
 from landmark.train.recipe import Recipe, load_recipe  # noqa: E402
 from landmark.train.run import train  # noqa: E402
@@ -22,6 +24,18 @@ from small_text import write_books  # noqa: E402
 def run(folder: Path, out: str = "out", **options: Any) -> object:
     books = write_books(folder / "books", files=1, count=200)
     return train(str(books), folder / out, **{"recipe": toy_recipe(), "report": silent, **options})
+
+
+def chats(folder: Path, row: str | None = None) -> str:
+    """Writes conversations and returns their file."""
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
+    path = folder / "chats.jsonl"
+    path.write_text((row or json.dumps({"messages": messages})) + "\n")
+    return str(path)
+
+
+def bundled() -> str:
+    return str(model_path())
 
 
 def setting(**changes: Any) -> Callable[[], object]:
@@ -95,6 +109,97 @@ CASES = [
         setting(precision="int4"),
         "precision: expected one of auto, bf16, fp32, got 'int4'",
     ),
+    (
+        "a schedule that is a number",
+        recipe_file('{"data": {"schedule": 512}}'),
+        r"recipe\.json: schedule: expected a list such as .*, got 512; mend it",
+    ),
+    (
+        "a schedule of numbers",
+        recipe_file('{"data": {"schedule": [512]}}'),
+        r"schedule: expected objects such as .*, got 512; mend it",
+    ),
+    (
+        "a schedule of other things",
+        recipe_file('{"data": {"schedule": [{"length": 64, "steps": 3}]}}'),
+        r"schedule: expected objects such as .*'steps': 3",
+    ),
+    (
+        "a schedule of half a position",
+        recipe_file('{"data": {"schedule": [{"length": 64.5, "until": 0.5}]}}'),
+        r"schedule: length: expected an integer from 2 to .*, got 64\.5",
+    ),
+    (
+        "a schedule of lengths that do not divide",
+        recipe_file('{"data": {"schedule": [{"length": 100, "until": 0.5}]}}'),
+        "schedule: expected lengths that divide length=512, got 100",
+    ),
+    (
+        "a schedule without a last part",
+        recipe_file('{"data": {"schedule": [{"length": 64, "until": 1}]}}'),
+        "schedule: expected until to rise between 0 and 1, got 1; order the parts",
+    ),
+    (
+        "a schedule that falls",
+        recipe_file(
+            '{"data": {"schedule": [{"length": 64, "until": 0.5}, {"length": 256, "until": 0.4}]}}'
+        ),
+        r"schedule: expected until to rise between 0\.5 and 1, got 0\.4",
+    ),
+    (
+        "a schedule of broken blocks",
+        lambda folder: run(folder, recipe=toy_recipe(schedule=[{"length": 40, "until": 0.5}])),
+        "schedule: expected lengths that are multiples of block_size=16, got 40",
+    ),
+    (
+        "a mixture of more than all",
+        setting(mixture=[{"source": "a", "share": 0.7}, {"source": "b", "share": 0.4}]),
+        r"mixture: expected shares of 1 together at most, got 1\.1",
+    ),
+    (
+        "a mixture of nameless sources",
+        setting(mixture=[{"source": 3, "share": 0.7}]),
+        "mixture: source: expected a string, got 3",
+    ),
+    (
+        "a mixture with a share above 1",
+        setting(mixture=[{"source": "a", "share": 2}]),
+        "mixture: share: expected a number from 0 to 1, got 2",
+    ),
+    (
+        "a mixture with a source that is not there",
+        lambda folder: run(
+            folder, recipe=toy_recipe(mixture=[{"source": "none.jsonl", "share": 0.5}])
+        ),
+        r"none\.jsonl: no such file",
+    ),
+    (
+        "a tokenizer of conversations",
+        lambda folder: train(chats(folder), folder / "out", recipe=toy_recipe(), report=silent),
+        r"tokenizer: expected texts to train a tokenizer on, got messages in .*; give tokenizer=",
+    ),
+    (
+        "episodes of conversations",
+        lambda folder: train(
+            chats(folder),
+            folder / "out",
+            recipe=toy_recipe(),
+            tokenizer=bundled(),
+            report=silent,
+        ),
+        "episodes: expected texts to make episodes of, got other rows only; give episodes=0",
+    ),
+    (
+        "conversations without a role",
+        lambda folder: train(
+            chats(folder, '{"messages": [{"content": "hi"}]}'), folder / "out", report=silent
+        ),
+        r"chats\.jsonl, line 1: expected role and content.*got content of type str; write both",
+    ),
+    ("no facts", setting(facts=0), "facts: expected an integer from 1 to .*, got 0"),
+    ("no questions", setting(questions=0), "questions: expected an integer from 1 to .*, got 0"),
+    ("minus one code", setting(distractors=-1), "distractors: expected an integer from 0 to"),
+    ("half again", setting(all_blocks=1.5), r"all_blocks: expected a number from 0 to 1, got 1\.5"),
     ("unknown setting", setting(learning_rate=1.0), "unknown landmark settings.*learning_rate"),
     ("block size 1", setting(block_size=1), "block_size: expected an integer of at least 2, got 1"),
     (

@@ -55,6 +55,14 @@ def test_override_finds_the_section():
     assert (recipe.tokenizer.vocab_size, recipe.save.dtype, recipe.run.seed) == (300, "bfloat16", 1)
 
 
+def test_a_schedule_divides_the_steps():
+    schedule = [{"length": 64, "until": 0.5}, {"length": 256, "until": 0.8}]
+    recipe = Recipe.from_dict({"data": {"length": 512, "schedule": schedule}}).override(steps=11)
+    assert [tuple(part) for part in recipe.parts()] == [(64, 6), (256, 3), (512, 2)]
+    assert json.loads(json.dumps(recipe.to_dict()))["data"]["schedule"] == schedule
+    assert [tuple(part) for part in Recipe().parts()] == [(512, 4800)]
+
+
 def test_short_runs_still_warm_up_and_decay():
     recipe = Recipe().override(steps=10)
     assert (recipe.warmup, recipe.decay) == (6, 4)

@@ -1,8 +1,10 @@
 """Runs from end to end: what is saved, what the summary says, what decides the losses."""
 
+import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,8 @@ from transformers import (
 
 import landmark
 from landmark.data.tokenizer import load_tokenizer
+from landmark.hf.attention import FullPass
+from landmark.hf.recall import EvidenceQuery, EvidenceRecall
 from landmark.train.prepare import prepare_rows
 from landmark.train.run import compile_layers, train
 
@@ -86,7 +90,10 @@ def test_summary(scratch, books):
         "text_loss",
         "episodes_loss",
         "episodes_accuracy",
+        "episodes_recall",
     }
+    for layer in summary["evaluations"][0]["episodes_recall"]:
+        assert len(layer["heads"]) == 2 and 0 <= max(layer["heads"]) <= layer["any_head"] <= 1
     assert [text["sha256"] for text in summary["texts"]] == [
         hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(books.glob("*.txt"))
     ]
@@ -107,11 +114,14 @@ def test_twin_is_a_stock_model_on_the_same_rows(twin, scratch, books, tmp_path):
     assert (out / "tokenizer.json").read_bytes() == (scratch[0] / "tokenizer.json").read_bytes()
     rows = [
         prepare_rows(
-            str(books), tmp_path / folder.name, toy_recipe(), load_tokenizer(folder), tokens=150
+            str(books), tmp_path / folder.name, toy_recipe(), load_tokenizer(folder), block_size=16
         ).train
         for folder in (out, scratch[0])
     ]
-    assert all((rows[0][index].input_ids == rows[1][index].input_ids).all() for index in range(16))
+    for index in range(16):
+        (here,) = rows[0][index]
+        (there,) = rows[1][index]
+        assert (here.input_ids == there.input_ids).all()
 
 
 def test_losses_follow_from_the_seed(twin, books, tmp_path):
@@ -141,6 +151,105 @@ def test_micro_batches_change_nothing(books, scratch, tmp_path, plain, episodes)
         options = {"plain": plain, "tokenizer": str(scratch[0]), "report": silent}
         found.append(losses(train(str(books), tmp_path / str(micro), recipe=recipe, **options)))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_schedule_lengthens_the_rows(books, scratch, tmp_path):
+    """With equally many tokens in each step; it can be resumed in the middle of a part."""
+    schedule = [{"length": 32, "until": 0.34}, {"length": 80, "until": 0.67}]
+    recipe = toy_recipe(steps=6, save_every=3, schedule=schedule, episodes=0.0)
+    options = {"recipe": recipe, "tokenizer": str(scratch[0]), "report": silent}
+    expected = train(str(books), tmp_path / "whole", **options)
+    assert expected["tokens"] == 6 * 4 * 150
+    prepared = prepare_rows(
+        str(books), tmp_path / "rows", recipe, load_tokenizer(scratch[0]), block_size=16
+    )
+    shapes = [[len(row.input_ids) for row in group] for group in prepared.train]
+    assert shapes == 8 * [[30] * 5] + 8 * [[75] * 2] + 8 * [[150]]
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "checkpoint-6")
+    resumed = train(str(books), tmp_path / "whole", resume=True, **options)
+    assert losses(resumed) == losses(expected)
+
+
+def test_shorter_rows_have_fewer_facts(books, scratch, tmp_path):
+    recipe = toy_recipe(
+        length=640, schedule=[{"length": 160, "until": 0.5}], facts=12, questions=9, distractors=5
+    )
+    prepared = prepare_rows(str(books), tmp_path, recipe, load_tokenizer(scratch[0]), block_size=16)
+    made = [stage.kinds[0].make for stage in prepared.train.stages]
+    assert [(each.facts, each.questions, each.distractors) for each in made] == [
+        (3, 2, 1),
+        (12, 9, 5),
+    ]
+
+
+@pytest.mark.parametrize("all_blocks", [0.0, 0.5, 1.0])
+def test_modes_of_the_steps(books, scratch, tmp_path, monkeypatch, all_blocks):
+    """A share of the steps sees all blocks, drawn by the seed; the others the best few."""
+    seen = []
+    stock = FullPass.attend
+
+    def noting(self, *args):
+        seen.append((torch.is_grad_enabled(), self.settings.mode))
+        return stock(self, *args)
+
+    monkeypatch.setattr(FullPass, "attend", noting)
+    recipe = toy_recipe(
+        steps=12, batch=2, micro_batch=1, all_blocks=all_blocks, top_k=1, evaluate_every=12
+    )
+    options = {"recipe": recipe, "tokenizer": str(scratch[0]), "report": silent}
+    train(str(books), tmp_path / "one", **options)
+    trained = [mode for has_gradient, mode in seen if has_gradient]
+    evaluated = {mode for has_gradient, mode in seen if not has_gradient}
+    steps = [set(trained[first : first + 4]) for first in range(0, len(trained), 4)]
+    assert len(steps) == 12 and all(len(step) == 1 for step in steps)  # micro-batches agree
+    share = sum("all" in step for step in steps) / 12
+    assert share == all_blocks or (0.2 < share < 0.8 and all_blocks == 0.5)
+    assert evaluated == {"all" if all_blocks == 1 else "top_k"}
+    model = landmark.load(tmp_path / "one")
+    assert model.landmark.mode == "retrieval"
+    again = len(seen)
+    train(str(books), tmp_path / "two", **options)
+    assert seen[:again] == seen[again:]
+
+
+def test_the_log_says_what_is_retrieved(books, scratch, tmp_path, monkeypatch):
+    """As a read with retrieval retrieves it, and the model is in its mode again afterwards."""
+    from landmark.train import trainer
+
+    made = []
+    lines = []
+    stock = trainer.LandmarkTrainer._recall
+
+    def noting(self, rows):
+        made.append((stock(self, rows), rows))
+        assert self._unwrapped.landmark.mode == "all"
+        return made[-1][0]
+
+    monkeypatch.setattr(trainer.LandmarkTrainer, "_recall", noting)
+    recipe = toy_recipe(steps=2)
+    options = {"recipe": recipe, "tokenizer": str(scratch[0]), "report": lines.append}
+    summary = train(str(books), tmp_path, **options)
+    ((recall, rows),) = [(recall, rows) for recall, rows in made if rows]
+    assert any("evidence retrieved by the best head" in line for line in lines)
+    found = summary["evaluations"][-1]["episodes_recall"]
+    assert found == [
+        dataclasses.asdict(layer) | {"heads": list(layer.heads)} for layer in recall.layers()
+    ]
+    model = landmark.load(tmp_path)
+    again = EvidenceRecall(model.landmark)
+    for row in rows:
+        cache = landmark.LandmarkCache(model.config)
+        cache.record = True
+        model.read(torch.from_numpy(row.input_ids)[None], cache=cache)
+        asked = [
+            EvidenceQuery(0, token - 1, question.evidence)
+            for question in row.questions
+            for token in question.answer
+        ]
+        again.add(cache.retrievals, asked)
+    assert again.queries == recall.queries > 20
+    for here, there in zip(recall.layers(), again.layers(), strict=True):
+        assert here.heads == pytest.approx(there.heads, abs=0.02)  # near ties in float32
 
 
 def test_the_learning_rate_rises_stays_and_falls(books, scratch, tmp_path):
@@ -220,14 +329,14 @@ def test_landmark_model_is_trained_further(scratch, books, tmp_path):
 
 def test_held_out_text_is_not_trained_on(books, scratch, tmp_path):
     tokenizer = load_tokenizer(scratch[0])
-    prepared = prepare_rows(str(books), tmp_path, toy_recipe(), tokenizer, tokens=150)
+    prepared = prepare_rows(str(books), tmp_path, toy_recipe(), tokenizer, block_size=16)
     unseen = prepared.held_out["text"]
     assert len(unseen) >= 2
-    end = len(prepared.train.windows.ids)
-    whole = prepare_rows(
-        str(books), tmp_path, toy_recipe(), tokenizer, tokens=150
-    ).train.windows.ids.base
-    assert (unseen[0].input_ids == whole[end : end + 150]).all()
+    trained_on = prepared.train.stages[0].kinds[-1].make.ids
+    end = len(trained_on)
+    whole = trained_on.base
+    (first,) = unseen[0]
+    assert (first.input_ids == whole[end : end + 150]).all()
 
 
 TWO_DEVICES = """

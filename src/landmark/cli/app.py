@@ -31,6 +31,7 @@ from landmark.cli.passkey import passkey
 from landmark.cli.perplexity import perplexity
 from landmark.cli.rank import rank
 from landmark.cli.ranking import ranking
+from landmark.cli.recall import recall
 from landmark.cli.remember import remember
 from landmark.cli.train import train
 from landmark.data.errors import first_line
@@ -43,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 evaluation = typer.Typer(
-    help="Evaluate a model: pass key, named facts, perplexity, ranking, index.",
+    help="Evaluate a model: pass key, named facts, recall, perplexity, ranking, index.",
     add_completion=False,
 )
 app.add_typer(evaluation, name="eval")
@@ -60,7 +61,7 @@ def _add(group: typer.Typer, *commands: Callable[..., object]) -> None:
 
 _add(app, demo, generate, remember, ask, explain, convert, train, rank, info)
 _add(memories, memory.info, memory.verify, memory.compact)
-_add(evaluation, passkey, perplexity, index)
+_add(evaluation, passkey, recall, perplexity, index)
 evaluation.command("rank", cls=Command)(ranking)
 
 # ClickException, of whichever click typer stands on

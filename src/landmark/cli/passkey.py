@@ -12,49 +12,54 @@ from landmark.cli.output import note
 from landmark.cli.progress import Shown
 from landmark.config import GREATEST
 
+Lengths = Annotated[str, typer.Option(help="Text tokens of the documents, separated by commas.")]
+TopKs = Annotated[
+    str | None,
+    typer.Option(
+        help="Blocks that a query retrieves, separated by commas. By default the model's own."
+    ),
+]
+Granularities = Annotated[
+    str | None,
+    typer.Option(
+        help="Who shares a choice of blocks: token_head, head, token or group, separated by "
+        "commas. By default the model's own."
+    ),
+]
+Fillers = Annotated[
+    str,
+    typer.Option(
+        help="What documents are made of: paper, pydoc, text files or folders of .txt files, "
+        "separated by commas."
+    ),
+]
+Facts = Annotated[
+    str | None,
+    typer.Option(
+        help="Numbers of named facts to ask for instead of a pass key, separated by commas."
+    ),
+]
+Distractors = Annotated[
+    int, typer.Option(max=GREATEST, help="Named codes in a document that are not asked for.")
+]
+Read = Annotated[
+    str,
+    typer.Option(
+        help="How to prefill documents: local (local attention only) or retrieve (with retrieval)."
+    ),
+]
+
 
 def passkey(
     model: Model = None,
-    lengths: Annotated[
-        str, typer.Option(help="Text tokens of the documents, separated by commas.")
-    ] = "512,8192,32768",
+    lengths: Lengths = "512,8192,32768",
     trials: Annotated[int, typer.Option(max=GREATEST, help="Documents of each length.")] = 50,
-    top_k: Annotated[
-        str | None,
-        typer.Option(
-            help="Blocks that a query retrieves, separated by commas. By default the model's own."
-        ),
-    ] = None,
-    granularity: Annotated[
-        str | None,
-        typer.Option(
-            help="Who shares a choice of blocks: token_head, head, token or group, separated by "
-            "commas. By default the model's own."
-        ),
-    ] = None,
-    filler: Annotated[
-        str,
-        typer.Option(
-            help="What documents are made of: paper, pydoc, text files or folders of .txt files, "
-            "separated by commas."
-        ),
-    ] = "paper",
-    facts: Annotated[
-        str | None,
-        typer.Option(
-            help="Numbers of named facts to ask for instead of a pass key, separated by commas."
-        ),
-    ] = None,
-    distractors: Annotated[
-        int, typer.Option(max=GREATEST, help="Named codes in a document that are not asked for.")
-    ] = 0,
-    read: Annotated[
-        str,
-        typer.Option(
-            help="How to prefill documents: local (local attention only) or retrieve (with "
-            "retrieval)."
-        ),
-    ] = "local",
+    top_k: TopKs = None,
+    granularity: Granularities = None,
+    filler: Fillers = "paper",
+    facts: Facts = None,
+    distractors: Distractors = 0,
+    read: Read = "local",
     compare: Annotated[
         str | None, typer.Option(help="Second model to measure, landmark or plain.")
     ] = None,

@@ -14,7 +14,7 @@ from landmark.cli.output import in_line
 from landmark.data.errors import names
 
 if TYPE_CHECKING:
-    from landmark.eval.results import IndexRow, PasskeyRow, PerplexityRow, RankRow
+    from landmark.eval.results import IndexRow, PasskeyRow, PerplexityRow, RankRow, RecallRow
     from landmark.texts.rank import RankedDocument
 
 BEYOND = "beyond the trained length"
@@ -80,6 +80,32 @@ def passkey_table(rows: Sequence[PasskeyRow]) -> Table:
             f"{row.seconds / row.trials:.3f}",
             BEYOND if row.beyond_trained else "",
         )
+    return table
+
+
+def recall_table(rows: Sequence[RecallRow]) -> Table:
+    """Returns recall by layer, a block of lines for each length and choice of settings."""
+    table = Table(title="Blocks with the answer that are retrieved")
+    for name in ("filler", "read", "granularity"):
+        table.add_column(name)
+    for name in ("k", "facts", "length", "answers", "layer", "best head", "mean head", "any head"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        for layer in row.layers:
+            heads = layer["heads"]
+            table.add_row(
+                cell(row.filler),
+                cell(row.read),
+                cell(row.granularity),
+                str(row.top_k),
+                str(row.facts),
+                f"{row.length:,}",
+                f"{row.correct}/{row.asked}",
+                str(layer["layer"]),
+                f"{max(heads):.1%}",
+                f"{sum(heads) / len(heads):.1%}",
+                f"{layer['any_head']:.1%}",
+            )
     return table
 
 

@@ -36,7 +36,10 @@ def _computation(text: str) -> Any:
 
 Data = Annotated[
     str,
-    typer.Option(help="Folder of .txt files, .txt or .jsonl file, or hub data set (name:config)."),
+    typer.Option(
+        help="Texts, conversations or documents with questions: folder of .txt files, .txt, .jsonl "
+        "or .json file, or hub data set (name:config)."
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the trained model.")]
 Model = Annotated[
@@ -69,6 +72,13 @@ Warmup = Annotated[int | None, _setting("Warm-up steps.")]
 Seed = Annotated[int | None, _setting("Random seed of weights and rows.")]
 Length = Annotated[int | None, _setting("Positions of a row, landmarks included.")]
 Episodes = Annotated[float | None, _setting("Share of synthetic retrieval episodes, 0 to 1.")]
+Facts = Annotated[int | None, _setting("Largest number of named facts in an episode.")]
+Questions = Annotated[int | None, _setting("Largest number of them that are asked for.")]
+Distractors = Annotated[int | None, _setting("Largest number of named codes beside a pass key.")]
+AllBlocks = Annotated[
+    float | None,
+    _setting("Share of steps in which queries see all past blocks, not the best few."),
+]
 AnswerWeight = Annotated[float | None, _setting("Weight of the mean loss on answers.")]
 Field = Annotated[str | None, _setting("Key of the text in rows.")]
 VocabSize = Annotated[int | None, _setting("Tokens of a new tokenizer.")]
@@ -114,7 +124,11 @@ def train(
     seed: Seed = None,
     length: Length = None,
     episodes: Episodes = None,
+    facts: Facts = None,
+    questions: Questions = None,
+    distractors: Distractors = None,
     answer_weight: AnswerWeight = None,
+    all_blocks: AllBlocks = None,
     field: Field = None,
     vocab_size: VocabSize = None,
     block_size: BlockSize = None,

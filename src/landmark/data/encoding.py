@@ -44,6 +44,21 @@ class Encoded:
     def __getitem__(self, part: slice) -> Encoded:
         return Encoded(self.ids[part], self.spans[part], self.begins[part])
 
+    def tokens_of(self, begin: int, end: int) -> range:
+        """Returns the tokens that hold one of the characters ``begin`` to ``end - 1``.
+
+        Raises:
+            ValueError: none does, as a tokenizer may drop characters.
+        """
+        holds = (self.spans[:, 0] < end) & (self.spans[:, 1] > begin)
+        found = np.flatnonzero(holds)
+        if len(found) == 0:
+            raise ValueError(
+                f"expected tokens of the characters {begin} to {end}, got none: the tokenizer "
+                "drops them; use another one"
+            )
+        return range(int(found[0]), int(found[-1]) + 1)
+
 
 class Seam(NamedTuple):
     """Where two overlapping pieces are joined.

@@ -9,6 +9,7 @@ the seed and its index alone.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 from string import Formatter
@@ -27,6 +28,9 @@ IGNORED = -100  # label of a token without loss
 KEY_SHARE = 0.40
 FACTS_SHARE = 0.45
 REPEATED_SHARE = 0.2  # of a filler that repeats a snippet
+SHARED_NAMES_SHARE = 0.25  # of facts of which several have one name, and differ by their kind
+ONE_KIND_SHARE = 0.7  # of the others: facts that all are codes of one kind
+FEW_WORDS_SHARE = 1 / 3  # of names that are made of few words
 INTRODUCTION_SHARE = 0.15  # of a sentence that announces the facts
 PLAIN_SHARE = 0.3  # of the plainest wording
 TRIES = 4  # draws of facts until they fit a row
@@ -46,6 +50,21 @@ Wording = tuple[Part, ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class RowQuestion:
+    """A question of a row, and where its answer was said before.
+
+    Attributes:
+        tokens: the tokens of the question, its answer included.
+        answer: the tokens of the answer. Each is predicted by the token before it.
+        evidence: where the answer was said before: the tokens of each mention.
+    """
+
+    tokens: range
+    answer: range
+    evidence: tuple[range, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
     """One sequence.
 
@@ -54,26 +73,16 @@ class Row:
         labels: int64 ``(tokens,)``, the ids again, but -100 where no loss is taken: at the first
             token, which nothing predicts, and where a code is first mentioned.
         answers: bool ``(tokens,)``, the tokens of codes that are asked for.
+        questions: the questions whose answers these are.
+        documents: int64 ``(tokens,)``, the document of each token where several are packed in the
+            row and do not see each other; ``None`` for one.
     """
 
     input_ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     answers: npt.NDArray[np.bool_]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Segment:
-    """Tokens that stay together.
-
-    Attributes:
-        ids: token ids.
-        secret: indices of the tokens of a code that is mentioned first.
-        answer: indices of the tokens of a code that is asked for.
-    """
-
-    ids: list[int]
-    secret: list[int] = dataclasses.field(default_factory=list)
-    answer: list[int] = dataclasses.field(default_factory=list)
+    questions: tuple[RowQuestion, ...] = ()
+    documents: npt.NDArray[np.int64] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +98,23 @@ class _Fact:
     label: str
     name: str
     value: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+    """Tokens that stay together.
+
+    Attributes:
+        ids: token ids.
+        fact: the fact that is stated or asked for, ``None`` in filler.
+        asks: whether it is asked for.
+        mentions: indices of the tokens of its code, for each time that it is mentioned.
+    """
+
+    ids: list[int]
+    fact: _Fact | None = None
+    asks: bool = False
+    mentions: tuple[range, ...] = ()
 
 
 def parse(wording: str) -> Wording:
@@ -111,13 +137,25 @@ class Episodes:
         tokens: text tokens of a row, ``prefix`` included.
         seed: decides a row together with its index.
         prefix: ids that begin every row (``row_start``).
+        facts: largest number of named facts in a row.
+        questions: largest number of them that are asked for.
+        distractors: largest number of named codes beside a pass key.
 
     Raises:
         ValueError: the corpus is shorter than a row, or a row has fewer than 128 tokens.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, ids: Ids, *, tokens: int, seed: int, prefix: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        ids: Ids,
+        *,
+        tokens: int,
+        seed: int,
+        prefix: Sequence[int] = (),
+        facts: int = 8,
+        questions: int = 4,
+        distractors: int = 4,
     ) -> None:
         if len(ids) <= tokens:
             raise ValueError(
@@ -132,6 +170,9 @@ class Episodes:
         self.ids = ids
         self.seed = seed
         self.prefix = list(prefix)
+        self.facts = facts
+        self.questions = questions
+        self.distractors = distractors
         self.tokens = tokens - len(self.prefix)
         self.ends_sentence = _sentence_ends(tokenizer)
 
@@ -152,34 +193,32 @@ class Episodes:
     def _key(self, rng: random.Random) -> list[_Segment]:
         """Returns statements of a pass key and of named codes, and the question for the key."""
         label = _pick(rng, wordings.KEY_LABELS)
-        values = _values(rng, 1 + _below(rng, 5))
+        values = _values(rng, 1 + _below(rng, self.distractors + 1))
         key = _Fact(label, "", values[0])
-        statements = [self._say(rng, _plain_or(rng, KEY_STATEMENTS), key, "secret")]
+        statements = [self._say(rng, _plain_or(rng, KEY_STATEMENTS), key)]
         for name, value in zip(_names(rng, len(values) - 1), values[1:], strict=True):
             fact = _Fact(_pick(rng, wordings.FACT_LABELS), name, value)
-            statements.append(self._say(rng, _plain_or(rng, FACT_STATEMENTS), fact, "secret"))
-        question = self._say(rng, _plain_or(rng, KEY_QUESTIONS), key, "answer")
+            statements.append(self._say(rng, _plain_or(rng, FACT_STATEMENTS), fact))
+        question = self._say(rng, _plain_or(rng, KEY_QUESTIONS), key, asks=True)
         kept = self._fitting(statements, [question], needed=1)
         rng.shuffle(kept)
         return [*kept, question]
 
     def _facts(self, rng: random.Random) -> list[_Segment]:
         """Returns statements of named codes, and questions for some, each behind its statement."""
-        values = _values(rng, 1 + _below(rng, 8))
-        label = _pick(rng, wordings.FACT_LABELS)
-        same = rng.random() < 0.7
+        values = _values(rng, 1 + _below(rng, self.facts))
         facts = [
-            _Fact(label if same else _pick(rng, wordings.FACT_LABELS), name, value)
-            for name, value in zip(_names(rng, len(values)), values, strict=True)
+            _Fact(subject.label, subject.name, value)
+            for subject, value in zip(_subjects(rng, len(values)), values, strict=True)
         ]
         wording = _plain_or(rng, FACT_STATEMENTS) if rng.random() < 0.7 else None
-        asked = min(len(facts), 1 + _below(rng, 4))
+        asked = min(len(facts), 1 + _below(rng, self.questions))
         statements = [
-            self._say(rng, wording or _plain_or(rng, FACT_STATEMENTS), fact, "secret")
-            for fact in facts
+            self._say(rng, wording or _plain_or(rng, FACT_STATEMENTS), fact) for fact in facts
         ]
         questions = [
-            self._say(rng, _plain_or(rng, FACT_QUESTIONS), fact, "answer") for fact in facts[:asked]
+            self._say(rng, _plain_or(rng, FACT_QUESTIONS), fact, asks=True)
+            for fact in facts[:asked]
         ]
         while len(questions) > 1:
             if _length(statements[: len(questions)] + questions) <= self._room:
@@ -224,35 +263,29 @@ class Episodes:
         ids = self.encoder.encode(text, continues=True).ids.tolist()
         return [_Segment(ids)] if len(ids) <= room else []
 
-    def _say(self, rng: random.Random, wording: Wording, fact: _Fact, role: str) -> _Segment:
-        """Words a fact as a statement or a question.
+    def _say(
+        self, rng: random.Random, wording: Wording, fact: _Fact, *, asks: bool = False
+    ) -> _Segment:
+        """Words a fact as a statement, or as a question that holds its answer.
 
         Args:
             rng: the random numbers of the row.
             wording: the wording.
             fact: the fact.
-            role: ``secret`` in a statement, ``answer`` in a question: what the tokens of the code
-                are where it is mentioned first.
+            asks: whether it is asked for.
         """
         before, after = _pick(rng, wordings.JOINTS)
         text = before
-        begin = -1
-        end = -1
+        starts = []
         for literal, field in wording:
             text += literal
-            if field == "value" and begin < 0:
-                begin = len(text)
-                end = len(text) + len(fact.value)
+            if field == "value":
+                starts.append(len(text))
             if field:
                 text += getattr(fact, field)
         encoded = self.encoder.encode(text + after, continues=True)
-        code = [
-            index
-            for index, (first, last) in enumerate(encoded.spans.tolist())
-            if first < end and last > begin
-        ]
-        ids = encoded.ids.tolist()
-        return _Segment(ids, secret=code) if role == "secret" else _Segment(ids, answer=code)
+        mentions = tuple(encoded.tokens_of(start, start + len(fact.value)) for start in starts)
+        return _Segment(encoded.ids.tolist(), fact, asks, mentions)
 
     def _spread(self, rng: random.Random, segments: list[_Segment]) -> list[_Segment]:
         """Puts filler before, between and behind the segments; the last gap is often short."""
@@ -309,19 +342,41 @@ class Episodes:
     def _row(self, segments: list[_Segment]) -> Row:
         """Joins segments to a row of the full length."""
         ids = list(self.prefix)
-        secret = []
-        answer = []
+        secret: list[int] = []
+        answer: list[int] = []
+        evidence: dict[_Fact, tuple[range, ...]] = {}
+        questions = []
         for segment in segments:
-            secret += [len(ids) + index for index in segment.secret]
-            answer += [len(ids) + index for index in segment.answer]
+            begin = len(ids)
             ids += segment.ids
+            if segment.fact is None:
+                continue
+            mentions = tuple(_moved(mention, begin) for mention in segment.mentions)
+            if segment.asks:
+                answer += mentions[0]
+                tokens = range(begin, mentions[0].stop)
+                questions.append(RowQuestion(tokens, mentions[0], evidence[segment.fact]))
+            else:
+                secret += mentions[0]
+                evidence[segment.fact] = mentions
         input_ids = np.array(ids, dtype=np.int64)
         labels = input_ids.copy()
         labels[[0, *secret]] = IGNORED
         answers = np.zeros(len(ids), dtype=np.bool_)
         answers[answer] = True
         assert len(ids) == self.tokens + len(self.prefix)
-        return Row(input_ids, labels, answers)
+        return Row(input_ids, labels, answers, tuple(questions))
+
+
+class _Subject(NamedTuple):
+    """What a code is of: the kind of code, and the name of what it belongs to."""
+
+    label: str
+    name: str
+
+
+def _moved(tokens: range, by: int) -> range:
+    return range(tokens.start + by, tokens.stop + by)
 
 
 def _length(segments: list[_Segment]) -> int:
@@ -361,14 +416,45 @@ def _values(rng: random.Random, count: int) -> list[str]:
     return values
 
 
+def _subjects(rng: random.Random, count: int) -> list[_Subject]:
+    """Returns what ``count`` codes are of, all different.
+
+    In a share of the calls several codes belong to one name, so that only their kinds tell them
+    apart.
+    """
+    if rng.random() < SHARED_NAMES_SHARE:
+        labels = _distinct_labels(rng, 3)
+        names = _names(rng, 1 + count // 2)
+        subjects = [_Subject(label, name) for name in names for label in labels]
+        rng.shuffle(subjects)
+        return subjects[:count]
+    names = _names(rng, count)
+    label = _pick(rng, wordings.FACT_LABELS)
+    if rng.random() < ONE_KIND_SHARE:
+        return [_Subject(label, name) for name in names]
+    return [_Subject(_pick(rng, wordings.FACT_LABELS), name) for name in names]
+
+
+def _distinct_labels(rng: random.Random, count: int) -> list[str]:
+    """Returns kinds of codes of which none is a part of another, as "code" is of "lock code"."""
+    labels: list[str] = []
+    while len(labels) < count:
+        label = _pick(rng, wordings.FACT_LABELS)
+        if not any(label in other or other in label for other in labels):
+            labels.append(label)
+    return labels
+
+
 def _names(rng: random.Random, count: int) -> list[str]:
     """Returns different names.
 
-    In a third of the calls they are made of so few words that many names share one.
+    In a share of the calls they are made of so few words that most names share one.
     """
-    few = rng.random() < 1 / 3
-    kinds = [_pick(rng, wordings.KINDS) for _ in range(3)] if few else wordings.KINDS
-    things = [_pick(rng, wordings.THINGS) for _ in range(5)] if few else wordings.THINGS
+    few = rng.random() < FEW_WORDS_SHARE
+    # About twice as many names as are drawn.
+    side = math.isqrt(2 * count)
+    kinds = [_pick(rng, wordings.KINDS) for _ in range(max(3, side))] if few else wordings.KINDS
+    things = [_pick(rng, wordings.THINGS) for _ in range(max(5, side))] if few else wordings.THINGS
     people = 0.0 if few else 0.2
     names: list[str] = []
     tries = 0
@@ -379,10 +465,20 @@ def _names(rng: random.Random, count: int) -> list[str]:
             things = wordings.THINGS
         draw = rng.random()
         if draw < people:
-            name = _pick(rng, wordings.PEOPLE)
-            name = name if draw < people / 2 else f"{name}'s {_pick(rng, things)}"
+            name = _person_or_theirs(rng, _pick(rng, things))
         else:
             name = f"the {_pick(rng, kinds)} {_pick(rng, things)}"
         if name not in names:
             names.append(name)
     return names
+
+
+def _person_or_theirs(rng: random.Random, thing: str) -> str:
+    """Returns a person, or something of theirs."""
+    person = _pick(rng, wordings.PEOPLE)
+    draw = rng.random()
+    if draw < 0.4:
+        return person
+    if draw < 0.8:
+        return f"{person}'s {thing}"
+    return f"{person}'s {_pick(rng, wordings.KINDS)} {thing}"

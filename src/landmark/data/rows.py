@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from landmark.data.episodes import IGNORED, Episodes, Row
+from landmark.data.episodes import IGNORED, Row
 from landmark.data.tokens import Ids
 
 Batch = dict[str, torch.Tensor]
+Group = tuple[Row, ...]  # rows of one length that are loaded together
 
 
 class Windows:
@@ -52,42 +55,80 @@ class Windows:
         epoch, number = divmod(index, self.per_epoch)
         spare = len(self.ids) - self.per_epoch * self.tokens
         start = random.Random(f"{self.seed}:{epoch}").randrange(spare + 1)
-        start += int(_order(self.seed, epoch, self.per_epoch)[number]) * self.tokens
+        start += int(order_of(self.seed, epoch, self.per_epoch)[number]) * self.tokens
         return plain_row(self.ids[start : start + self.tokens], self.prefix)
 
 
-class Rows(Dataset[Row]):
-    """A data set of rows, a share of them episodes, the others windows of the text.
+class RowMaker(Protocol):
+    """Makes rows of one kind."""
 
-    Args:
-        windows: makes the plain rows.
-        episodes: makes the episodes, ``None`` for none.
-        share: the probability of an episode.
-        count: rows of the data set.
-        seed: decides which rows are episodes.
+    def __call__(self, number: int, /) -> Row:
+        """Returns row ``number``, the same each time."""
+
+
+class Share(NamedTuple):
+    """A kind of rows, and the probability that a row is of it."""
+
+    make: RowMaker
+    share: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a training, with rows of one length.
+
+    Attributes:
+        kinds: the kinds of rows; their shares sum up to 1.
+        groups: groups of rows in this stage.
+        rows: rows of a group.
     """
 
-    def __init__(
-        self, windows: Windows, episodes: Episodes | None, *, share: float, count: int, seed: int
-    ) -> None:
-        self.windows = windows
-        self.episodes = episodes
-        self.share = share
-        self.count = count
+    kinds: Sequence[Share]
+    groups: int
+    rows: int = 1
+
+
+class Rows(Dataset[Group]):
+    """A data set of groups of rows.
+
+    Stages follow each other. A group has as many rows of a shorter length as have the same number
+    of tokens together as one row of the greatest length, so that every batch has equally many.
+
+    Args:
+        stages: the stages, in the order of training.
+        seed: decides of which kind a row is.
+    """
+
+    def __init__(self, stages: Sequence[Stage], *, seed: int) -> None:
+        self.stages = list(stages)
         self.seed = seed
 
     def __len__(self) -> int:
-        return self.count
+        return sum(stage.groups for stage in self.stages)
 
-    def __getitem__(self, index: int) -> Row:
-        if self.episodes is None:
-            return self.windows(index)
-        draw = random.Random(f"{self.seed}/{index}").random()
-        return self.episodes(index) if draw < self.share else self.windows(index)
+    def __getitem__(self, index: int) -> Group:
+        first = 0  # number of the stage's first row
+        for stage in self.stages:
+            if index < stage.groups:
+                break
+            index -= stage.groups
+            first += stage.groups * stage.rows
+        else:
+            raise IndexError(f"expected an index below {len(self)}, got one greater by {index}")
+        numbers = range(first + index * stage.rows, first + (index + 1) * stage.rows)
+        return tuple(self._row(stage, number) for number in numbers)
+
+    def _row(self, stage: Stage, number: int) -> Row:
+        draw = random.Random(f"{self.seed}/{number}").random()
+        for kind in stage.kinds[:-1]:
+            if draw < kind.share:
+                return kind.make(number)
+            draw -= kind.share
+        return stage.kinds[-1].make(number)
 
 
-class FixedRows(Dataset[Row]):
-    """A data set of rows that are made once and kept, for evaluation."""
+class FixedRows(Dataset[Group]):
+    """A data set of rows that are made once and kept, for evaluation; each is a group."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = list(rows)
@@ -95,8 +136,8 @@ class FixedRows(Dataset[Row]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Row:
-        return self.rows[index]
+    def __getitem__(self, index: int) -> Group:
+        return (self.rows[index],)
 
 
 def plain_row(ids: Ids, prefix: Sequence[int] = ()) -> Row:
@@ -107,26 +148,40 @@ def plain_row(ids: Ids, prefix: Sequence[int] = ()) -> Row:
     return Row(input_ids, labels, np.zeros(len(input_ids), dtype=np.bool_))
 
 
-def stack(rows: Sequence[Row], *, answers: bool) -> Batch:
-    """Stacks rows to a batch.
+def stack(groups: Sequence[Group], *, answers: bool) -> Batch:
+    """Stacks the rows of groups to a batch.
 
     Args:
-        rows: the rows, all of the same length.
+        groups: groups of rows, all rows of the same length.
         answers: whether the batch has ``answers``.
 
     Returns:
-        ``input_ids`` and ``labels`` (int64), and ``answers`` (bool), each ``(B, tokens)``.
+        ``input_ids`` and ``labels`` (int64), and ``answers`` (bool), each ``(B, tokens)``. Where
+        documents are packed in a row, also ``position_ids``, which count from each document's
+        first token on.
     """
+    rows = [row for group in groups for row in group]
     batch = {
         "input_ids": torch.from_numpy(np.stack([row.input_ids for row in rows])),
         "labels": torch.from_numpy(np.stack([row.labels for row in rows])),
     }
     if answers:
         batch["answers"] = torch.from_numpy(np.stack([row.answers for row in rows]))
+    if any(row.documents is not None for row in rows):
+        batch["position_ids"] = torch.from_numpy(np.stack([_positions(row) for row in rows]))
     return batch
 
 
+def _positions(row: Row) -> npt.NDArray[np.int64]:
+    """Returns the position of each token in its document, ``(tokens,)``."""
+    columns = np.arange(len(row.input_ids), dtype=np.int64)
+    if row.documents is None:
+        return columns
+    begins = np.diff(row.documents, prepend=-1) != 0
+    return columns - np.maximum.accumulate(np.where(begins, columns, 0))
+
+
 @lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    """Returns the order of the windows of an epoch."""
+def order_of(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    """Returns the order of the ``count`` items of an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(count)

@@ -14,7 +14,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from landmark.data.characters import from_arguments, without_surrogates
 from landmark.data.errors import first_line, names
@@ -39,6 +39,13 @@ class Document:
     title: str
     text: str
     sha256: str
+
+
+class Record(NamedTuple):
+    """A row of a JSON file or data set, and the words that name it in messages."""
+
+    where: str
+    value: Any
 
 
 def read_documents(
@@ -79,6 +86,61 @@ def read_documents(
             f"{name}: no such file or folder; pass a folder of .txt files, a .txt or a .jsonl file"
         )
     return _read_hub(name, split, field)
+
+
+def read_rows(source: str | Path, *, split: str = "train") -> Iterator[Record]:
+    """Reads the rows of a JSON file or of a data set of the hub, whatever they hold.
+
+    Args:
+        source: a ``.jsonl`` or ``.json`` file, or ``name`` or ``name:config`` of a data set.
+        split: which part of a data set to read.
+
+    Raises:
+        FileNotFoundError: there is no such file or data set.
+        ModuleNotFoundError: a hub name without the package ``datasets``.
+        ValueError: a file that is no JSON.
+    """
+    path = Path(source)
+    if not path.is_file():
+        yield from _hub_rows(str(source), split)
+        return
+    with names(path), path.open("rb") as opened:
+        if path.suffix == ".json":
+            rows = _whole_rows(path, opened.read())
+        else:
+            rows = _line_rows(path, opened)
+        for where, row in rows:
+            yield Record(f"{path.name}, {where}", row)
+
+
+def kind_of(source: str | Path, *, split: str = "train") -> str:
+    """Returns what a source holds, by its first row.
+
+    Args:
+        source: as ``read_documents`` takes it.
+        split: as for ``read_documents``.
+
+    Returns:
+        ``messages`` (conversations), ``questions`` (documents with questions about them, or SQuAD
+        JSON), or ``text``.
+
+    Raises:
+        FileNotFoundError: as ``read_rows``.
+        ModuleNotFoundError: likewise.
+        ValueError: likewise.
+    """
+    path = Path(source)
+    is_text = path.is_dir() or (path.exists() and path.suffix not in (".json", ".jsonl"))
+    if is_text or (not path.exists() and _is_no_hub_name(str(source))):
+        return "text"
+    first = next(iter(read_rows(source, split=split)), None)
+    if first is None or not isinstance(first.value, dict):
+        return "text"
+    if "messages" in first.value:
+        return "messages"
+    if "questions" in first.value or isinstance(first.value.get("data"), list):
+        return "questions"
+    return "text"
 
 
 def _is_no_hub_name(name: str) -> bool:
@@ -201,14 +263,10 @@ def _decode(raw: bytes, where: str) -> str:
 
 def _read_rows(path: Path, field: str) -> Iterator[Document]:
     found = False
-    with names(path), path.open("rb") as opened:
-        rows = (
-            _whole_rows(path, opened.read()) if path.suffix == ".json" else _line_rows(path, opened)
-        )
-        for where, row in rows:
-            for document in _from_row(row, field, f"{path.name}, {where}"):
-                found = True
-                yield document
+    for row in read_rows(path):
+        for document in _from_row(row.value, field, row.where):
+            found = True
+            yield document
     if not found:
         raise _empty(path)
 
@@ -282,6 +340,11 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _read_hub(name: str, split: str, field: str) -> Iterator[Document]:
+    for row in _hub_rows(name, split):
+        yield from _from_row(row.value, field, row.where)
+
+
+def _hub_rows(name: str, split: str) -> Iterator[Record]:
     try:
         from datasets import load_dataset  # type: ignore[attr-defined, unused-ignore]
     except ImportError:
@@ -298,7 +361,7 @@ def _read_hub(name: str, split: str, field: str) -> Iterator[Document]:
             f"{name}: neither a file or folder here nor a data set of the hub ({first_line(error)})"
         ) from None
     for number, row in enumerate(rows):
-        yield from _from_row(row, field, f"{name}, {split} row {number}")
+        yield Record(f"{name}, {split} row {number}", row)
 
 
 def _from_row(row: Any, field: str, title: str) -> Iterator[Document]:

@@ -49,7 +49,9 @@ KEY_QUESTIONS = (
 FACT_LABELS = (
     "code", "code", "code", "number", "secret code", "access code", "password", "key", "pass key",
     "combination", "secret number", "entry code", "lock code", "pin", "register number",
-    "magic number", "call number",
+    "magic number", "call number", "serial number", "ticket number", "file number", "order number",
+    "reference number", "licence number", "badge number", "catalogue number", "telephone number",
+    "extension", "price", "weight in grams", "score", "deposit", "door code", "alarm code",
 )  # fmt: skip
 
 FACT_STATEMENTS = (
@@ -112,7 +114,14 @@ KINDS = (
     "front", "back", "royal", "public", "private", "eastern", "western", "northern", "southern",
     "abandoned", "ancient", "winter", "summer", "night", "morning", "glass", "copper", "crooked",
     "round", "square", "frozen", "burning", "silent", "distant", "central", "main", "secret",
-    "painted", "foreign", "little", "heavy",
+    "painted", "foreign", "little", "heavy", "orange", "purple", "pink", "scarlet", "bronze",
+    "marble", "brick", "tin", "leather", "velvet", "first", "fourth", "fifth", "sixth", "middle",
+    "nearest", "farthest", "highest", "lowest", "deep", "shallow", "steep", "flat", "hollow",
+    "sunny", "rainy", "windy", "dusty", "muddy", "mossy", "rusty", "leaning", "floating", "sunken",
+    "haunted", "forgotten", "famous", "nameless", "holy", "imperial", "naval", "military", "rural",
+    "spring", "autumn", "evening", "midnight", "weekend", "annual", "spare", "reserve",
+    "temporary", "unfinished", "restored", "crowded", "lonely", "sleepy", "noisy", "cheap",
+    "precious", "striped",
 )  # fmt: skip
 
 THINGS = (
@@ -125,7 +134,18 @@ THINGS = (
     "carriage", "locker", "suitcase", "desk", "clock", "lamp", "mirror", "piano", "book", "letter",
     "map", "painting", "statue", "fountain", "lighthouse", "island", "valley", "mountain", "cave",
     "mine", "tunnel", "gallery", "terminal", "server", "printer", "laboratory", "account",
-    "reservoir", "depot", "platform", "ferry", "observatory", "nursery",
+    "reservoir", "depot", "platform", "ferry", "observatory", "nursery", "bank", "café",
+    "restaurant", "hotel", "stadium", "gymnasium", "pool", "zoo", "park", "orchard",
+    "vineyard", "greenhouse", "windmill", "granary", "brewery", "foundry", "quarry", "shipyard",
+    "dock", "canal", "dam", "airport", "hangar", "garage", "elevator", "corridor", "balcony",
+    "terrace", "basement", "pantry", "wardrobe", "bookcase", "trunk", "barrel", "basket",
+    "crate", "parcel", "envelope", "folder", "notebook", "diary", "calendar", "telescope",
+    "microscope", "camera", "radio", "telephone", "computer", "satellite", "rocket", "tractor",
+    "bicycle", "wagon", "tram", "bus", "truck", "pier", "beach", "cliff", "canyon", "desert",
+    "meadow", "pond", "waterfall", "glacier", "volcano", "village", "fortress", "monastery",
+    "abbey", "temple", "shrine", "university", "college", "academy", "clinic", "pharmacy", "studio",
+    "cinema", "auditorium", "courthouse", "embassy", "barracks", "camp", "cabin", "cottage",
+    "villa",
 )  # fmt: skip
 
 PEOPLE = (
@@ -136,5 +156,9 @@ PEOPLE = (
     "Doctor Moss", "Professor Lang", "Miss Gray", "Mr. Wood", "Lady Ashton", "Sir James",
     "Colonel Finch", "Mrs. Cole", "Mr. Patel", "Father Brennan", "Aunt Sarah", "Uncle Ben",
     "Judge Hale", "Mei", "Ahmed", "Fatima", "Carlos", "Ingrid", "Yuki", "Ivan", "Leila", "Kofi",
-    "Priya", "Dmitri", "Amara", "Pablo",
+    "Priya", "Dmitri", "Amara", "Pablo", "Chen", "Hiroshi", "Sakura", "Min-jun", "Aisha", "Omar",
+    "Zainab", "Kwame", "Thandi", "Chidi", "Ngozi", "Diego", "Lucia", "Rafael", "Beatriz", "Giulia",
+    "Marco", "Sven", "Astrid", "Lars", "Freya", "Piotr", "Zofia", "Elif", "Mehmet", "Arjun",
+    "Ananya", "Rohan", "Linh", "Minh", "Mr. Tanaka", "Mrs. Okafor", "Doctor Singh",
+    "Professor Moreau", "Captain Silva", "Inspector Novak", "Sister Agatha", "Lord Pembroke",
 )  # fmt: skip

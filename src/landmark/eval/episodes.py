@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landmark.data.encoding import Encoded
 from landmark.data.tokenizer import encode, row_start
 from landmark.eval.fillers import Filler
 
@@ -86,11 +87,13 @@ class Episode:
         document: ``(length,)`` int64.
         questions: one for each fact asked for.
         places: token indices of the statement of each of these facts.
+        evidence: token indices of each mention of the answer in that statement.
     """
 
     document: Tensor
     questions: tuple[Question, ...]
     places: tuple[range, ...]
+    evidence: tuple[tuple[range, ...], ...]
 
 
 def build_episode(
@@ -117,7 +120,8 @@ def build_episode(
         ValueError: the facts do not fit, or a slow tokenizer.
     """
     start_ids = row_start(tokenizer)
-    statements = [_encode(tokenizer, fact.statement) for fact in (*facts, *distractors)]
+    encoded = [encode(tokenizer, fact.statement, continues=True) for fact in (*facts, *distractors)]
+    statements = [statement.ids.tolist() for statement in encoded]
     room = length - len(start_ids) - sum(map(len, statements))
     if room < 0:
         raise ValueError(
@@ -139,8 +143,33 @@ def build_episode(
         at += len(statements[index])
         done = cuts[index]
     parts.append(stream[done:])
-    questions = tuple(_question(tokenizer, fact) for fact in facts)
-    return Episode(torch.cat(parts), questions, tuple(places[index] for index in range(len(facts))))
+    return Episode(
+        document=torch.cat(parts),
+        questions=tuple(_question(tokenizer, fact) for fact in facts),
+        places=tuple(places[index] for index in range(len(facts))),
+        evidence=tuple(
+            _mentions(fact, statement, places[index].start)
+            for index, (fact, statement) in enumerate(zip(facts, encoded, strict=False))
+        ),
+    )
+
+
+def _mentions(fact: Fact, statement: Encoded, start: int) -> tuple[range, ...]:
+    """Returns the tokens of each mention of an answer in its statement.
+
+    Args:
+        fact: the fact.
+        statement: its encoded statement.
+        start: token index of the statement in the document.
+    """
+    answer = fact.answer.strip()
+    found = []
+    at = fact.statement.find(answer)
+    while at >= 0:
+        tokens = statement.tokens_of(at, at + len(answer))
+        found.append(range(start + tokens.start, start + tokens.stop))
+        at = fact.statement.find(answer, at + len(answer))
+    return tuple(found)
 
 
 def bucket_of(place: int, length: int) -> int:

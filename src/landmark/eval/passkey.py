@@ -21,6 +21,7 @@ from landmark.eval.fillers import Filler, filler_text, made_filler
 from landmark.eval.measure import measured
 from landmark.eval.results import PasskeyRow
 from landmark.eval.variants import Variant
+from landmark.hf.recall import EvidenceQuery, EvidenceRecall
 from landmark.texts.reading import READS, read_into_memory
 
 _BATCH_TOKENS = {"cuda": 1 << 18}
@@ -111,7 +112,7 @@ def run(
     texts = [(name, filler_text(name)) for name in task.fillers]  # once: a pipe is not read again
     for variant in variants:
         fillers = [made_filler(name, text, variant.tokenizer, progress) for name, text in texts]
-        for settings in _settings(variant, task):
+        for settings in settings_of(variant, task):
             with variant.configured(**settings):
                 for filler, length, facts in itertools.product(
                     fillers, task.lengths, task.facts or (None,)
@@ -124,7 +125,8 @@ def run(
     return rows
 
 
-def _settings(variant: Variant, task: PasskeyTask) -> Iterator[dict[str, Any]]:
+def settings_of(variant: Variant, task: PasskeyTask) -> Iterator[dict[str, Any]]:
+    """Yields the settings that a model is measured with, none for a plain one."""
     if not variant.is_landmark:
         yield {}
         return
@@ -143,10 +145,10 @@ def _row(
     progress: Progress | None,
 ) -> PasskeyRow:
     episodes = [
-        _episode(variant, task, filler, length=length, facts=facts, trial=trial)
+        episode_of(variant, task, filler, length=length, facts=facts, trial=trial)
         for trial in range(task.trials)
     ]
-    size = max(1, _BATCH_TOKENS.get(torch.device(variant.device).type, 1 << 13) // length)
+    size = batch_size(variant, length)
     asked = [0] * BUCKETS
     correct = [0] * BUCKETS
     with measured(variant.device) as measure:
@@ -192,7 +194,12 @@ def _row(
     )
 
 
-def _episode(
+def batch_size(variant: Variant, length: int) -> int:
+    """Returns how many documents of a length are read at once."""
+    return max(1, _BATCH_TOKENS.get(torch.device(variant.device).type, 1 << 13) // length)
+
+
+def episode_of(
     variant: Variant,
     task: PasskeyTask,
     filler: Filler,
@@ -201,6 +208,16 @@ def _episode(
     facts: int | None,
     trial: int,
 ) -> Episode:
+    """Returns one document of a task and its questions, which follow from the task's seed.
+
+    Args:
+        variant: the model, for its tokenizer.
+        task: the task.
+        filler: what stands between the facts.
+        length: text tokens of the document.
+        facts: named facts, ``None`` for a pass key.
+        trial: the number of the document.
+    """
     rng = random.Random(f"{task.seed} {length} {facts} {trial}")
     if facts is None:
         codes = named_codes(rng, task.distractors, digits=5)
@@ -217,6 +234,7 @@ def answers_right(
     episodes: Sequence[Episode],
     read: str = "local",
     progress: Progress | None = None,
+    recall: EvidenceRecall | None = None,
 ) -> list[list[bool]]:
     """Asks every question of documents of one length.
 
@@ -225,6 +243,7 @@ def answers_right(
         episodes: all with documents of one length and the same number of questions.
         read: see ``PasskeyTask``; plain models read everything with every question.
         progress: called while the documents are read.
+        recall: counts the blocks that a landmark model retrieves for the answers.
 
     Returns:
         For each episode, whether each of its questions was answered exactly.
@@ -238,7 +257,11 @@ def answers_right(
         questions = [episode.questions[number] for episode in episodes]
         ids = _padded([question.ids for question in questions]).to(variant.device)
         if cache is not None:
+            cache.record = recall is not None
             logits = variant.model(ids, past_key_values=cache).logits
+            if recall is not None:
+                recall.add(cache.retrievals, _queries(episodes, number))
+                cache.retrievals.clear()
             cache.crop(-ids.shape[1])
         else:
             logits = variant.logits(torch.cat((documents, ids), dim=1), keep=ids.shape[1])
@@ -249,6 +272,19 @@ def answers_right(
             last = len(question.ids)
             right[row].append(bool((best[row, first - 1 : last - 1] == ids[row, first:last]).all()))
     return right
+
+
+def _queries(episodes: Sequence[Episode], number: int) -> list[EvidenceQuery]:
+    """Returns the tokens that predict the answer to question ``number`` of each episode."""
+    queries = []
+    for row, episode in enumerate(episodes):
+        question = episode.questions[number]
+        end = len(episode.document) + len(question.ids)
+        queries += [
+            EvidenceQuery(row, token - 1, episode.evidence[number])
+            for token in range(end - question.answered, end)
+        ]
+    return queries
 
 
 def _padded(rows: Sequence[list[int]]) -> Tensor:

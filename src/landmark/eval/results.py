@@ -213,8 +213,54 @@ class IndexRow:
     data: str
 
 
-Row = PasskeyRow | PerplexityRow | RankRow | IndexRow
-Some = TypeVar("Some", PasskeyRow, PerplexityRow, RankRow, IndexRow)
+@dataclasses.dataclass(frozen=True)
+class RecallRow:
+    """How often the blocks that hold an answer are retrieved, by layer and head.
+
+    Attributes:
+        task: ``passkey`` or ``facts``, as for ``PasskeyRow``.
+        model: name or path of the model.
+        length: text tokens of the document; the question comes on top.
+        filler: what the document is made of.
+        facts: facts in a document that are asked for.
+        distractors: named codes in a document that are not asked for.
+        trials: documents.
+        asked: answers wanted in all.
+        correct: answers whose every token was the most probable one.
+        queries: tokens that predict a part of an answer which is not local, over all questions.
+        layers: of each layer ``{"layer", "heads", "any_head"}``, as ``LayerRecall`` says: shares of
+            ``queries`` that retrieved a block with a mention of the answer.
+        read: ``local`` (document read without retrieval) or ``retrieve``.
+        top_k: retrieved blocks.
+        granularity: of the retrieval.
+        settings: all settings of the attention.
+        seed: of the documents.
+        dtype: of the weights.
+        seconds: wall time of all trials.
+    """
+
+    task: str
+    model: str
+    length: int
+    filler: str
+    facts: int
+    distractors: int
+    trials: int
+    asked: int
+    correct: int
+    queries: int
+    layers: tuple[dict[str, Any], ...]
+    read: str
+    top_k: int
+    granularity: str
+    settings: dict[str, Any]
+    seed: int
+    dtype: str
+    seconds: float
+
+
+Row = PasskeyRow | PerplexityRow | RankRow | IndexRow | RecallRow
+Some = TypeVar("Some", PasskeyRow, PerplexityRow, RankRow, IndexRow, RecallRow)
 
 
 def write(path: str | Path, rows: Sequence[Row], device: str) -> None:
@@ -283,4 +329,7 @@ def _row(fields: dict[str, Any]) -> Row:
         return RankRow(**fields)
     if "index" in fields:
         return IndexRow(**fields)
+    if "layers" in fields:
+        layers = ({**layer, "heads": tuple(layer["heads"])} for layer in fields["layers"])
+        return RecallRow(**{**fields, "layers": tuple(layers)})
     return PasskeyRow(**{**fields, "depths": tuple(fields["depths"])})

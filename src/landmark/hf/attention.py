@@ -61,7 +61,7 @@ class ForwardContext:
 
 @dataclass
 class FullPass(ForwardContext):
-    """A pass in mode ``all`` without a cache: every past block, differentiable.
+    """A pass in mode ``all`` or ``top_k`` without a cache, differentiable.
 
     Attributes:
         rotations: the rotation of each rotary type.
@@ -81,10 +81,23 @@ class FullPass(ForwardContext):
         query = rotation.rotate(query)
         key = rotation.rotate(key)
         output = landmark_attention(
-            query, key, value, block_size=size, scale=scale, segments=segments
+            query,
+            key,
+            value,
+            block_size=size,
+            scale=scale,
+            top_k=self.top_k,
+            segments=segments,
         )
         assert isinstance(output, Tensor)
         return output.transpose(1, 2).contiguous()
+
+    @property
+    def top_k(self) -> int | None:
+        """Past blocks that each query keeps; ``None`` for all."""
+        if self.settings.mode == "all":
+            return None
+        return self.settings.top_k + self.settings.local_blocks
 
     def _rotation(self, module: nn.Module) -> Rotation:
         """Returns the rotation of a layer."""

@@ -124,7 +124,7 @@ class LandmarkDecoderMixin(PackagedMixin):
             _check_balanced(attention_mask, text.shape[1])
         may_be_packed = mask is None and cache is None
         documents = _documents(text, seq_idx, position_ids, kwargs, may_be_packed=may_be_packed)
-        if settings.mode == "all" and cache is None:
+        if settings.mode != "retrieval" and cache is None:
             output = self._full_pass(
                 self._embed(text),
                 mask=mask,
@@ -181,7 +181,7 @@ class LandmarkDecoderMixin(PackagedMixin):
         settings: LandmarkConfig,
         kwargs: Any,
     ) -> Any:
-        """Runs mode ``all`` without a cache: the whole text in one differentiable pass."""
+        """Runs mode ``all`` or ``top_k`` without a cache: the text in one differentiable pass."""
         tokens = embeds.shape[1]
         size = settings.block_size
         if documents is not None:
@@ -243,6 +243,11 @@ class LandmarkDecoderMixin(PackagedMixin):
         Raises:
             ValueError: as ``forward``.
         """
+        if settings.mode == "top_k":
+            raise ValueError(
+                "mode='top_k' trains in one pass: expected no memory, got one; call "
+                "configure_landmark(mode='retrieval') first"
+            )
         mask = text_mask(attention_mask, text, cache)
         cache.check(settings, len(text), self)
         with cache.unchanged_on_failure():
@@ -294,8 +299,8 @@ class LandmarkDecoderMixin(PackagedMixin):
         """
         if self.training:
             raise ValueError(
-                "a memory has no gradient and was used in train mode: use "
-                "configure_landmark(mode='all') without a cache to train, or model.eval()"
+                "a memory has no gradient and was used in train mode: train in "
+                "configure_landmark(mode='all') or 'top_k' without a cache, or call model.eval()"
             )
         embeds = self._embed(text)
         ids = text if text.ndim == 2 else sketch_of(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,23 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from landmark.config import LandmarkConfig
 from landmark.data.encoding import Progress
-from landmark.data.episodes import Episodes, Row
+from landmark.data.episodes import Row
 from landmark.data.errors import first_line, one_line
-from landmark.data.rows import FixedRows, Rows, Windows, plain_row
-from landmark.data.text import has_split, read_documents
+from landmark.data.rows import FixedRows, Rows, Share, Stage
+from landmark.data.text import kind_of, read_documents
 from landmark.data.tokenizer import (
     SMALLEST_VOCABULARY,
-    backend,
     load_tokenizer,
     require_savable,
-    row_start,
     train_tokenizer,
 )
-from landmark.data.tokens import DocumentSpan, Ids, TokenFile, tokenize
+from landmark.data.tokens import DocumentSpan
 from landmark.hf.convert import convert, from_config, load
 from landmark.hf.families import PREFIX
 from landmark.hf.pretrained import read_config
+from landmark.train.corpora import corpora
 from landmark.train.recipe import Recipe
 
-HELD_OUT_ROWS = 64
-LEAST_ROWS = 40  # of text, from which on a part of it is held out
-EVALUATION_SEED = 1 << 32  # added to the seed of a run for held-out episodes
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 SIZES = {
     "hidden_size",
@@ -52,16 +47,18 @@ class Prepared:
 
     Attributes:
         train: the rows, in the order of training.
-        held_out: ``text`` (windows of held-out text, where there is enough of it) and ``episodes``
-            (where the recipe has any).
+        held_out: ``text`` (windows of held-out text, where there is enough of it), ``episodes``
+            (where the recipe has any), ``conversations`` and ``questions``.
         documents: the documents of the training text.
         greatest_id: the greatest token id of the training text.
+        has_answers: whether any rows have answers.
     """
 
     train: Rows
     held_out: dict[str, FixedRows]
     documents: list[DocumentSpan]
     greatest_id: int
+    has_answers: bool
 
 
 def find_tokenizer(
@@ -87,6 +84,9 @@ def find_tokenizer(
         tokenizer: folder or hub name of a tokenizer, if any.
         report: takes a line that says what is done.
         progress: called while a tokenizer is trained.
+
+    Raises:
+        ValueError: no tokenizer, and data that one cannot be trained on.
     """
     if model is not None or tokenizer is not None:
         found = load_tokenizer(str(tokenizer or model))
@@ -94,6 +94,12 @@ def find_tokenizer(
         return found
     if (out / "tokenizer.json").is_file():
         return load_tokenizer(out)
+    kind = kind_of(data)
+    if kind != "text":
+        raise ValueError(
+            f"tokenizer: expected texts to train a tokenizer on, got {kind} in {data}; give "
+            "tokenizer=FOLDER, or model=NAME to train a model further"
+        )
     report(f"training a tokenizer of {recipe.tokenizer.vocab_size} tokens")
     documents = read_documents(data, field=recipe.data.field)
     trained = train_tokenizer(
@@ -109,66 +115,49 @@ def prepare_rows(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    tokens: int,
+    block_size: int,
     progress: Progress | None = None,
 ) -> Prepared:
     """Tokenises the texts, or finds them tokenised in ``folder``, and makes the rows of the run.
 
-    Held-out text is the ``validation`` split, or else the last twentieth of the text, which is then
-    not trained on.
-
     Args:
-        data: the texts, as ``read_documents`` takes them.
+        data: texts or conversations.
         folder: the folder of the token files.
         recipe: the settings.
         tokenizer: the tokenizer.
-        tokens: text tokens of a row.
+        block_size: positions of a block.
         progress: called while texts are tokenised.
 
     Raises:
-        ValueError: the texts are shorter than a row.
+        ValueError: the texts are shorter than a row, a part of the schedule has rows that are not
+            of whole blocks, or as ``corpora``.
     """
-
-    def token_file(split: str) -> TokenFile:
-        read = partial(read_documents, data, split=split, field=recipe.data.field)
-        return tokenize(read, tokenizer, folder, split, progress)
-
-    text = token_file("train")
-    ids = text.ids
-    held_out_ids = text.ids[:0]
-    if has_split(data, "validation"):
-        held_out_ids = token_file("validation").ids
-    elif len(ids) >= LEAST_ROWS * tokens:
-        cut = len(ids) - max(len(ids) // 20, 2 * tokens)
-        held_out_ids = ids[cut:]
-        ids = ids[:cut]
-    seed = recipe.run.seed
-    share = recipe.data.episodes
-    prefix = row_start(tokenizer)
-    core = backend(tokenizer)
-    episodes = None
-    if share:
-        episodes = Episodes(core, ids, tokens=tokens, seed=seed, prefix=prefix)
-    rows = Rows(
-        Windows(ids, tokens=tokens, seed=seed, prefix=prefix),
-        episodes,
-        share=share,
-        count=recipe.optimiser.steps * recipe.optimiser.batch,
-        seed=seed,
-    )
-    held_out = {}
-    has_held_out_text = len(held_out_ids) > tokens
-    if has_held_out_text:
-        held_out["text"] = FixedRows(_spaced_rows(held_out_ids, tokens, prefix))
-    if share:
-        filler = held_out_ids if has_held_out_text else ids
-        asked = Episodes(core, filler, tokens=tokens, seed=seed + EVALUATION_SEED, prefix=prefix)
-        held_out["episodes"] = FixedRows(asked(index) for index in range(HELD_OUT_ROWS))
+    for shorter in recipe.data.schedule:
+        if shorter.length % block_size:
+            raise ValueError(
+                f"schedule: expected lengths that are multiples of block_size={block_size}, got "
+                f"{shorter.length}; change it"
+            )
+    found = corpora(data, recipe, tokenizer, folder, block_size=block_size, progress=progress)
+    stages = []
+    for part in recipe.parts():
+        kinds = [
+            Share(kind.make, share * kind.share)
+            for corpus, share in found
+            for kind in corpus.kinds(part.length)
+        ]
+        groups = part.steps * recipe.optimiser.batch
+        stages.append(Stage(kinds, groups, rows=recipe.data.length // part.length))
+    held_out: dict[str, list[Row]] = {}
+    for corpus, _ in found:
+        for kind, rows in corpus.held_out().items():
+            held_out.setdefault(kind, []).extend(rows)
     return Prepared(
-        train=rows,
-        held_out=held_out,
-        documents=text.documents,
-        greatest_id=int(text.ids.max(initial=0)),
+        train=Rows(stages, seed=recipe.run.seed),
+        held_out={kind: FixedRows(rows) for kind, rows in held_out.items()},
+        documents=[document for corpus, _ in found for document in corpus.documents],
+        greatest_id=max(corpus.greatest_id for corpus, _ in found),
+        has_answers=any(corpus.has_answers for corpus, _ in found),
     )
 
 
@@ -283,12 +272,3 @@ def stored_dtype(path: str | None) -> str:
     """
     dtype = None if path is None else AutoConfig.from_pretrained(path).dtype
     return str(dtype or torch.float32).removeprefix("torch.")
-
-
-def _spaced_rows(ids: Ids, tokens: int, prefix: list[int]) -> list[Row]:
-    """Returns at most ``HELD_OUT_ROWS`` rows at equal distances over a text."""
-    width = tokens - len(prefix)
-    count = min(HELD_OUT_ROWS, len(ids) // width)
-    step = (len(ids) - width) // (count - 1) if count > 1 else 0
-    starts = [number * step for number in range(count)]
-    return [plain_row(ids[start : start + width], prefix) for start in starts]

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 from landmark.config import GREATEST, LandmarkConfig
 from landmark.data.text import read_json
 
+Section = TypeVar("Section")
+
 SMALL_LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 384,
@@ -23,6 +25,32 @@ SMALL_LLAMA: dict[str, Any] = {
 }
 
 
+EXAMPLES = {
+    "schedule": '{"length": 512, "until": 0.5}',
+    "mixture": '{"source": "chats.jsonl", "share": 0.3}',
+}
+
+
+def _objects(name: str, value: Any, kind: type[Section]) -> tuple[Section, ...]:
+    """Returns a setting that is a list of objects, given as JSON or as objects of their class."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            f"{name}: expected a list such as [{EXAMPLES[name]}], got {value!r}; mend it"
+        )
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    found = []
+    for each in value:
+        if isinstance(each, kind):
+            found.append(each)
+        elif isinstance(each, dict) and each.keys() == known:
+            found.append(kind(**each))
+        else:
+            raise ValueError(
+                f"{name}: expected objects such as {EXAMPLES[name]}, got {each!r}; mend it"
+            )
+    return tuple(found)
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerSettings:
     """The tokenizer of a model from scratch.
@@ -35,21 +63,78 @@ class TokenizerSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shorter:
+    """A part of a training with shorter rows.
+
+    Attributes:
+        length: positions of a row. The length of the last rows is a multiple of it.
+        until: share of the steps that are done when the part ends.
+    """
+
+    length: int
+    until: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureSource:
+    """A source of a mixture.
+
+    Attributes:
+        source: texts or conversations, as ``--data`` takes them.
+        share: share of the rows that are made of it.
+    """
+
+    source: str
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSettings:
     """The rows that are trained on.
 
     Attributes:
         length: positions of a row, landmarks included (512 positions at ``block_size`` 64 are 504
-            text tokens).
-        episodes: share of synthetic retrieval episodes; the other rows are windows of the texts.
+            text tokens); with a schedule, of the last and longest rows.
+        schedule: parts with shorter rows at the beginning, by rising ``until``. In place of one
+            row of ``length`` positions, a step then has several with as many positions together.
+        mixture: sources beside the texts that a run is given, which make the other rows.
+        episodes: share of synthetic retrieval episodes among the rows that are made of texts; the
+            others are windows of these texts.
+        facts: largest number of named facts in an episode. This number, ``questions`` and
+            ``distractors`` are for rows of ``length`` positions; shorter rows have as many in
+            proportion.
+        questions: largest number of facts that are asked for.
+        distractors: largest number of named codes beside a pass key.
         answer_weight: weight of the mean loss over answers, beside 1 for the mean over all text.
         field: key of the text in JSON rows and hub data sets.
     """
 
     length: int = 512
+    schedule: tuple[Shorter, ...] = ()
+    mixture: tuple[MixtureSource, ...] = ()
     episodes: float = 0.0
+    facts: int = 8
+    questions: int = 4
+    distractors: int = 4
     answer_weight: float = 0.5
     field: str = "text"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", _objects("schedule", self.schedule, Shorter))
+        object.__setattr__(self, "mixture", _objects("mixture", self.mixture, MixtureSource))
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalSettings:
+    """What queries see while a landmark model is trained.
+
+    Attributes:
+        all_blocks: share of the steps in which each query sees all past blocks (mode ``all``). In
+            the others it keeps its best ``top_k + local_blocks``, about as many as it sees when the
+            model retrieves (mode ``top_k``).
+    """
+
+    all_blocks: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +210,7 @@ class SaveSettings:
     shard: str = "5GB"
 
 
-Section = TypeVar("Section")
-SECTIONS = ("tokenizer", "data", "optimiser", "run", "save")
+SECTIONS = ("tokenizer", "data", "retrieval", "optimiser", "run", "save")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -155,6 +239,13 @@ class ChoiceSetting(NamedTuple):
     choices: tuple[Any, ...]
 
 
+class LengthPart(NamedTuple):
+    """A part of a training: positions of its rows, and its steps."""
+
+    length: int
+    steps: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """All settings of a run; ``to_dict`` and ``from_dict`` are the JSON file.
@@ -164,6 +255,7 @@ class Recipe:
         landmark: fields of ``LandmarkConfig``; the others keep their defaults.
         tokenizer: the tokenizer of a model from scratch.
         data: the rows.
+        retrieval: what queries see.
         optimiser: steps and learning rate.
         run: how the run is computed.
         save: how the model is saved.
@@ -176,6 +268,7 @@ class Recipe:
     landmark: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerSettings = TokenizerSettings()
     data: DataSettings = DataSettings()
+    retrieval: RetrievalSettings = RetrievalSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     run: RunSettings = RunSettings()
     save: SaveSettings = SaveSettings()
@@ -192,6 +285,8 @@ class Recipe:
                 raise ValueError(
                     f"{setting.name}: expected one of {choices}, got {setting.value!r}"
                 )
+        _require_schedule(self.data)
+        _require_mixture(self.data)
         words = {
             "field": self.data.field,
             "report_to": self.run.report_to,
@@ -206,6 +301,9 @@ class Recipe:
         found = [
             IntegerSetting("vocab_size", self.tokenizer.vocab_size, least=1),
             IntegerSetting("length", self.data.length, least=2),
+            IntegerSetting("facts", self.data.facts, least=1),
+            IntegerSetting("questions", self.data.questions, least=1),
+            IntegerSetting("distractors", self.data.distractors, least=0),
             IntegerSetting("steps", self.optimiser.steps, least=1),
             IntegerSetting("batch", self.optimiser.batch, least=1),
             IntegerSetting("warmup", self.optimiser.warmup, least=0),
@@ -226,6 +324,7 @@ class Recipe:
         return [
             NumberSetting("episodes", data.episodes, low=0.0, high=1.0),
             NumberSetting("answer_weight", data.answer_weight, low=0.0, high=1e6),
+            NumberSetting("all_blocks", self.retrieval.all_blocks, low=0.0, high=1.0),
             NumberSetting("decay_share", optimiser.decay_share, low=0.0, high=1.0),
             NumberSetting("weight_decay", optimiser.weight_decay, low=0.0, high=1e6),
             NumberSetting("clip", optimiser.clip, low=0.0, high=1e6),
@@ -254,6 +353,19 @@ class Recipe:
         """Steps over which the learning rate falls to 0."""
         return round(self.optimiser.decay_share * self.optimiser.steps)
 
+    def parts(self) -> list[LengthPart]:
+        """Returns the parts of the training, those of the schedule and the last one."""
+        done = 0
+        parts = []
+        for length, until in [
+            *((part.length, part.until) for part in self.data.schedule),
+            (self.data.length, 1.0),
+        ]:
+            end = round(until * self.optimiser.steps)
+            parts.append(LengthPart(length, end - done))
+            done = end
+        return parts
+
     def override(self, **flags: Any) -> Recipe:
         """Returns a copy with single settings changed.
 
@@ -279,7 +391,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as JSON types."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        for name in ("schedule", "mixture"):
+            fields["data"][name] = list(fields["data"][name])
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Recipe:
@@ -370,6 +485,39 @@ def _require_number(setting: NumberSetting) -> None:
             f"{setting.name}: expected a number from {setting.low:g} to {setting.high:g}, got "
             f"{value!r}"
         )
+
+
+def _require_mixture(data: DataSettings) -> None:
+    """Raises ``ValueError`` for a mixture that is more than a whole."""
+    for part in data.mixture:
+        if not isinstance(part.source, str):
+            raise ValueError(f"mixture: source: expected a string, got {part.source!r}")
+        _require_number(NumberSetting("mixture: share", part.share, low=0.0, high=1.0))
+    total = sum(part.share for part in data.mixture)
+    if total > 1 + 1e-9:
+        raise ValueError(
+            f"mixture: expected shares of 1 together at most, got {total:g}; what is left is made "
+            "of the texts that the run is given"
+        )
+
+
+def _require_schedule(data: DataSettings) -> None:
+    """Raises ``ValueError`` for a schedule whose parts do not follow each other."""
+    before = 0.0
+    for part in data.schedule:
+        _require_integer(IntegerSetting("schedule: length", part.length, least=2))
+        _require_number(NumberSetting("schedule: until", part.until, low=0.0, high=1.0))
+        if data.length % part.length:
+            raise ValueError(
+                f"schedule: expected lengths that divide length={data.length}, got {part.length}; "
+                "change one of them"
+            )
+        if part.until <= before or part.until >= 1:
+            raise ValueError(
+                f"schedule: expected until to rise between {before:g} and 1, got {part.until:g}; "
+                "order the parts, and leave the last one out: it has the rows of length"
+            )
+        before = part.until
 
 
 def _section(kind: type[Section], name: str, fields: dict[str, Any]) -> Section:

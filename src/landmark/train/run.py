@@ -24,7 +24,9 @@ from landmark.blocks import slots_for, tokens_for
 from landmark.config import LandmarkConfig
 from landmark.data import encoding, outputs
 from landmark.data.characters import require_utf8
-from landmark.data.text import read_documents
+from landmark.data.conversations import read_conversations
+from landmark.data.questions import read_question_sets
+from landmark.data.text import kind_of, read_documents
 from landmark.data.tokenizer import require_rows
 from landmark.hf.bundled import model_folder
 from landmark.train.checkpoints import (
@@ -34,9 +36,9 @@ from landmark.train.checkpoints import (
     require_same_recipe,
     save_recipe,
 )
+from landmark.train.corpora import LEAST_ROWS
 from landmark.train.lora import ADAPTER, add_lora, base_of
 from landmark.train.prepare import (
-    LEAST_ROWS,
     Prepared,
     find_tokenizer,
     given_model,
@@ -50,6 +52,7 @@ from landmark.train.summary import summarise, write_summary
 from landmark.train.trainer import LandmarkTrainer, Progress
 
 Report = Callable[[str], None]
+GRAPHS = 64  # compiled for a layer at most: lengths of a schedule, modes, evaluations
 
 
 def train(
@@ -69,11 +72,13 @@ def train(
 ) -> dict[str, Any]:
     """Trains a model, from scratch or further, and saves it.
 
-    Queries see all past blocks in training (mode ``all``). The saved model retrieves, and knows the
-    length that it was trained on. Its tokenizer and ``training_summary.json`` are saved beside it.
+    Queries see all past blocks in training (mode ``all``), or in a share of the steps their best
+    few (mode ``top_k``). The saved model retrieves, and knows the length that it was trained on.
+    Its tokenizer and ``training_summary.json`` are saved beside it.
 
     Args:
-        data: the texts, as ``read_documents`` takes them.
+        data: texts, as ``read_documents`` takes them; conversations, as ``read_conversations``
+            does; or documents with questions, as ``read_question_sets`` does.
         out: folder of the result; checkpoints go to its subfolder ``checkpoints``.
         recipe: the settings; by default those of ``Recipe()``.
         model: a landmark model, or a stock model that gets landmarks first, or the bundled
@@ -124,7 +129,9 @@ def train(
             outputs.require_room(out, made.num_parameters() * getattr(torch, dtype).itemsize, "out")
         settings = LandmarkConfig.from_dict(recipe.landmark) if plain else made.landmark
         row_tokens = tokens_for(recipe.data.length, settings.block_size)
-        rows = prepare_rows(data, store, recipe, cutter, tokens=row_tokens, progress=progress)
+        rows = prepare_rows(
+            data, store, recipe, cutter, block_size=settings.block_size, progress=progress
+        )
     require_rows(cutter, made, path or "model", rows.greatest_id)
     if recipe.run.evaluate_every and not rows.held_out:
         args.eval_strategy = IntervalStrategy.NO
@@ -145,6 +152,7 @@ def train(
         recipe,
         rows,
         compiled=compiled,
+        plain=plain,
         row_tokens=row_tokens,
         progress=Progress(report, max_seconds, progress),
     )
@@ -180,20 +188,37 @@ def _check(out: Path, recipe: Recipe, arguments: RunArguments, *, resume: bool) 
         raise ModuleNotFoundError(
             "training needs the package accelerate: pip install landmark-attention[train]"
         )
-    if Path(arguments.data).is_fifo():
-        raise ValueError(
-            f"data: expected texts that can be read again, got the pipe {arguments.data}; write a "
-            "file of it"
-        )
     _check_reports(recipe.run.report_to)
     if arguments.model is None:
         require_model_settings(recipe, plain=arguments.plain)
-    next(read_documents(arguments.data, field=recipe.data.field), None)
+    for source in (arguments.data, *(part.source for part in recipe.data.mixture)):
+        _check_source(source, recipe.data.field)
     if not resume:
         refuse_overwriting(out)
         return None
     require_same_recipe(out, recipe, arguments)
     return last_checkpoint(out)
+
+
+def _check_source(source: str, field: str) -> None:
+    """Reads the first text, conversation or set of questions of a source.
+
+    Raises:
+        ValueError: a pipe, or as the functions that read them.
+        FileNotFoundError: there is none.
+    """
+    if Path(source).is_fifo():
+        raise ValueError(
+            f"data: expected texts that can be read again, got the pipe {source}; write a file of "
+            "it"
+        )
+    kind = kind_of(source)
+    if kind == "messages":
+        next(read_conversations(source), None)
+    elif kind == "questions":
+        next(read_question_sets(source), None)
+    else:
+        next(read_documents(source, field=field), None)
 
 
 def _check_reports(name: str) -> None:
@@ -227,11 +252,13 @@ def _check_folders(folders: dict[str, Any]) -> None:
 def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
     """Compiles the decoder layers of a model in place.
 
-    They share one graph, so that depth costs no time at the first step.
+    They share one graph for each shape of rows and each mode, so that depth costs no time at the
+    first step.
     """
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.compile(backend=backend)
+            module.compile(backend=backend, dynamic=False)
 
 
 def _trainer(
@@ -241,6 +268,7 @@ def _trainer(
     rows: Prepared,
     *,
     compiled: bool,
+    plain: bool,
     row_tokens: int,
     progress: Progress,
 ) -> LandmarkTrainer:
@@ -250,7 +278,8 @@ def _trainer(
         args,
         train_dataset=rows.train,
         eval_dataset=rows.held_out or None,
-        answer_weight=recipe.data.answer_weight if recipe.data.episodes else None,
+        answer_weight=recipe.data.answer_weight if rows.has_answers else None,
+        all_blocks=None if plain else recipe.retrieval.all_blocks,
         row_tokens=row_tokens,
         compiled=compiled,
         callbacks=[progress],

@@ -80,13 +80,13 @@ def write_summary(out: Path, summary: dict[str, Any]) -> None:
 
 
 def _evaluations(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the held-out losses and accuracies of each step that was evaluated."""
+    """Returns the held-out losses, accuracies and recall of each step that was evaluated."""
     by_step: dict[int, dict[str, Any]] = {}
     for entry in log:
         kept = {
             key.removeprefix("eval_"): value
             for key, value in entry.items()
-            if key.startswith("eval_") and key.endswith(("_loss", "_accuracy"))
+            if key.startswith("eval_") and key.endswith(("_loss", "_accuracy", "_recall"))
         }
         if kept:
             by_step.setdefault(entry["step"], {"step": entry["step"]}).update(kept)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 import shutil
 import time
 import warnings
@@ -26,8 +28,13 @@ from landmark.data import encoding
 from landmark.data.episodes import IGNORED, Row
 from landmark.data.errors import first_line
 from landmark.data.outputs import is_of_the_disk
-from landmark.data.rows import stack
+from landmark.data.rows import Group, stack
+from landmark.hf.cache import LandmarkCache
+from landmark.hf.recall import EvidenceQuery, EvidenceRecall
+from landmark.train.lora import base_of
 from landmark.train.loss import answer_weighted_loss, answers_right, text_loss, token_losses
+
+RECALL_ROWS = 4  # rows that are read at once; the selections of all their queries are kept
 
 
 class StepCounts(NamedTuple):
@@ -45,9 +52,9 @@ class StepCounts(NamedTuple):
 class LandmarkTrainer(Trainer):  # type: ignore[misc]
     """A Trainer for rows of a fixed number of text tokens.
 
-    It differs from the stock Trainer in three things: rows with answers have a loss of their own,
-    rows come in the order of their index, and weights other than matrices are not decayed. Without
-    answers the loss is the model's own.
+    It differs from the stock Trainer in four things: rows with answers have a loss of their own,
+    rows come in the order of their index, weights other than matrices are not decayed, and a
+    landmark model changes its mode from step to step. Without answers the loss is the model's own.
 
     Args:
         model: the model.
@@ -55,6 +62,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         train_dataset: the ``Rows``.
         eval_dataset: ``FixedRows`` by name.
         answer_weight: weight of the mean loss over answers; ``None`` when no row has answers.
+        all_blocks: share of the steps in mode ``all``; the others, and evaluations, are in mode
+            ``top_k``. ``None`` for a model without landmarks.
         row_tokens: text tokens of a row.
         compiled: whether to compile the loss.
         callbacks: callbacks of the Trainer.
@@ -70,9 +79,10 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         model: nn.Module,
         args: TrainingArguments,
         *,
-        train_dataset: Dataset[Row],
-        eval_dataset: Mapping[str, Dataset[Row]] | None,
+        train_dataset: Dataset[Group],
+        eval_dataset: Mapping[str, Dataset[Group]] | None,
         answer_weight: float | None,
+        all_blocks: float | None,
         row_tokens: int,
         compiled: bool,
         callbacks: list[TrainerCallback],
@@ -87,6 +97,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             callbacks=callbacks,
         )
         self.answer_weight = answer_weight or 0.0
+        self.all_blocks = all_blocks
+        self._unwrapped = base_of(model)
         self._counts = StepCounts()
         if answer_weight is not None:
             # The loss is divided by the step's counts, not by its batches.
@@ -110,7 +122,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         """Returns the answer-weighted loss for rows with answers, otherwise the model's own."""
         if "answers" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(input_ids=inputs["input_ids"])
+        outputs = model(**_texts(inputs))
         loss = self._loss(
             outputs.logits,
             inputs["labels"],
@@ -120,6 +132,18 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             asked=self._counts.answers,
         )
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trains on a batch, in the mode that is drawn for its step."""
+        if self.all_blocks is not None:
+            rng = random.Random(f"{self.args.seed}/mode/{self.state.global_step}")
+            self._set_mode("all" if rng.random() < self.all_blocks else "top_k")
+        loss: Tensor = super().training_step(*args, **kwargs)
+        return loss
+
+    def _set_mode(self, mode: str) -> None:
+        if self._unwrapped.landmark.mode != mode:
+            self._unwrapped.configure_landmark(mode=mode)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Returns the batches of a step, and counts their labels and answers on all devices."""
@@ -151,7 +175,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         """Returns the mean loss over text, and for each row the right and all answer tokens."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            logits = model(input_ids=inputs["input_ids"]).logits
+            logits = model(**_texts(inputs)).logits
             loss = text_loss(token_losses(logits, inputs["labels"]), inputs["labels"])
             if "answers" not in inputs:
                 return loss, None, None
@@ -161,14 +185,67 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates as the stock Trainer does; tokens per second leave its time out."""
         start = time.perf_counter()
-        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         # The stock Trainer calls this once for all data sets, and inside for each of them by name.
-        if not isinstance(kwargs.get("eval_dataset"), str):
+        is_outermost = not isinstance(kwargs.get("eval_dataset"), str)
+        if is_outermost and self.all_blocks is not None:
+            self._set_mode("all" if self.all_blocks == 1 else "top_k")
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        if is_outermost:
+            self._log_recall()
             seconds = time.perf_counter() - start
             self._paused += seconds
             self.evaluation_seconds += seconds
             self.evaluated = self.state.global_step
         return metrics
+
+    def _log_recall(self) -> None:
+        """Logs how often the evidence for held-out questions is retrieved.
+
+        These are reads with retrieval, as the trained model does them. Not under FSDP, where no
+        process has all weights.
+        """
+        if self.all_blocks is None or self.is_fsdp_enabled or not self.is_world_process_zero():
+            return
+        for name, groups in (self.eval_dataset or {}).items():
+            rows = [row for group in groups for row in group if row.questions]
+            layers = self._recall(rows).layers()
+            if not layers:
+                continue
+            key = f"eval_{name}_recall"
+            best = {f"{key}_layer_{found.layer}": max(found.heads) for found in layers}
+            self.log({f"{key}_best_head": max(best.values()), **best})
+            self.state.log_history.append(
+                {
+                    "step": self.state.global_step,
+                    key: [{**dataclasses.asdict(each), "heads": [*each.heads]} for each in layers],
+                }
+            )
+
+    @torch.no_grad()
+    def _recall(self, rows: list[Row]) -> EvidenceRecall:
+        """Reads rows with retrieval and counts where their questions find the evidence."""
+        model = self._unwrapped
+        settings = model.landmark
+        recall = EvidenceRecall(settings)
+        model.eval()
+        model.configure_landmark(mode="retrieval")
+        try:
+            # A landmark model in training does not say yet that it is trained, and is warned of.
+            with (
+                warnings.catch_warnings(action="ignore"),
+                torch.compiler.set_stance("force_eager"),
+                self.accelerator.autocast(),
+            ):
+                for begin in range(0, len(rows), RECALL_ROWS):
+                    batch = rows[begin : begin + RECALL_ROWS]
+                    ids = stack([(row,) for row in batch], answers=False)["input_ids"]
+                    cache = LandmarkCache(model.config)
+                    cache.record = True
+                    model.read(ids.to(self.args.device), cache=cache)
+                    recall.add(cache.retrievals, _queries(batch))
+        finally:
+            model.configure_landmark(mode=settings.mode)
+        return recall
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Saves a checkpoint; a run without room for it goes on with a warning."""
@@ -225,6 +302,21 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+def _texts(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what a model is given of a batch: all but labels and answers."""
+    return {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
+
+
+def _queries(rows: list[Row]) -> list[EvidenceQuery]:
+    """Returns the tokens that predict an answer, each the one before a token of it."""
+    return [
+        EvidenceQuery(number, token - 1, question.evidence)
+        for number, row in enumerate(rows)
+        for question in row.questions
+        for token in question.answer
+    ]
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
@@ -327,8 +419,13 @@ _SHOWN = (
     LoggedValue("grad_norm", "grad", ".2f"),
     LoggedValue("tokens_per_second", "tokens/s", ",.0f"),
     LoggedValue("eval_text_loss", "held-out text loss", ".4f"),
+    LoggedValue("eval_conversations_loss", "held-out conversations loss", ".4f"),
     LoggedValue("eval_episodes_loss", "held-out episodes loss", ".4f"),
     LoggedValue("eval_episodes_accuracy", "answers right", ".1%"),
+    LoggedValue("eval_episodes_recall_best_head", "evidence retrieved by the best head", ".1%"),
+    LoggedValue("eval_questions_loss", "held-out questions loss", ".4f"),
+    LoggedValue("eval_questions_accuracy", "answer tokens right", ".1%"),
+    LoggedValue("eval_questions_recall_best_head", "evidence retrieved by the best head", ".1%"),
 )
 
 

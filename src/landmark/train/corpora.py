@@ -1,0 +1,327 @@
+"""What rows are made of: texts, conversations, or documents with questions, read once for a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from landmark.blocks import tokens_for
+from landmark.data.conversations import (
+    EncodedConversation,
+    PackedConversations,
+    digest_of,
+    encode_conversations,
+    read_conversations,
+)
+from landmark.data.encoding import Progress
+from landmark.data.episodes import Episodes, Row
+from landmark.data.questions import Haystacks, QuestionSet, read_question_sets
+from landmark.data.rows import Share, Windows, plain_row
+from landmark.data.text import has_split, kind_of, read_documents
+from landmark.data.tokenizer import backend, encode, row_start
+from landmark.data.tokens import DocumentSpan, Ids, tokenize
+from landmark.train.recipe import DataSettings, Recipe
+
+HELD_OUT_ROWS = 64
+LEAST_ROWS = 40  # of a corpus, from which on a part of it is held out
+HELD_OUT_SHARE = 20  # one in so many
+EVALUATION_SEED = 1 << 32  # added to the seed of a run for held-out episodes
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What all corpora of a run have in common.
+
+    Attributes:
+        data: the rows of the recipe.
+        seed: seed of the run.
+        block_size: positions of a block.
+        tokenizer: the tokenizer.
+    """
+
+    data: DataSettings
+    seed: int
+    block_size: int
+    tokenizer: PreTrainedTokenizerFast
+
+    @property
+    def tokens(self) -> int:
+        """Text tokens of the longest rows."""
+        return tokens_for(self.data.length, self.block_size)
+
+
+class Corpus(Protocol):
+    """A source of rows.
+
+    Attributes:
+        documents: what it was made from, for the summary of the run.
+        greatest_id: its greatest token id.
+        has_answers: whether any of its rows have answers.
+    """
+
+    documents: list[DocumentSpan]
+    greatest_id: int
+    has_answers: bool
+
+    def kinds(self, length: int) -> list[Share]:
+        """Returns the kinds of its rows of ``length`` positions; their shares sum up to 1."""
+
+    def held_out(self) -> dict[str, list[Row]]:
+        """Returns rows of the greatest length that are not trained on, by kind."""
+
+
+class TextCorpus:
+    """Texts: windows of them and, where the recipe has any, episodes.
+
+    Held-out text is the ``validation`` split, or else the last twentieth of the text, which is then
+    not trained on.
+
+    Args:
+        source: the texts, as ``read_documents`` takes them.
+        settings: the settings.
+        folder: the folder of the token files.
+        name: name of the token file; the held-out one is called ``validation`` behind it.
+        progress: called while texts are tokenised.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        settings: RowSettings,
+        folder: Path,
+        name: str,
+        progress: Progress | None = None,
+    ) -> None:
+        self.settings = settings
+        self.has_answers = settings.data.episodes > 0
+        self.prefix = row_start(settings.tokenizer)
+
+        def ids_of(split: str, name: str) -> tuple[Ids, list[DocumentSpan]]:
+            read = partial(read_documents, source, split=split, field=settings.data.field)
+            file = tokenize(read, settings.tokenizer, folder, name, progress)
+            return file.ids, file.documents
+
+        self.ids, self.documents = ids_of("train", name)
+        self.greatest_id = int(self.ids.max(initial=0))
+        self.held_out_ids = self.ids[:0]
+        tokens = settings.tokens
+        if has_split(source, "validation"):
+            file_name = "validation" if name == "train" else f"{name}-validation"
+            self.held_out_ids, _ = ids_of("validation", file_name)
+        elif len(self.ids) >= LEAST_ROWS * tokens:
+            cut = len(self.ids) - max(len(self.ids) // HELD_OUT_SHARE, 2 * tokens)
+            self.held_out_ids = self.ids[cut:]
+            self.ids = self.ids[:cut]
+
+    def kinds(self, length: int) -> list[Share]:
+        """See ``Corpus.kinds``."""
+        tokens = tokens_for(length, self.settings.block_size)
+        seed = self.settings.seed
+        windows = Windows(self.ids, tokens=tokens, seed=seed, prefix=self.prefix)
+        share = self.settings.data.episodes
+        if not share:
+            return [Share(windows, 1.0)]
+        episodes = self._episodes(self.ids, length, seed)
+        return [Share(episodes, share), Share(windows, 1 - share)]
+
+    def held_out(self) -> dict[str, list[Row]]:
+        """See ``Corpus.held_out``: ``text``, where there is enough of it, and ``episodes``."""
+        found = {}
+        tokens = self.settings.tokens
+        has_text = len(self.held_out_ids) > tokens
+        if has_text:
+            found["text"] = _spaced_rows(self.held_out_ids, tokens, self.prefix)
+        if self.settings.data.episodes:
+            filler = self.held_out_ids if has_text else self.ids
+            seed = self.settings.seed + EVALUATION_SEED
+            asked = self._episodes(filler, self.settings.data.length, seed)
+            found["episodes"] = [asked(number) for number in range(HELD_OUT_ROWS)]
+        return found
+
+    def _episodes(self, filler: Ids, length: int, seed: int) -> Episodes:
+        """Returns what makes episodes of so many positions, with as many facts in proportion."""
+        data = self.settings.data
+        shorter = data.length // length
+        return Episodes(
+            backend(self.settings.tokenizer),
+            filler,
+            tokens=tokens_for(length, self.settings.block_size),
+            seed=seed,
+            prefix=self.prefix,
+            facts=max(1, data.facts // shorter),
+            questions=max(1, data.questions // shorter),
+            distractors=data.distractors // shorter,
+        )
+
+
+class ConversationCorpus:
+    """Conversations, packed in rows; the last twentieth of 40 rows and more is held out.
+
+    Args:
+        source: the conversations, as ``read_conversations`` takes them.
+        settings: the settings.
+        progress: called while they are tokenised.
+    """
+
+    def __init__(
+        self, source: str, settings: RowSettings, progress: Progress | None = None
+    ) -> None:
+        self.settings = settings
+        self.has_answers = False
+        conversations = list(read_conversations(source))
+        encoded = encode_conversations(conversations, settings.tokenizer, progress)
+        tokens = sum(len(conversation.ids) for conversation in encoded)
+        self.documents = [DocumentSpan(source, digest_of(conversations), start=0, tokens=tokens)]
+        self.greatest_id = max(int(conversation.ids.max()) for conversation in encoded)
+        order = np.random.default_rng(settings.seed).permutation(len(encoded)).tolist()
+        count = 0
+        if tokens >= LEAST_ROWS * settings.tokens:
+            count = max(1, len(encoded) // HELD_OUT_SHARE)
+        self._held_out = [encoded[number] for number in order[:count]]
+        self._trained_on = [encoded[number] for number in order[count:]]
+
+    def kinds(self, length: int) -> list[Share]:
+        """See ``Corpus.kinds``."""
+        tokens = tokens_for(length, self.settings.block_size)
+        return [Share(self._packed(self._trained_on, tokens), 1.0)]
+
+    def held_out(self) -> dict[str, list[Row]]:
+        """See ``Corpus.held_out``: ``conversations``, each of them once in 64 rows at most."""
+        if not self._held_out:
+            return {}
+        tokens = self.settings.tokens
+        rows = self._packed(self._held_out, tokens)
+        taken = sum(len(conversation.ids) for conversation in self._held_out)
+        count = min(HELD_OUT_ROWS, max(1, taken // tokens))
+        return {"conversations": [rows(number) for number in range(count)]}
+
+    def _packed(
+        self, conversations: Sequence[EncodedConversation], tokens: int
+    ) -> PackedConversations:
+        return PackedConversations(conversations, tokens=tokens, seed=self.settings.seed)
+
+
+class QuestionCorpus:
+    """Documents with questions; one set in twenty is held out where there are 40 rows and more.
+
+    Args:
+        source: the documents and questions, as ``read_question_sets`` takes them.
+        settings: the settings.
+        progress: called while they are tokenised.
+    """
+
+    def __init__(
+        self, source: str, settings: RowSettings, progress: Progress | None = None
+    ) -> None:
+        self.settings = settings
+        self.has_answers = True
+        sets = list(read_question_sets(source))
+        tokens = 0
+        self.greatest_id = 0
+        digest = hashlib.sha256()
+        for number, each in enumerate(sets):
+            digest.update(repr((each.documents, each.questions)).encode())
+            for document in each.documents:
+                ids = encode(settings.tokenizer, document).ids
+                tokens += len(ids)
+                self.greatest_id = max(self.greatest_id, int(ids.max(initial=0)))
+            if progress is not None:
+                progress("documents tokenised", number + 1, len(sets))
+        self.documents = [DocumentSpan(source, digest.hexdigest(), start=0, tokens=tokens)]
+        order = np.random.default_rng(settings.seed).permutation(len(sets)).tolist()
+        count = len(sets) // HELD_OUT_SHARE if tokens >= LEAST_ROWS * settings.tokens else 0
+        self._held_out = [sets[number] for number in order[:count]]
+        self._trained_on = [sets[number] for number in order[count:]]
+
+    def kinds(self, length: int) -> list[Share]:
+        """See ``Corpus.kinds``."""
+        return [Share(self._rows(self._trained_on, length, self.settings.seed), 1.0)]
+
+    def held_out(self) -> dict[str, list[Row]]:
+        """See ``Corpus.held_out``: ``questions``."""
+        if not self._held_out:
+            return {}
+        seed = self.settings.seed + EVALUATION_SEED
+        rows = self._rows(self._held_out, self.settings.data.length, seed)
+        return {"questions": [rows(number) for number in range(HELD_OUT_ROWS)]}
+
+    def _rows(self, sets: Sequence[QuestionSet], length: int, seed: int) -> Haystacks:
+        shorter = self.settings.data.length // length
+        return Haystacks(
+            sets,
+            self.settings.tokenizer,
+            tokens=tokens_for(length, self.settings.block_size),
+            seed=seed,
+            questions=max(1, self.settings.data.questions // shorter),
+        )
+
+
+def corpora(
+    data: str,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    *,
+    block_size: int,
+    progress: Progress | None = None,
+) -> list[tuple[Corpus, float]]:
+    """Returns the corpora of a run and the share of rows that each of them gives.
+
+    Args:
+        data: where the rows are from that no source of the recipe's mixture gives.
+        recipe: the settings.
+        tokenizer: the tokenizer.
+        folder: the folder of the token files.
+        block_size: positions of a block.
+        progress: called while texts are tokenised.
+
+    Raises:
+        ValueError: episodes without texts, or as reading and tokenising the sources.
+        FileNotFoundError: as reading the sources.
+    """
+    settings = RowSettings(recipe.data, recipe.run.seed, block_size, tokenizer)
+    mixture = recipe.data.mixture
+    sources = [(data, 1 - sum(part.share for part in mixture), "train")]
+    sources += [
+        (part.source, part.share, f"mixture-{number}")
+        for number, part in enumerate(mixture, start=1)
+    ]
+    found: list[tuple[Corpus, float]] = []
+    for source, share, name in sources:
+        if share > 0:
+            found.append((_corpus(source, settings, folder, name, progress), share))
+    has_texts = any(isinstance(corpus, TextCorpus) for corpus, _ in found)
+    if recipe.data.episodes and not has_texts:
+        raise ValueError(
+            "episodes: expected texts to make episodes of, got other rows only; give episodes=0 or "
+            "a source with texts"
+        )
+    return found
+
+
+def _corpus(
+    source: str, settings: RowSettings, folder: Path, name: str, progress: Progress | None
+) -> Corpus:
+    makers: dict[str, Callable[[], Any]] = {
+        "text": lambda: TextCorpus(source, settings, folder, name, progress),
+        "messages": lambda: ConversationCorpus(source, settings, progress),
+        "questions": lambda: QuestionCorpus(source, settings, progress),
+    }
+    corpus: Corpus = makers[kind_of(source)]()
+    return corpus
+
+
+def _spaced_rows(ids: Ids, tokens: int, prefix: list[int]) -> list[Row]:
+    """Returns at most ``HELD_OUT_ROWS`` rows at equal distances over a text."""
+    width = tokens - len(prefix)
+    count = min(HELD_OUT_ROWS, len(ids) // width)
+    step = (len(ids) - width) // (count - 1) if count > 1 else 0
+    starts = [number * step for number in range(count)]
+    return [plain_row(ids[start : start + width], prefix) for start in starts]

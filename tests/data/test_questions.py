@@ -1,0 +1,287 @@
+"""Documents with questions: what is read, and rows that hold the evidence where they say it is."""
+
+import json
+
+import numpy as np
+import pytest
+from chats import CHATML
+from test_conversations import made_tokenizer
+
+from landmark.data.episodes import IGNORED
+from landmark.data.questions import Haystacks, read_question_sets
+from landmark.data.text import kind_of
+from small_text import sentences
+
+SQUAD = {
+    "version": "2.0",
+    "data": [
+        {
+            "title": "Rivers",
+            "paragraphs": [
+                {
+                    "context": "The Ob flows north. It is long.",
+                    "qas": [
+                        {
+                            "question": "Where does the Ob flow?",
+                            "answers": [{"text": "north", "answer_start": 13}],
+                            "is_impossible": False,
+                        },
+                        {"question": "Why?", "answers": [], "is_impossible": True},
+                    ],
+                },
+                {"context": "The Nile is longer.", "qas": []},
+            ],
+        },
+        {"title": "Empty", "paragraphs": [{"context": "Nothing.", "qas": []}]},
+    ],
+}
+ROW = {
+    "documents": ["The gate is red.", "The key is 71432. The key is small."],
+    "questions": ["What is the key?", "Which colour has the gate?"],
+    "answers": [["71432", "the key"], "red"],
+}
+
+
+def write(path, *values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def test_squad_json(tmp_path):
+    path = write(tmp_path / "squad.json", SQUAD)
+    (article,) = read_question_sets(path)
+    assert article.documents == ("The Ob flows north. It is long.", "The Nile is longer.")
+    (asked,) = article.questions
+    assert (asked.question, asked.answer, asked.evidence) == (
+        "Where does the Ob flow?",
+        "north",
+        ((0, 13, 18),),
+    )
+    assert kind_of(path) == "questions"
+
+
+def test_rows_with_and_without_evidence(tmp_path):
+    spans = [[[1, 4, 16], [0, 0, 3]], [[0, 12, 15]]]
+    path = write(tmp_path / "a.jsonl", ROW, {**ROW, "evidence": spans})
+    found, given = read_question_sets(path)
+    assert [asked.evidence for asked in found.questions] == [((1, 11, 16),), ((0, 12, 15),)]
+    assert [asked.answer for asked in found.questions] == ["71432", "red"]
+    assert [asked.evidence for asked in given.questions] == [
+        ((1, 4, 16), (0, 0, 3)),
+        ((0, 12, 15),),
+    ]
+    assert kind_of(path) == "questions"
+
+
+def many_sets(tmp_path, sets=6, documents=8):
+    """Sets of documents, each of which states a number that is asked for."""
+    rng = np.random.default_rng(1)
+    words = sentences(400).split()
+    rows = []
+    for one in range(sets):
+        texts = []
+        answers = []
+        for number in range(documents):
+            code = str(10000 + one * 100 + number)
+            filler = " ".join(rng.choice(words, rng.integers(5, 60)))
+            texts.append(f"{filler} The code of {one}-{number} is {code}. {filler}")
+            answers.append(code)
+        rows.append(
+            {
+                "documents": texts,
+                "questions": [f"What is the code of {one}-{n}?" for n in range(documents)],
+                "answers": answers,
+            }
+        )
+    return list(read_question_sets(write(tmp_path / "many.jsonl", *rows)))
+
+
+@pytest.mark.parametrize("template", [CHATML, None], ids=["template", "plain"])
+@pytest.mark.parametrize("tokens", [200, 1000])
+def test_rows_hold_the_evidence_where_they_say(tmp_path, template, tokens):
+    tokenizer = made_tokenizer(template)
+    make = Haystacks(many_sets(tmp_path), tokenizer, tokens=tokens, seed=3, questions=3)
+    counts = set()
+    places = []
+    for number in range(60):
+        row = make(number)
+        assert len(row.input_ids) == len(row.labels) == len(row.answers) == tokens
+        counts.add(len(row.questions))
+        text = tokenizer.decode(row.input_ids.tolist())
+        assert np.array_equal(row.labels != IGNORED, row.answers)
+        assert np.array_equal(row.labels[row.answers], row.input_ids[row.answers])
+        answered = np.zeros(tokens, dtype=bool)
+        for question in row.questions:
+            code = tokenizer.decode(row.input_ids[question.answer].tolist()).strip()
+            code = code.removesuffix("<|im_end|>")
+            assert code.isdigit() and len(code) == 5
+            asked = tokenizer.decode(row.input_ids[question.tokens].tolist())
+            assert f"What is the code of {int(code) // 100 % 100}-{int(code) % 100}?" in asked
+            (mention,) = question.evidence
+            assert tokenizer.decode(row.input_ids[mention].tolist()).strip() == code
+            assert mention.stop <= row.questions[0].tokens.start
+            assert question.tokens.stop == question.answer.stop
+            answered[question.answer] = True
+            places.append(mention.start / tokens)
+        assert np.array_equal(answered, row.answers)
+        ending = "<|im_end|>" if template else "\n"
+        assert text.endswith(ending)
+    assert counts == {1, 2, 3} or tokens == 200
+    assert min(places) < 0.25 and max(places) > 0.5
+    again = Haystacks(many_sets(tmp_path), tokenizer, tokens=tokens, seed=3, questions=3)
+    assert np.array_equal(again(7).input_ids, make(7).input_ids)
+    assert not np.array_equal(make(8).input_ids, make(7).input_ids)
+
+
+def test_a_row_reads_as_the_template_says(tmp_path):
+    tokenizer = made_tokenizer(CHATML)
+    (one,) = read_question_sets(write(tmp_path / "a.jsonl", ROW))
+    row = Haystacks([one], tokenizer, tokens=90, seed=0, questions=1)(0)
+    text = tokenizer.decode(row.input_ids.tolist())
+    assert text.startswith("<|im_start|>user\n")
+    question, answer = next(
+        (q, a) for q, a in zip(ROW["questions"], ("71432", "red"), strict=True) if q in text
+    )
+    assert text.endswith(f"\n\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>")
+
+
+def test_half_of_the_rows_take_the_same_article_first(tmp_path):
+    tokenizer = made_tokenizer(CHATML)
+    make = Haystacks(many_sets(tmp_path, sets=20), tokenizer, tokens=600, seed=1, questions=1)
+    same = 0
+    for number in range(80):
+        row = make(number)
+        text = tokenizer.decode(row.input_ids.tolist())
+        code = tokenizer.decode(row.input_ids[row.questions[0].answer].tolist())
+        one = int(code.removesuffix("<|im_end|>")) // 100 % 100
+        documents = text.count("The code of ")
+        same += text.count(f"The code of {one}-") > 0.7 * documents
+    assert 20 < same < 60
+
+
+def test_a_long_document_is_cut_around_its_evidence(tmp_path):
+    tokenizer = made_tokenizer(CHATML)
+    filler = sentences(300)
+    middle = len(filler) // 2
+    row = {
+        "documents": [f"{filler[:middle]} The code is 71432. {filler[middle:]}", "Else."],
+        "questions": ["What is the code?"],
+        "answers": ["71432"],
+    }
+    sets = list(read_question_sets(write(tmp_path / "a.jsonl", row)))
+    made = Haystacks(sets, tokenizer, tokens=150, seed=0)(0)
+    (question,) = made.questions
+    (mention,) = question.evidence
+    assert tokenizer.decode(made.input_ids[mention].tolist()).strip() == "71432"
+    assert 20 < mention.start < 120
+
+
+BAD_ROWS = {
+    "no documents": (
+        {"documents": []},
+        "documents: expected a list of at least one string",
+    ),
+    "a document that is a number": (
+        {"documents": ["a", 3]},
+        "documents: expected a list of at least one string",
+    ),
+    "no answers": (
+        {"answers": ["71432"]},
+        "answers: expected a list with an entry for each of the 2 questions, got 1",
+    ),
+    "answers in a word": ({"answers": "71432"}, "answers: expected a list .*, got str"),
+    "an empty answer": (
+        {"answers": ["", "red"]},
+        "answers: expected a string for question 1, got ''",
+    ),
+    "an answer that is not there": (
+        {"answers": ["71433", "red"]},
+        "expected an answer that stands in a document, got '71433', which .* under evidence",
+    ),
+    "evidence of no document": (
+        {"evidence": [[[2, 0, 1]], [[0, 0, 1]]]},
+        "evidence: expected a document from 0 to 1, got 2",
+    ),
+    "evidence out of range": (
+        {"evidence": [[[0, 12, 17]], [[0, 0, 1]]]},
+        "evidence: expected characters in document 0, which has 16, got 12 to 17",
+    ),
+    "evidence that ends before it begins": (
+        {"evidence": [[[0, 5, 5]], [[0, 0, 1]]]},
+        "evidence: expected characters in document 0, which has 16, got 5 to 5",
+    ),
+    "evidence without a place": (
+        {"evidence": [[[0, 5]], [[0, 0, 1]]]},
+        r"evidence: expected a list of \[document, begin, end\]",
+    ),
+    "no evidence for one": (
+        {"evidence": [[[0, 5, 6]]]},
+        "evidence: expected a list with an entry for each of the 2 questions, got 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows(tmp_path, name):
+    changes, message = BAD_ROWS[name]
+    path = write(tmp_path / "a.jsonl", ROW, {**ROW, **changes})
+    with pytest.raises(ValueError, match=rf"^a\.jsonl, line 2: {message}"):
+        list(read_question_sets(path))
+
+
+def test_a_row_that_is_no_object(tmp_path):
+    path = write(tmp_path / "a.jsonl", ROW, 7)
+    with pytest.raises(ValueError, match=r"^a\.jsonl, line 2: expected an object, got int"):
+        list(read_question_sets(path))
+
+
+def squad(**changes):
+    asked = {"question": "Where?", "answers": [{"text": "north", "answer_start": 13}], **changes}
+    paragraph = {"context": "The Ob flows north. It is long.", "qas": [asked]}
+    return {"data": [{"title": "Rivers", "paragraphs": [paragraph]}]}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            squad(answers=[{"text": "south", "answer_start": 13}]),
+            "expected the answer 'south' at character 13 of its paragraph, got 'north'",
+        ),
+        (
+            squad(answers=[{"text": "north", "answer_start": 90}]),
+            "evidence: expected characters in document 0, which has 31, got 90 to 95",
+        ),
+        (squad(answers=[{"text": "north"}]), "expected SQuAD JSON .*KeyError: 'answer_start'"),
+        ({"data": [{"title": "Rivers"}]}, "expected SQuAD JSON .*KeyError: 'paragraphs'"),
+        ({"data": ["Rivers"]}, "expected SQuAD JSON"),
+    ],
+)
+def test_bad_squad(tmp_path, value, message):
+    with pytest.raises(ValueError, match=message):
+        list(read_question_sets(write(tmp_path / "a.json", value)))
+
+
+def test_no_question_at_all(tmp_path):
+    path = write(tmp_path / "a.json", squad(answers=[], is_impossible=True))
+    with pytest.raises(ValueError, match=r"a\.json: expected at least one question with an answer"):
+        list(read_question_sets(path))
+
+
+def test_rows_that_a_question_does_not_fit(tmp_path):
+    tokenizer = made_tokenizer(CHATML)
+    (one,) = read_question_sets(
+        write(tmp_path / "a.jsonl", {**ROW, "answers": [ROW["documents"][1], "red"]})
+    )
+    make = Haystacks([one], tokenizer, tokens=40, seed=0, questions=1)
+    with pytest.raises(ValueError, match="leave room for a document in 40 tokens, got"):
+        for number in range(20):
+            make(number)
+
+
+def test_documents_that_cannot_fill_a_row(tmp_path):
+    row = {"documents": ["The key is 71432."], "questions": ["What?"], "answers": ["71432"]}
+    sets = list(read_question_sets(write(tmp_path / "a.jsonl", row)))
+    make = Haystacks(sets, made_tokenizer(CHATML), tokens=100, seed=0)
+    with pytest.raises(ValueError, match="expected further documents to fill a row of 100 tokens"):
+        make(0)
