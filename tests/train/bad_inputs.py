@@ -196,6 +196,34 @@ CASES = [
         ),
         r"chats\.jsonl, line 1: expected role and content.*got content of type str; write both",
     ),
+    (
+        "a stock teacher of a model from scratch",
+        lambda folder: run(folder, recipe=toy_recipe(teacher="stock")),
+        "teacher: expected the model that is trained further, got none; give model=",
+    ),
+    (
+        "a stock teacher of a landmark model",
+        lambda folder: run(
+            folder, recipe=toy_recipe(teacher="stock", block_size=64), model=bundled()
+        ),
+        "teacher: expected a model without landmarks as stock, got",
+    ),
+    (
+        "a teacher with another vocabulary",
+        lambda folder: run(folder, recipe=toy_recipe(teacher=bundled())),
+        "teacher: expected the vocabulary of the trained model, got another one in",
+    ),
+    (
+        "a teacher that is not there",
+        lambda folder: run(folder, recipe=toy_recipe(teacher=str(folder / "none"))),
+        "none: no tokenizer there",
+    ),
+    ("a teacher that is a number", setting(teacher=3), "teacher: expected a string, got 3"),
+    (
+        "no heads to contrast",
+        setting(contrast_heads=0),
+        "contrast_heads: expected an integer from 1",
+    ),
     ("no facts", setting(facts=0), "facts: expected an integer from 1 to .*, got 0"),
     ("no questions", setting(questions=0), "questions: expected an integer from 1 to .*, got 0"),
     ("minus one code", setting(distractors=-1), "distractors: expected an integer from 0 to"),

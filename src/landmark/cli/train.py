@@ -79,6 +79,18 @@ AllBlocks = Annotated[
     float | None,
     _setting("Share of steps in which queries see all past blocks, not the best few."),
 ]
+Contrast = Annotated[
+    float | None, _setting("Weight of the contrast of the evidence's landmarks with others.")
+]
+BlockMass = Annotated[
+    float | None, _setting("Weight of fitting the gate to dense attention's mass of each block.")
+]
+Teacher = Annotated[
+    str | None,
+    _setting("Model whose distribution is kept: folder, hub name, or stock for the given model."),
+]
+TeacherWeight = Annotated[float | None, _setting("Weight of the divergence from the teacher.")]
+TeacherShare = Annotated[float | None, _setting("Share of positions at which that is taken.")]
 AnswerWeight = Annotated[float | None, _setting("Weight of the mean loss on answers.")]
 Field = Annotated[str | None, _setting("Key of the text in rows.")]
 VocabSize = Annotated[int | None, _setting("Tokens of a new tokenizer.")]
@@ -129,6 +141,11 @@ def train(
     distractors: Distractors = None,
     answer_weight: AnswerWeight = None,
     all_blocks: AllBlocks = None,
+    contrast: Contrast = None,
+    block_mass: BlockMass = None,
+    teacher: Teacher = None,
+    teacher_weight: TeacherWeight = None,
+    teacher_share: TeacherShare = None,
     field: Field = None,
     vocab_size: VocabSize = None,
     block_size: BlockSize = None,

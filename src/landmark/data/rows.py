@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from landmark.data.episodes import IGNORED, Row
 from landmark.data.tokens import Ids
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 Group = tuple[Row, ...]  # rows of one length that are loaded together
 
 
@@ -156,17 +156,18 @@ def stack(groups: Sequence[Group], *, answers: bool) -> Batch:
         answers: whether the batch has ``answers``.
 
     Returns:
-        ``input_ids`` and ``labels`` (int64), and ``answers`` (bool), each ``(B, tokens)``. Where
-        documents are packed in a row, also ``position_ids``, which count from each document's
-        first token on.
+        ``input_ids`` and ``labels`` (int64), and ``answers`` (bool), each ``(B, tokens)``, with
+        ``questions``, those of each row. Where documents are packed in a row, also
+        ``position_ids``, which count from each document's first token on.
     """
     rows = [row for group in groups for row in group]
-    batch = {
+    batch: Batch = {
         "input_ids": torch.from_numpy(np.stack([row.input_ids for row in rows])),
         "labels": torch.from_numpy(np.stack([row.labels for row in rows])),
     }
     if answers:
         batch["answers"] = torch.from_numpy(np.stack([row.answers for row in rows]))
+        batch["questions"] = [row.questions for row in rows]
     if any(row.documents is not None for row in rows):
         batch["position_ids"] = torch.from_numpy(np.stack([_positions(row) for row in rows]))
     return batch

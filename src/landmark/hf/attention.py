@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 
 from landmark.config import LandmarkConfig
 from landmark.hf.cache import LandmarkCache
+from landmark.hf.gate_loss import GateLoss, LayerInputs
 from landmark.hf.layout import without_autocast
 from landmark.memory.geometry import CallGeometry, move
 from landmark.memory.rotary_tables import RotaryTables
@@ -66,16 +67,21 @@ class FullPass(ForwardContext):
     Attributes:
         rotations: the rotation of each rotary type.
         segments: ``(B, T)`` document of each slot of packed rows.
+        gate_loss: what every layer adds to, if anything.
     """
 
     rotations: dict[str | None, Rotation]
     segments: Tensor | None
+    gate_loss: GateLoss | None = None
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         """Attends as ``ForwardContext.attend`` says."""
-        rotation = self._rotation(module).to(query.device)
+        kind = self._rotary_type(module)
+        rotation = self.rotations[kind].to(query.device)
+        if self.gate_loss is not None:
+            _add(self.gate_loss, LayerInputs(query, key, rotation, scale, kind))
         segments = None if self.segments is None else self.segments.to(query.device)
         size = self.settings.block_size
         query = rotation.rotate(query)
@@ -99,12 +105,19 @@ class FullPass(ForwardContext):
             return None
         return self.settings.top_k + self.settings.local_blocks
 
-    def _rotation(self, module: nn.Module) -> Rotation:
-        """Returns the rotation of a layer."""
+    def _rotary_type(self, module: nn.Module) -> str | None:
+        """Returns the rotary type of a layer."""
         if len(self.rotations) == 1:
             # The layer's index is not read, so that torch.compile has one graph for all layers.
-            return next(iter(self.rotations.values()))
-        return self.rotations[self.layer_types[_layer_index(module)]]
+            return next(iter(self.rotations))
+        return self.layer_types[_layer_index(module)]
+
+
+# A list that grows from layer to layer would be another graph for each layer.
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def _add(gate_loss: GateLoss, layer: LayerInputs) -> None:
+    """Calls a loss on the gate outside compiled code, between two graphs of the layer."""
+    gate_loss.add(layer)
 
 
 @dataclass

@@ -90,7 +90,9 @@ class LandmarkDecoderMixin(PackagedMixin):
                 ``position_ids``. ``cu_seq_lens_q``, the borders of documents in one flattened row,
                 is taken as well.
             cache: see ``past_key_values``.
-            **kwargs: passed to the stock decoder.
+            **kwargs: passed to the stock decoder, but for ``gate_loss``: in a pass without a cache
+                in mode ``all`` or ``top_k``, a ``landmark.hf.gate_loss.GateLoss`` that each layer
+                adds to.
 
         Returns:
             ``BaseModelOutputWithPast`` whose states are those of text, zeros at padding.
@@ -199,7 +201,12 @@ class LandmarkDecoderMixin(PackagedMixin):
             kind: rotary.rotation(positions, embeds.dtype)
             for kind, rotary in self._rotaries.items()
         }
-        context = FullPass(settings, self._layer_types, rotations, layout.segments)
+        gate_loss = kwargs.pop("gate_loss", None)
+        if gate_loss is not None:
+            gate_loss.prepare(
+                settings, self._rotaries, embeds.new_empty(len(embeds), layout.width, 0)
+            )
+        context = FullPass(settings, self._layer_types, rotations, layout.segments, gate_loss)
         return self._run(embeds, layout, context, kwargs)
 
     def _run(self, embeds: Tensor, layout: TextLayout, context: ForwardContext, kwargs: Any) -> Any:

@@ -70,17 +70,11 @@ class EvidenceRecall:
                 with ``LandmarkCache.record``.
             queries: the queries. Rows have no padding before them.
         """
-        far = []
-        blocks = []
-        for query in queries:
-            found = self._blocks(query)
-            own = query.token // (self.settings.block_size - 1)
-            if found[-1] < own - self.settings.local_blocks:
-                far.append(query)
-                blocks.append(found)
+        far = far_queries(queries, self.settings)
         if not far:
             return
         self.queries += len(far)
+        blocks = [blocks_of(query, self.settings.block_size) for query in far]
         longest = max(map(len, blocks))
         evidence = torch.tensor([found + [NO_BLOCK] * (longest - len(found)) for found in blocks])
         rows = torch.tensor([query.row for query in far])
@@ -116,8 +110,19 @@ class EvidenceRecall:
         before = self._found.get(retrieval.layer)
         self._found[retrieval.layer] = counts if before is None else before + counts
 
-    def _blocks(self, query: EvidenceQuery) -> list[int]:
-        """Returns the blocks that hold the evidence of a query, ascending."""
-        size = self.settings.block_size - 1
-        spans = [range(tokens[0] // size, tokens[-1] // size + 1) for tokens in query.evidence]
-        return sorted({block for span in spans for block in span})
+
+def far_queries(queries: Iterable[EvidenceQuery], settings: LandmarkConfig) -> list[EvidenceQuery]:
+    """Returns the queries none of whose evidence is in their own or a local block."""
+    far = []
+    for query in queries:
+        own = query.token // settings.text_per_block
+        if blocks_of(query, settings.block_size)[-1] < own - settings.local_blocks:
+            far.append(query)
+    return far
+
+
+def blocks_of(query: EvidenceQuery, block_size: int) -> list[int]:
+    """Returns the blocks that hold the evidence of a query, ascending."""
+    size = block_size - 1
+    spans = [range(tokens[0] // size, tokens[-1] // size + 1) for tokens in query.evidence]
+    return sorted({block for span in spans for block in span})

@@ -106,8 +106,8 @@ def require_same_recipe(out: Path, recipe: Recipe, arguments: RunArguments) -> N
             f"{path}: expected the settings of the run to resume, got no readable file; train anew"
         ) from None
     new = json.loads(json.dumps(_run_settings(recipe, arguments)))
-    changed = []
-    for section in ("model", "landmark", "data", "optimiser", "run", "arguments"):
+    changed: list[str] = []
+    for section in new.keys() - {"tokenizer", "save"}:
         before = old.get(section, {})
         now = new[section]
         changed += [
@@ -117,8 +117,8 @@ def require_same_recipe(out: Path, recipe: Recipe, arguments: RunArguments) -> N
         ]
     if changed:
         raise ValueError(
-            f"{out}: expected the settings the run began with, got other {changed}; leave out "
-            "resume=True or those"
+            f"{out}: expected the settings the run began with, got other {sorted(changed)}; leave "
+            "out resume=True or those"
         )
 
 

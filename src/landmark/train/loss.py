@@ -65,6 +65,21 @@ def answer_weighted_loss(
     return text_loss(losses, labels, items) + weight * answer_loss
 
 
+def divergence(logits: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
+    """Returns the mean Kullback-Leibler divergence from a teacher's distribution, a scalar.
+
+    Args:
+        logits: ``(B, P, V)`` of the trained model.
+        teacher: ``(B, P, W)`` of the teacher; further columns of either are left out.
+        kept: bool ``(B, P)``, the positions to take.
+    """
+    width = min(logits.shape[-1], teacher.shape[-1])
+    ours = logits[..., :width].float().log_softmax(-1)
+    theirs = teacher[..., :width].float().log_softmax(-1)
+    found = (theirs.exp() * (theirs - ours)).sum(-1)
+    return (found * kept).sum() / kept.sum().clamp(min=1)
+
+
 def answers_right(logits: Tensor, labels: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     """Returns for each row how many answer tokens are predicted as most likely, and how many are.
 

@@ -29,6 +29,7 @@ from landmark.hf.pretrained import read_config
 from landmark.train.corpora import corpora
 from landmark.train.recipe import Recipe
 
+STOCK = "stock"  # the teacher that is the given model without landmarks
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 SIZES = {
     "hidden_size",
@@ -262,6 +263,52 @@ def given_model(path: str, recipe: Recipe, *, plain: bool) -> Any:
         raise FileNotFoundError(
             f"{path}: no model there ({first_line(error)}); pass a model's folder or name"
         ) from None
+
+
+def load_teacher(recipe: Recipe, path: str | None, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Returns the teacher of a run in eval mode, without gradients; ``None`` where it has none.
+
+    Args:
+        recipe: the settings.
+        path: folder or hub name of the model that is trained further, ``None`` for a new one.
+        tokenizer: the tokenizer of the run.
+
+    Raises:
+        ValueError: ``stock`` without a model or for a landmark model, or a teacher with another
+            vocabulary.
+        FileNotFoundError: there is no such model.
+    """
+    name = recipe.distillation.teacher
+    if name is None:
+        return None
+    if name == STOCK:
+        if path is None:
+            raise ValueError(
+                "teacher: expected the model that is trained further, got none; give model=NAME, "
+                "or name a teacher"
+            )
+        name = path
+        if read_config(path).model_type.startswith(PREFIX):
+            raise ValueError(
+                f"teacher: expected a model without landmarks as stock, got {path}; name the model "
+                "that it was made of"
+            )
+    theirs = load_tokenizer(name)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"teacher: expected the vocabulary of the trained model, got another one in {name}; "
+            "name a teacher with the same tokenizer"
+        )
+    dtype = torch.float32
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        dtype = torch.bfloat16
+    try:
+        teacher = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"teacher: no model in {name} ({first_line(error)}); pass a model's folder or name"
+        ) from None
+    return teacher.requires_grad_(False).eval()
 
 
 def stored_dtype(path: str | None) -> str:

@@ -126,15 +126,41 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalSettings:
-    """What queries see while a landmark model is trained.
+    """What queries see while a landmark model is trained, and losses on the gate.
 
     Attributes:
         all_blocks: share of the steps in which each query sees all past blocks (mode ``all``). In
             the others it keeps its best ``top_k + local_blocks``, about as many as it sees when the
             model retrieves (mode ``top_k``).
+        contrast: weight of the contrast of the evidence's landmarks with all others, at the tokens
+            before and in answers (``landmark.hf.gate_loss.GateContrast``); 0 for none.
+        contrast_heads: so many heads of all layers, those that do best, are trained by it.
+        block_mass: weight of fitting the gate to the mass that dense attention gives each block
+            (``landmark.hf.gate_loss.GateBlockMass``), in rows that hold one text; 0 for none.
     """
 
     all_blocks: float = 1.0
+    contrast: float = 0.0
+    contrast_heads: int = 32
+    block_mass: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSettings:
+    """A model whose distribution the trained one is to keep.
+
+    Attributes:
+        teacher: folder or hub name of a model with the same vocabulary; ``stock`` for the given
+            model as it was before the training, with its own attention; ``None`` for none.
+        teacher_weight: weight of the mean Kullback-Leibler divergence from its distribution.
+        teacher_share: share of the positions at which that is taken. Those that predict a token of
+            an answer in episodes or to questions are left out, and those beyond the length that the
+            teacher was trained on.
+    """
+
+    teacher: str | None = None
+    teacher_weight: float = 0.5
+    teacher_share: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +236,7 @@ class SaveSettings:
     shard: str = "5GB"
 
 
-SECTIONS = ("tokenizer", "data", "retrieval", "optimiser", "run", "save")
+SECTIONS = ("tokenizer", "data", "retrieval", "distillation", "optimiser", "run", "save")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -255,7 +281,8 @@ class Recipe:
         landmark: fields of ``LandmarkConfig``; the others keep their defaults.
         tokenizer: the tokenizer of a model from scratch.
         data: the rows.
-        retrieval: what queries see.
+        retrieval: what queries see, and losses on the gate.
+        distillation: the teacher.
         optimiser: steps and learning rate.
         run: how the run is computed.
         save: how the model is saved.
@@ -269,6 +296,7 @@ class Recipe:
     tokenizer: TokenizerSettings = TokenizerSettings()
     data: DataSettings = DataSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
+    distillation: TeacherSettings = TeacherSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     run: RunSettings = RunSettings()
     save: SaveSettings = SaveSettings()
@@ -289,6 +317,7 @@ class Recipe:
         _require_mixture(self.data)
         words = {
             "field": self.data.field,
+            "teacher": self.distillation.teacher or "",
             "report_to": self.run.report_to,
             "shard": self.save.shard,
         }
@@ -304,6 +333,7 @@ class Recipe:
             IntegerSetting("facts", self.data.facts, least=1),
             IntegerSetting("questions", self.data.questions, least=1),
             IntegerSetting("distractors", self.data.distractors, least=0),
+            IntegerSetting("contrast_heads", self.retrieval.contrast_heads, least=1),
             IntegerSetting("steps", self.optimiser.steps, least=1),
             IntegerSetting("batch", self.optimiser.batch, least=1),
             IntegerSetting("warmup", self.optimiser.warmup, least=0),
@@ -325,6 +355,10 @@ class Recipe:
             NumberSetting("episodes", data.episodes, low=0.0, high=1.0),
             NumberSetting("answer_weight", data.answer_weight, low=0.0, high=1e6),
             NumberSetting("all_blocks", self.retrieval.all_blocks, low=0.0, high=1.0),
+            NumberSetting("contrast", self.retrieval.contrast, low=0.0, high=1e6),
+            NumberSetting("block_mass", self.retrieval.block_mass, low=0.0, high=1e6),
+            NumberSetting("teacher_weight", self.distillation.teacher_weight, low=0.0, high=1e6),
+            NumberSetting("teacher_share", self.distillation.teacher_share, low=0.0, high=1.0),
             NumberSetting("decay_share", optimiser.decay_share, low=0.0, high=1.0),
             NumberSetting("weight_decay", optimiser.weight_decay, low=0.0, high=1e6),
             NumberSetting("clip", optimiser.clip, low=0.0, high=1e6),

@@ -42,6 +42,7 @@ from landmark.train.prepare import (
     Prepared,
     find_tokenizer,
     given_model,
+    load_teacher,
     new_model,
     prepare_rows,
     require_model_settings,
@@ -139,6 +140,7 @@ def train(
             f"nothing is evaluated: the text has fewer than {LEAST_ROWS} rows, and no folder "
             "validation"
         )
+    teacher = load_teacher(recipe, path, cutter)
     if lora is not None:
         made = add_lora(made, lora)
     if not plain:
@@ -153,6 +155,7 @@ def train(
         rows,
         compiled=compiled,
         plain=plain,
+        teacher=teacher,
         row_tokens=row_tokens,
         progress=Progress(report, max_seconds, progress),
     )
@@ -269,6 +272,7 @@ def _trainer(
     *,
     compiled: bool,
     plain: bool,
+    teacher: Any,
     row_tokens: int,
     progress: Progress,
 ) -> LandmarkTrainer:
@@ -279,7 +283,9 @@ def _trainer(
         train_dataset=rows.train,
         eval_dataset=rows.held_out or None,
         answer_weight=recipe.data.answer_weight if rows.has_answers else None,
-        all_blocks=None if plain else recipe.retrieval.all_blocks,
+        retrieval=None if plain else recipe.retrieval,
+        teacher=teacher,
+        distillation=recipe.distillation,
         row_tokens=row_tokens,
         compiled=compiled,
         callbacks=[progress],

@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,17 +24,32 @@ from transformers import (
     TrainingArguments,
 )
 
+from landmark.blocks import slot_of
+from landmark.config import LandmarkConfig
 from landmark.data import encoding
-from landmark.data.episodes import IGNORED, Row
+from landmark.data.episodes import IGNORED, Row, RowQuestion
 from landmark.data.errors import first_line
 from landmark.data.outputs import is_of_the_disk
 from landmark.data.rows import Group, stack
 from landmark.hf.cache import LandmarkCache
+from landmark.hf.gate_loss import GateBlockMass, GateContrast, LayerInputs, contrast_queries
 from landmark.hf.recall import EvidenceQuery, EvidenceRecall
+from landmark.hf.rope import trained_positions
+from landmark.rotary import Rotary
 from landmark.train.lora import base_of
-from landmark.train.loss import answer_weighted_loss, answers_right, text_loss, token_losses
+from landmark.train.loss import (
+    answer_weighted_loss,
+    answers_right,
+    divergence,
+    text_loss,
+    token_losses,
+)
+from landmark.train.recipe import RetrievalSettings, TeacherSettings
 
 RECALL_ROWS = 4  # rows that are read at once; the selections of all their queries are kept
+CONTRAST_QUERIES = 8  # of each row of a batch, on average
+CONTRAST_TOKENS = 6  # before the first that predicts an answer: a turn's header, the question's end
+MASS_QUERIES = 32  # of each row of a batch
 
 
 class StepCounts(NamedTuple):
@@ -52,9 +67,10 @@ class StepCounts(NamedTuple):
 class LandmarkTrainer(Trainer):  # type: ignore[misc]
     """A Trainer for rows of a fixed number of text tokens.
 
-    It differs from the stock Trainer in four things: rows with answers have a loss of their own,
-    rows come in the order of their index, weights other than matrices are not decayed, and a
-    landmark model changes its mode from step to step. Without answers the loss is the model's own.
+    It differs from the stock Trainer in this: rows with answers have a loss of their own, losses on
+    the gate and from a teacher are added, rows come in the order of their index, weights other than
+    matrices are not decayed, and a landmark model changes its mode from step to step. Without
+    answers the loss is the model's own.
 
     Args:
         model: the model.
@@ -62,8 +78,10 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         train_dataset: the ``Rows``.
         eval_dataset: ``FixedRows`` by name.
         answer_weight: weight of the mean loss over answers; ``None`` when no row has answers.
-        all_blocks: share of the steps in mode ``all``; the others, and evaluations, are in mode
-            ``top_k``. ``None`` for a model without landmarks.
+        retrieval: what queries see, and losses on the gate; ``None`` for a model without landmarks.
+            Evaluations are in mode ``top_k`` unless all steps are in mode ``all``.
+        teacher: the teacher, ``None`` for none.
+        distillation: how the model learns from the teacher.
         row_tokens: text tokens of a row.
         compiled: whether to compile the loss.
         callbacks: callbacks of the Trainer.
@@ -82,7 +100,9 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         train_dataset: Dataset[Group],
         eval_dataset: Mapping[str, Dataset[Group]] | None,
         answer_weight: float | None,
-        all_blocks: float | None,
+        retrieval: RetrievalSettings | None,
+        teacher: Any,
+        distillation: TeacherSettings,
         row_tokens: int,
         compiled: bool,
         callbacks: list[TrainerCallback],
@@ -97,8 +117,11 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             callbacks=callbacks,
         )
         self.answer_weight = answer_weight or 0.0
-        self.all_blocks = all_blocks
+        self.retrieval = retrieval
         self._unwrapped = base_of(model)
+        self.distillation = distillation
+        self._teacher: Any = None if teacher is None else teacher.to(args.device)
+        self._noted: dict[str, list[Tensor]] = {}
         self._counts = StepCounts()
         if answer_weight is not None:
             # The loss is divided by the step's counts, not by its batches.
@@ -119,25 +142,99 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Returns the answer-weighted loss for rows with answers, otherwise the model's own."""
-        if "answers" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**_texts(inputs))
-        loss = self._loss(
-            outputs.logits,
-            inputs["labels"],
-            inputs["answers"],
-            weight=self.answer_weight,
-            items=self._counts.labels,
-            asked=self._counts.answers,
-        )
+        """Returns the answer-weighted loss for rows with answers, otherwise the model's own.
+
+        Losses on the gate are added to it.
+        """
+        gate = self._gate_losses(inputs)
+        more = {"gate_loss": gate} if gate else {}
+        if "answers" in inputs:
+            outputs = model(**texts_of(inputs), **more)
+            loss = self._loss(
+                outputs.logits,
+                inputs["labels"],
+                inputs["answers"],
+                weight=self.answer_weight,
+                items=self._counts.labels,
+                asked=self._counts.answers,
+            )
+        else:
+            loss, outputs = super().compute_loss(
+                model, {**inputs, **more}, True, num_items_in_batch
+            )
+        if gate:
+            loss = loss + self._gate_total(gate)
+        if self._teacher is not None:
+            loss = loss + self._divergence(inputs, outputs.logits)
         return (loss, outputs) if return_outputs else loss
+
+    def _gate_losses(self, inputs: dict[str, Any]) -> GateLosses | None:
+        """Returns the losses on the gate that a batch is trained with."""
+        if self.retrieval is None:
+            return None
+        losses = GateLosses()
+        is_packed = "position_ids" in inputs
+        if self.retrieval.contrast and "questions" in inputs:
+            count = CONTRAST_QUERIES * len(inputs["questions"])
+            wanted = evidence_queries(inputs["questions"], before=CONTRAST_TOKENS)
+            queries = contrast_queries(wanted, self._unwrapped.landmark, count)
+            losses.contrast = GateContrast(queries) if queries else None
+        if self.retrieval.block_mass and not is_packed:
+            rng = random.Random(f"{self.args.seed}/mass/{self.state.global_step}")
+            tokens = sorted(rng.choices(range(inputs["input_ids"].shape[1]), k=MASS_QUERIES))
+            size = self._unwrapped.landmark.block_size
+            losses.block_mass = GateBlockMass([slot_of(token, size) for token in tokens])
+        return losses if losses.any() else None
+
+    def _gate_total(self, gate: GateLosses) -> Tensor:
+        """Returns the weighted losses on the gate, as the share of one batch of the step."""
+        assert self.retrieval is not None
+        total = torch.zeros((), device=self.args.device)
+        if gate.contrast is not None:
+            contrast = gate.contrast.loss(self.retrieval.contrast_heads)
+            self._note("contrast_loss", contrast)
+            total = total + self.retrieval.contrast * contrast
+        if gate.block_mass is not None:
+            mass = gate.block_mass.loss()
+            self._note("block_mass_loss", mass)
+            total = total + self.retrieval.block_mass * mass
+        share: Tensor = total / self.args.gradient_accumulation_steps
+        return share
+
+    def _divergence(self, inputs: dict[str, Any], logits: Tensor) -> Tensor:
+        """Returns the weighted divergence from the teacher, as the share of one batch of the step.
+
+        It is taken at the same columns of all rows, drawn by the seed.
+        """
+        text = texts_of(inputs)
+        tokens = min(text["input_ids"].shape[1], trained_positions(self._teacher.config))
+        count = max(1, round(self.distillation.teacher_share * tokens))
+        rng = random.Random(f"{self.args.seed}/teacher/{self.state.global_step}")
+        columns = torch.tensor(sorted(rng.sample(range(tokens), count)), device=logits.device)
+        with torch.no_grad():
+            theirs = self._teacher(
+                **{name: tensor[:, :tokens] for name, tensor in text.items()},
+                use_cache=False,
+                logits_to_keep=columns,
+            ).logits
+        kept = torch.ones(len(logits), count, dtype=torch.bool, device=logits.device)
+        if "answers" in inputs:
+            predicts_answer = inputs["answers"].roll(-1, dims=1)
+            kept = ~predicts_answer[:, columns]
+        found = divergence(logits[:, columns], theirs, kept)
+        self._note("teacher_loss", found)
+        share: Tensor = found / self.args.gradient_accumulation_steps
+        return self.distillation.teacher_weight * share
+
+    def _note(self, name: str, loss: Tensor) -> None:
+        """Keeps a loss for the next entry of the log, which has the mean."""
+        self._noted.setdefault(name, []).append(loss.detach())
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trains on a batch, in the mode that is drawn for its step."""
-        if self.all_blocks is not None:
+        if self.retrieval is not None:
             rng = random.Random(f"{self.args.seed}/mode/{self.state.global_step}")
-            self._set_mode("all" if rng.random() < self.all_blocks else "top_k")
+            self._set_mode("all" if rng.random() < self.retrieval.all_blocks else "top_k")
         loss: Tensor = super().training_step(*args, **kwargs)
         return loss
 
@@ -175,7 +272,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         """Returns the mean loss over text, and for each row the right and all answer tokens."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            logits = model(**_texts(inputs)).logits
+            logits = model(**texts_of(inputs)).logits
             loss = text_loss(token_losses(logits, inputs["labels"]), inputs["labels"])
             if "answers" not in inputs:
                 return loss, None, None
@@ -187,8 +284,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         start = time.perf_counter()
         # The stock Trainer calls this once for all data sets, and inside for each of them by name.
         is_outermost = not isinstance(kwargs.get("eval_dataset"), str)
-        if is_outermost and self.all_blocks is not None:
-            self._set_mode("all" if self.all_blocks == 1 else "top_k")
+        if is_outermost and self.retrieval is not None:
+            self._set_mode("all" if self.retrieval.all_blocks == 1 else "top_k")
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if is_outermost:
             self._log_recall()
@@ -204,7 +301,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         These are reads with retrieval, as the trained model does them. Not under FSDP, where no
         process has all weights.
         """
-        if self.all_blocks is None or self.is_fsdp_enabled or not self.is_world_process_zero():
+        if self.retrieval is None or self.is_fsdp_enabled or not self.is_world_process_zero():
             return
         for name, groups in (self.eval_dataset or {}).items():
             rows = [row for group in groups for row in group if row.questions]
@@ -242,7 +339,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
                     cache = LandmarkCache(model.config)
                     cache.record = True
                     model.read(ids.to(self.args.device), cache=cache)
-                    recall.add(cache.retrievals, _queries(batch))
+                    queries = evidence_queries([row.questions for row in batch])
+                    recall.add(cache.retrievals, queries)
         finally:
             model.configure_landmark(mode=settings.mode)
         return recall
@@ -270,6 +368,9 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             tokens = (self.state.global_step - self._counted_step) * self.step_tokens
             seconds = time.perf_counter() - self._counted_at - self._paused
             logs["tokens_per_second"] = tokens / seconds
+            for name, losses in self._noted.items():
+                logs[name] = float(torch.stack(losses).mean())
+            self._noted = {}
             self.start_clock()
         super().log(logs, start_time)
 
@@ -304,18 +405,56 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
-def _texts(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns what a model is given of a batch: all but labels and answers."""
+@dataclasses.dataclass
+class GateLosses:
+    """The losses on the gate that a batch is trained with; each layer adds to all of them."""
+
+    contrast: GateContrast | None = None
+    block_mass: GateBlockMass | None = None
+
+    def any(self) -> bool:
+        """Returns whether there is one."""
+        return self.contrast is not None or self.block_mass is not None
+
+    def prepare(
+        self, settings: LandmarkConfig, rotaries: dict[str | None, Rotary], like: Tensor
+    ) -> None:
+        """See ``GateLoss.prepare``."""
+        if self.contrast is not None:
+            self.contrast.prepare(settings, rotaries, like)
+        if self.block_mass is not None:
+            self.block_mass.prepare(settings, rotaries, like)
+
+    def add(self, layer: LayerInputs) -> None:
+        """See ``GateLoss.add``."""
+        if self.contrast is not None:
+            self.contrast.add(layer)
+        if self.block_mass is not None:
+            self.block_mass.add(layer)
+
+
+def texts_of(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns what a model is given of a batch: all but labels, answers and questions."""
     return {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
 
 
-def _queries(rows: list[Row]) -> list[EvidenceQuery]:
-    """Returns the tokens that predict an answer, each the one before a token of it."""
+def evidence_queries(
+    questions: Sequence[Sequence[RowQuestion]], before: int = 0
+) -> list[EvidenceQuery]:
+    """Returns the tokens of some rows that predict an answer, each the one before a token of it.
+
+    Args:
+        questions: the questions of each row.
+        before: so many tokens of the question before these, too.
+    """
     return [
-        EvidenceQuery(number, token - 1, question.evidence)
-        for number, row in enumerate(rows)
-        for question in row.questions
-        for token in question.answer
+        EvidenceQuery(row, token, question.evidence)
+        for row, asked in enumerate(questions)
+        for question in asked
+        for token in range(
+            max(question.tokens.start, question.answer.start - 1 - before),
+            question.answer.stop - 1,
+        )
     ]
 
 
@@ -417,6 +556,9 @@ _SHOWN = (
     LoggedValue("loss", "loss", ".4f"),
     LoggedValue("learning_rate", "lr", ".2e"),
     LoggedValue("grad_norm", "grad", ".2f"),
+    LoggedValue("contrast_loss", "contrast", ".4f"),
+    LoggedValue("block_mass_loss", "block mass", ".4f"),
+    LoggedValue("teacher_loss", "from the teacher", ".4f"),
     LoggedValue("tokens_per_second", "tokens/s", ",.0f"),
     LoggedValue("eval_text_loss", "held-out text loss", ".4f"),
     LoggedValue("eval_conversations_loss", "held-out conversations loss", ".4f"),

@@ -1,0 +1,204 @@
+"""Losses on the gate: against loops in float64, their gradients, and inside compiled layers."""
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import models
+from landmark.blocks import slot_of
+from landmark.config import LandmarkConfig
+from landmark.hf.gate_loss import GateBlockMass, GateContrast, contrast_queries
+from landmark.hf.recall import EvidenceQuery
+from landmark.train.run import compile_layers
+
+SIZE = 5
+SETTINGS = LandmarkConfig(block_size=SIZE, top_k=2, local_blocks=1, mode="all")
+TOKENS = 63
+QUERIES = [
+    EvidenceQuery(0, 62, (range(3, 5),)),  # in blocks 0 and 1
+    EvidenceQuery(1, 40, (range(8, 9), range(21, 22))),
+    EvidenceQuery(1, 50, (range(30, 31),)),
+    EvidenceQuery(0, 25, (range(2, 3),)),
+]
+
+
+@dataclass
+class Kept:
+    """Keeps what the layers attend with."""
+
+    layers: list = field(default_factory=list)
+
+    def prepare(self, settings, rotaries, like):
+        self.rotaries = rotaries
+
+    def add(self, layer):
+        self.layers.append(layer)
+
+
+def ids():
+    return models.text(2 * TOKENS).view(2, TOKENS)
+
+
+@pytest.fixture(params=["llama", "gemma3", "gpt_neox"])
+def model(request):
+    model = models.landmark_model(request.param, SETTINGS)
+    model.train()
+    return model
+
+
+def run(model, gate_loss):
+    model(input_ids=ids(), use_cache=False, gate_loss=gate_loss)
+    return gate_loss
+
+
+def rotated(rotary, vector, position):
+    return rotary.rotation(torch.tensor(position), torch.float64).rotate(vector)
+
+
+def test_contrast_is_that_of_a_loop(model):
+    kept = run(model, Kept())
+    contrast = run(model, GateContrast(QUERIES))
+    assert len(contrast.losses) == len(kept.layers) == 2
+    for layer, losses in zip(kept.layers, contrast.losses, strict=True):
+        rotary = kept.rotaries[layer.rotary_type]
+        heads = layer.query.shape[1]
+        groups = layer.key.shape[1]
+        assert losses.shape == (len(QUERIES), heads)
+        for number, asked in enumerate(QUERIES):
+            slot = slot_of(asked.token, SIZE)
+            own = slot // SIZE
+            # The prefix of top_k + 1 blocks, the local block, the own block.
+            position = (SETTINGS.top_k + 1 + 1) * SIZE + slot % SIZE
+            evidence = {token // (SIZE - 1) for mention in asked.evidence for token in mention}
+            for head in range(heads):
+                query = rotated(rotary, layer.query[asked.row, head, slot], position)
+                every = []
+                wanted = []
+                for row in range(2):
+                    for block in range(layer.key.shape[2] // SIZE):
+                        if row == asked.row and block >= own - 1:
+                            continue
+                        at = block * SIZE + SIZE - 1
+                        key = layer.key[row, head // (heads // groups), at]
+                        score = layer.scale * (query @ rotated(rotary, key, SIZE - 1)).item()
+                        every.append(score)
+                        if row == asked.row and block in evidence:
+                            wanted.append(score)
+                expected = math.log(sum(map(math.exp, every))) - math.log(
+                    sum(map(math.exp, wanted))
+                )
+                assert losses[number, head].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_block_mass_is_that_of_a_loop(model):
+    slots = [slot_of(token, SIZE) for token in (0, 7, 40, 62)]
+    kept = run(model, Kept())
+    mass = run(model, GateBlockMass(slots))
+    for layer, loss in zip(kept.layers, mass.losses, strict=True):
+        query = layer.rotation.rotate(layer.query)
+        key = layer.rotation.rotate(layer.key)
+        heads = query.shape[1]
+        found = []
+        for row in range(2):
+            for head in range(heads):
+                keys = key[row, head // (heads // key.shape[1])]
+                for slot in slots:
+                    scores = (layer.scale * keys @ query[row, head, slot]).tolist()
+                    own = slot // SIZE
+                    text = [scores[at] for at in range(own * SIZE, slot + 1)]
+                    target = list(text)
+                    gate = list(text)
+                    for block in range(own):
+                        inside = scores[block * SIZE : block * SIZE + SIZE - 1]
+                        target.append(math.log(sum(map(math.exp, inside))))
+                        gate.append(scores[block * SIZE + SIZE - 1])
+                    weights = torch.tensor(target, dtype=torch.float64).softmax(-1)
+                    logs = torch.tensor(gate, dtype=torch.float64).log_softmax(-1)
+                    found.append(float((weights * (weights.log() - logs)).sum()))
+        assert loss.item() == pytest.approx(sum(found) / len(found), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["contrast", "block mass"])
+def test_descent_does_what_the_loss_is_for(kind):
+    """Contrast: the evidence is scored higher than all else. Mass: the gate is as told."""
+    model = models.landmark_model("llama", SETTINGS)
+    model.train()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    found = []
+    for _ in range(25):
+        gate_loss = GateContrast(QUERIES) if kind == "contrast" else GateBlockMass([20, 40, 70])
+        run(model, gate_loss)
+        loss = gate_loss.loss(4) if kind == "contrast" else gate_loss.loss()
+        found.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        assert model.base_model.landmark_embedding.weight.grad.abs().sum() > 0
+        optimizer.step()
+    model.load_state_dict(state)  # it is shared
+    assert found[-1] < 0.3 * found[0]
+
+
+def test_only_the_best_heads_are_trained():
+    losses = [torch.tensor([[3.0, 1.0], [5.0, 1.0]]), torch.tensor([[2.0, 9.0], [0.0, 9.0]])]
+    contrast = GateContrast([], losses)
+    assert contrast.loss(1).item() == 1.0
+    assert contrast.loss(3).item() == pytest.approx((1 + 1 + 4) / 3)
+    assert contrast.loss(99).item() == pytest.approx((4 + 1 + 1 + 9) / 4)
+
+
+def test_the_target_of_the_mass_has_no_gradient():
+    """Where the gate is the mass already, nothing moves."""
+    mass = GateBlockMass([7])
+    mass.prepare(SETTINGS.replace(block_size=2), {}, torch.zeros(1, 8, 0))
+
+    class Still:
+        def rotate(self, x):
+            return x
+
+    from landmark.hf.gate_loss import LayerInputs
+
+    query = torch.randn(1, 1, 8, 4, dtype=torch.float64)
+    key = torch.randn(1, 1, 8, 4, dtype=torch.float64)
+    key[:, :, 1::2] = key[:, :, 0::2]  # blocks of one text token, whose score is the block's mass
+    key.requires_grad_()
+    mass.add(LayerInputs(query, key, Still(), 0.5, None))
+    mass.loss().backward()
+    assert mass.loss().item() == pytest.approx(0, abs=1e-6)
+    assert key.grad.abs().max() < 1e-6
+
+
+def test_compiled_layers_add_the_same():
+    """The layers share their graphs, whatever the queries of a batch are."""
+    others = [EvidenceQuery(1, 62, (range(1, 3),)), *QUERIES[1:]]
+    counts = []
+    for layers in (2, 4):
+        model = models.landmark_model("llama", SETTINGS, layers=layers)
+        model.train()
+        expected = [run(model, GateContrast(queries)).losses for queries in (QUERIES, others)]
+        torch._dynamo.reset()
+        graphs = CompileCounterWithBackend("aot_eager")
+        compile_layers(model, backend=graphs)
+        try:
+            for queries, losses in zip((QUERIES, others), expected, strict=True):
+                contrast = run(model, GateContrast(queries))
+                assert len(contrast.losses) == layers
+                for here, there in zip(contrast.losses, losses, strict=True):
+                    torch.testing.assert_close(here, there)
+                contrast.loss(5).backward()
+            counts.append(graphs.frame_count)
+        finally:
+            for module in model.modules():  # the model is shared
+                module._compiled_call_impl = None
+    assert counts[0] == counts[1]
+
+
+def test_queries_of_a_contrast():
+    far = [EvidenceQuery(0, 60, (range(n, n + 1),)) for n in range(10)]
+    near = [EvidenceQuery(0, 60, (range(50, 57),))]
+    assert contrast_queries(near, SETTINGS, 4) == []
+    assert contrast_queries([*near, *far], SETTINGS, 5) == far[::2]
+    assert contrast_queries(far[:1], SETTINGS, 3) == 3 * far[:1]

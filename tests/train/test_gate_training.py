@@ -1,0 +1,169 @@
+"""Losses on the gate and from a teacher in a run: they are logged, resumed, and do their work."""
+
+import shutil
+
+import pytest
+import torch
+from toy import silent, toy_recipe
+from transformers import AutoModelForCausalLM
+
+from landmark.data.rows import stack
+from landmark.data.tokenizer import load_tokenizer
+from landmark.train.loss import divergence
+from landmark.train.prepare import prepare_rows
+from landmark.train.run import train
+from landmark.train.trainer import LandmarkTrainer, evidence_queries
+
+
+def losses(summary):
+    return [entry["loss"] for entry in summary["losses"]]
+
+
+def test_losses_on_the_gate_are_logged_and_resumed(books, scratch, tmp_path):
+    """With micro-batches and another mode in half of the steps."""
+    lines = []
+    recipe = toy_recipe(
+        steps=4, save_every=2, contrast=0.5, block_mass=0.2, all_blocks=0.5, micro_batch=2
+    )
+    options = {"recipe": recipe, "tokenizer": str(scratch[0])}
+    whole = train(str(books), tmp_path, report=lines.append, **options)
+    logged = [line for line in lines if "  lr " in line]
+    assert len(logged) == 4
+    assert all(" block mass " in line for line in logged)
+    assert any(" contrast " in line for line in logged)
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-4")
+    again = train(str(books), tmp_path, resume=True, report=silent, **options)
+    assert losses(again) == losses(whole)
+    plain = toy_recipe(steps=4, all_blocks=0.5, micro_batch=2)
+    without = train(
+        str(books), tmp_path / "plain", recipe=plain, tokenizer=str(scratch[0]), report=silent
+    )
+    assert losses(without)[0] < losses(whole)[0]
+
+
+def test_the_losses_are_added_with_their_weights(books, scratch, tmp_path, monkeypatch):
+    noted = {}
+    stock = LandmarkTrainer._note
+
+    def noting(self, name, loss):
+        noted[name] = loss.item()
+        stock(self, name, loss)
+
+    monkeypatch.setattr(LandmarkTrainer, "_note", noting)
+    options = {"tokenizer": str(scratch[0]), "report": silent}
+    found = {}
+    for name, changes in {
+        "none": {},
+        "contrast": {"contrast": 2.0},
+        "mass": {"block_mass": 3.0},
+    }.items():
+        recipe = toy_recipe(steps=1, position_gap=0, episodes=1.0, **changes)
+        summary = train(str(books), tmp_path / name, recipe=recipe, **options)
+        found[name] = losses(summary)[0]
+    assert found["contrast"] - found["none"] == pytest.approx(2 * noted["contrast_loss"], abs=1e-3)
+    assert found["mass"] - found["none"] == pytest.approx(3 * noted["block_mass_loss"], abs=1e-3)
+
+
+def test_contrast_teaches_to_retrieve(books, scratch, tmp_path):
+    """A few steps of it alone raise the recall of the heads that do best."""
+    recall = {}
+    for weight in (0.0, 5.0):
+        recipe = toy_recipe(
+            steps=60, lr=3e-3, episodes=1.0, contrast=weight, top_k=1, contrast_heads=2
+        )
+        options = {"tokenizer": str(scratch[0]), "report": silent}
+        summary = train(str(books), tmp_path / str(weight), recipe=recipe, **options)
+        layers = summary["evaluations"][-1]["episodes_recall"]
+        recall[weight] = max(max(layer["heads"]) for layer in layers)
+    assert recall[5.0] > recall[0.0] + 0.1
+
+
+def test_queries_are_those_that_predict_an_answer(books, scratch, tmp_path):
+    tokenizer = load_tokenizer(scratch[0])
+    prepared = prepare_rows(str(books), tmp_path, toy_recipe(), tokenizer, block_size=16)
+    rows = [group[0] for group in prepared.train]
+    batch = stack([(row,) for row in rows], answers=True)
+    found = evidence_queries(batch["questions"])
+    expected = batch["answers"].nonzero() - torch.tensor([0, 1])
+    assert sorted([query.row, query.token] for query in found) == expected.tolist()
+    more = evidence_queries(batch["questions"], before=3)
+    assert len(more) == len(found) + 3 * sum(len(row.questions) for row in rows)
+
+
+def test_divergence_is_that_of_the_distributions():
+    torch.manual_seed(0)
+    ours = torch.randn(2, 3, 7, dtype=torch.float64)
+    theirs = torch.randn(2, 3, 9, dtype=torch.float64)
+    kept = torch.tensor([[True, False, True], [False, False, True]])
+    expected = []
+    for row, column in kept.nonzero().tolist():
+        p = theirs[row, column, :7].softmax(-1)
+        q = ours[row, column].softmax(-1)
+        expected.append(sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True)))
+    assert divergence(ours, theirs, kept).item() == pytest.approx(sum(expected) / 3, abs=1e-6)
+    assert divergence(ours, ours, kept).item() == pytest.approx(0, abs=1e-6)
+    assert divergence(ours, theirs, torch.zeros_like(kept)).item() == 0
+
+
+@pytest.mark.parametrize("episodes", [0.0, 0.5])
+def test_the_stock_model_is_a_teacher(twin, books, tmp_path, episodes):
+    """At first the landmark model differs from it; a heavy weight keeps it near."""
+    lines = {}
+    after = {}
+    for weight in (0.0, 50.0):
+        lines[weight] = []
+        recipe = toy_recipe(
+            steps=12,
+            lr=3e-3,
+            episodes=episodes,
+            teacher="stock",
+            teacher_weight=weight,
+            teacher_share=0.5,
+            micro_batch=2,
+        )
+        train(
+            str(books),
+            tmp_path / str(weight),
+            recipe=recipe,
+            model=str(twin[0]),
+            report=lines[weight].append,
+        )
+        last = [line for line in lines[weight] if "from the teacher" in line][-1]
+        after[weight] = float(last.split("from the teacher ")[1].split()[0])
+    assert after[50.0] < 0.7 * after[0.0]
+
+
+def test_a_teacher_of_its_own_name_and_a_plain_pupil(twin, books, tmp_path):
+    """A plain model that learns from itself has no divergence at the first step."""
+    lines = []
+    recipe = toy_recipe(steps=1, teacher=str(twin[0]), teacher_share=1.0)
+    options = {"model": str(twin[0]), "plain": True, "report": lines.append}
+    train(str(books), tmp_path, recipe=recipe, **options)
+    (line,) = [line for line in lines if "from the teacher" in line]
+    assert float(line.split("from the teacher ")[1].split()[0]) < 1e-3
+
+
+def test_a_teacher_sees_what_it_was_trained_on(twin, books, tmp_path, monkeypatch):
+    """Not more positions, and no answers."""
+    seen = []
+    stock = LandmarkTrainer._divergence
+
+    def noting(self, inputs, logits):
+        forward = self._teacher.forward
+
+        def watched(*args, **kwargs):
+            seen.append((kwargs["input_ids"].shape[1], kwargs["logits_to_keep"].tolist()))
+            return forward(*args, **kwargs)
+
+        self._teacher.forward = watched
+        return stock(self, inputs, logits)
+
+    monkeypatch.setattr(LandmarkTrainer, "_divergence", noting)
+    model = AutoModelForCausalLM.from_pretrained(twin[0])
+    model.config.max_position_embeddings = 100
+    model.save_pretrained(tmp_path / "short")
+    load_tokenizer(twin[0]).save_pretrained(tmp_path / "short")
+    recipe = toy_recipe(steps=2, teacher=str(tmp_path / "short"), teacher_share=0.2)
+    train(str(books), tmp_path / "out", recipe=recipe, model=str(twin[0]), report=silent)
+    assert all(tokens == 100 and len(columns) == 20 for tokens, columns in seen)
+    assert seen[0][1] != seen[-1][1]
