@@ -224,6 +224,11 @@ CASES = [
         setting(contrast_heads=0),
         "contrast_heads: expected an integer from 1",
     ),
+    (
+        "adapters on some layers",
+        setting(lora_layers="mlp"),
+        "lora_layers: expected one of attention, all, got 'mlp'",
+    ),
     ("no facts", setting(facts=0), "facts: expected an integer from 1 to .*, got 0"),
     ("no questions", setting(questions=0), "questions: expected an integer from 1 to .*, got 0"),
     ("minus one code", setting(distractors=-1), "distractors: expected an integer from 0 to"),

@@ -68,6 +68,39 @@ def test_resumed_adapter_has_the_same_losses(twin, books, tmp_path):
     )
 
 
+def test_adapters_on_all_linear_layers(twin, books, tmp_path):
+    """And the norms are trained; merged weights compute what the adapter does."""
+    folder, _ = twin
+    recipe = toy_recipe(steps=4, lr=3e-2, lora_layers="all")
+    train(str(books), tmp_path, recipe=recipe, model=str(folder), lora=4, report=silent)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    mlp = {"gate_proj", "up_proj", "down_proj"}
+    assert {name.split(".")[-3] for name in saved if "lora_A" in name} == attention | mlp
+    stock = landmark.convert(str(folder), block_size=16, top_k=4, local_blocks=1)
+    merged = landmark.load(tmp_path)
+    adapted = peft.PeftModel.from_pretrained(stock, tmp_path / "adapter").eval()
+    ids = AutoTokenizer.from_pretrained(tmp_path)("The old man. " * 40, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged(**ids).logits, adapted(**ids).logits, rtol=1e-4, atol=1e-5
+        )
+    stock = landmark.convert(str(folder), block_size=16)
+    changed = {
+        name
+        for name, weight in merged.named_parameters()
+        if not torch.equal(weight, stock.get_parameter(name))
+    }
+    assert {name.split(".")[-2] for name in changed} == {
+        *attention,
+        *mlp,
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+        "landmark_embedding",
+    }
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projections_are_those_of_the_attention(family):
     names = attention_projections(stock_model(family))

@@ -63,6 +63,9 @@ Lora = Annotated[
     int | None,
     typer.Option(max=GREATEST, help="Rank of LoRA adapters, trained with the landmark embedding."),
 ]
+LoraLayers = Annotated[
+    str | None, _setting("Linear layers that LoRA adapters are put on: attention or all.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")]
 MaxSeconds = Annotated[float | None, typer.Option(help="Seconds of training to stop after.")]
 Steps = Annotated[int | None, _setting("Optimiser steps.")]
@@ -143,6 +146,7 @@ def train(
     all_blocks: AllBlocks = None,
     contrast: Contrast = None,
     block_mass: BlockMass = None,
+    lora_layers: LoraLayers = None,
     teacher: Teacher = None,
     teacher_weight: TeacherWeight = None,
     teacher_share: TeacherShare = None,

@@ -1,4 +1,4 @@
-"""LoRA adapters on the attention's projections, trained together with the landmark embedding."""
+"""LoRA adapters, trained together with the landmark embedding."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import torch
 from torch import nn
 
 ADAPTER = "adapter"
+ATTENTION = "attention"
 
 
-def add_lora(model: Any, rank: int) -> Any:
+def add_lora(model: Any, rank: int, layers: str = ATTENTION) -> Any:
     """Wraps a landmark model so that only adapters and its landmark embedding are trained.
 
     Args:
         model: the landmark model.
         rank: rank of the adapters.
+        layers: ``attention`` for adapters on the projections of attention, ``all`` on every linear
+            layer but the output layer; then the norms are trained, too.
 
     Returns:
         the model of peft; what it trains is in float32.
@@ -32,11 +35,17 @@ def add_lora(model: Any, rank: int) -> Any:
         raise ModuleNotFoundError(
             "lora needs the package peft: pip install landmark-attention[peft]"
         ) from None
+    whole = ["landmark_embedding"]
+    targets: list[str] | str = "all-linear"
+    if layers == ATTENTION:
+        targets = attention_projections(model)
+    else:
+        whole += norms(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=attention_projections(model),
-        modules_to_save=["landmark_embedding"],
+        target_modules=targets,
+        modules_to_save=whole,
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
@@ -62,6 +71,16 @@ def attention_projections(model: nn.Module) -> list[str]:
             f"lora: {type(model).__name__} has no linear layer inside a module named attention; "
             "train it whole"
         )
+    return sorted(names)
+
+
+def norms(model: nn.Module) -> list[str]:
+    """Returns the names of the norms of a model, such as ``input_layernorm``."""
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and list(module.parameters(recurse=False))
+    }
     return sorted(names)
 
 

@@ -164,6 +164,18 @@ class TeacherSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterSettings:
+    """What LoRA adapters are put on, where a run is asked for them.
+
+    Attributes:
+        lora_layers: ``attention`` (the projections of attention) or ``all`` (every linear layer but
+            the output layer, and the norms are trained whole).
+    """
+
+    lora_layers: str = "attention"
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimiserSettings:
     """AdamW with a learning rate that rises, stays, and falls to 0.
 
@@ -236,7 +248,16 @@ class SaveSettings:
     shard: str = "5GB"
 
 
-SECTIONS = ("tokenizer", "data", "retrieval", "distillation", "optimiser", "run", "save")
+SECTIONS = (
+    "tokenizer",
+    "data",
+    "retrieval",
+    "distillation",
+    "adapter",
+    "optimiser",
+    "run",
+    "save",
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -283,6 +304,7 @@ class Recipe:
         data: the rows.
         retrieval: what queries see, and losses on the gate.
         distillation: the teacher.
+        adapter: what LoRA adapters are put on.
         optimiser: steps and learning rate.
         run: how the run is computed.
         save: how the model is saved.
@@ -297,6 +319,7 @@ class Recipe:
     data: DataSettings = DataSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     distillation: TeacherSettings = TeacherSettings()
+    adapter: AdapterSettings = AdapterSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     run: RunSettings = RunSettings()
     save: SaveSettings = SaveSettings()
@@ -371,6 +394,7 @@ class Recipe:
         run = self.run
         return [
             ChoiceSetting("precision", run.precision, ("auto", "bf16", "fp32")),
+            ChoiceSetting("lora_layers", self.adapter.lora_layers, ("attention", "all")),
             ChoiceSetting("weights", run.weights, ("float32", "bfloat16", "auto")),
             ChoiceSetting("dtype", self.save.dtype, (None, *DTYPES)),
             ChoiceSetting("compile", run.compile, (None, True, False)),

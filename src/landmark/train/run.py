@@ -88,8 +88,8 @@ def train(
         tokenizer: folder of a tokenizer for a model from scratch; by default one is trained on the
             texts.
         tokens: folder of the token files, ``out/tokens`` by default.
-        lora: rank of LoRA adapters on the attention's projections, trained with the landmark
-            embedding. The adapter is saved in ``out/adapter``, the merged model in ``out``.
+        lora: rank of LoRA adapters, trained with the landmark embedding; on the attention's
+            projections unless the recipe says ``lora_layers="all"``. The adapter is saved in ``out/adapter``, the merged model in ``out``.
         resume: whether to continue from the last checkpoint in ``out``.
         max_seconds: seconds of steps after which to stop, wherever the schedule is.
         report: takes the lines of progress.
@@ -142,7 +142,7 @@ def train(
         )
     teacher = load_teacher(recipe, path, cutter)
     if lora is not None:
-        made = add_lora(made, lora)
+        made = add_lora(made, lora, recipe.adapter.lora_layers)
     if not plain:
         base_of(made).configure_landmark(mode="all")
     compiled = torch.cuda.is_available() if recipe.run.compile is None else recipe.run.compile
