@@ -89,7 +89,8 @@ def train(
             texts.
         tokens: folder of the token files, ``out/tokens`` by default.
         lora: rank of LoRA adapters, trained with the landmark embedding; on the attention's
-            projections unless the recipe says ``lora_layers="all"``. The adapter is saved in ``out/adapter``, the merged model in ``out``.
+            projections unless the recipe says ``lora_layers="all"``. The adapter is saved in
+            ``out/adapter``, the merged model in ``out``.
         resume: whether to continue from the last checkpoint in ``out``.
         max_seconds: seconds of steps after which to stop, wherever the schedule is.
         report: takes the lines of progress.
