@@ -241,6 +241,7 @@ CLI = {
     "convert": {"--out"},
     "train": {"--data", "--out", "--model", "--config"},
     "generate": {"--model"},
+    "chat": {"--model", "--max-new-tokens"},
     "info": set(),
     "explain": {"--question", "--out", "--model", "--max-new-tokens"},
     "eval passkey": {

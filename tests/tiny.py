@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import landmark
+from chats import CHATML
 from landmark.data.tokenizer import train_tokenizer
 from landmark.eval.episodes import Question
 
@@ -19,6 +20,14 @@ WORDS = (
 
 def tiny_tokenizer():
     return train_tokenizer([WORDS], 300)
+
+
+def talking_tokenizer():
+    """With a chat template, whose two signs are special tokens."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
 
 
 def tiny_llama(dtype=torch.float64, layers=2, seed=0):
@@ -48,12 +57,12 @@ def tiny_landmark(dtype=torch.float64):
 
 def save_models(root):
     """Saves a plain model and the landmark model made of it with their tokenizer, as root/plain and
-    root/marked.
+    root/marked, and that with a chat template as root/talking.
     """
-    tokenizer = tiny_tokenizer()
-    for name, model in (
-        ("plain", tiny_llama(torch.float32)),
-        ("marked", tiny_landmark(torch.float32)),
+    for name, model, tokenizer in (
+        ("plain", tiny_llama(torch.float32), tiny_tokenizer()),
+        ("marked", tiny_landmark(torch.float32), tiny_tokenizer()),
+        ("talking", tiny_landmark(torch.float32), talking_tokenizer()),
     ):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)

@@ -413,6 +413,26 @@ CASES = [
     ),
     ("rank passages without bm25s", without_bm25s, r"BM25: expected.*landmark-attention\[rank\]"),
     (
+        "a chat without a template",
+        run("chat --model MARKED"),
+        "chat: expected a model whose tokenizer has a chat template, got one without; use an",
+    ),
+    (
+        "a memory by a template that is not there",
+        run("remember FILE --out FOLDER/memory --model MARKED --chat", b"word " * 90),
+        "--chat: expected a model whose tokenizer has a chat template, got one without",
+    ),
+    (
+        "a chat with a plain model",
+        run("chat --model PLAIN"),
+        "--model: expected a landmark model",
+    ),
+    (
+        "a chat about no file",
+        run("chat FOLDER/a.txt --model MARKED"),
+        "FILES: expected text files.*a.txt",
+    ),
+    (
         "recall of a plain model",
         run("eval recall --model PLAIN --lengths 200 --trials 1"),
         "--model: expected a landmark model, got .*, which retrieves nothing",

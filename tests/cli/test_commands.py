@@ -50,6 +50,40 @@ def test_help_comes_at_once():
         assert command in done.stdout
 
 
+def test_chat(run, folder, tmp_path, monkeypatch):
+    """Questions line by line; on stdout are the answers, and passages where they are asked for."""
+    (tmp_path / "a.txt").write_text("The grass is green. The pass key is 12345.\n" * 20)
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("/passages\nWhat is it?\n/passages\nAnd then?\n/quit\nno\n")
+    )
+    words = ("chat", "a.txt", "--model", folder / "talking", "--max-new-tokens", 3)
+    code, out, err = run(*words)
+    assert code == 0 and re.match(r"\d+ tokens read\. Ask about the texts; /passages shows", err)
+    assert len(err.splitlines()) == 1
+    assert re.search(r"^ +\d+\.\d%  a\.txt:\d+  ", out, re.M)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\n"))
+    code, again, _ = run(*words)
+    assert code == 0 and out.startswith(again)
+
+
+def test_a_memory_is_asked_in_turns(run, folder, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("The grass is green. The pass key is 12345.\n" * 20)
+    code, _, _ = run("remember", "a.txt", "--out", "memory", "--model", folder / "talking")
+    assert code == 0
+    words = ("ask", "memory", "--interactive", "--max-new-tokens", 3)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nWhat is it?\n"))
+    code, both, _ = run(*words)
+    assert code == 0 and both.startswith("What is it?\n") and both.count("What is it?\n") == 2
+    _, alone, _ = run("ask", "memory", "What is it?", "--max-new-tokens", 3)
+    assert both.startswith(alone) and both != 2 * alone
+    code, out, _ = run("generate", "hi", "--model", folder / "talking", "--max-new-tokens", 3)
+    assert code == 0
+    code, raw, _ = run(
+        "generate", "hi", "--model", folder / "talking", "--max-new-tokens", 3, "--no-chat"
+    )
+    assert code == 0 and raw != out
+
+
 def test_version(run):
     code, out, _ = run("--version")
     assert code == 0

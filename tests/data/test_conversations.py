@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from chats import CHANGING, CHATML, REFUSING, chat
 
+from chats import CHANGING, CHATML, REFUSING, chat
 from landmark.data.chat import read_messages, render
 from landmark.data.conversations import (
     PackedConversations,

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from chats import CHATML
 from test_conversations import made_tokenizer
 
+from chats import CHATML
 from landmark.data.episodes import IGNORED
 from landmark.data.questions import Haystacks, read_question_sets
 from landmark.data.text import kind_of

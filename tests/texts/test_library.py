@@ -143,8 +143,8 @@ def test_a_memory_of_other_tokens_of_the_same_texts_is_refused(
     remember(files[:1], tmp_path / "memory", loaded)
     stock = landmark.texts.library.read_sources
 
-    def otherwise(*arguments):
-        reading = stock(*arguments)
+    def otherwise(*arguments, **more):
+        reading = stock(*arguments, **more)
         return dataclasses.replace(reading, ids=reading.ids.flip(0))
 
     monkeypatch.setattr(landmark.texts.library, "read_sources", otherwise)

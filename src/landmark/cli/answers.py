@@ -12,12 +12,23 @@ if TYPE_CHECKING:
 CHARACTERS = 240  # shown of a passage
 
 
-def show_answer(explanation: Explanation) -> None:
+def show_answer(explanation: Explanation, *, in_chat: bool = False) -> None:
     """Prints a question with its answer, and below it the passages that were read.
+
+    Args:
+        explanation: the answer.
+        in_chat: whether it is an answer to a question, and not what goes on from it.
+    """
+    between = "\n" if in_chat else ""
+    say_text(f"{explanation.question.strip()}{between}{explanation.answer.rstrip()}")
+    show_passages(explanation)
+
+
+def show_passages(explanation: Explanation) -> None:
+    """Prints the passages that were read for an answer.
 
     Of each passage: its share of the attention, its file and line, and its text.
     """
-    say_text(f"{explanation.question.strip()}{explanation.answer.rstrip()}")
     for passage in explanation.passages():
         text = " ".join(passage.text.split())
         cut = text if len(text) <= CHARACTERS else text[:CHARACTERS] + " ..."

@@ -12,6 +12,7 @@ import typer
 
 from landmark.cli import memory
 from landmark.cli.ask import ask
+from landmark.cli.chat import chat
 from landmark.cli.convert import convert
 from landmark.cli.demo import demo
 from landmark.cli.explain import explain
@@ -59,7 +60,7 @@ def _add(group: typer.Typer, *commands: Callable[..., object]) -> None:
         group.command(cls=Command)(command)
 
 
-_add(app, demo, generate, remember, ask, explain, convert, train, rank, info)
+_add(app, demo, generate, chat, remember, ask, explain, convert, train, rank, info)
 _add(memories, memory.info, memory.verify, memory.compact)
 _add(evaluation, passkey, recall, perplexity, index)
 evaluation.command("rank", cls=Command)(ranking)

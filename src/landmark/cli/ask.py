@@ -10,10 +10,9 @@ from typing import Annotated
 import typer
 
 from landmark.cli.answers import show_answer
-from landmark.cli.options import Device, Dtype, Model, SpillFolder, Tier, text
+from landmark.cli.options import Device, Dtype, Model, NewTokens, SpillFolder, Tier, text
 from landmark.cli.output import say_error
 from landmark.cli.progress import Shown
-from landmark.config import GREATEST
 from landmark.data.characters import from_arguments
 
 
@@ -21,12 +20,21 @@ def ask(
     memory: Annotated[Path, typer.Argument(help="Folder of a memory made by landmark remember.")],
     question: Annotated[
         str | None,
-        typer.Argument(callback=text, help="Text to go on from; it ends where the answer begins."),
+        typer.Argument(
+            callback=text,
+            help="Question; without a chat template, text to go on from, which ends where the "
+            "answer begins.",
+        ),
     ] = None,
     interactive: Annotated[
-        bool, typer.Option("--interactive", help="Ask one question a line, until an empty line.")
+        bool,
+        typer.Option(
+            "--interactive",
+            help="Ask one question a line, until an empty line; with a chat template, in turns of "
+            "one conversation.",
+        ),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="Most tokens to write.")] = 16,
+    max_new_tokens: NewTokens = None,
     tier: Tier = "disk",
     spill_folder: SpillFolder = None,
     model: Model = None,
@@ -50,21 +58,23 @@ def ask(
         loaded = load(model or model_of(memory), device, dtype)
         progress("opening the memory")
         library = Library.open(memory, loaded, tier, spill_folder=spill_folder)
-    for each in _lines() if question is None else [question]:
+        asked = library.chat() if interactive and library.is_chat else library
+    for each in typed_lines() if question is None else [question]:
         with Shown() as progress:
             progress("answering")
             try:
-                answer = library.ask(each, max_new_tokens=max_new_tokens)
+                answer = asked.ask(each, max_new_tokens=max_new_tokens)
             except ValueError as error:
                 if not interactive:
                     raise
                 progress.rest()
                 say_error(str(error))
                 continue
-        show_answer(answer)
+        show_answer(answer, in_chat=library.is_chat)
 
 
-def _lines() -> Iterator[str]:
+def typed_lines() -> Iterator[str]:
+    """Yields what is typed, line by line, until an empty line or the end."""
     while sys.stdin is not None:
         if sys.stdin.isatty():
             typer.echo("> ", nl=False)

@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from landmark.cli.answers import show_answer
-from landmark.cli.options import Device, Dtype, Model, text
+from landmark.cli.options import Device, Dtype, InChat, Model, NewTokens, text
 from landmark.cli.output import say
 from landmark.cli.progress import Shown
-from landmark.config import GREATEST
 
 
 def explain(
@@ -21,10 +20,15 @@ def explain(
     ],
     question: Annotated[
         str,
-        typer.Option(callback=text, help="Text to go on from; it ends where the answer begins."),
+        typer.Option(
+            callback=text,
+            help="Question; without a chat template, text to go on from, which ends where the "
+            "answer begins.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Path of the HTML page.")] = Path("out/explain.html"),
-    max_new_tokens: Annotated[int, typer.Option(max=GREATEST, help="Most tokens to write.")] = 16,
+    max_new_tokens: NewTokens = None,
+    chat: InChat = None,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -32,7 +36,7 @@ def explain(
     """Ask about FILES, and write an HTML page of what was read for each token of the answer."""
     with Shown() as progress:
         from landmark.data import outputs
-        from landmark.texts.explain import explain_sources
+        from landmark.texts.explain import explain_sources, uses_template
         from landmark.texts.files import file_sources
         from landmark.texts.loading import load, quiet, require_landmark
 
@@ -47,10 +51,11 @@ def explain(
             sources,
             question,
             max_new_tokens=max_new_tokens,
+            chat=chat,
             progress=progress,
         )
     try:
-        show_answer(explanation)
+        show_answer(explanation, in_chat=uses_template(loaded.tokenizer, chat))
     finally:  # wherever nobody takes the answer
         outputs.write(out, explanation.html().encode())
     say(f"Page: {out}")

@@ -32,6 +32,20 @@ SpillFolder = Annotated[
         help="Folder for temporary files of tier disk. By default the system's, mostly /tmp."
     ),
 ]
+InChat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Whether text and question are put into the tokenizer's chat template. By default "
+        "where it has one.",
+    ),
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(
+        max=GREATEST, help="Most tokens to write. By default 16, 256 with a chat template."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=GREATEST, help="Random seed.")]
 
 

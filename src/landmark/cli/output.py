@@ -36,6 +36,13 @@ def say_text(text: str) -> None:
         typer.echo(printable(text.replace("\r\n", "\n").replace("\r", "\n")))
 
 
+def say_part(text: str) -> None:
+    """Prints a part of a text at once, without a line end behind it."""
+    with names("stdout"):
+        typer.echo(printable(text.replace("\r\n", "\n").replace("\r", "\n")), nl=False)
+        sys.stdout.flush()
+
+
 def in_line(text: str) -> str:
     """Returns a text as it is shown within a line: printable, and without line feeds and tabs."""
     return printable(text).replace("\n", " ").replace("\t", " ")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model, SpillFolder, Tier
+from landmark.cli.options import Device, Dtype, InChat, Model, SpillFolder, Tier
 from landmark.cli.output import say
 from landmark.cli.progress import Shown
 
@@ -25,6 +25,7 @@ def remember(
     retrieve: Annotated[
         bool, typer.Option("--retrieve", help="Prefill with retrieval, much slower.")
     ] = False,
+    chat: InChat = None,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -56,6 +57,7 @@ def remember(
             loaded,
             tier=tier,
             retrieve=retrieve,
+            chat=chat,
             progress=show,
             watch=watch,
             spill_folder=spill_folder,

@@ -13,7 +13,11 @@ from landmark.data.characters import without_surrogates
 from landmark.data.errors import first_line
 
 ASSISTANT = "assistant"
-PLAIN_NAMES = {"system": "", "user": "Question: ", ASSISTANT: "Answer: "}
+USER = "user"
+SEPARATOR = "\n\n"  # between texts that a user gives, and before a question about them
+MARK = "\u27ea\u27eb"  # stands for texts while a conversation is rendered
+CONVERSATION = "conversation"  # its name in messages
+PLAIN_NAMES = {"system": "", USER: "Question: ", ASSISTANT: "Answer: "}
 
 
 class Message(NamedTuple):
@@ -99,6 +103,60 @@ def render(tokenizer: Any, messages: Sequence[Message], where: str) -> ChatText:
     return ChatText(text, tuple(answers))
 
 
+def opening(tokenizer: Any) -> str:
+    """Returns what stands before the texts that a user gives at the beginning of a conversation.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+
+    Raises:
+        ValueError: the template fails, or changes what a user says.
+    """
+    return _around_mark(tokenizer, [Message(USER, MARK)])[0]
+
+
+def closing(tokenizer: Any, question: str) -> str:
+    """Returns what follows such texts when the user asks about them, up to where the answer begins.
+
+    Args:
+        tokenizer: as for ``opening``.
+        question: the user's words.
+
+    Raises:
+        ValueError: as ``opening``.
+    """
+    return _around_mark(tokenizer, [Message(USER, MARK + SEPARATOR + question)])[1]
+
+
+def first_turn(tokenizer: Any, question: str) -> str:
+    """Returns a conversation that begins with a question, up to where the answer begins.
+
+    Arguments and errors are those of ``closing``.
+    """
+    return _rendered(tokenizer, [Message(USER, question)], CONVERSATION, opens_answer=True)
+
+
+def next_turn(tokenizer: Any, question: str) -> str:
+    """Returns what follows an answer when the user goes on asking, up to the next answer.
+
+    It begins with the sign that ends the answer. Arguments and errors are those of ``closing``.
+    """
+    messages = [Message(USER, "-"), Message(ASSISTANT, MARK), Message(USER, question)]
+    return _around_mark(tokenizer, messages)[1]
+
+
+def _around_mark(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, str]:
+    """Returns what a conversation has before the mark and behind it, up to the next answer."""
+    text = _rendered(tokenizer, messages, CONVERSATION, opens_answer=True)
+    before, mark, after = text.partition(MARK)
+    if not mark:
+        raise ValueError(
+            f"{CONVERSATION}: expected a chat template that keeps what is said, got one that "
+            "changes it; use another template (tokenizer.chat_template)"
+        )
+    return before, after
+
+
 def has_template(tokenizer: Any) -> bool:
     """Returns whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
@@ -127,7 +185,7 @@ def _rendered(
 def _plain(messages: Sequence[Message], *, opens_answer: bool) -> str:
     text = "".join(
         f"{PLAIN_NAMES.get(message.role, message.role + ': ')}{message.content}\n"
-        + ("\n" if message.role != "user" else "")
+        + ("\n" if message.role != USER else "")
         for message in messages
     )
     # Without the space, which belongs to the first token of the answer.

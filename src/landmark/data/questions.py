@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from landmark.data.characters import without_surrogates
-from landmark.data.chat import ASSISTANT, Message, has_template, render
+from landmark.data.chat import ASSISTANT, MARK, SEPARATOR, USER, Message, has_template, render
 from landmark.data.encoding import Encoded
 from landmark.data.episodes import IGNORED, Row, RowQuestion
 from landmark.data.text import Record, read_rows
 from landmark.data.tokenizer import encode, row_start
 
-SEPARATOR = "\n\n"  # between two documents, and before the question
-MARK = "\u27ea\u27eb"  # where the documents stand while a conversation is rendered
 SAME_ARTICLE_SHARE = 0.5  # of rows that are filled up from the same article first
 SHORTEST_PIECE = 16  # tokens of a document that is cut
 SHOWN_CHARACTERS = 60
@@ -345,7 +343,7 @@ class Haystacks:
         for number, index in enumerate(asked):
             question = self.sets[chosen].questions[index]
             before = MARK + SEPARATOR if number == 0 else ""
-            messages.append(Message("user", before + question.question))
+            messages.append(Message(USER, before + question.question))
             messages.append(Message(ASSISTANT, question.answer))
         rendered = render(self.tokenizer, messages, self.sets[chosen].where)
         before_text, mark, after_text = rendered.text.partition(MARK + SEPARATOR)

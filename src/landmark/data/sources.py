@@ -74,7 +74,11 @@ class Reading:
 
 
 def read_sources(
-    sources: Sequence[Source], tokenizer: Any, progress: Progress | None = None
+    sources: Sequence[Source],
+    tokenizer: Any,
+    progress: Progress | None = None,
+    *,
+    opening: str | None = None,
 ) -> Reading:
     """Tokenises sources of any length; each continues the one before it.
 
@@ -82,6 +86,8 @@ def read_sources(
         sources: the sources, in the order of reading.
         tokenizer: a fast tokenizer of transformers.
         progress: called while a long source is tokenised.
+        opening: what a conversation begins with before them (``landmark.data.chat.opening``), in
+            place of what the tokenizer puts before every text; ``None`` for no conversation.
 
     Raises:
         ValueError: no text, none that the tokenizer finds a token in, or a tokenizer that does not
@@ -92,12 +98,15 @@ def read_sources(
             f"text: expected at least one character, got {len(sources)} empty texts; pass a text"
         )
     prefix = row_start(tokenizer)
+    if opening is not None:
+        prefix = encode(tokenizer, opening).ids.tolist()
     ids = [torch.tensor(prefix, dtype=torch.long)]
     spans = [torch.zeros(len(prefix), 2, dtype=torch.long)]
     first = 0  # first character of the source
     has_tokens = False
     for source in sources:
-        found = encode(tokenizer, source.text, continues=has_tokens, progress=progress)
+        continues = has_tokens or bool(opening)
+        found = encode(tokenizer, source.text, continues=continues, progress=progress)
         ids.append(torch.from_numpy(found.ids))
         spans.append(torch.from_numpy(found.spans + first))
         first += len(source.text)

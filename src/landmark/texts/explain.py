@@ -11,6 +11,7 @@ from torch import Tensor
 
 from landmark.blocks import slot_of
 from landmark.data.characters import without_surrogates
+from landmark.data.chat import closing, has_template, next_turn, opening
 from landmark.data.encoding import Progress
 from landmark.data.sources import Reading, Source, read_sources
 from landmark.data.tokenizer import continuation, encode
@@ -21,21 +22,24 @@ from landmark.texts.passages import Span
 from landmark.texts.reading import read_reporting
 
 MAX_NEW_TOKENS = 16
+CHAT_NEW_TOKENS = 256  # of an answer in a conversation, which ends by itself
 
 
 @dataclass(frozen=True)
-class _Question:
+class Asked:
     """A question as it is asked.
 
     Attributes:
         text: as it was given.
-        ids: ``(n,)`` its tokens, which go on from the texts.
+        ids: ``(n,)`` its tokens, which go on from what was read before.
         max_new_tokens: at most so many tokens are written.
+        ends: tokens that end an answer; ``None`` for those of the model's generation config.
     """
 
     text: str
     ids: Tensor
     max_new_tokens: int
+    ends: list[int] | None = None
 
 
 def explain(
@@ -48,17 +52,20 @@ def explain(
 ) -> Explanation:
     """Reads a text, asks a question, and says what was read for each token of the answer.
 
-    The text is read without retrieval, the question with it.
+    The text is read without retrieval, the question with it. Where the tokenizer has a chat
+    template, text and question are what a user says, and the answer what the assistant does.
 
     Args:
         model: a landmark model.
         tokenizer: its tokenizer, a fast one.
         text: of any length; or several, as ``(name, text)``, read one after the other.
-        question: what the model goes on from, as it stands; it ends where the answer begins.
+        question: a question about it; without a chat template what the model goes on from, as it
+            stands, which ends where the answer begins.
         max_new_tokens: at most so many tokens are written, the most probable ones.
 
     Raises:
-        ValueError: a plain model, no text, an empty question, no new tokens, or a slow tokenizer.
+        ValueError: a plain model, no text, an empty question, no new tokens, a slow tokenizer, or a
+            chat template that fails.
     """
     if not hasattr(model, "landmark"):
         raise ValueError(
@@ -78,7 +85,8 @@ def explain_sources(
     sources: Sequence[Source],
     question: str,
     *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | None = None,
+    chat: bool | None = None,
     progress: Progress | None = None,
 ) -> Explanation:
     """Does what ``explain`` does for named texts.
@@ -88,20 +96,23 @@ def explain_sources(
         tokenizer: its tokenizer, a fast one.
         sources: read one after the other.
         question: see ``explain``.
-        max_new_tokens: see ``explain``.
+        max_new_tokens: see ``explain``; ``None`` for 16, or 256 in a conversation.
+        chat: whether to use the chat template; ``None`` for yes where there is one.
         progress: called while the texts are tokenised and read.
 
     Raises:
         ValueError: as ``explain``.
     """
-    asked = _question(tokenizer, question, max_new_tokens)
-    reading = read_sources(sources, tokenizer, progress)
+    in_chat = uses_template(tokenizer, chat)
+    asked = question_behind_text(model, tokenizer, question, max_new_tokens, chat=in_chat)
+    begin = opening(tokenizer) if in_chat else None
+    reading = read_sources(sources, tokenizer, progress, opening=begin)
     cache = read_reporting(
         model, reading.ids[None].to(model.device), retrieve=False, progress=progress
     )
     if progress is not None:
         progress("answering", 0, 0)
-    return _answered(model, tokenizer, cache, reading, asked)
+    return answered(model, tokenizer, cache, reading, reading.ids, asked)[0]
 
 
 def explain_memory(
@@ -111,7 +122,8 @@ def explain_memory(
     reading: Reading,
     question: str,
     *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | None = None,
+    chat: bool = False,
 ) -> Explanation:
     """Does what ``explain`` does for texts that were read before.
 
@@ -123,7 +135,8 @@ def explain_memory(
         memory: of one row, without padding.
         reading: what it has read.
         question: see ``explain``.
-        max_new_tokens: see ``explain``.
+        max_new_tokens: see ``explain_sources``.
+        chat: whether the texts were read as what a user says.
 
     Raises:
         ValueError: a memory of other text, or of several rows; else as ``explain``.
@@ -135,40 +148,142 @@ def explain_memory(
             f"padding, got rows of {memory.tokens} in {memory.get_seq_length()} columns; pass "
             "what was read into it, and nothing more"
         )
-    asked = _question(tokenizer, question, max_new_tokens)
-    return _answered(model, tokenizer, memory.fork(), reading, asked)
+    asked = question_behind_text(model, tokenizer, question, max_new_tokens, chat=chat)
+    return answered(model, tokenizer, memory.fork(), reading, reading.ids, asked)[0]
 
 
-def _question(tokenizer: Any, question: str, max_new_tokens: int) -> _Question:
-    """Checks what is asked for, before anything is read; raises ``ValueError``."""
+def uses_template(tokenizer: Any, chat: bool | None) -> bool:
+    """Returns whether texts and questions are put into the tokenizer's chat template.
+
+    Args:
+        tokenizer: of transformers.
+        chat: what is asked for; ``None`` for yes where there is a template.
+
+    Raises:
+        ValueError: a template is asked for, and there is none.
+    """
+    if chat and not has_template(tokenizer):
+        raise ValueError(
+            "chat: expected a model whose tokenizer has a chat template, got one without; use an "
+            "instruct model"
+        )
+    return has_template(tokenizer) if chat is None else chat
+
+
+def question_behind_text(
+    model: Any, tokenizer: Any, question: str, max_new_tokens: int | None, *, chat: bool
+) -> Asked:
+    """Returns a question about texts that were read before it; raises as ``asked_as``."""
+    words = required_words(question, chat=chat)
+    said = closing(tokenizer, words) if chat else words
+    return asked_as(model, tokenizer, question, said, max_new_tokens, chat=chat)
+
+
+def required_words(question: str, *, chat: bool) -> str:
+    """Returns the words of a question, in a conversation without the space around them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    words = without_surrogates(question.strip() if chat else question)
+    if not words:
+        raise ValueError("question: expected at least one token, got an empty text; ask something")
+    return words
+
+
+def asked_as(
+    model: Any,
+    tokenizer: Any,
+    question: str,
+    said: str,
+    max_new_tokens: int | None,
+    *,
+    chat: bool,
+    continues: bool = True,
+) -> Asked:
+    """Checks what is asked for, before anything is read.
+
+    Args:
+        model: the landmark model.
+        tokenizer: its tokenizer.
+        question: the question as it was given.
+        said: the text that asks it, up to where the answer begins.
+        max_new_tokens: see ``explain_sources``.
+        chat: whether it is a turn of a conversation.
+        continues: whether text was read before it.
+
+    Raises:
+        ValueError: a text without tokens, or no new tokens.
+    """
+    if max_new_tokens is None:
+        max_new_tokens = CHAT_NEW_TOKENS if chat else MAX_NEW_TOKENS
     if max_new_tokens < 1:
         raise ValueError(
             f"max_new_tokens: expected at least 1, got {max_new_tokens}; pass for example "
             f"{MAX_NEW_TOKENS}"
         )
-    ids = torch.from_numpy(encode(tokenizer, without_surrogates(question), continues=True).ids)
+    ids = torch.from_numpy(encode(tokenizer, said, continues=continues).ids)
     if len(ids) == 0:
         raise ValueError("question: expected at least one token, got an empty text; ask something")
-    return _Question(question, ids, max_new_tokens)
+    ends = chat_ends(model, tokenizer) if chat else None
+    return Asked(question, ids, max_new_tokens, ends)
 
 
-def _answered(
-    model: Any, tokenizer: Any, cache: LandmarkCache, reading: Reading, question: _Question
-) -> Explanation:
-    """Writes the answer behind what the cache has read, and explains each of its tokens."""
+def chat_ends(model: Any, tokenizer: Any) -> list[int]:
+    """Returns the tokens that end an answer in a conversation.
+
+    These are the end tokens of model and tokenizer, and the one by which the chat template ends an
+    answer, if that is a special token.
+    """
+    ends = model.generation_config.eos_token_id
+    found = {ends} if isinstance(ends, int) else set(ends or ())
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    sign = encode(tokenizer, next_turn(tokenizer, "-"), continues=True).ids[:1].tolist()
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(found | (set(sign) & special))
+
+
+def answered(
+    model: Any,
+    tokenizer: Any,
+    cache: LandmarkCache,
+    reading: Reading,
+    before: Tensor,
+    asked: Asked,
+    streamer: Any = None,
+) -> tuple[Explanation, Tensor]:
+    """Writes the answer behind what the cache has read, and explains each of its tokens.
+
+    Args:
+        model: the landmark model.
+        tokenizer: its tokenizer.
+        cache: has read all or a part of ``before``.
+        reading: the texts at the beginning of it.
+        before: ``(n,)`` all tokens before the question.
+        asked: the question.
+        streamer: a streamer of transformers, which gets tokens as they are written.
+
+    Returns:
+        the answer, and the tokens of question and answer without the one that ended it.
+    """
     cache.record = True
     cache.retrievals = []
-    ids = torch.cat((reading.ids, question.ids))[None].to(model.device)
+    ids = torch.cat((before, asked.ids))[None].to(model.device)
+    ends = {} if asked.ends is None else {"eos_token_id": asked.ends, "pad_token_id": asked.ends[0]}
     with torch.no_grad():
         whole = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
-            max_new_tokens=question.max_new_tokens,
+            max_new_tokens=asked.max_new_tokens,
             do_sample=False,
+            streamer=streamer,
+            **ends,
         )
-    written = _without_end(whole[0, ids.shape[1] :].tolist(), model.generation_config.eos_token_id)
-    texts = list(token_texts(tokenizer, written, question.ids.tolist()))
+    stops = model.generation_config.eos_token_id if asked.ends is None else asked.ends
+    written = _without_end(whole[0, ids.shape[1] :].tolist(), stops)
+    texts = list(token_texts(tokenizer, written, asked.ids.tolist()))
     size = model.landmark.block_size
     slots = [slot_of(ids.shape[1] - 1 + index, size) for index in range(len(written))]
     shares = block_shares(cache.retrievals, slots)
@@ -176,7 +291,8 @@ def _answered(
         Step(text, spans_of(share, reading, size - 1))
         for text, share in zip(texts, shares, strict=True)
     )
-    return Explanation(reading.sources, question.text, "".join(texts), tuple(steps))
+    explanation = Explanation(reading.sources, asked.text, "".join(texts), tuple(steps))
+    return explanation, torch.cat((asked.ids, torch.tensor(written, dtype=torch.long)))
 
 
 def block_shares(retrievals: Iterable[Retrieval], slots: Sequence[int]) -> list[dict[int, float]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from landmark.data import encoding
+from landmark.data.chat import opening
 from landmark.data.sources import Reading, Source, read_sources
 from landmark.data.tokenizer import fingerprint
 from landmark.hf.bundled import NAMES
@@ -22,7 +23,8 @@ from landmark.hf.cache_io import Attachments
 from landmark.memory.archive.layer import as_bytes
 from landmark.memory.archive.log import STATE, Archive, require_free
 from landmark.memory.archive.manifest import manifest_of, sources_of
-from landmark.texts.explain import MAX_NEW_TOKENS, explain_memory
+from landmark.texts.chat import Chat
+from landmark.texts.explain import explain_memory, uses_template
 from landmark.texts.explanation import Explanation
 from landmark.texts.files import file_sources
 from landmark.texts.loading import LoadedModel, load, require_landmark
@@ -62,15 +64,24 @@ class Library:
         memory: what the model remembers, of one row.
         reading: the texts that are to be remembered, and where each of their tokens stands.
         folder: where it is saved, as an absolute path.
+        is_chat: whether the texts are read as the beginning of what a user says, by the tokenizer's
+            chat template.
     """
 
     def __init__(
-        self, loaded: LoadedModel, memory: LandmarkCache, reading: Reading, folder: Path
+        self,
+        loaded: LoadedModel,
+        memory: LandmarkCache,
+        reading: Reading,
+        folder: Path,
+        *,
+        is_chat: bool = False,
     ) -> None:
         self.loaded = loaded
         self.memory = memory
         self.reading = reading
         self.folder = folder.absolute()
+        self.is_chat = is_chat
 
     @classmethod
     def open(
@@ -107,7 +118,8 @@ class Library:
         ids = torch.frombuffer(memory.saved.attachment("tokens"), dtype=torch.int32).long()
         spans = torch.frombuffer(memory.saved.attachment("spans"), dtype=torch.int64).view(-1, 2)
         sources = _sources(known, memory.saved.attachment("characters"))
-        return cls(loaded, memory, Reading(sources, ids, spans), folder)
+        is_chat = bool(notes.get("chat", False))
+        return cls(loaded, memory, Reading(sources, ids, spans), folder, is_chat=is_chat)
 
     @property
     def tokens(self) -> int:
@@ -181,6 +193,7 @@ class Library:
             "sources": sources,
             "model": self.loaded.folder or self.loaded.name,
             "tokenizer": fingerprint(self.loaded.tokenizer),
+            "chat": self.is_chat,
         }
         attachments: Attachments = {
             "characters": self._characters,
@@ -203,12 +216,14 @@ class Library:
         known = len(saved.notes["sources"]) if kept and saved is not None else 0
         return "".join(each.text for each in self.reading.sources[known:]).encode()
 
-    def ask(self, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> Explanation:
+    def ask(self, question: str, *, max_new_tokens: int | None = None) -> Explanation:
         """Asks on a fork of the memory, which stays as it is.
 
         Args:
-            question: what the model goes on from, as it stands; it ends where the answer begins.
-            max_new_tokens: at most so many tokens are written, the most probable ones.
+            question: a question about the texts; without a chat template what the model goes on
+                from, as it stands, which ends where the answer begins.
+            max_new_tokens: at most so many tokens are written, the most probable ones; by default
+                16, 256 in a conversation.
 
         Returns:
             the answer, with the passages that were read for it.
@@ -217,21 +232,39 @@ class Library:
             ValueError: nothing is remembered yet, an empty question, no new tokens, or a block that
                 is not what was written.
         """
+        return explain_memory(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            self.memory,
+            self._remembered(),
+            question,
+            max_new_tokens=max_new_tokens,
+            chat=self.is_chat,
+        )
+
+    def chat(self) -> Chat:
+        """Begins a conversation about the texts, on a fork of the memory.
+
+        Raises:
+            ValueError: nothing is remembered yet, or not by a chat template.
+        """
+        if not self.is_chat:
+            raise ValueError(
+                f"chat: expected texts that were remembered by a chat template, got others in "
+                f"{str(self.folder)!r}; remember them with a model that has one, or ask"
+            )
+        reading = self._remembered()
+        return Chat(self.loaded, self.memory.fork(), reading)
+
+    def _remembered(self) -> Reading:
+        """Returns what was read so far; raises ``ValueError`` for nothing."""
         if self.tokens == 0:
             raise ValueError(
                 f"expected a library that has read something in {str(self.folder)!r}, got none; "
                 "read it first"
             )
-        remembered = Reading(
+        return Reading(
             self.reading.sources, self.reading.ids[: self.tokens], self.reading.spans[: self.tokens]
-        )
-        return explain_memory(
-            self.loaded.model,
-            self.loaded.tokenizer,
-            self.memory,
-            remembered,
-            question,
-            max_new_tokens=max_new_tokens,
         )
 
 
@@ -261,11 +294,15 @@ def remember(
     *,
     tier: str = "disk",
     retrieve: bool = False,
+    chat: bool | None = None,
     progress: Callable[[SavedProgress], None] | None = None,
     watch: encoding.Progress | None = None,
     **budgets: Any,
 ) -> Library:
     """Remembers texts in a folder, or goes on with what is there.
+
+    Where the tokenizer has a chat template, the texts are the beginning of what a user says, and
+    questions about them end it.
 
     Args:
         files: text files, or folders of .txt files, read one after the other. Where the folder
@@ -274,7 +311,9 @@ def remember(
         model: a landmark model with its tokenizer, or its name; ``None`` for the bundled one.
         tier: where blocks live meanwhile, as for ``LandmarkCache``.
         retrieve: as for ``Library.read``.
-        progress: likewise.
+        chat: whether to use the chat template; ``None`` for yes where there is one, or for what the
+            library in the folder did.
+        progress: as for ``Library.read``.
         watch: likewise, and while the texts are tokenised.
         **budgets: likewise: ``device_bytes``, ``host_bytes``, ``spill_folder``, ``index``.
 
@@ -287,12 +326,20 @@ def remember(
     sources = file_sources(map(Path, files), watch)
     if (folder / STATE).exists():
         library = Library.open(folder, model, tier, **budgets)
+        if chat is not None and chat != library.is_chat:
+            raise ValueError(
+                f"chat: expected {library.is_chat}, as {str(folder)!r} was remembered, got {chat}; "
+                "leave it out, or name another folder"
+            )
         library.reading = _continued(library, sources, watch)
     else:
         require_free(folder)
         loaded = _loaded(model)
+        is_chat = uses_template(loaded.tokenizer, chat)
+        begin = opening(loaded.tokenizer) if is_chat else None
+        reading = read_sources(sources, loaded.tokenizer, watch, opening=begin)
         memory = LandmarkCache(loaded.model, tier, **budgets)
-        library = Library(loaded, memory, read_sources(sources, loaded.tokenizer, watch), folder)
+        library = Library(loaded, memory, reading, folder, is_chat=is_chat)
     library.read(retrieve=retrieve, progress=progress, watch=watch)
     return library
 
@@ -315,7 +362,9 @@ def _continued(
             f"unchanged, then further ones, got {', '.join(each.name for each in sources[:3])}; "
             "name them, or another folder"
         )
-    reading = read_sources(sources, library.loaded.tokenizer, watch)
+    tokenizer = library.loaded.tokenizer
+    begin = opening(tokenizer) if library.is_chat else None
+    reading = read_sources(sources, tokenizer, watch, opening=begin)
     if not torch.equal(reading.ids[: library.tokens], library.reading.ids[: library.tokens]):
         raise ValueError(
             f"folder: expected a memory of the tokens of these texts in {str(library.folder)!r}, "
