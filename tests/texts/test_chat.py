@@ -6,10 +6,11 @@ from transformers import GenerationConfig
 
 from chats import chat as messages_of
 from landmark import Library, explain, remember
+from landmark.data.chat import chat_ends
 from landmark.data.sources import Source
 from landmark.data.tokenizer import encode
 from landmark.texts.chat import Chat, read_for_chat
-from landmark.texts.explain import chat_ends, explain_sources
+from landmark.texts.explain import explain_sources
 from landmark.texts.generate import continue_text
 from landmark.texts.loading import LoadedModel
 from tiny import WORDS, talking_tokenizer, tiny_landmark
@@ -66,13 +67,17 @@ def test_answers_are_those_of_the_whole_conversation(talking):
         new = len(talk._ids) - len(before) - len(answer.steps)
         whole = talk._ids[: len(before) + new][None]
         expected = talking.model.generate(
-            whole, max_new_tokens=6, do_sample=False, eos_token_id=chat_ends(*parts(talking))
+            whole, max_new_tokens=6, do_sample=False, eos_token_id=ends_of(talking)
         )
         assert expected[0].tolist()[: len(talk._ids)] == talk._ids.tolist()
 
 
 def parts(loaded):
     return loaded.model, loaded.tokenizer
+
+
+def ends_of(loaded):
+    return chat_ends(loaded.tokenizer, loaded.model.generation_config.eos_token_id)
 
 
 def test_a_conversation_without_texts(talking):
@@ -105,11 +110,11 @@ def test_a_wrong_question_leaves_the_conversation_as_it_was(talking):
 
 def test_an_answer_ends_with_the_sign_of_its_end(talking, monkeypatch):
     """Of the template, of the tokenizer, or of the model."""
-    ends = chat_ends(*parts(talking))
+    ends = ends_of(talking)
     end = talking.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ends == sorted({end, talking.tokenizer.eos_token_id})
     monkeypatch.setattr(talking.model, "generation_config", GenerationConfig(eos_token_id=[7, 9]))
-    assert {7, 9} < set(chat_ends(*parts(talking)))
+    assert {7, 9} < set(ends_of(talking))
 
     def ending(ids, *args, eos_token_id, **more):
         assert end in eos_token_id
@@ -165,7 +170,7 @@ def test_without_the_template(talking, files, tmp_path):
 def test_what_is_generated(talking, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     model, tokenizer = parts(talking)
-    ends = chat_ends(model, tokenizer)
+    ends = ends_of(talking)
     with_file = continue_text(
         talking, f" {QUESTIONS[0]}\n", file=tmp_path / "a.txt", read="retrieve", max_new_tokens=5
     )

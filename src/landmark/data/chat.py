@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from landmark.data.characters import without_surrogates
 from landmark.data.errors import first_line
+from landmark.data.tokenizer import encode
 
 ASSISTANT = "assistant"
 USER = "user"
@@ -133,7 +134,37 @@ def first_turn(tokenizer: Any, question: str) -> str:
 
     Arguments and errors are those of ``closing``.
     """
-    return _rendered(tokenizer, [Message(USER, question)], CONVERSATION, opens_answer=True)
+    return prompt_of(tokenizer, [Message(USER, question)], CONVERSATION)
+
+
+def prompt_of(tokenizer: Any, messages: Sequence[Message], where: str) -> str:
+    """Returns a conversation up to where the assistant's next answer begins.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        messages: the conversation.
+        where: names it in messages.
+
+    Raises:
+        ValueError: the chat template fails.
+    """
+    return _rendered(tokenizer, messages, where, opens_answer=True)
+
+
+def chat_ends(tokenizer: Any, ends: int | Sequence[int] | None) -> list[int]:
+    """Returns the tokens that end an answer in a conversation.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        ends: the end tokens of the model's generation config. To these come that of the tokenizer,
+            and the sign by which the chat template ends an answer, if that is a special token.
+    """
+    found = {ends} if isinstance(ends, int) else set(ends or ())
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    sign = encode(tokenizer, next_turn(tokenizer, "-"), continues=True).ids[:1].tolist()
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(found | (set(sign) & special))
 
 
 def next_turn(tokenizer: Any, question: str) -> str:

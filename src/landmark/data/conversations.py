@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from landmark.data.chat import Message, read_messages, render
+from landmark.data.chat import ASSISTANT, USER, Message, read_messages, render
 from landmark.data.encoding import Progress
 from landmark.data.episodes import IGNORED, Row
 from landmark.data.rows import order_of
@@ -43,10 +43,11 @@ class EncodedConversation:
 
 
 def read_conversations(source: str | Path, *, split: str = "train") -> Iterator[Conversation]:
-    """Reads conversations: rows with ``messages``, the hub's chat format.
+    """Reads conversations: rows with ``messages``, the hub's chat format, or with ``prompt``.
 
     Args:
-        source: a ``.jsonl`` or ``.json`` file, or a data set of the hub.
+        source: a ``.jsonl`` or ``.json`` file, or a data set of the hub. A row with ``prompt`` is
+            what a user says; its ``completion``, if it has one, is what the assistant answers.
         split: which part of a data set to read.
 
     Raises:
@@ -55,7 +56,12 @@ def read_conversations(source: str | Path, *, split: str = "train") -> Iterator[
         ValueError: a row without messages, or with others than strings under role and content.
     """
     for row in read_rows(source, split=split):
-        messages = row.value.get("messages") if isinstance(row.value, dict) else None
+        value = row.value if isinstance(row.value, dict) else {}
+        messages = value.get("messages")
+        if "prompt" in value:
+            messages = [{"role": USER, "content": value["prompt"]}]
+            if "completion" in value:
+                messages.append({"role": ASSISTANT, "content": value["completion"]})
         yield Conversation(row.where, read_messages(messages, row.where))
 
 

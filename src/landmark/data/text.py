@@ -121,8 +121,8 @@ def kind_of(source: str | Path, *, split: str = "train") -> str:
         split: as for ``read_documents``.
 
     Returns:
-        ``messages`` (conversations), ``questions`` (documents with questions about them, or SQuAD
-        JSON), or ``text``.
+        ``messages`` (conversations, also rows with ``prompt`` and without ``text``), ``questions``
+        (documents with questions about them, or SQuAD JSON), or ``text``.
 
     Raises:
         FileNotFoundError: as ``read_rows``.
@@ -136,7 +136,8 @@ def kind_of(source: str | Path, *, split: str = "train") -> str:
     first = next(iter(read_rows(source, split=split)), None)
     if first is None or not isinstance(first.value, dict):
         return "text"
-    if "messages" in first.value:
+    is_prompt = "prompt" in first.value and "text" not in first.value
+    if "messages" in first.value or is_prompt:
         return "messages"
     if "questions" in first.value or isinstance(first.value.get("data"), list):
         return "questions"

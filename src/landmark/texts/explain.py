@@ -11,7 +11,7 @@ from torch import Tensor
 
 from landmark.blocks import slot_of
 from landmark.data.characters import without_surrogates
-from landmark.data.chat import closing, has_template, next_turn, opening
+from landmark.data.chat import chat_ends, closing, has_template, opening
 from landmark.data.encoding import Progress
 from landmark.data.sources import Reading, Source, read_sources
 from landmark.data.tokenizer import continuation, encode
@@ -225,23 +225,8 @@ def asked_as(
     ids = torch.from_numpy(encode(tokenizer, said, continues=continues).ids)
     if len(ids) == 0:
         raise ValueError("question: expected at least one token, got an empty text; ask something")
-    ends = chat_ends(model, tokenizer) if chat else None
+    ends = chat_ends(tokenizer, model.generation_config.eos_token_id) if chat else None
     return Asked(question, ids, max_new_tokens, ends)
-
-
-def chat_ends(model: Any, tokenizer: Any) -> list[int]:
-    """Returns the tokens that end an answer in a conversation.
-
-    These are the end tokens of model and tokenizer, and the one by which the chat template ends an
-    answer, if that is a special token.
-    """
-    ends = model.generation_config.eos_token_id
-    found = {ends} if isinstance(ends, int) else set(ends or ())
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    sign = encode(tokenizer, next_turn(tokenizer, "-"), continues=True).ids[:1].tolist()
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(found | (set(sign) & special))
 
 
 def answered(

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from landmark.data.chat import closing, first_turn, opening
+from landmark.data.chat import chat_ends, closing, first_turn, opening
 from landmark.data.encoding import Progress
 from landmark.data.tokenizer import continuation, row_start
-from landmark.texts.explain import CHAT_NEW_TOKENS, chat_ends, uses_template
+from landmark.texts.explain import CHAT_NEW_TOKENS, uses_template
 from landmark.texts.files import file_text
 from landmark.texts.loading import LoadedModel
 from landmark.texts.reading import READS, read_reporting, tokenize
@@ -92,7 +92,8 @@ def continue_text(
     if temperature > 0:
         arguments["temperature"] = temperature
     if in_chat:
-        arguments["eos_token_id"] = chat_ends(loaded.model, tokenizer)
+        ends = loaded.model.generation_config.eos_token_id
+        arguments["eos_token_id"] = chat_ends(tokenizer, ends)
         arguments["pad_token_id"] = arguments["eos_token_id"][0]
     if loaded.is_landmark and file is not None and len(document):
         document = ids[:, : len(document)]

@@ -27,6 +27,7 @@ from landmark.data.rows import Share, Windows, plain_row
 from landmark.data.text import has_split, kind_of, read_documents
 from landmark.data.tokenizer import backend, encode, row_start
 from landmark.data.tokens import DocumentSpan, Ids, tokenize
+from landmark.train.answers import TeacherAnswers
 from landmark.train.recipe import DataSettings, Recipe
 
 HELD_OUT_ROWS = 64
@@ -167,15 +168,22 @@ class ConversationCorpus:
     Args:
         source: the conversations, as ``read_conversations`` takes them.
         settings: the settings.
-        progress: called while they are tokenised.
+        answers: answers those that end with what a user says; ``None`` to leave them as they are.
+        progress: called while they are answered and tokenised.
     """
 
     def __init__(
-        self, source: str, settings: RowSettings, progress: Progress | None = None
+        self,
+        source: str,
+        settings: RowSettings,
+        answers: TeacherAnswers | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.settings = settings
         self.has_answers = False
         conversations = list(read_conversations(source))
+        if answers is not None:
+            conversations = answers(conversations, progress)
         encoded = encode_conversations(conversations, settings.tokenizer, progress)
         tokens = sum(len(conversation.ids) for conversation in encoded)
         self.documents = [DocumentSpan(source, digest_of(conversations), start=0, tokens=tokens)]
@@ -270,6 +278,7 @@ def corpora(
     folder: Path,
     *,
     block_size: int,
+    answers: TeacherAnswers | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[Corpus, float]]:
     """Returns the corpora of a run and the share of rows that each of them gives.
@@ -280,6 +289,7 @@ def corpora(
         tokenizer: the tokenizer.
         folder: the folder of the token files.
         block_size: positions of a block.
+        answers: has a teacher answer conversations that end with what a user says.
         progress: called while texts are tokenised.
 
     Raises:
@@ -296,7 +306,7 @@ def corpora(
     found: list[tuple[Corpus, float]] = []
     for source, share, name in sources:
         if share > 0:
-            found.append((_corpus(source, settings, folder, name, progress), share))
+            found.append((_corpus(source, settings, folder, name, answers, progress), share))
     has_texts = any(isinstance(corpus, TextCorpus) for corpus, _ in found)
     if recipe.data.episodes and not has_texts:
         raise ValueError(
@@ -307,11 +317,16 @@ def corpora(
 
 
 def _corpus(
-    source: str, settings: RowSettings, folder: Path, name: str, progress: Progress | None
+    source: str,
+    settings: RowSettings,
+    folder: Path,
+    name: str,
+    answers: TeacherAnswers | None,
+    progress: Progress | None,
 ) -> Corpus:
     makers: dict[str, Callable[[], Any]] = {
         "text": lambda: TextCorpus(source, settings, folder, name, progress),
-        "messages": lambda: ConversationCorpus(source, settings, progress),
+        "messages": lambda: ConversationCorpus(source, settings, answers, progress),
         "questions": lambda: QuestionCorpus(source, settings, progress),
     }
     corpus: Corpus = makers[kind_of(source)]()

@@ -26,6 +26,7 @@ from landmark.data.tokens import DocumentSpan
 from landmark.hf.convert import convert, from_config, load
 from landmark.hf.families import PREFIX
 from landmark.hf.pretrained import read_config
+from landmark.train.answers import TeacherAnswers
 from landmark.train.corpora import corpora
 from landmark.train.recipe import Recipe
 
@@ -117,6 +118,7 @@ def prepare_rows(
     tokenizer: PreTrainedTokenizerFast,
     *,
     block_size: int,
+    answers: TeacherAnswers | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
     """Tokenises the texts, or finds them tokenised in ``folder``, and makes the rows of the run.
@@ -127,6 +129,7 @@ def prepare_rows(
         recipe: the settings.
         tokenizer: the tokenizer.
         block_size: positions of a block.
+        answers: has a teacher answer conversations that end with what a user says.
         progress: called while texts are tokenised.
 
     Raises:
@@ -139,7 +142,15 @@ def prepare_rows(
                 f"schedule: expected lengths that are multiples of block_size={block_size}, got "
                 f"{shorter.length}; change it"
             )
-    found = corpora(data, recipe, tokenizer, folder, block_size=block_size, progress=progress)
+    found = corpora(
+        data,
+        recipe,
+        tokenizer,
+        folder,
+        block_size=block_size,
+        answers=answers,
+        progress=progress,
+    )
     stages = []
     for part in recipe.parts():
         kinds = [

@@ -29,6 +29,7 @@ from landmark.data.questions import read_question_sets
 from landmark.data.text import kind_of, read_documents
 from landmark.data.tokenizer import require_rows
 from landmark.hf.bundled import model_folder
+from landmark.train.answers import TeacherAnswers
 from landmark.train.checkpoints import (
     FOLDER,
     last_checkpoint,
@@ -39,6 +40,7 @@ from landmark.train.checkpoints import (
 from landmark.train.corpora import LEAST_ROWS
 from landmark.train.lora import ADAPTER, add_lora, base_of
 from landmark.train.prepare import (
+    STOCK,
     Prepared,
     find_tokenizer,
     given_model,
@@ -131,8 +133,22 @@ def train(
             outputs.require_room(out, made.num_parameters() * getattr(torch, dtype).itemsize, "out")
         settings = LandmarkConfig.from_dict(recipe.landmark) if plain else made.landmark
         row_tokens = tokens_for(recipe.data.length, settings.block_size)
+        teacher = load_teacher(recipe, path, cutter)
+        answers = None
+        if teacher is not None:
+            teacher = teacher.to(args.device)
+            name = str(recipe.distillation.teacher)
+            if name == STOCK:
+                name = str(path)
+            answers = TeacherAnswers(teacher, name, cutter, store, recipe.run.seed)
         rows = prepare_rows(
-            data, store, recipe, cutter, block_size=settings.block_size, progress=progress
+            data,
+            store,
+            recipe,
+            cutter,
+            block_size=settings.block_size,
+            answers=answers,
+            progress=progress,
         )
     require_rows(cutter, made, path or "model", rows.greatest_id)
     if recipe.run.evaluate_every and not rows.held_out:
@@ -141,7 +157,6 @@ def train(
             f"nothing is evaluated: the text has fewer than {LEAST_ROWS} rows, and no folder "
             "validation"
         )
-    teacher = load_teacher(recipe, path, cutter)
     if lora is not None:
         made = add_lora(made, lora, recipe.adapter.lora_layers)
     if not plain:

@@ -80,7 +80,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         answer_weight: weight of the mean loss over answers; ``None`` when no row has answers.
         retrieval: what queries see, and losses on the gate; ``None`` for a model without landmarks.
             Evaluations are in mode ``top_k`` unless all steps are in mode ``all``.
-        teacher: the teacher, ``None`` for none.
+        teacher: the teacher on the device of the run, ``None`` for none.
         distillation: how the model learns from the teacher.
         row_tokens: text tokens of a row.
         compiled: whether to compile the loss.
@@ -120,7 +120,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         self.retrieval = retrieval
         self._unwrapped = base_of(model)
         self.distillation = distillation
-        self._teacher: Any = None if teacher is None else teacher.to(args.device)
+        self._teacher = teacher
         self._noted: dict[str, list[Tensor]] = {}
         self._counts = StepCounts()
         if answer_weight is not None:

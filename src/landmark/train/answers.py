@@ -1,0 +1,135 @@
+"""Answers that a teacher writes to conversations which end with what a user says.
+
+They are sampled once and kept beside the token files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from landmark.data import outputs
+from landmark.data.chat import ASSISTANT, USER, Message, chat_ends, prompt_of
+from landmark.data.conversations import Conversation
+from landmark.data.encoding import Progress
+from landmark.data.text import read_json
+from landmark.data.tokenizer import encode
+
+NEW_TOKENS = 256  # of an answer, at most
+TEMPERATURE = 0.7
+BATCH_TOKENS = 1 << 14  # of prompts and answers that are computed at once
+
+
+class TeacherAnswers:
+    """Has a teacher answer conversations, or finds its answers.
+
+    Args:
+        teacher: a causal language model of transformers, in eval mode.
+        name: its name, which the file of its answers depends on.
+        tokenizer: the tokenizer of both models.
+        folder: where answers are kept, as ``answers-HASH.json``.
+        seed: of sampling.
+    """
+
+    def __init__(
+        self, teacher: Any, name: str, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int
+    ) -> None:
+        self.teacher = teacher
+        self.name = name
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.seed = seed
+
+    def __call__(
+        self, conversations: Sequence[Conversation], progress: Progress | None = None
+    ) -> list[Conversation]:
+        """Returns the conversations; those that end with a user's message have an answer.
+
+        Args:
+            conversations: the conversations.
+            progress: called after each batch of answers.
+
+        Raises:
+            ValueError: a prompt that the chat template fails on.
+        """
+        asked = [each for each in conversations if each.messages[-1].role == USER]
+        if not asked:
+            return list(conversations)
+        path = self.folder / f"answers-{self._hash(asked)}.json"
+        if path.is_file():
+            answers = read_json(path)
+        else:
+            answers = self._sampled(asked, progress)
+            outputs.write(path, json.dumps(answers, ensure_ascii=False).encode())
+        given = iter(answers)
+        return [_with_answer(each, given) for each in conversations]
+
+    def _hash(self, asked: Sequence[Conversation]) -> str:
+        """Returns a hash of all that the answers depend on, but for rounding."""
+        settings = [self.name, self.seed, NEW_TOKENS, TEMPERATURE]
+        content = json.dumps([settings, [each.messages for each in asked]])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def _sampled(self, asked: Sequence[Conversation], progress: Progress | None) -> list[str]:
+        """Samples an answer to each conversation, those of about one length at once."""
+        texts = [prompt_of(self.tokenizer, each.messages, each.where) for each in asked]
+        prompts = [encode(self.tokenizer, text).ids.tolist() for text in texts]
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
+        ends = chat_ends(self.tokenizer, self.teacher.generation_config.eos_token_id)
+        device = next(self.teacher.parameters()).device
+        answers = [""] * len(prompts)
+        done = 0
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed)
+            while done < len(order):
+                width = len(prompts[order[done]])
+                count = max(1, BATCH_TOKENS // (width + NEW_TOKENS))
+                batch = order[done : done + count]
+                padding = [width - len(prompts[number]) for number in batch]
+                rows = [
+                    [ends[0]] * pad + prompts[number]
+                    for pad, number in zip(padding, batch, strict=True)
+                ]
+                ids = torch.tensor(rows, device=device)
+                columns = torch.arange(width, device=device)
+                mask = (columns >= torch.tensor(padding, device=device)[:, None]).long()
+                written = self.teacher.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=NEW_TOKENS,
+                    do_sample=True,
+                    temperature=TEMPERATURE,
+                    eos_token_id=ends,
+                    pad_token_id=ends[0],
+                )
+                for number, row in zip(batch, written[:, width:].tolist(), strict=True):
+                    end = next((at for at, token in enumerate(row) if token in ends), len(row))
+                    text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
+                    answers[number] = text.strip()
+                done += len(batch)
+                if progress is not None:
+                    progress("prompts answered by the teacher", done, len(order))
+        return answers
+
+
+def _with_answer(conversation: Conversation, answers: Iterator[str]) -> Conversation:
+    """Returns a conversation with the next answer, where it ends with a user's message.
+
+    It stays as it is where the teacher wrote nothing.
+    """
+    if conversation.messages[-1].role != USER:
+        return conversation
+    answer = next(answers)
+    if not answer:
+        return conversation
+    messages = (*conversation.messages, Message(ASSISTANT, answer))
+    return replace(conversation, messages=messages)
