@@ -55,9 +55,9 @@ def oldest(session: nox.Session) -> None:
 
 @nox.session
 def harness(session: nox.Session) -> None:
-    """The newest beside lm-eval: tools that load a saved folder by its name."""
-    install(session, "-e", ".[test]", "lm-eval[hf]")
-    test(session, "tests/hf/test_stock_tools.py")
+    """The newest beside lm-eval and trl: tools that load a saved folder by its name, or train."""
+    install(session, "-e", ".[test]", "lm-eval[hf]", "trl")
+    test(session, "tests/hf/test_stock_tools.py", "tests/train/test_trl.py")
 
 
 def install(session: nox.Session, *packages: str) -> None:
