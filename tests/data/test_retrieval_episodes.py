@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from landmark.data import wordings
-from landmark.data.episodes import IGNORED, Episodes, _names, _sentence_ends, _subjects
+from landmark.data.episodes import IGNORED, Episodes, _names, _subjects, sentence_ends
 from landmark.data.tokenizer import backend
 
 TOKENS = 504
@@ -252,4 +252,4 @@ def test_ids_of_a_vocabulary_may_have_holes():
         def get_vocab(self):
             return {"a": 0, "b.": 7}
 
-    assert _sentence_ends(Sparse()).tolist() == [False] * 7 + [True]
+    assert sentence_ends(Sparse()).tolist() == [False] * 7 + [True]

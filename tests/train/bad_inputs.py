@@ -229,6 +229,11 @@ CASES = [
         setting(lora_layers="mlp"),
         "lora_layers: expected one of attention, all, got 'mlp'",
     ),
+    (
+        "more kinds of rows than rows",
+        setting(episodes=0.7, cloze=0.4),
+        r"episodes, cloze: expected shares of 1 together at most, got 1\.1",
+    ),
     ("no facts", setting(facts=0), "facts: expected an integer from 1 to .*, got 0"),
     ("no questions", setting(questions=0), "questions: expected an integer from 1 to .*, got 0"),
     ("minus one code", setting(distractors=-1), "distractors: expected an integer from 0 to"),

@@ -130,6 +130,14 @@ def test_a_mixture_has_the_shares_of_its_sources(books, chats, questions, scratc
     assert [document.title for document in prepared.documents][-2:] == [chats, questions]
 
 
+def test_inverse_cloze_is_trained_on(books, scratch, tmp_path):
+    recipe = toy_recipe(steps=2, length=320, episodes=0.2, cloze=0.6, contrast=0.1)
+    options = {"tokenizer": str(scratch[0]), "report": silent}
+    summary = train(str(books), tmp_path, recipe=recipe, **options)
+    (found,) = summary["evaluations"]
+    assert {"cloze_loss", "cloze_accuracy", "cloze_recall", "episodes_loss"} < set(found)
+
+
 def test_a_mixture_is_trained_on_and_resumed(books, chats, questions, scratch, tmp_path):
     """Rows with and without packed documents in one step; the same losses after a break."""
     mixture = [{"source": chats, "share": 0.4}, {"source": questions, "share": 0.4}]

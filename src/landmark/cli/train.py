@@ -94,6 +94,7 @@ Teacher = Annotated[
 ]
 TeacherWeight = Annotated[float | None, _setting("Weight of the divergence from the teacher.")]
 TeacherShare = Annotated[float | None, _setting("Share of positions at which that is taken.")]
+ClozeShare = Annotated[float | None, _setting("Share of inverse cloze, 0 to 1.")]
 AnswerWeight = Annotated[float | None, _setting("Weight of the mean loss on answers.")]
 Field = Annotated[str | None, _setting("Key of the text in rows.")]
 VocabSize = Annotated[int | None, _setting("Tokens of a new tokenizer.")]
@@ -139,6 +140,7 @@ def train(
     seed: Seed = None,
     length: Length = None,
     episodes: Episodes = None,
+    cloze: ClozeShare = None,
     facts: Facts = None,
     questions: Questions = None,
     distractors: Distractors = None,

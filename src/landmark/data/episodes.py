@@ -174,7 +174,7 @@ class Episodes:
         self.questions = questions
         self.distractors = distractors
         self.tokens = tokens - len(self.prefix)
-        self.ends_sentence = _sentence_ends(tokenizer)
+        self.ends_sentence = sentence_ends(tokenizer)
 
     def __call__(self, index: int) -> Row:
         """Returns row ``index``; the same for the same seed, whatever was asked before."""
@@ -383,7 +383,7 @@ def _length(segments: list[_Segment]) -> int:
     return sum(len(segment.ids) for segment in segments)
 
 
-def _sentence_ends(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
+def sentence_ends(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
     """Returns whether each token ends a sentence, by id."""
     vocabulary = tokenizer.get_vocab()
     ends = np.zeros(1 + max(vocabulary.values()), dtype=np.bool_)  # some ids may have no token

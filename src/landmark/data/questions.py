@@ -13,14 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from landmark.data.asking import Frame, Turn, asked_row, frame_of
 from landmark.data.characters import without_surrogates
-from landmark.data.chat import ASSISTANT, MARK, SEPARATOR, USER, Message, has_template, render
+from landmark.data.chat import SEPARATOR
 from landmark.data.encoding import Encoded
-from landmark.data.episodes import IGNORED, Row, RowQuestion
+from landmark.data.episodes import Row
 from landmark.data.text import Record, read_rows
-from landmark.data.tokenizer import encode, row_start
+from landmark.data.tokenizer import encode
 
 SAME_ARTICLE_SHARE = 0.5  # of rows that are filled up from the same article first
 SHORTEST_PIECE = 16  # tokens of a document that is cut
@@ -247,21 +246,6 @@ class _Piece:
     evidence: dict[int, list[range]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """What stands around the documents of a row.
-
-    Attributes:
-        before: the tokens before them.
-        after: the questions and answers behind them.
-        answers: the tokens of each answer, counted from the first of ``after``.
-    """
-
-    before: list[int]
-    after: list[int]
-    answers: list[range]
-
-
 class Haystacks:
     """Makes rows of documents with questions about some of them.
 
@@ -318,8 +302,12 @@ class Haystacks:
         count = rng.randint(1, self.questions) - 1
         asked = [first, *rng.sample(others, min(count, len(others)))]
         while True:
-            frame = self._frame(chosen, asked)
-            room = self.tokens - len(frame.before) - len(frame.after)
+            turns = [
+                Turn(question.question, question.answer)
+                for question in (self.sets[chosen].questions[index] for index in asked)
+            ]
+            frame = frame_of(self.tokenizer, turns, self.sets[chosen].where)
+            room = frame.room(self.tokens)
             needed = {
                 span.document
                 for index in asked
@@ -335,34 +323,7 @@ class Haystacks:
                 )
             asked.pop()
         pieces = self._pieces(rng, chosen, asked, sorted(needed), room)
-        return self._row(frame, pieces, len(asked))
-
-    def _frame(self, chosen: int, asked: Sequence[int]) -> _Frame:
-        """Renders the questions, and splits the conversation where the documents stand."""
-        messages = []
-        for number, index in enumerate(asked):
-            question = self.sets[chosen].questions[index]
-            before = MARK + SEPARATOR if number == 0 else ""
-            messages.append(Message(USER, before + question.question))
-            messages.append(Message(ASSISTANT, question.answer))
-        rendered = render(self.tokenizer, messages, self.sets[chosen].where)
-        before_text, mark, after_text = rendered.text.partition(MARK + SEPARATOR)
-        if not mark:
-            raise ValueError(
-                f"{self.sets[chosen].where}: expected a chat template that keeps what a user says, "
-                "got one that changes it; use another template (tokenizer.chat_template)"
-            )
-        if has_template(self.tokenizer):
-            before_ids = encode(self.tokenizer, before_text).ids.tolist()
-        else:
-            # The documents come first; the plain form names the question behind them.
-            after_text = before_text + after_text
-            before_ids = row_start(self.tokenizer)
-        last = rendered.answers[-1][1]
-        shift = len(rendered.text) - len(after_text)
-        after = encode(self.tokenizer, after_text[: last - shift], continues=True)
-        answers = [after.tokens_of(begin - shift, end - shift) for begin, end in rendered.answers]
-        return _Frame(before_ids, after.ids.tolist(), answers)
+        return _joined(frame, pieces, len(asked))
 
     def _pieces(
         self,
@@ -440,29 +401,15 @@ class Haystacks:
         text = self.sets[number].documents[document]
         return encode(self.tokenizer, text, continues=True)
 
-    def _row(self, frame: _Frame, pieces: Sequence[_Piece], count: int) -> Row:
-        ids = list(frame.before)
-        evidence: list[list[range]] = [[] for _ in range(count)]
-        for piece in pieces:
-            for number, spans in piece.evidence.items():
-                evidence[number] += [
-                    range(len(ids) + tokens.start, len(ids) + tokens.stop) for tokens in spans
-                ]
-            ids += piece.ids
-        begin = len(ids)
-        ids += frame.after
-        input_ids = np.array(ids, dtype=np.int64)
-        labels = np.full(len(ids), IGNORED, dtype=np.int64)
-        answers = np.zeros(len(ids), dtype=np.bool_)
-        questions = []
-        turn = begin
-        for number, tokens in enumerate(frame.answers):
-            answer = range(begin + tokens.start, begin + tokens.stop)
-            labels[answer] = input_ids[answer]
-            answers[answer] = True
-            mentions = tuple(sorted(evidence[number], key=lambda span: span.start))
-            if mentions:
-                questions.append(RowQuestion(range(turn, answer.stop), answer, mentions))
-            turn = answer.stop
-        assert len(ids) == self.tokens
-        return Row(input_ids, labels, answers, tuple(questions))
+
+def _joined(frame: Frame, pieces: Sequence[_Piece], count: int) -> Row:
+    """Returns a row of documents with ``count`` questions."""
+    ids: list[int] = []
+    evidence: list[list[range]] = [[] for _ in range(count)]
+    for piece in pieces:
+        for number, spans in piece.evidence.items():
+            evidence[number] += [
+                range(len(ids) + tokens.start, len(ids) + tokens.stop) for tokens in spans
+            ]
+        ids += piece.ids
+    return asked_row(frame, ids, evidence)

@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from landmark.blocks import tokens_for
+from landmark.data.cloze import Cloze
 from landmark.data.conversations import (
     EncodedConversation,
     PackedConversations,
@@ -79,7 +80,7 @@ class Corpus(Protocol):
 
 
 class TextCorpus:
-    """Texts: windows of them and, where the recipe has any, episodes.
+    """Texts: windows of them and, where the recipe has any, episodes and inverse cloze.
 
     Held-out text is the ``validation`` split, or else the last twentieth of the text, which is then
     not trained on.
@@ -101,7 +102,7 @@ class TextCorpus:
         progress: Progress | None = None,
     ) -> None:
         self.settings = settings
-        self.has_answers = settings.data.episodes > 0
+        self.has_answers = settings.data.episodes + settings.data.cloze > 0
         self.prefix = row_start(settings.tokenizer)
 
         def ids_of(split: str, name: str) -> tuple[Ids, list[DocumentSpan]]:
@@ -126,25 +127,42 @@ class TextCorpus:
         tokens = tokens_for(length, self.settings.block_size)
         seed = self.settings.seed
         windows = Windows(self.ids, tokens=tokens, seed=seed, prefix=self.prefix)
-        share = self.settings.data.episodes
-        if not share:
-            return [Share(windows, 1.0)]
-        episodes = self._episodes(self.ids, length, seed)
-        return [Share(episodes, share), Share(windows, 1 - share)]
+        data = self.settings.data
+        kinds = []
+        if data.episodes:
+            kinds.append(Share(self._episodes(self.ids, length, seed), data.episodes))
+        if data.cloze:
+            kinds.append(Share(self._cloze(self.ids, length, seed), data.cloze))
+        return [*kinds, Share(windows, 1 - data.episodes - data.cloze)]
 
     def held_out(self) -> dict[str, list[Row]]:
-        """See ``Corpus.held_out``: ``text``, where there is enough of it, and ``episodes``."""
+        """See ``Corpus.held_out``: ``text``, where there is enough, ``episodes`` and ``cloze``."""
         found = {}
         tokens = self.settings.tokens
         has_text = len(self.held_out_ids) > tokens
         if has_text:
             found["text"] = _spaced_rows(self.held_out_ids, tokens, self.prefix)
+        filler = self.held_out_ids if has_text else self.ids
+        seed = self.settings.seed + EVALUATION_SEED
+        length = self.settings.data.length
         if self.settings.data.episodes:
-            filler = self.held_out_ids if has_text else self.ids
-            seed = self.settings.seed + EVALUATION_SEED
-            asked = self._episodes(filler, self.settings.data.length, seed)
-            found["episodes"] = [asked(number) for number in range(HELD_OUT_ROWS)]
+            episodes = self._episodes(filler, length, seed)
+            found["episodes"] = [episodes(number) for number in range(HELD_OUT_ROWS)]
+        if self.settings.data.cloze:
+            filler = filler if len(filler) >= 2 * tokens else self.ids
+            cloze = self._cloze(filler, length, seed)
+            found["cloze"] = [cloze(number) for number in range(HELD_OUT_ROWS)]
         return found
+
+    def _cloze(self, text: Ids, length: int, seed: int) -> Cloze:
+        data = self.settings.data
+        return Cloze(
+            self.settings.tokenizer,
+            text,
+            tokens=tokens_for(length, self.settings.block_size),
+            seed=seed,
+            questions=max(1, data.questions // (data.length // length)),
+        )
 
     def _episodes(self, filler: Ids, length: int, seed: int) -> Episodes:
         """Returns what makes episodes of so many positions, with as many facts in proportion."""
@@ -308,11 +326,12 @@ def corpora(
         if share > 0:
             found.append((_corpus(source, settings, folder, name, answers, progress), share))
     has_texts = any(isinstance(corpus, TextCorpus) for corpus, _ in found)
-    if recipe.data.episodes and not has_texts:
-        raise ValueError(
-            "episodes: expected texts to make episodes of, got other rows only; give episodes=0 or "
-            "a source with texts"
-        )
+    for name, share in {"episodes": recipe.data.episodes, "cloze": recipe.data.cloze}.items():
+        if share and not has_texts:
+            raise ValueError(
+                f"{name}: expected texts to make {name} of, got other rows only; give {name}=0 or "
+                "a source with texts"
+            )
     return found
 
 

@@ -50,7 +50,8 @@ class Prepared:
     Attributes:
         train: the rows, in the order of training.
         held_out: ``text`` (windows of held-out text, where there is enough of it), ``episodes``
-            (where the recipe has any), ``conversations`` and ``questions``.
+            (where the recipe has any), ``cloze``, ``conversations`` and
+            ``questions``.
         documents: the documents of the training text.
         greatest_id: the greatest token id of the training text.
         has_answers: whether any rows have answers.

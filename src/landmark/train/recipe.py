@@ -100,6 +100,8 @@ class DataSettings:
         mixture: sources beside the texts that a run is given, which make the other rows.
         episodes: share of synthetic retrieval episodes among the rows that are made of texts; the
             others are windows of these texts.
+        cloze: share of inverse cloze among the same rows: a text with questions for what follows a
+            sentence that was taken out of it.
         facts: largest number of named facts in an episode. This number, ``questions`` and
             ``distractors`` are for rows of ``length`` positions; shorter rows have as many in
             proportion.
@@ -113,6 +115,7 @@ class DataSettings:
     schedule: tuple[Shorter, ...] = ()
     mixture: tuple[MixtureSource, ...] = ()
     episodes: float = 0.0
+    cloze: float = 0.0
     facts: int = 8
     questions: int = 4
     distractors: int = 4
@@ -338,6 +341,11 @@ class Recipe:
                 )
         _require_schedule(self.data)
         _require_mixture(self.data)
+        if self.data.episodes + self.data.cloze > 1 + 1e-9:
+            raise ValueError(
+                "episodes, cloze: expected shares of 1 together at most, got "
+                f"{self.data.episodes + self.data.cloze:g}; lower one of them"
+            )
         words = {
             "field": self.data.field,
             "teacher": self.distillation.teacher or "",
@@ -376,6 +384,7 @@ class Recipe:
         optimiser = self.optimiser
         return [
             NumberSetting("episodes", data.episodes, low=0.0, high=1.0),
+            NumberSetting("cloze", data.cloze, low=0.0, high=1.0),
             NumberSetting("answer_weight", data.answer_weight, low=0.0, high=1e6),
             NumberSetting("all_blocks", self.retrieval.all_blocks, low=0.0, high=1.0),
             NumberSetting("contrast", self.retrieval.contrast, low=0.0, high=1e6),

@@ -1,0 +1,105 @@
+"""Rows in which a user gives texts and asks about them, and the assistant answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from landmark.data.chat import ASSISTANT, MARK, SEPARATOR, USER, Message, has_template, render
+from landmark.data.episodes import IGNORED, Row, RowQuestion
+from landmark.data.tokenizer import encode, row_start
+
+
+class Turn(NamedTuple):
+    """What a user asks, and what the assistant answers."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around the texts of a row.
+
+    Attributes:
+        before: the tokens before them.
+        after: the questions and answers behind them.
+        answers: the tokens of each answer, counted from the first of ``after``.
+    """
+
+    before: list[int]
+    after: list[int]
+    answers: list[range]
+
+    def room(self, tokens: int) -> int:
+        """Returns how many of a row's tokens are left for texts."""
+        return tokens - len(self.before) - len(self.after)
+
+
+def frame_of(tokenizer: Any, turns: Sequence[Turn], where: str) -> Frame:
+    """Renders a conversation, and splits it where the texts stand.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers. Without a chat template the conversation has
+            the plain form of ``landmark.data.chat``.
+        turns: the questions and answers. The texts stand before the first question.
+        where: names the conversation in messages.
+
+    Raises:
+        ValueError: the chat template fails, or changes what a user says.
+    """
+    messages = []
+    for number, turn in enumerate(turns):
+        texts = MARK + SEPARATOR if number == 0 else ""
+        messages.append(Message(USER, texts + turn.question))
+        messages.append(Message(ASSISTANT, turn.answer))
+    rendered = render(tokenizer, messages, where)
+    before_text, mark, after_text = rendered.text.partition(MARK + SEPARATOR)
+    if not mark:
+        raise ValueError(
+            f"{where}: expected a chat template that keeps what a user says, got one that changes "
+            "it; use another template (tokenizer.chat_template)"
+        )
+    if has_template(tokenizer):
+        before = encode(tokenizer, before_text).ids.tolist()
+    else:
+        # The texts come first; the plain form names the question behind them.
+        after_text = before_text + after_text
+        before = row_start(tokenizer)
+    last = rendered.answers[-1][1]
+    shift = len(rendered.text) - len(after_text)
+    after = encode(tokenizer, after_text[: last - shift], continues=True)
+    answers = [after.tokens_of(begin - shift, end - shift) for begin, end in rendered.answers]
+    return Frame(before, after.ids.tolist(), answers)
+
+
+def asked_row(frame: Frame, texts: Sequence[int], evidence: Sequence[Sequence[range]]) -> Row:
+    """Returns a row of texts and the questions about them; loss is taken on the answers alone.
+
+    Args:
+        frame: what stands around the texts.
+        texts: their tokens.
+        evidence: for each question, tokens of the texts that answer it.
+    """
+    ids = [*frame.before, *texts]
+    begin = len(ids)
+    ids += frame.after
+    input_ids = np.array(ids, dtype=np.int64)
+    labels = np.full(len(ids), IGNORED, dtype=np.int64)
+    answers = np.zeros(len(ids), dtype=np.bool_)
+    questions = []
+    turn = begin
+    for tokens, found in zip(frame.answers, evidence, strict=True):
+        answer = range(begin + tokens.start, begin + tokens.stop)
+        labels[answer] = input_ids[answer]
+        answers[answer] = True
+        shift = len(frame.before)
+        mentions = [range(shift + span.start, shift + span.stop) for span in found]
+        if mentions:
+            mentions.sort(key=lambda span: span.start)
+            questions.append(RowQuestion(range(turn, answer.stop), answer, tuple(mentions)))
+        turn = answer.stop
+    return Row(input_ids, labels, answers, tuple(questions))
