@@ -253,6 +253,7 @@ CLI = {
         "--filler",
         "--out",
     },
+    "eval questions": {"--model", "--data", "--lengths", "--contexts", "--compare", "--out"},
     "eval recall": {"--model", "--lengths", "--trials", "--facts", "--out"},
     "rank": {"--model", "--top"},
     "eval rank": {"--model", "--data", "--passages", "--out"},

@@ -84,6 +84,7 @@ def without_matplotlib(folder: Path) -> None:
         run("eval passkey --model MARKED --lengths 200 --trials 1 --plot FOLDER/a.png")(folder)
 
 
+SOME_QUESTIONS = b'{"documents": ["It is red."], "questions": ["What?"], "answers": ["red"]}'
 CASES = [
     ("no command", [], "Missing command. See landmark --help"),
     ("unknown command", ["fly"], "No such command 'fly'"),
@@ -431,6 +432,21 @@ CASES = [
         "a chat about no file",
         run("chat FOLDER/a.txt --model MARKED"),
         "FILES: expected text files.*a.txt",
+    ),
+    (
+        "questions in no context",
+        run("eval questions --data FILE --contexts all --model MARKED", b"{}"),
+        "--contexts: expected some of evidence, nothing, haystack, got all",
+    ),
+    (
+        "questions that are texts",
+        run("eval questions --data FILE --model MARKED", b"words"),
+        "expected one JSON object per line",
+    ),
+    (
+        "no questions",
+        run("eval questions --data FILE --questions 0 --model MARKED", SOME_QUESTIONS),
+        "--questions: expected at least 1, got 0",
     ),
     (
         "recall of a plain model",

@@ -30,6 +30,7 @@ from landmark.cli.output import (
 from landmark.cli.parameters import Command
 from landmark.cli.passkey import passkey
 from landmark.cli.perplexity import perplexity
+from landmark.cli.questions import questions
 from landmark.cli.rank import rank
 from landmark.cli.ranking import ranking
 from landmark.cli.recall import recall
@@ -45,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 evaluation = typer.Typer(
-    help="Evaluate a model: pass key, named facts, recall, perplexity, ranking, index.",
+    help="Evaluate a model: pass key, named facts, recall, questions, perplexity, ranking, index.",
     add_completion=False,
 )
 app.add_typer(evaluation, name="eval")
@@ -62,7 +63,7 @@ def _add(group: typer.Typer, *commands: Callable[..., object]) -> None:
 
 _add(app, demo, generate, chat, remember, ask, explain, convert, train, rank, info)
 _add(memories, memory.info, memory.verify, memory.compact)
-_add(evaluation, passkey, recall, perplexity, index)
+_add(evaluation, passkey, recall, questions, perplexity, index)
 evaluation.command("rank", cls=Command)(ranking)
 
 # ClickException, of whichever click typer stands on

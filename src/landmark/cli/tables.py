@@ -14,7 +14,14 @@ from landmark.cli.output import in_line
 from landmark.data.errors import names
 
 if TYPE_CHECKING:
-    from landmark.eval.results import IndexRow, PasskeyRow, PerplexityRow, RankRow, RecallRow
+    from landmark.eval.results import (
+        IndexRow,
+        PasskeyRow,
+        PerplexityRow,
+        QuestionsRow,
+        RankRow,
+        RecallRow,
+    )
     from landmark.texts.rank import RankedDocument
 
 BEYOND = "beyond the trained length"
@@ -106,6 +113,34 @@ def recall_table(rows: Sequence[RecallRow]) -> Table:
                 f"{sum(heads) / len(heads):.1%}",
                 f"{layer['any_head']:.1%}",
             )
+    return table
+
+
+def questions_table(rows: Sequence[QuestionsRow]) -> Table:
+    """Returns how right questions are answered, by context and length."""
+    table = Table(title=_title(f"Questions, {rows[0].data}" if rows else "Questions"))
+    for name in ("model", "attention", "context", "filler", "read"):
+        table.add_column(name)
+    columns = ("k", "length", "texts", "asked", "contains", "exact", "F1", "evidence retrieved")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in rows:
+        best = max((max(layer["heads"]) for layer in row.layers), default=None)
+        table.add_row(
+            cell(row.model),
+            cell(row.attention),
+            cell(row.context),
+            cell(row.filler),
+            cell(row.read),
+            cell(row.top_k),
+            cell(None if row.length is None else f"{row.length:,}"),
+            str(row.texts),
+            str(row.asked),
+            f"{row.contains:.1%}",
+            f"{row.exact:.1%}",
+            f"{row.f1:.3f}",
+            cell(None if best is None else f"{best:.1%}"),
+        )
     return table
 
 

@@ -8,9 +8,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from landmark.data.chat import ASSISTANT, MARK, SEPARATOR, USER, Message, has_template, render
+from landmark.data.chat import (
+    ASSISTANT,
+    MARK,
+    SEPARATOR,
+    USER,
+    Message,
+    has_template,
+    prompt_of,
+    render,
+)
 from landmark.data.episodes import IGNORED, Row, RowQuestion
 from landmark.data.tokenizer import encode, row_start
+
+CHANGED = (
+    "expected a chat template that keeps what a user says, got one that changes it; use another "
+    "template (tokenizer.chat_template)"
+)
 
 
 class Turn(NamedTuple):
@@ -59,10 +73,7 @@ def frame_of(tokenizer: Any, turns: Sequence[Turn], where: str) -> Frame:
     rendered = render(tokenizer, messages, where)
     before_text, mark, after_text = rendered.text.partition(MARK + SEPARATOR)
     if not mark:
-        raise ValueError(
-            f"{where}: expected a chat template that keeps what a user says, got one that changes "
-            "it; use another template (tokenizer.chat_template)"
-        )
+        raise ValueError(f"{where}: {CHANGED}")
     if has_template(tokenizer):
         before = encode(tokenizer, before_text).ids.tolist()
     else:
@@ -74,6 +85,32 @@ def frame_of(tokenizer: Any, turns: Sequence[Turn], where: str) -> Frame:
     after = encode(tokenizer, after_text[: last - shift], continues=True)
     answers = [after.tokens_of(begin - shift, end - shift) for begin, end in rendered.answers]
     return Frame(before, after.ids.tolist(), answers)
+
+
+def prompt_frame(tokenizer: Any, question: str, *, has_texts: bool) -> Frame:
+    """Returns what stands around texts when one question is asked, up to where the answer begins.
+
+    Args:
+        tokenizer: as for ``frame_of``.
+        question: the question.
+        has_texts: whether texts stand before it.
+
+    Raises:
+        ValueError: as ``frame_of``.
+    """
+    where = "question"
+    texts = MARK + SEPARATOR if has_texts else MARK
+    text = prompt_of(tokenizer, [Message(USER, texts + question)], where)
+    before_text, mark, after_text = text.partition(texts)
+    if not mark:
+        raise ValueError(f"{where}: {CHANGED}")
+    if has_template(tokenizer):
+        before = encode(tokenizer, before_text).ids.tolist()
+    else:
+        after_text = before_text + after_text
+        before = row_start(tokenizer)
+    after = encode(tokenizer, after_text, continues=has_texts or bool(before_text))
+    return Frame(before, after.ids.tolist(), [])
 
 
 def asked_row(frame: Frame, texts: Sequence[int], evidence: Sequence[Sequence[range]]) -> Row:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,11 +48,13 @@ class DocumentQuestion:
         question: its words.
         answer: the answer.
         evidence: where the documents say it.
+        others: further right answers.
     """
 
     question: str
     answer: str
     evidence: tuple[Evidence, ...]
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,25 @@ def read_question_sets(source: str | Path, *, split: str = "train") -> Iterator[
         )
 
 
+def first_questions(sets: Sequence[QuestionSet], count: int | None) -> list[QuestionSet]:
+    """Returns sets with their first ``count`` questions in all, ``None`` for all of them.
+
+    All documents stay.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    if count is None:
+        return list(sets)
+    if count < 1:
+        raise ValueError(f"questions: expected at least 1, got {count}; pass for example 100")
+    kept = []
+    for each in sets:
+        kept.append(replace(each, questions=each.questions[:count]))
+        count -= len(kept[-1].questions)
+    return kept
+
+
 def _article(article: Any, where: str) -> QuestionSet:
     """Reads an article of SQuAD JSON, without the questions that have no answer."""
     try:
@@ -122,7 +143,10 @@ def _article(article: Any, where: str) -> QuestionSet:
                     answer = str(asked["answers"][0]["text"])
                     begin = int(asked["answers"][0]["answer_start"])
                     evidence = Evidence(number, begin, begin + len(answer))
-                    questions.append(DocumentQuestion(str(asked["question"]), answer, (evidence,)))
+                    others = tuple(str(other["text"]) for other in asked["answers"][1:])
+                    questions.append(
+                        DocumentQuestion(str(asked["question"]), answer, (evidence,), others)
+                    )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(
             f"{where}: expected SQuAD JSON (title, paragraphs with context and qas), got another "
@@ -159,7 +183,9 @@ def _question_set(row: Record) -> QuestionSet:
             )
     asked = []
     for number, question in enumerate(questions):
-        answer = answers[number][0] if _is_list(answers[number]) else answers[number]
+        given = answers[number] if _is_list(answers[number]) else [answers[number]]
+        answer = given[0]
+        others = tuple(other for other in given[1:] if isinstance(other, str))
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(
                 f"{row.where}: answers: expected a string for question {number + 1}, got "
@@ -169,7 +195,7 @@ def _question_set(row: Record) -> QuestionSet:
             spans = _first_mention(documents, answer, row.where)
         else:
             spans = _spans(evidence[number], row.where)
-        asked.append(DocumentQuestion(question, without_surrogates(answer), spans))
+        asked.append(DocumentQuestion(question, without_surrogates(answer), spans, others))
     found = QuestionSet(row.where, documents, tuple(asked))
     for each in asked:
         _require_evidence(found, each)

@@ -259,8 +259,61 @@ class RecallRow:
     seconds: float
 
 
-Row = PasskeyRow | PerplexityRow | RankRow | IndexRow | RecallRow
-Some = TypeVar("Some", PasskeyRow, PerplexityRow, RankRow, IndexRow, RecallRow)
+@dataclasses.dataclass(frozen=True)
+class QuestionsRow:
+    """How right a model answers questions about documents, in one context.
+
+    Attributes:
+        model: name or path of the model.
+        attention: ``landmark``, or for a plain model ``full``, ``window`` or ``dynamic``.
+        context: what is given with a question: ``evidence`` (the documents that answer it),
+            ``nothing``, or ``haystack`` (they stand among others).
+        length: text tokens of a haystack; ``None`` in other contexts.
+        filler: what haystacks are filled up with; ``None`` in other contexts.
+        texts: texts that were read.
+        asked: questions.
+        contains: share of answers that contain a right one.
+        exact: share of answers that are a right one.
+        f1: mean overlap of words with the nearest right answer.
+        queries: questions whose evidence is not local.
+        layers: of each layer ``{"layer", "heads", "any_head"}``, as ``LayerRecall`` says: shares of
+            ``queries`` that retrieved a block with evidence at the last token of the question.
+        read: ``local`` (texts read without retrieval), ``retrieve``, or ``full`` for plain models.
+        top_k: retrieved blocks; ``None`` for plain models.
+        granularity: of the retrieval; ``None`` for plain models.
+        settings: all settings of the attention.
+        max_new_tokens: tokens of an answer, at most.
+        seed: of the order of documents.
+        dtype: of the weights.
+        seconds: wall time.
+        data: where the questions came from.
+    """
+
+    model: str
+    attention: str
+    context: str
+    length: int | None
+    filler: str | None
+    texts: int
+    asked: int
+    contains: float
+    exact: float
+    f1: float
+    queries: int
+    layers: tuple[dict[str, Any], ...]
+    read: str
+    top_k: int | None
+    granularity: str | None
+    settings: dict[str, Any]
+    max_new_tokens: int
+    seed: int
+    dtype: str
+    seconds: float
+    data: str
+
+
+Row = PasskeyRow | PerplexityRow | RankRow | IndexRow | RecallRow | QuestionsRow
+Some = TypeVar("Some", PasskeyRow, PerplexityRow, RankRow, IndexRow, RecallRow, QuestionsRow)
 
 
 def write(path: str | Path, rows: Sequence[Row], device: str) -> None:
@@ -331,5 +384,6 @@ def _row(fields: dict[str, Any]) -> Row:
         return IndexRow(**fields)
     if "layers" in fields:
         layers = ({**layer, "heads": tuple(layer["heads"])} for layer in fields["layers"])
-        return RecallRow(**{**fields, "layers": tuple(layers)})
+        kind = QuestionsRow if "contains" in fields else RecallRow
+        return kind(**{**fields, "layers": tuple(layers)})
     return PasskeyRow(**{**fields, "depths": tuple(fields["depths"])})

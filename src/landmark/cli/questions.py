@@ -1,0 +1,93 @@
+"""``landmark eval questions``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from landmark.cli.options import Device, Dtype, Model, Seed, integers, words
+from landmark.cli.output import note
+from landmark.cli.passkey import Lengths, Read
+from landmark.cli.progress import Shown
+from landmark.config import GREATEST
+
+
+def questions(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Documents with questions: SQuAD JSON, a .jsonl file, or a data set of the hub."
+        ),
+    ],
+    model: Model = None,
+    lengths: Lengths = "4096",
+    contexts: Annotated[
+        str,
+        typer.Option(
+            help="What is given with a question, separated by commas: evidence, nothing, haystack."
+        ),
+    ] = "evidence,nothing,haystack",
+    questions: Annotated[
+        int | None, typer.Option(max=GREATEST, help="First questions to ask. By default all.")
+    ] = None,
+    filler: Annotated[
+        str,
+        typer.Option(
+            help="What haystacks are filled up with: paper, pydoc, a text file or folder."
+        ),
+    ] = "pydoc",
+    read: Read = "local",
+    compare: Annotated[
+        str | None, typer.Option(help="Second model to measure, landmark or plain.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(max=GREATEST, help="Most tokens of an answer.")
+    ] = 32,
+    plain_limit: Annotated[
+        int, typer.Option(max=GREATEST, help="Longest haystack that plain models read.")
+    ] = 32768,
+    split: Annotated[str, typer.Option(help="Split of a data set of the hub.")] = "validation",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
+) -> None:
+    """Measure answers to questions about documents, alone and hidden among others."""
+    haystacks = integers("--lengths", lengths)
+    with Shown() as progress:
+        from landmark.cli.tables import questions_table, show
+        from landmark.data.questions import first_questions, read_question_sets
+        from landmark.eval import questions as task_module
+        from landmark.eval import results
+        from landmark.eval.variants import load_variants
+        from landmark.texts.loading import quiet
+
+        task = task_module.QuestionsTask(
+            lengths=haystacks,
+            contexts=words(contexts),
+            filler=filler,
+            read=read,
+            max_new_tokens=max_new_tokens,
+            plain_limit=plain_limit,
+            seed=seed,
+        )
+        sets = first_questions(list(read_question_sets(data, split=split)), questions)
+        quiet()
+        variants = load_variants(model, compare, device=device, dtype=dtype, window=None, rope=None)
+
+        def tell(row: results.QuestionsRow) -> None:
+            progress.rest()
+            length = "" if row.length is None else f" {row.length}"
+            note(f"{row.model} {row.context}{length}: {row.contains:.1%} contain the answer")
+
+        rows = task_module.run(
+            variants,
+            sets,
+            task,
+            results.Recorder(out, variants[0].device, tell),
+            data=Path(data).name,
+            progress=progress,
+        )
+    show(questions_table(rows))

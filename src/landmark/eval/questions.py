@@ -1,0 +1,435 @@
+"""Measure answers to questions about documents, alone and hidden among others.
+
+A question is asked with its evidence alone, with nothing, and with the documents of many questions
+in one text of a given length, which is read once and asked again and again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from landmark.data.asking import prompt_frame
+from landmark.data.chat import SEPARATOR, chat_ends
+from landmark.data.encoding import Progress
+from landmark.data.questions import DocumentQuestion, QuestionSet
+from landmark.data.tokenizer import encode
+from landmark.eval.fillers import Filler, load_filler
+from landmark.eval.measure import measured
+from landmark.eval.results import QuestionsRow
+from landmark.eval.variants import Variant
+from landmark.hf.recall import EvidenceQuery, EvidenceRecall
+from landmark.texts.reading import READS, read_into_memory
+
+CONTEXTS = ("evidence", "nothing", "haystack")
+FILLER_PIECE = 128  # tokens of filler between two documents
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+@dataclass(frozen=True)
+class QuestionsTask:
+    """Settings of a measurement of questions.
+
+    Attributes:
+        lengths: text tokens of the haystacks; none for no haystack.
+        contexts: what is given with a question: ``evidence`` (the documents that answer it),
+            ``nothing``, ``haystack``.
+        filler: what a haystack is filled up with, as for ``load_filler``.
+        read: ``local`` reads without retrieval, ``retrieve`` with; questions always retrieve.
+        max_new_tokens: tokens of an answer, at most.
+        plain_limit: plain models are asked up to this length only.
+        seed: of the order of documents.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    lengths: tuple[int, ...] = ()
+    contexts: tuple[str, ...] = CONTEXTS
+    filler: str = "paper"
+    read: str = "local"
+    max_new_tokens: int = 32
+    plain_limit: int = 32768
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = {"lengths": self.lengths, "max_new_tokens": (self.max_new_tokens,)}
+        for name, values in counts.items():
+            if any(value < 1 for value in values):
+                raise ValueError(
+                    f"{name}: expected integers of at least 1, got {list(values)}; pass for "
+                    "example 32"
+                )
+        unknown = [context for context in self.contexts if context not in CONTEXTS]
+        if unknown or not self.contexts:
+            raise ValueError(
+                f"contexts: expected some of {', '.join(CONTEXTS)}, got "
+                f"{', '.join(unknown) or 'none'}; pass evidence,haystack"
+            )
+        if self.read not in READS:
+            raise ValueError(
+                f"read: expected one of {', '.join(READS)}, got {self.read!r}; pass read=local"
+            )
+
+
+class AskedText(NamedTuple):
+    """A text, and the questions that are asked about it.
+
+    Attributes:
+        ids: its tokens.
+        questions: the questions.
+        evidence: for each of them, tokens of the text that answer it.
+    """
+
+    ids: list[int]
+    questions: list[DocumentQuestion]
+    evidence: list[tuple[range, ...]]
+
+
+@dataclass
+class _Document:
+    """A document with the questions that it answers, as a part of a text.
+
+    Attributes:
+        ids: its tokens, with the separator behind it.
+        spans: for a question by its number in the unit, tokens that answer it.
+    """
+
+    ids: list[int]
+    spans: dict[int, list[range]] = dataclasses.field(default_factory=dict)
+
+
+@dataclass
+class _Unit:
+    """Documents that have to be in one text, as they answer the same questions."""
+
+    documents: list[_Document]
+    questions: list[DocumentQuestion]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return sum(len(document.ids) for document in self.documents)
+
+
+def run(
+    variants: Sequence[Variant],
+    sets: Sequence[QuestionSet],
+    task: QuestionsTask,
+    report: Callable[[QuestionsRow], None],
+    *,
+    data: str,
+    progress: Progress | None = None,
+) -> list[QuestionsRow]:
+    """Asks every model every question in every context.
+
+    Args:
+        variants: the models.
+        sets: documents with questions.
+        task: what is asked.
+        report: called with each row as soon as it is there.
+        data: name of the questions, for the rows.
+        progress: called while documents are tokenised and read.
+
+    Returns:
+        The rows. Plain models have none beyond ``task.plain_limit``.
+
+    Raises:
+        ValueError: documents that answer a question do not fit a haystack, or a template that
+            fails.
+        FileNotFoundError: a filler that does not exist.
+    """
+    rows = []
+    for variant in variants:
+        units = [
+            unit for each in sets for unit in _units(each, variant.tokenizer) if unit.questions
+        ]
+        others = [
+            document
+            for each in sets
+            for unit in _units(each, variant.tokenizer)
+            if not unit.questions
+            for document in unit.documents
+        ]
+        for context in task.contexts:
+            lengths: Sequence[int | None] = task.lengths if context == "haystack" else [None]
+            for length in lengths:
+                if length is not None and not variant.is_landmark and length > task.plain_limit:
+                    continue
+                texts = _texts(variant, units, others, task, context, length, progress)
+                row = _row(variant, texts, task, context, length, data=data, progress=progress)
+                rows.append(row)
+                report(row)
+    return rows
+
+
+def _texts(
+    variant: Variant,
+    units: Sequence[_Unit],
+    others: Sequence[_Document],
+    task: QuestionsTask,
+    context: str,
+    length: int | None,
+    progress: Progress | None,
+) -> list[AskedText]:
+    """Returns the texts of a context with their questions."""
+    if context == "nothing":
+        questions = [question for unit in units for question in unit.questions]
+        return [AskedText([], questions, [()] * len(questions))]
+    if length is None:
+        return list(_alone(units))
+    filler = load_filler(task.filler, variant.tokenizer, progress)
+    return haystacks(units, others, filler, length, random.Random(f"{task.seed} {length}"))
+
+
+def _alone(units: Sequence[_Unit]) -> Iterator[AskedText]:
+    """Yields a text for each question: the documents that answer it."""
+    for unit in units:
+        for number, question in enumerate(unit.questions):
+            needed = [document for document in unit.documents if number in document.spans]
+            yield _joined(needed, unit.questions, [number])._replace(questions=[question])
+
+
+def haystacks(
+    units: Sequence[_Unit],
+    others: Sequence[_Document],
+    filler: Filler,
+    length: int,
+    rng: random.Random,
+) -> list[AskedText]:
+    """Packs documents into texts of ``length`` tokens, each with as many units as fit.
+
+    What is left is filled with documents that answer nothing, then with filler. All stand in a
+    random order.
+
+    Raises:
+        ValueError: a unit that is longer than a text.
+    """
+    waiting = list(units)
+    rng.shuffle(waiting)
+    spare = list(others)
+    rng.shuffle(spare)
+    found = []
+    at = 0  # in the filler
+    while waiting:
+        left = length
+        taken: list[_Unit] = []
+        while waiting and waiting[-1].tokens <= left:
+            taken.append(waiting.pop())
+            left -= taken[-1].tokens
+        if not taken:
+            raise ValueError(
+                f"lengths: expected at least {waiting[-1].tokens} tokens for the documents that "
+                f"answer a question, got {length}; pass greater lengths"
+            )
+        pieces: list[tuple[_Document, int]] = []  # documents, and the first question of their unit
+        questions: list[DocumentQuestion] = []
+        for unit in taken:
+            pieces += [(document, len(questions)) for document in unit.documents]
+            questions += unit.questions
+        for document in spare:
+            if len(document.ids) <= left:
+                pieces.append((document, 0))
+                left -= len(document.ids)
+        while left > 0:
+            count = min(left, FILLER_PIECE)
+            pieces.append((_Document(filler.take(at, count).tolist()), 0))
+            at = (at + count) % len(filler.ids)
+            left -= count
+        rng.shuffle(pieces)
+        ids: list[int] = []
+        evidence: list[list[range]] = [[] for _ in questions]
+        for document, first in pieces:
+            for number, spans in document.spans.items():
+                evidence[first + number] += [
+                    range(len(ids) + span.start, len(ids) + span.stop) for span in spans
+                ]
+            ids += document.ids
+        found.append(AskedText(ids, questions, [tuple(spans) for spans in evidence]))
+    return found
+
+
+def _joined(
+    documents: Sequence[_Document], questions: list[DocumentQuestion], asked: Sequence[int]
+) -> AskedText:
+    """Returns documents one behind the other, and where they answer some of the questions."""
+    ids: list[int] = []
+    evidence: list[list[range]] = [[] for _ in asked]
+    for document in documents:
+        for place, number in enumerate(asked):
+            evidence[place] += [
+                range(len(ids) + span.start, len(ids) + span.stop)
+                for span in document.spans.get(number, ())
+            ]
+        ids += document.ids
+    return AskedText(ids, questions, [tuple(spans) for spans in evidence])
+
+
+def _units(each: QuestionSet, tokenizer: Any) -> list[_Unit]:
+    """Divides a set into units: documents that answer the same question are in one."""
+    home = list(range(len(each.documents)))  # the unit of each document, by its lowest document
+    for question in each.questions:
+        together = {home[span.document] for span in question.evidence}
+        lowest = min(together)
+        home = [lowest if unit in together else unit for unit in home]
+    separator = encode(tokenizer, SEPARATOR, continues=True).ids.tolist()
+    encoded = [encode(tokenizer, text, continues=True) for text in each.documents]
+    documents = [_Document([*found.ids.tolist(), *separator]) for found in encoded]
+    units = []
+    for unit in sorted(set(home)):
+        inside = [number for number, its in enumerate(home) if its == unit]
+        questions = [
+            question for question in each.questions if home[question.evidence[0].document] == unit
+        ]
+        for number, question in enumerate(questions):
+            for span in question.evidence:
+                tokens = encoded[span.document].tokens_of(span.begin, span.end)
+                documents[span.document].spans.setdefault(number, []).append(tokens)
+        units.append(_Unit([documents[number] for number in inside], questions))
+    return units
+
+
+def _row(
+    variant: Variant,
+    texts: Sequence[AskedText],
+    task: QuestionsTask,
+    context: str,
+    length: int | None,
+    *,
+    data: str,
+    progress: Progress | None,
+) -> QuestionsRow:
+    """Asks all questions of some texts, and counts."""
+    settings = variant.settings()
+    recall = EvidenceRecall(variant.model.landmark) if variant.is_landmark else None
+    scores: list[Score] = []
+    with measured(variant.device) as measure:
+        for number, text in enumerate(texts):
+            if progress is not None:
+                progress("texts asked", number, len(texts))
+            answers = _answers(variant, text, task, recall, progress)
+            for question, answer in zip(text.questions, answers, strict=True):
+                scores.append(score(answer, (question.answer, *question.others)))
+    layers = () if recall is None else recall.layers()
+    return QuestionsRow(
+        model=variant.name,
+        attention=variant.attention,
+        context=context,
+        length=length,
+        filler=task.filler if context == "haystack" else None,
+        texts=len(texts),
+        asked=len(scores),
+        contains=sum(each.contains for each in scores) / len(scores),
+        exact=sum(each.exact for each in scores) / len(scores),
+        f1=sum(each.f1 for each in scores) / len(scores),
+        queries=0 if recall is None else recall.queries,
+        layers=tuple(dataclasses.asdict(layer) for layer in layers),
+        read=task.read if variant.is_landmark else "full",
+        top_k=settings.get("top_k"),
+        granularity=settings.get("granularity"),
+        settings=settings,
+        max_new_tokens=task.max_new_tokens,
+        seed=task.seed,
+        dtype=variant.dtype,
+        seconds=round(measure.seconds, 3),
+        data=data,
+    )
+
+
+@torch.no_grad()
+def _answers(
+    variant: Variant,
+    text: AskedText,
+    task: QuestionsTask,
+    recall: EvidenceRecall | None,
+    progress: Progress | None,
+) -> Iterator[str]:
+    """Yields the answer to each question about a text, which is read once."""
+    tokenizer = variant.tokenizer
+    ends = chat_ends(tokenizer, variant.model.generation_config.eos_token_id)
+    memory: Any = None
+    for question, evidence in zip(text.questions, text.evidence, strict=True):
+        frame = prompt_frame(tokenizer, question.question, has_texts=bool(text.ids))
+        prefix = [*frame.before, *text.ids]
+        if memory is None and prefix:
+            memory = _read(variant, prefix, retrieve=task.read == "retrieve", progress=progress)
+        cache = None
+        if memory is not None:
+            cache = memory.fork() if variant.is_landmark else copy.deepcopy(memory)
+        ids = torch.tensor([[*prefix, *frame.after]], device=variant.device)
+        if cache is not None and recall is not None:
+            cache.record = True
+        written = variant.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=task.max_new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+        )
+        if cache is not None and recall is not None and evidence:
+            shift = len(frame.before)
+            moved = tuple(range(shift + span.start, shift + span.stop) for span in evidence)
+            query = EvidenceQuery(0, ids.shape[1] - 1, moved)
+            recall.add(cache.retrievals, [query])
+        answer: str = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+        yield answer
+
+
+def _read(
+    variant: Variant, prefix: Sequence[int], *, retrieve: bool, progress: Progress | None
+) -> Any:
+    """Returns a cache that has read some tokens."""
+    ids = torch.tensor([list(prefix)], device=variant.device)
+    if variant.is_landmark:
+        return read_into_memory(variant, ids, retrieve=retrieve, progress=progress)
+    return variant.model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+class Score(NamedTuple):
+    """How right one answer is: a right answer in it, nothing else, and the overlap of words."""
+
+    contains: bool
+    exact: bool
+    f1: float
+
+
+def score(answer: str, right: Sequence[str]) -> Score:
+    """Compares an answer with right ones; the best counts.
+
+    Words are compared as SQuAD's evaluation does: in lower case, without punctuation and articles.
+
+    Args:
+        answer: what was written.
+        right: right answers.
+    """
+    said = normalised(answer)
+    wanted = [words for words in map(normalised, right) if words]
+    return Score(
+        contains=any(f" {' '.join(words)} " in f" {' '.join(said)} " for words in wanted),
+        exact=any(words == said for words in wanted),
+        f1=max((_f1(said, words) for words in wanted), default=0.0),
+    )
+
+
+def normalised(text: str) -> list[str]:
+    """Returns the words of an answer that are compared."""
+    bare = "".join(character for character in text.lower() if character not in string.punctuation)
+    return ARTICLES.sub(" ", bare).split()
+
+
+def _f1(said: Sequence[str], wanted: Sequence[str]) -> float:
+    same = sum((Counter(said) & Counter(wanted)).values())
+    if same == 0:
+        return 0.0
+    return 2 * same / (len(said) + len(wanted))
