@@ -8,7 +8,8 @@ from test_conversations import made_tokenizer
 
 from chats import CHATML
 from landmark.data.episodes import IGNORED
-from landmark.data.questions import Haystacks, read_question_sets
+from landmark.data.haystacks import Haystacks
+from landmark.data.questions import read_question_sets
 from landmark.data.text import kind_of
 from small_text import sentences
 
@@ -49,7 +50,8 @@ def write(path, *values):
 
 def test_squad_json(tmp_path):
     path = write(tmp_path / "squad.json", SQUAD)
-    (article,) = read_question_sets(path)
+    article, empty = read_question_sets(path)
+    assert (empty.documents, empty.questions) == (("Nothing.",), ())
     assert article.documents == ("The Ob flows north. It is long.", "The Nile is longer.")
     (asked,) = article.questions
     assert (asked.question, asked.answer, asked.evidence) == (
@@ -71,6 +73,82 @@ def test_rows_with_and_without_evidence(tmp_path):
         ((0, 12, 15),),
     ]
     assert kind_of(path) == "questions"
+
+
+HUB = [
+    {
+        "title": "Rivers",
+        "context": "The Ob flows north.",
+        "question": "Where does it flow?",
+        "answers": {"text": ["north", "flows north"], "answer_start": [13, 7]},
+    },
+    {
+        "title": "Rivers",
+        "context": "The Ob flows north.",
+        "question": "Why?",
+        "answers": {"text": [], "answer_start": []},
+    },
+    {
+        "title": "Rivers",
+        "context": "The Nile is long.",
+        "question": "How is the Nile?",
+        "answers": {"text": ["long"], "answer_start": [12]},
+    },
+    {
+        "title": "Hills",
+        "context": "A hill.",
+        "question": "What?",
+        "answers": {"text": ["hill"], "answer_start": [2]},
+    },
+]
+
+
+def test_squad_rows_of_the_hub(tmp_path):
+    """Neighbours of one title are an article, whose paragraphs come once."""
+    path = write(tmp_path / "a.jsonl", *HUB)
+    rivers, hills = read_question_sets(path)
+    assert rivers.documents == ("The Ob flows north.", "The Nile is long.")
+    assert [(asked.answer, asked.evidence) for asked in rivers.questions] == [
+        ("north", ((0, 13, 18),)),
+        ("long", ((1, 12, 16),)),
+    ]
+    assert rivers.questions[0].others == ("flows north",)
+    assert hills.documents == ("A hill.",) and kind_of(path) == "questions"
+
+
+HOTPOT = {
+    "question": " Who is it?",
+    "answer": "yes",
+    "context": [["One", ["First.", " Second."]], ["Two", ["Third."]]],
+    "supporting_facts": [["One", 1], ["Two", 0], ["Two", 7]],
+}
+
+
+@pytest.mark.parametrize("form", ["file", "hub"])
+def test_rows_of_hotpot(tmp_path, form):
+    row = dict(HOTPOT)
+    if form == "hub":
+        row["context"] = {
+            "title": ["One", "Two"],
+            "sentences": [["First.", " Second."], ["Third."]],
+        }
+        row["supporting_facts"] = {"title": ["One", "Two", "Two"], "sent_id": [1, 0, 7]}
+    path = write(tmp_path / "a.jsonl", row)
+    (found,) = read_question_sets(path)
+    assert found.documents == ("One\nFirst. Second.", "Two\nThird.")
+    (asked,) = found.questions
+    assert (asked.question, asked.answer) == ("Who is it?", "yes")
+    said = [found.documents[span.document][span.begin : span.end] for span in asked.evidence]
+    assert said == [" Second.", "Third."] and kind_of(path) == "questions"
+
+
+def test_documents_without_questions_stand_among_others(tmp_path):
+    path = write(tmp_path / "a.jsonl", ROW, {"documents": ["Alone."]})
+    found = list(read_question_sets(path))
+    assert [len(each.questions) for each in found] == [2, 0]
+    make = Haystacks(found, made_tokenizer(CHATML), tokens=200, seed=0)
+    texts = [made_tokenizer(CHATML).decode(make(n).input_ids.tolist()) for n in range(5)]
+    assert any("Alone." in text for text in texts)
 
 
 def many_sets(tmp_path, sets=6, documents=8):
@@ -255,6 +333,15 @@ def squad(**changes):
         (squad(answers=[{"text": "north"}]), "expected SQuAD JSON .*KeyError: 'answer_start'"),
         ({"data": [{"title": "Rivers"}]}, "expected SQuAD JSON .*KeyError: 'paragraphs'"),
         ({"data": ["Rivers"]}, "expected SQuAD JSON"),
+        (
+            {**HUB[0], "answers": {"text": ["south"], "answer_start": [13]}},
+            "expected the answer 'south' at character 13 of its paragraph, got 'north'",
+        ),
+        ({**HUB[0], "answers": ["north"]}, "expected a row of SQuAD .*TypeError"),
+        (
+            {**HOTPOT, "supporting_facts": [["Three", 0]]},
+            "expected a row of HotpotQA .*ValueError: 'Three' is not in list",
+        ),
     ],
 )
 def test_bad_squad(tmp_path, value, message):

@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from landmark.data.rows import stack
 from landmark.data.tokenizer import load_tokenizer
+from landmark.train.gate import evidence_queries
 from landmark.train.loss import divergence
 from landmark.train.prepare import prepare_rows
 from landmark.train.run import train
-from landmark.train.trainer import LandmarkTrainer, evidence_queries
+from landmark.train.trainer import LandmarkTrainer
 
 
 def losses(summary):

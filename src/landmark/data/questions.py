@@ -1,28 +1,15 @@
-"""Documents with questions about them, and rows in which the answers have to be found.
-
-A row is a conversation: the user gives many documents and asks, the assistant answers. Only one or
-a few of the documents hold the answers; the others are taken from the same article and from others.
-"""
+"""Documents with questions about them: SQuAD, HotpotQA, or rows of a form of their own."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from landmark.data.asking import Frame, Turn, asked_row, frame_of
 from landmark.data.characters import without_surrogates
-from landmark.data.chat import SEPARATOR
-from landmark.data.encoding import Encoded
-from landmark.data.episodes import Row
 from landmark.data.text import Record, read_rows
-from landmark.data.tokenizer import encode
 
-SAME_ARTICLE_SHARE = 0.5  # of rows that are filled up from the same article first
-SHORTEST_PIECE = 16  # tokens of a document that is cut
 SHOWN_CHARACTERS = 60
 
 
@@ -65,22 +52,27 @@ class QuestionSet:
         where: names the set in messages.
         documents: texts.
         questions: questions about them.
+        article: what neighbours of the same article have in common, ``None`` for none.
     """
 
     where: str
     documents: tuple[str, ...]
     questions: tuple[DocumentQuestion, ...]
+    article: str | None = None
 
 
 def read_question_sets(source: str | Path, *, split: str = "train") -> Iterator[QuestionSet]:
     """Reads documents with questions about them.
 
     Args:
-        source: SQuAD JSON, or rows (``.jsonl``, ``.json`` or a data set of the hub) with
+        source: SQuAD JSON; rows of SQuAD as the hub has them (``context``, ``question``,
+            ``answers``); rows of HotpotQA (``context``, ``question``, ``answer``,
+            ``supporting_facts``); or rows (``.jsonl``, ``.json`` or a data set of the hub) with
             ``documents``, a list of texts; ``questions``, a list of strings; ``answers``, a string
-            for each question, or a list of strings of which the first counts; and ``evidence``, for
-            each question a list of ``[document, begin, end]`` with the index of a document and
-            characters in it. Without ``evidence`` it is where the answer first stands.
+            for each question, or a list of strings of which the first is learnt; and ``evidence``,
+            for each question a list of ``[document, begin, end]`` with the index of a document and
+            characters in it. Without ``evidence`` it is where the answer first stands. Documents
+            without questions only stand among others.
         split: which part of a data set to read.
 
     Raises:
@@ -90,26 +82,61 @@ def read_question_sets(source: str | Path, *, split: str = "train") -> Iterator[
             range, or no question at all.
     """
     found = False
-    for row in read_rows(source, split=split):
-        if not isinstance(row.value, dict):
-            raise ValueError(
-                f"{row.where}: expected an object, got {type(row.value).__name__}; write "
-                "documents, questions and answers"
-            )
-        articles = row.value.get("data")
-        sets = (
-            (_article(article, row.where) for article in articles)
-            if isinstance(articles, list)
-            else [_question_set(row)]
-        )
-        for each in sets:
-            if each.questions:
-                found = True
-                yield each
+    for each in _joined_articles(_sets(source, split)):
+        found = found or len(each.questions) > 0
+        yield each
     if not found:
         raise ValueError(
             f"{source}: expected at least one question with an answer, got none; name another file"
         )
+
+
+def _sets(source: str | Path, split: str) -> Iterator[QuestionSet]:
+    """Yields the sets of a source; a row of SQuAD from the hub is a set of one document."""
+    for row in read_rows(source, split=split):
+        value = row.value
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{row.where}: expected an object, got {type(value).__name__}; write documents, "
+                "questions and answers"
+            )
+        if isinstance(value.get("data"), list):
+            yield from (_article(article, row.where) for article in value["data"])
+        elif "supporting_facts" in value:
+            yield _hotpot(value, row.where)
+        elif isinstance(value.get("context"), str):
+            yield _hub_squad(value, row.where)
+        else:
+            yield _question_set(row)
+
+
+def _joined_articles(sets: Iterator[QuestionSet]) -> Iterator[QuestionSet]:
+    """Joins neighbours that belong to one article; a document that comes again is one."""
+    waiting: list[QuestionSet] = []
+    for each in sets:
+        if waiting and (each.article is None or each.article != waiting[0].article):
+            yield _joined(waiting)
+            waiting = []
+        waiting.append(each)
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(sets: Sequence[QuestionSet]) -> QuestionSet:
+    if len(sets) == 1:
+        return sets[0]
+    places: dict[str, int] = {}
+    questions = []
+    for each in sets:
+        for document in each.documents:
+            places.setdefault(document, len(places))
+        for asked in each.questions:
+            evidence = tuple(
+                span._replace(document=places[each.documents[span.document]])
+                for span in asked.evidence
+            )
+            questions.append(replace(asked, evidence=evidence))
+    return replace(sets[0], documents=tuple(places), questions=tuple(questions))
 
 
 def first_questions(sets: Sequence[QuestionSet], count: int | None) -> list[QuestionSet]:
@@ -153,22 +180,87 @@ def _article(article: Any, where: str) -> QuestionSet:
             f"form ({type(error).__name__}: {error}); mend it"
         ) from None
     found = QuestionSet(f"{where}, {title}", documents, tuple(questions))
-    for asked_ in questions:
-        _require_evidence(found, asked_)
-        (evidence,) = asked_.evidence
-        said = documents[evidence.document][evidence.begin : evidence.end]
-        if said != asked_.answer:
+    _require_quotes(found)
+    return found
+
+
+def _hub_squad(value: dict[str, Any], where: str) -> QuestionSet:
+    """Reads a row of SQuAD as the hub has it: one question, without an answer in some rows."""
+    try:
+        texts = [str(text) for text in value["answers"]["text"]]
+        starts = [int(start) for start in value["answers"]["answer_start"]]
+        questions = []
+        if texts:
+            evidence = Evidence(0, starts[0], starts[0] + len(texts[0]))
+            asked = str(value["question"])
+            questions.append(DocumentQuestion(asked, texts[0], (evidence,), tuple(texts[1:])))
+        title = value.get("title")
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{where}: expected a row of SQuAD (context, question, answers with text and "
+            f"answer_start), got another form ({type(error).__name__}: {error}); mend it"
+        ) from None
+    article = None if title is None else str(title)
+    found = QuestionSet(where, (value["context"],), tuple(questions), article)
+    _require_quotes(found)
+    return found
+
+
+def _hotpot(value: dict[str, Any], where: str) -> QuestionSet:
+    """Reads a row of HotpotQA: the evidence is the supporting sentences."""
+    try:
+        context = value["context"]
+        if isinstance(context, dict):  # as the hub has it: lists of titles and of sentences
+            context = list(zip(context["title"], context["sentences"], strict=True))
+        facts = value["supporting_facts"]
+        if isinstance(facts, dict):
+            facts = list(zip(facts["title"], facts["sent_id"], strict=True))
+        titles = [str(title) for title, _ in context]
+        sentences = [[str(each) for each in said] for _, said in context]
+        documents = tuple(
+            f"{title}\n{''.join(said)}" for title, said in zip(titles, sentences, strict=True)
+        )
+        evidence = []
+        for title, number in facts:
+            document = titles.index(str(title))
+            if number >= len(sentences[document]):
+                continue  # some rows of the data set name a sentence that is not there
+            begin = len(titles[document]) + 1 + sum(map(len, sentences[document][:number]))
+            evidence.append(Evidence(document, begin, begin + len(sentences[document][number])))
+        asked = DocumentQuestion(
+            str(value["question"]).strip(), str(value["answer"]), tuple(evidence)
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{where}: expected a row of HotpotQA (context, question, answer, supporting_facts), "
+            f"got another form ({type(error).__name__}: {error}); mend it"
+        ) from None
+    questions = (asked,) if evidence and asked.answer.strip() else ()
+    found = QuestionSet(where, documents, questions)
+    for each in questions:
+        _require_evidence(found, each)
+    return found
+
+
+def _require_quotes(found: QuestionSet) -> None:
+    """Raises ``ValueError`` where the evidence of a question is not its answer."""
+    for asked in found.questions:
+        _require_evidence(found, asked)
+        (evidence,) = asked.evidence
+        said = found.documents[evidence.document][evidence.begin : evidence.end]
+        if said != asked.answer:
             raise ValueError(
-                f"{found.where}: expected the answer {_shown(asked_.answer)} at character "
+                f"{found.where}: expected the answer {_shown(asked.answer)} at character "
                 f"{evidence.begin} of its paragraph, got {_shown(said)}; mend answer_start"
             )
-    return found
 
 
 def _question_set(row: Record) -> QuestionSet:
     """Reads a row with documents, questions and answers."""
     value = row.value
     documents = _strings(value.get("documents"), f"{row.where}: documents")
+    if not value.get("questions"):
+        return QuestionSet(row.where, documents, ())
     questions = _strings(value.get("questions"), f"{row.where}: questions")
     answers = value.get("answers")
     evidence = value.get("evidence")
@@ -257,185 +349,3 @@ def _require_evidence(found: QuestionSet, asked: DocumentQuestion) -> None:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "...")
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A document of a row, or a part of it.
-
-    Attributes:
-        ids: its tokens, with the separator behind it.
-        evidence: for a question by its number in the row, tokens of the piece that answer it.
-    """
-
-    ids: list[int]
-    evidence: dict[int, list[range]] = field(default_factory=dict)
-
-
-class Haystacks:
-    """Makes rows of documents with questions about some of them.
-
-    The documents with the evidence stand anywhere among others. A document that is longer than its
-    share of the row is cut around its evidence. Loss is taken on the answers alone.
-
-    Args:
-        sets: documents with questions.
-        tokenizer: a fast tokenizer of transformers. Without a chat template the conversation has
-            the plain form of ``landmark.data.chat``.
-        tokens: text tokens of a row.
-        seed: decides a row together with its number.
-        questions: largest number of questions in a row, all about documents of one set.
-    """
-
-    def __init__(
-        self,
-        sets: Sequence[QuestionSet],
-        tokenizer: Any,
-        *,
-        tokens: int,
-        seed: int,
-        questions: int = 4,
-    ) -> None:
-        self.sets = sets
-        self.tokenizer = tokenizer
-        self.tokens = tokens
-        self.seed = seed
-        self.questions = questions
-        self._asked = [
-            (number, index)
-            for number, each in enumerate(sets)
-            for index in range(len(each.questions))
-        ]
-        self._separator: list[int] = encode(tokenizer, SEPARATOR, continues=True).ids.tolist()
-        self._encoded = lru_cache(maxsize=1 << 16)(self._encode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_encoded": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._encoded = lru_cache(maxsize=1 << 16)(self._encode)
-
-    def __call__(self, number: int) -> Row:
-        """Returns row ``number``; the same for the same seed.
-
-        Raises:
-            ValueError: a question and its answer do not fit the row.
-        """
-        rng = random.Random(f"{self.seed}:{number}")
-        chosen, first = rng.choice(self._asked)
-        others = [index for index in range(len(self.sets[chosen].questions)) if index != first]
-        count = rng.randint(1, self.questions) - 1
-        asked = [first, *rng.sample(others, min(count, len(others)))]
-        while True:
-            turns = [
-                Turn(question.question, question.answer)
-                for question in (self.sets[chosen].questions[index] for index in asked)
-            ]
-            frame = frame_of(self.tokenizer, turns, self.sets[chosen].where)
-            room = frame.room(self.tokens)
-            needed = {
-                span.document
-                for index in asked
-                for span in self.sets[chosen].questions[index].evidence
-            }
-            if room >= SHORTEST_PIECE * len(needed):
-                break
-            if len(asked) == 1:
-                raise ValueError(
-                    f"{self.sets[chosen].where}: expected a question and an answer that leave room "
-                    f"for a document in {self.tokens} tokens, got {len(frame.after)}; lengthen the "
-                    "rows, or leave the question out"
-                )
-            asked.pop()
-        pieces = self._pieces(rng, chosen, asked, sorted(needed), room)
-        return _joined(frame, pieces, len(asked))
-
-    def _pieces(
-        self,
-        rng: random.Random,
-        chosen: int,
-        asked: Sequence[int],
-        needed: Sequence[int],
-        room: int,
-    ) -> list[_Piece]:
-        """Returns documents of exactly ``room`` tokens, those with the evidence among them."""
-        largest = room // len(needed)
-        pieces = [
-            self._with_evidence(chosen, document, asked, largest=largest) for document in needed
-        ]
-        left = room - sum(len(piece.ids) for piece in pieces)
-        for other, document in self._others(rng, chosen, set(needed)):
-            if left == 0:
-                break
-            ids = [*self._encoded(other, document).ids.tolist(), *self._separator][:left]
-            pieces.append(_Piece(ids))
-            left -= len(ids)
-        rng.shuffle(pieces)
-        return pieces
-
-    def _with_evidence(
-        self, chosen: int, document: int, asked: Sequence[int], *, largest: int
-    ) -> _Piece:
-        """Returns a document, or the part of it that holds the evidence."""
-        encoded = self._encoded(chosen, document)
-        spans = [
-            (number, encoded.tokens_of(span.begin, span.end))
-            for number, index in enumerate(asked)
-            for span in self.sets[chosen].questions[index].evidence
-            if span.document == document
-        ]
-        first = 0
-        length = largest - len(self._separator)
-        if len(encoded) > length:
-            begin = min(tokens.start for _, tokens in spans)
-            end = max(tokens.stop for _, tokens in spans)
-            around = max(0, length - (end - begin)) // 2
-            first = max(0, min(begin - around, len(encoded) - length))
-        ids = [*encoded.ids[first : first + length].tolist(), *self._separator]
-        evidence: dict[int, list[range]] = {}
-        for number, tokens in spans:
-            kept = range(max(0, tokens.start - first), min(length, tokens.stop - first))
-            if len(kept) > 0:
-                evidence.setdefault(number, []).append(kept)
-        return _Piece(ids, evidence)
-
-    def _others(
-        self, rng: random.Random, chosen: int, needed: set[int]
-    ) -> Iterator[tuple[int, int]]:
-        """Yields documents without end: in a share of the rows those of the same set first.
-
-        Raises:
-            ValueError: there are none but those with the evidence.
-        """
-        same = [n for n in range(len(self.sets[chosen].documents)) if n not in needed]
-        if len(self.sets) == 1 and not same:
-            raise ValueError(
-                f"{self.sets[chosen].where}: expected further documents to fill a row of "
-                f"{self.tokens} tokens, got none but those with the answers; add documents"
-            )
-        if rng.random() < SAME_ARTICLE_SHARE:
-            rng.shuffle(same)
-            yield from ((chosen, document) for document in same)
-        while True:
-            other = rng.randrange(len(self.sets))
-            document = rng.randrange(len(self.sets[other].documents))
-            if other != chosen or document not in needed:
-                yield other, document
-
-    def _encode(self, number: int, document: int) -> Encoded:
-        text = self.sets[number].documents[document]
-        return encode(self.tokenizer, text, continues=True)
-
-
-def _joined(frame: Frame, pieces: Sequence[_Piece], count: int) -> Row:
-    """Returns a row of documents with ``count`` questions."""
-    ids: list[int] = []
-    evidence: list[list[range]] = [[] for _ in range(count)]
-    for piece in pieces:
-        for number, spans in piece.evidence.items():
-            evidence[number] += [
-                range(len(ids) + tokens.start, len(ids) + tokens.stop) for tokens in spans
-            ]
-        ids += piece.ids
-    return asked_row(frame, ids, evidence)

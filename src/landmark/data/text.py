@@ -122,7 +122,7 @@ def kind_of(source: str | Path, *, split: str = "train") -> str:
 
     Returns:
         ``messages`` (conversations, also rows with ``prompt`` and without ``text``), ``questions``
-        (documents with questions about them, or SQuAD JSON), or ``text``.
+        (documents with questions about them, SQuAD, HotpotQA), or ``text``.
 
     Raises:
         FileNotFoundError: as ``read_rows``.
@@ -139,7 +139,9 @@ def kind_of(source: str | Path, *, split: str = "train") -> str:
     is_prompt = "prompt" in first.value and "text" not in first.value
     if "messages" in first.value or is_prompt:
         return "messages"
-    if "questions" in first.value or isinstance(first.value.get("data"), list):
+    if "documents" in first.value or isinstance(first.value.get("data"), list):
+        return "questions"
+    if "context" in first.value and "question" in first.value:
         return "questions"
     return "text"
 

@@ -23,7 +23,8 @@ from landmark.data.conversations import (
 )
 from landmark.data.encoding import Progress
 from landmark.data.episodes import Episodes, Row
-from landmark.data.questions import Haystacks, QuestionSet, read_question_sets
+from landmark.data.haystacks import Haystacks
+from landmark.data.questions import QuestionSet, read_question_sets
 from landmark.data.rows import Share, Windows, plain_row
 from landmark.data.text import has_split, kind_of, read_documents
 from landmark.data.tokenizer import backend, encode, row_start

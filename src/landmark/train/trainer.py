@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,18 +24,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from landmark.blocks import slot_of
-from landmark.config import LandmarkConfig
 from landmark.data import encoding
-from landmark.data.episodes import IGNORED, Row, RowQuestion
+from landmark.data.episodes import IGNORED, Row
 from landmark.data.errors import first_line
 from landmark.data.outputs import is_of_the_disk
 from landmark.data.rows import Group, stack
 from landmark.hf.cache import LandmarkCache
-from landmark.hf.gate_loss import GateBlockMass, GateContrast, LayerInputs, contrast_queries
-from landmark.hf.recall import EvidenceQuery, EvidenceRecall
+from landmark.hf.recall import EvidenceRecall
 from landmark.hf.rope import trained_positions
-from landmark.rotary import Rotary
+from landmark.train.gate import GateLosses, evidence_queries, gate_losses
 from landmark.train.lora import base_of
 from landmark.train.loss import (
     answer_weighted_loss,
@@ -47,9 +44,6 @@ from landmark.train.loss import (
 from landmark.train.recipe import RetrievalSettings, TeacherSettings
 
 RECALL_ROWS = 4  # rows that are read at once; the selections of all their queries are kept
-CONTRAST_QUERIES = 8  # of each row of a batch, on average
-CONTRAST_TOKENS = 6  # before the first that predicts an answer: a turn's header, the question's end
-MASS_QUERIES = 32  # of each row of a batch
 
 
 class StepCounts(NamedTuple):
@@ -172,32 +166,19 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         """Returns the losses on the gate that a batch is trained with."""
         if self.retrieval is None:
             return None
-        losses = GateLosses()
-        is_packed = "position_ids" in inputs
-        if self.retrieval.contrast and "questions" in inputs:
-            count = CONTRAST_QUERIES * len(inputs["questions"])
-            wanted = evidence_queries(inputs["questions"], before=CONTRAST_TOKENS)
-            queries = contrast_queries(wanted, self._unwrapped.landmark, count)
-            losses.contrast = GateContrast(queries) if queries else None
-        if self.retrieval.block_mass and not is_packed:
-            rng = random.Random(f"{self.args.seed}/mass/{self.state.global_step}")
-            tokens = sorted(rng.choices(range(inputs["input_ids"].shape[1]), k=MASS_QUERIES))
-            size = self._unwrapped.landmark.block_size
-            losses.block_mass = GateBlockMass([slot_of(token, size) for token in tokens])
-        return losses if losses.any() else None
+        return gate_losses(
+            inputs,
+            self.retrieval,
+            self._unwrapped.landmark,
+            draw=f"{self.args.seed}/mass/{self.state.global_step}",
+        )
 
     def _gate_total(self, gate: GateLosses) -> Tensor:
         """Returns the weighted losses on the gate, as the share of one batch of the step."""
-        assert self.retrieval is not None
         total = torch.zeros((), device=self.args.device)
-        if gate.contrast is not None:
-            contrast = gate.contrast.loss(self.retrieval.contrast_heads)
-            self._note("contrast_loss", contrast)
-            total = total + self.retrieval.contrast * contrast
-        if gate.block_mass is not None:
-            mass = gate.block_mass.loss()
-            self._note("block_mass_loss", mass)
-            total = total + self.retrieval.block_mass * mass
+        for name, loss, weight in gate.totals():
+            self._note(name, loss)
+            total = total + weight * loss
         share: Tensor = total / self.args.gradient_accumulation_steps
         return share
 
@@ -405,57 +386,9 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
-@dataclasses.dataclass
-class GateLosses:
-    """The losses on the gate that a batch is trained with; each layer adds to all of them."""
-
-    contrast: GateContrast | None = None
-    block_mass: GateBlockMass | None = None
-
-    def any(self) -> bool:
-        """Returns whether there is one."""
-        return self.contrast is not None or self.block_mass is not None
-
-    def prepare(
-        self, settings: LandmarkConfig, rotaries: dict[str | None, Rotary], like: Tensor
-    ) -> None:
-        """See ``GateLoss.prepare``."""
-        if self.contrast is not None:
-            self.contrast.prepare(settings, rotaries, like)
-        if self.block_mass is not None:
-            self.block_mass.prepare(settings, rotaries, like)
-
-    def add(self, layer: LayerInputs) -> None:
-        """See ``GateLoss.add``."""
-        if self.contrast is not None:
-            self.contrast.add(layer)
-        if self.block_mass is not None:
-            self.block_mass.add(layer)
-
-
 def texts_of(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns what a model is given of a batch: all but labels, answers and questions."""
     return {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
-
-
-def evidence_queries(
-    questions: Sequence[Sequence[RowQuestion]], before: int = 0
-) -> list[EvidenceQuery]:
-    """Returns the tokens of some rows that predict an answer, each the one before a token of it.
-
-    Args:
-        questions: the questions of each row.
-        before: so many tokens of the question before these, too.
-    """
-    return [
-        EvidenceQuery(row, token, question.evidence)
-        for row, asked in enumerate(questions)
-        for question in asked
-        for token in range(
-            max(question.tokens.start, question.answer.start - 1 - before),
-            question.answer.stop - 1,
-        )
-    ]
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]

@@ -1,0 +1,117 @@
+"""Which losses on the gate a batch is trained with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from landmark.blocks import slot_of
+from landmark.config import LandmarkConfig
+from landmark.data.episodes import RowQuestion
+from landmark.hf.gate_loss import GateBlockMass, GateContrast, LayerInputs, contrast_queries
+from landmark.hf.recall import EvidenceQuery
+from landmark.rotary import Rotary
+from landmark.train.recipe import RetrievalSettings
+
+CONTRAST_QUERIES = 8  # of each row of a batch, on average
+CONTRAST_TOKENS = 6  # before the first that predicts an answer: a turn's header, the question's end
+MASS_QUERIES = 32  # of each row of a batch
+
+
+class WeightedLoss(NamedTuple):
+    """A loss, its name in the log and its weight."""
+
+    name: str
+    loss: Tensor
+    weight: float
+
+
+@dataclass
+class GateLosses:
+    """The losses on the gate of one batch; each layer adds to all of them.
+
+    Attributes:
+        retrieval: the weights.
+        contrast: the contrast, ``None`` for none.
+        block_mass: the fit to dense attention, ``None`` for none.
+    """
+
+    retrieval: RetrievalSettings
+    contrast: GateContrast | None = None
+    block_mass: GateBlockMass | None = None
+
+    def prepare(
+        self, settings: LandmarkConfig, rotaries: dict[str | None, Rotary], like: Tensor
+    ) -> None:
+        """See ``GateLoss.prepare``."""
+        if self.contrast is not None:
+            self.contrast.prepare(settings, rotaries, like)
+        if self.block_mass is not None:
+            self.block_mass.prepare(settings, rotaries, like)
+
+    def add(self, layer: LayerInputs) -> None:
+        """See ``GateLoss.add``."""
+        if self.contrast is not None:
+            self.contrast.add(layer)
+        if self.block_mass is not None:
+            self.block_mass.add(layer)
+
+    def totals(self) -> list[WeightedLoss]:
+        """Returns each loss over all layers, after the pass."""
+        found = []
+        if self.contrast is not None:
+            contrast = self.contrast.loss(self.retrieval.contrast_heads)
+            found.append(WeightedLoss("contrast_loss", contrast, self.retrieval.contrast))
+        if self.block_mass is not None:
+            mass = self.block_mass.loss()
+            found.append(WeightedLoss("block_mass_loss", mass, self.retrieval.block_mass))
+        return found
+
+
+def gate_losses(
+    batch: Mapping[str, Any], retrieval: RetrievalSettings, settings: LandmarkConfig, *, draw: str
+) -> GateLosses | None:
+    """Returns the losses on the gate that a batch is trained with, ``None`` for none.
+
+    Args:
+        batch: as ``stack`` returns it.
+        retrieval: which there are, and their weights.
+        settings: the landmark settings.
+        draw: decides at which tokens the gate is fitted to dense attention.
+    """
+    losses = GateLosses(retrieval)
+    if retrieval.contrast and "questions" in batch:
+        count = CONTRAST_QUERIES * len(batch["questions"])
+        wanted = evidence_queries(batch["questions"], before=CONTRAST_TOKENS)
+        queries = contrast_queries(wanted, settings, count)
+        losses.contrast = GateContrast(queries) if queries else None
+    is_packed = "position_ids" in batch
+    if retrieval.block_mass and not is_packed:
+        columns = range(batch["input_ids"].shape[1])
+        tokens = sorted(random.Random(draw).choices(columns, k=MASS_QUERIES))
+        losses.block_mass = GateBlockMass([slot_of(token, settings.block_size) for token in tokens])
+    return None if losses.contrast is None and losses.block_mass is None else losses
+
+
+def evidence_queries(
+    questions: Sequence[Sequence[RowQuestion]], before: int = 0
+) -> list[EvidenceQuery]:
+    """Returns the tokens of some rows that predict an answer, each the one before a token of it.
+
+    Args:
+        questions: the questions of each row.
+        before: so many tokens of the question before these, too.
+    """
+    return [
+        EvidenceQuery(row, token, question.evidence)
+        for row, asked in enumerate(questions)
+        for question in asked
+        for token in range(
+            max(question.tokens.start, question.answer.start - 1 - before),
+            question.answer.stop - 1,
+        )
+    ]
