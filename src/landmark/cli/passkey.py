@@ -22,8 +22,8 @@ TopKs = Annotated[
 Granularities = Annotated[
     str | None,
     typer.Option(
-        help="Who shares a choice of blocks: token_head, head, token or group, separated by "
-        "commas. By default the model's own."
+        help="Who shares a choice of blocks: token_head, head, token or group, or a yardstick: "
+        "latest, random, mean_key or block_mass; separated by commas. By default the model's own."
     ),
 ]
 Fillers = Annotated[

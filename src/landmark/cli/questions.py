@@ -9,7 +9,7 @@ import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, integers, words
 from landmark.cli.output import note
-from landmark.cli.passkey import Lengths, Read
+from landmark.cli.passkey import Granularities, Lengths, Read, TopKs
 from landmark.cli.progress import Shown
 from landmark.config import GREATEST
 
@@ -39,6 +39,8 @@ def questions(
         ),
     ] = "pydoc",
     read: Read = "local",
+    top_k: TopKs = None,
+    granularity: Granularities = None,
     compare: Annotated[
         str | None, typer.Option(help="Second model to measure, landmark or plain.")
     ] = None,
@@ -69,6 +71,8 @@ def questions(
             contexts=words(contexts),
             filler=filler,
             read=read,
+            top_k=None if top_k is None else integers("--top-k", top_k),
+            granularity=None if granularity is None else words(granularity),
             max_new_tokens=max_new_tokens,
             plain_limit=plain_limit,
             seed=seed,

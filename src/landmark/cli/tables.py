@@ -119,7 +119,7 @@ def recall_table(rows: Sequence[RecallRow]) -> Table:
 def questions_table(rows: Sequence[QuestionsRow]) -> Table:
     """Returns how right questions are answered, by context and length."""
     table = Table(title=_title(f"Questions, {rows[0].data}" if rows else "Questions"))
-    for name in ("model", "attention", "context", "filler", "read"):
+    for name in ("model", "attention", "context", "filler", "read", "granularity"):
         table.add_column(name)
     columns = ("k", "length", "texts", "asked", "contains", "exact", "F1", "evidence retrieved")
     for name in columns:
@@ -132,6 +132,7 @@ def questions_table(rows: Sequence[QuestionsRow]) -> Table:
             cell(row.context),
             cell(row.filler),
             cell(row.read),
+            cell(row.granularity),
             cell(row.top_k),
             cell(None if row.length is None else f"{row.length:,}"),
             str(row.texts),

@@ -10,7 +10,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from landmark.eval.fillers import Filler, filler_text, made_filler
 from landmark.eval.measure import measured
 from landmark.eval.results import PasskeyRow
 from landmark.eval.variants import Variant
+from landmark.eval.yardsticks import register
 from landmark.hf.recall import EvidenceQuery, EvidenceRecall
 from landmark.texts.reading import READS, read_into_memory
 
@@ -40,7 +41,7 @@ class PasskeyTask:
         read: ``local`` reads the document without retrieval, ``retrieve`` with; questions always
             retrieve.
         top_k: settings of landmark models, each tried; ``None`` keeps the model's own.
-        granularity: as ``top_k``.
+        granularity: as ``top_k``; those of ``landmark.eval.yardsticks`` are among them.
         seed: of the documents.
         plain_limit: plain models are asked up to this length only.
 
@@ -108,6 +109,7 @@ def run(
         ValueError: settings that the model refuses, or facts that do not fit a document.
         FileNotFoundError: a filler that does not exist.
     """
+    register()
     rows = []
     texts = [(name, filler_text(name)) for name in task.fillers]  # once: a pipe is not read again
     for variant in variants:
@@ -125,7 +127,19 @@ def run(
     return rows
 
 
-def settings_of(variant: Variant, task: PasskeyTask) -> Iterator[dict[str, Any]]:
+class SettingsTask(Protocol):
+    """A task that tries several settings of landmark models; ``None`` keeps the model's own."""
+
+    @property
+    def top_k(self) -> tuple[int, ...] | None:
+        """Blocks that a query retrieves."""
+
+    @property
+    def granularity(self) -> tuple[str, ...] | None:
+        """Who shares a selection."""
+
+
+def settings_of(variant: Variant, task: SettingsTask) -> Iterator[dict[str, Any]]:
     """Yields the settings that a model is measured with, none for a plain one."""
     if not variant.is_landmark:
         yield {}

@@ -25,8 +25,10 @@ from landmark.data.questions import DocumentQuestion, QuestionSet
 from landmark.data.tokenizer import encode
 from landmark.eval.fillers import Filler, load_filler
 from landmark.eval.measure import measured
+from landmark.eval.passkey import settings_of
 from landmark.eval.results import QuestionsRow
 from landmark.eval.variants import Variant
+from landmark.eval.yardsticks import register
 from landmark.hf.recall import EvidenceQuery, EvidenceRecall
 from landmark.texts.reading import READS, read_into_memory
 
@@ -45,6 +47,8 @@ class QuestionsTask:
             ``nothing``, ``haystack``.
         filler: what a haystack is filled up with, as for ``load_filler``.
         read: ``local`` reads without retrieval, ``retrieve`` with; questions always retrieve.
+        top_k: settings of landmark models, each tried; ``None`` keeps the model's own.
+        granularity: as ``top_k``; those of ``landmark.eval.yardsticks`` are among them.
         max_new_tokens: tokens of an answer, at most.
         plain_limit: plain models are asked up to this length only.
         seed: of the order of documents.
@@ -57,6 +61,8 @@ class QuestionsTask:
     contexts: tuple[str, ...] = CONTEXTS
     filler: str = "paper"
     read: str = "local"
+    top_k: tuple[int, ...] | None = None
+    granularity: tuple[str, ...] | None = None
     max_new_tokens: int = 32
     plain_limit: int = 32768
     seed: int = 0
@@ -148,6 +154,7 @@ def run(
             fails.
         FileNotFoundError: a filler that does not exist.
     """
+    register()
     rows = []
     for variant in variants:
         units = [
@@ -160,16 +167,25 @@ def run(
             if not unit.questions
             for document in unit.documents
         ]
-        for context in task.contexts:
-            lengths: Sequence[int | None] = task.lengths if context == "haystack" else [None]
-            for length in lengths:
+        for settings in settings_of(variant, task):
+            for context, length in _contexts(task):
                 if length is not None and not variant.is_landmark and length > task.plain_limit:
                     continue
                 texts = _texts(variant, units, others, task, context, length, progress)
-                row = _row(variant, texts, task, context, length, data=data, progress=progress)
+                with variant.configured(**settings):
+                    row = _row(variant, texts, task, context, length, data=data, progress=progress)
                 rows.append(row)
                 report(row)
     return rows
+
+
+def _contexts(task: QuestionsTask) -> Iterator[tuple[str, int | None]]:
+    """Yields the contexts of a task, a haystack with each length."""
+    for context in task.contexts:
+        if context == "haystack":
+            yield from ((context, length) for length in task.lengths)
+        else:
+            yield context, None
 
 
 def _texts(

@@ -12,6 +12,7 @@ from landmark.eval.measure import measured
 from landmark.eval.passkey import PasskeyTask, answers_right, batch_size, episode_of, settings_of
 from landmark.eval.results import RecallRow
 from landmark.eval.variants import Variant
+from landmark.eval.yardsticks import register
 from landmark.hf.recall import EvidenceRecall
 
 
@@ -42,6 +43,7 @@ def run(
             f"model: expected a landmark model, got {variant.name}, which retrieves nothing; "
             "convert and train it first"
         )
+    register()
     fillers = [
         made_filler(name, filler_text(name), variant.tokenizer, progress) for name in task.fillers
     ]
