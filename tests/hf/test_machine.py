@@ -160,5 +160,6 @@ def test_a_planted_fault_is_found(kind: str, seed: int, monkeypatch: pytest.Monk
     """At the first failure the search stops."""
     FAULTS[kind](monkeypatch)
     first = settings(AT_MOST, phases=[hypothesis.Phase.generate], report_multiple_bugs=False)
-    with pytest.raises((AssertionError, ValueError, RuntimeError, pytest.fail.Exception)):
+    kinds = (AssertionError, AttributeError, ValueError, RuntimeError, pytest.fail.Exception)
+    with pytest.raises(kinds):
         run(hypothesis.seed(seed)(machine_of(seed)), settings=first)
