@@ -49,7 +49,9 @@ def test_local_evidence_is_not_counted():
 @pytest.mark.parametrize("seed", range(5))
 def test_counts_are_those_of_a_loop(seed):
     rng = random.Random(seed)
-    rows, heads, tokens = 3, 2, 90
+    rows = 3
+    heads = 2
+    tokens = 90
     recall = EvidenceRecall(SETTINGS)
     expected = {layer: [0] * (heads + 1) for layer in (0, 2)}
     queries = 0

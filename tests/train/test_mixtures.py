@@ -1,6 +1,7 @@
 """Training on conversations and on documents with questions, alone and mixed with texts."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +109,27 @@ def test_questions_are_trained_on_and_their_evidence_is_followed(questions, scra
     assert set(found) == {"step", "questions_loss", "questions_accuracy", "questions_recall"}
     assert {layer["layer"] for layer in found["questions_recall"]} == {0, 1}
     assert any("evidence retrieved by the best head" in line for line in lines)
+
+
+def test_documents_without_questions_are_never_asked_about(questions, scratch, tmp_path):
+    """They stand among the others, also of the few sets that are held out."""
+    rows = [json.loads(line) for line in Path(questions).read_text().splitlines()]
+    alone = [{"documents": [f"Nothing is asked about text {n}. " * 9]} for n in range(150)]
+    path = write(tmp_path / "both.jsonl", [*alone, *rows])
+    tokenizer = load_tokenizer(scratch[0])
+    recipe = toy_recipe(episodes=0.0, steps=20)
+    prepared = prepare_rows(path, tmp_path, recipe, tokenizer, block_size=16)
+    groups = [*prepared.train, *prepared.held_out["questions"]]
+    texts = [tokenizer.decode(row.input_ids) for group in groups for row in group]
+    assert all(row.questions for group in groups for row in group)
+    assert any("Nothing is asked" in text for text in texts[80:]) and len(texts) == 80 + 64
+    held_out = [row for group in prepared.held_out["questions"] for row in group]
+    sets = {
+        int(tokenizer.decode(row.input_ids[asked.answer])) // 10
+        for row in held_out
+        for asked in row.questions
+    }
+    assert len(sets) == 1, "one of the 30 that are asked about, not nine of all 180"
 
 
 def test_a_mixture_has_the_shares_of_its_sources(books, chats, questions, scratch, tmp_path):

@@ -14,17 +14,13 @@ from landmark.data.chat import (
     SEPARATOR,
     USER,
     Message,
+    around,
     has_template,
     prompt_of,
     render,
 )
 from landmark.data.episodes import IGNORED, Row, RowQuestion
 from landmark.data.tokenizer import encode, row_start
-
-CHANGED = (
-    "expected a chat template that keeps what a user says, got one that changes it; use another "
-    "template (tokenizer.chat_template)"
-)
 
 
 class Turn(NamedTuple):
@@ -71,15 +67,7 @@ def frame_of(tokenizer: Any, turns: Sequence[Turn], where: str) -> Frame:
         messages.append(Message(USER, texts + turn.question))
         messages.append(Message(ASSISTANT, turn.answer))
     rendered = render(tokenizer, messages, where)
-    before_text, mark, after_text = rendered.text.partition(MARK + SEPARATOR)
-    if not mark:
-        raise ValueError(f"{where}: {CHANGED}")
-    if has_template(tokenizer):
-        before = encode(tokenizer, before_text).ids.tolist()
-    else:
-        # The texts come first; the plain form names the question behind them.
-        after_text = before_text + after_text
-        before = row_start(tokenizer)
+    before, after_text = _divided(tokenizer, rendered.text, MARK + SEPARATOR, where)
     last = rendered.answers[-1][1]
     shift = len(rendered.text) - len(after_text)
     after = encode(tokenizer, after_text[: last - shift], continues=True)
@@ -101,16 +89,31 @@ def prompt_frame(tokenizer: Any, question: str, *, has_texts: bool) -> Frame:
     where = "question"
     texts = MARK + SEPARATOR if has_texts else MARK
     text = prompt_of(tokenizer, [Message(USER, texts + question)], where)
-    before_text, mark, after_text = text.partition(texts)
-    if not mark:
-        raise ValueError(f"{where}: {CHANGED}")
-    if has_template(tokenizer):
-        before = encode(tokenizer, before_text).ids.tolist()
-    else:
-        after_text = before_text + after_text
-        before = row_start(tokenizer)
-    after = encode(tokenizer, after_text, continues=has_texts or bool(before_text))
+    before, after_text = _divided(tokenizer, text, texts, where)
+    after = encode(tokenizer, after_text, continues=has_texts or len(before) > 0)
     return Frame(before, after.ids.tolist(), [])
+
+
+def _divided(tokenizer: Any, text: str, texts: str, where: str) -> tuple[list[int], str]:
+    """Divides a conversation where the texts stand.
+
+    Args:
+        tokenizer: as for ``frame_of``.
+        text: the conversation.
+        texts: what stands for the texts in it.
+        where: names it in messages.
+
+    Returns:
+        the tokens before the texts, and what is said behind them.
+
+    Raises:
+        ValueError: the chat template has changed what a user says.
+    """
+    before, after = around(text, texts, where)
+    if has_template(tokenizer):
+        return encode(tokenizer, before).ids.tolist(), after
+    # The texts come first; the plain form names the question behind them.
+    return row_start(tokenizer), before + after
 
 
 def asked_row(frame: Frame, texts: Sequence[int], evidence: Sequence[Sequence[range]]) -> Row:

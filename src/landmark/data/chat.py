@@ -178,12 +178,25 @@ def next_turn(tokenizer: Any, question: str) -> str:
 
 def _around_mark(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, str]:
     """Returns what a conversation has before the mark and behind it, up to the next answer."""
-    text = _rendered(tokenizer, messages, CONVERSATION, opens_answer=True)
-    before, mark, after = text.partition(MARK)
-    if not mark:
+    return around(prompt_of(tokenizer, messages, CONVERSATION), MARK, CONVERSATION)
+
+
+def around(text: str, mark: str, where: str) -> tuple[str, str]:
+    """Returns what a conversation has before a mark and behind it.
+
+    Args:
+        text: the conversation, rendered with the mark as a part of what is said.
+        mark: what stands there.
+        where: names it in messages.
+
+    Raises:
+        ValueError: the chat template has changed what was said.
+    """
+    before, found, after = text.partition(mark)
+    if not found:
         raise ValueError(
-            f"{CONVERSATION}: expected a chat template that keeps what is said, got one that "
-            "changes it; use another template (tokenizer.chat_template)"
+            f"{where}: expected a chat template that keeps what is said, got one that changes it; "
+            "use another template (tokenizer.chat_template)"
         )
     return before, after
 

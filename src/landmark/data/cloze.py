@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from landmark.data.asking import Turn, asked_row, frame_of
+from landmark.data.asking import Frame, Turn, asked_row, frame_of
 from landmark.data.episodes import Row, sentence_ends
 from landmark.data.tokenizer import backend
 from landmark.data.tokens import Ids
@@ -154,7 +154,7 @@ class Cloze:
 
     def _row(
         self,
-        frame: Any,
+        frame: Frame,
         window: Any,
         places: Sequence[_Place],
         taken_out: Sequence[range],

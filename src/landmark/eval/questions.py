@@ -157,16 +157,9 @@ def run(
     register()
     rows = []
     for variant in variants:
-        units = [
-            unit for each in sets for unit in _units(each, variant.tokenizer) if unit.questions
-        ]
-        others = [
-            document
-            for each in sets
-            for unit in _units(each, variant.tokenizer)
-            if not unit.questions
-            for document in unit.documents
-        ]
+        found = [unit for each in sets for unit in _units(each, variant.tokenizer)]
+        units = [unit for unit in found if unit.questions]
+        others = [document for unit in found if not unit.questions for document in unit.documents]
         for settings in settings_of(variant, task):
             for context, length in _contexts(task):
                 if length is not None and not variant.is_landmark and length > task.plain_limit:
@@ -212,7 +205,8 @@ def _alone(units: Sequence[_Unit]) -> Iterator[AskedText]:
     for unit in units:
         for number, question in enumerate(unit.questions):
             needed = [document for document in unit.documents if number in document.spans]
-            yield _joined(needed, unit.questions, [number])._replace(questions=[question])
+            text = _joined([(document, 0) for document in needed], unit.questions)
+            yield AskedText(text.ids, [question], [text.evidence[number]])
 
 
 def haystacks(
@@ -262,29 +256,25 @@ def haystacks(
             at = (at + count) % len(filler.ids)
             left -= count
         rng.shuffle(pieces)
-        ids: list[int] = []
-        evidence: list[list[range]] = [[] for _ in questions]
-        for document, first in pieces:
-            for number, spans in document.spans.items():
-                evidence[first + number] += [
-                    range(len(ids) + span.start, len(ids) + span.stop) for span in spans
-                ]
-            ids += document.ids
-        found.append(AskedText(ids, questions, [tuple(spans) for spans in evidence]))
+        found.append(_joined(pieces, questions))
     return found
 
 
 def _joined(
-    documents: Sequence[_Document], questions: list[DocumentQuestion], asked: Sequence[int]
+    pieces: Sequence[tuple[_Document, int]], questions: list[DocumentQuestion]
 ) -> AskedText:
-    """Returns documents one behind the other, and where they answer some of the questions."""
+    """Joins documents to a text.
+
+    Args:
+        pieces: each document, and the number of the first question of its unit.
+        questions: the questions of all units.
+    """
     ids: list[int] = []
-    evidence: list[list[range]] = [[] for _ in asked]
-    for document in documents:
-        for place, number in enumerate(asked):
-            evidence[place] += [
-                range(len(ids) + span.start, len(ids) + span.stop)
-                for span in document.spans.get(number, ())
+    evidence: list[list[range]] = [[] for _ in questions]
+    for document, first in pieces:
+        for number, spans in document.spans.items():
+            evidence[first + number] += [
+                range(len(ids) + span.start, len(ids) + span.stop) for span in spans
             ]
         ids += document.ids
     return AskedText(ids, questions, [tuple(spans) for spans in evidence])

@@ -262,10 +262,15 @@ class QuestionCorpus:
             if progress is not None:
                 progress("documents tokenised", number + 1, len(sets))
         self.documents = [DocumentSpan(source, digest.hexdigest(), start=0, tokens=tokens)]
-        order = np.random.default_rng(settings.seed).permutation(len(sets)).tolist()
-        count = len(sets) // HELD_OUT_SHARE if tokens >= LEAST_ROWS * settings.tokens else 0
-        self._held_out = [sets[number] for number in order[:count]]
-        self._trained_on = [sets[number] for number in order[count:]]
+        asked = [each for each in sets if each.questions]
+        others = [each for each in sets if not each.questions]
+        order = np.random.default_rng(settings.seed).permutation(len(asked)).tolist()
+        count = len(asked) // HELD_OUT_SHARE if tokens >= LEAST_ROWS * settings.tokens else 0
+        # Documents without questions stand among those of both.
+        self._held_out = [asked[number] for number in order[:count]]
+        if self._held_out:
+            self._held_out += others
+        self._trained_on = [asked[number] for number in order[count:]] + others
 
     def kinds(self, length: int) -> list[Share]:
         """See ``Corpus.kinds``."""
