@@ -15,10 +15,10 @@ from landmark.memory.retrieval import Selector, landmark_scores, select_by_merit
 TEXT = models.text(90)[None]
 
 
-class LatestSelector(Selector):
+class RecentSelector(Selector):
     """Selects the latest older blocks, whatever their scores."""
 
-    name: ClassVar[str] = "latest"
+    name: ClassVar[str] = "recent"
 
     def select(self, query, grid, candidates, context, *, is_first):
         """See ``Selector.select``."""
@@ -82,13 +82,13 @@ def registered():
         indexes.append(EveryLandmark())
         return indexes[-1]
 
-    policies.register_selector(LatestSelector)
+    policies.register_selector(RecentSelector)
     policies.register_positions(NearPositions())
     policies.register_index("every", policies.IndexKind(make, lambda: None))
     yield indexes
-    GRANULARITIES.remove("latest")
+    GRANULARITIES.remove("recent")
     POSITIONS.remove("near")
-    del policies.SELECTORS["latest"]
+    del policies.SELECTORS["recent"]
     del policies.SCHEMES["near"]
     del policies.INDEXES["every"]
 
@@ -101,7 +101,7 @@ def settings(**changes):
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
 @torch.no_grad()
 def test_a_selector_prefers_recent_blocks(registered, tier):
-    model = models.landmark_model("llama", settings(granularity="latest"))
+    model = models.landmark_model("llama", settings(granularity="recent"))
     cache = LandmarkCache(model.config, tier)
     cache.record = True
     model(TEXT, past_key_values=cache)
@@ -141,8 +141,8 @@ def test_an_index_finds_what_scoring_all_finds(registered):
 
 
 def test_a_name_is_taken_once(registered):
-    with pytest.raises(ValueError, match="granularity: expected a new name, got 'latest'"):
-        policies.register_selector(LatestSelector)
+    with pytest.raises(ValueError, match="granularity: expected a new name, got 'recent'"):
+        policies.register_selector(RecentSelector)
     with pytest.raises(ValueError, match="positions: expected a new name, got 'near'"):
         policies.register_positions(NearPositions())
     with pytest.raises(ValueError, match="index: expected a new name, got 'exact'"):

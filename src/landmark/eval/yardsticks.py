@@ -110,9 +110,13 @@ YARDSTICKS: tuple[type[Yardstick], ...] = (LatestBlocks, RandomBlocks, MeanKeys,
 
 
 def register() -> None:
-    """Makes the yardsticks values of ``LandmarkConfig.granularity``; once is enough."""
+    """Makes the yardsticks values of ``LandmarkConfig.granularity``; once is enough.
+
+    Raises:
+        ValueError: another selector has taken one of their names.
+    """
     for each in YARDSTICKS:
-        if each.name not in SELECTORS:
+        if SELECTORS.get(each.name) is not each:
             register_selector(each)
 
 

@@ -104,12 +104,17 @@ class HeadSelector(Selector):
     def state(self) -> dict[str, Tensor]:
         """See ``Selector.state``."""
         found = {"queries": self._queries, "peak": self._peak}
+        if self._peak is not None:
+            found["first_kept"] = torch.tensor(self._first_kept)
         return {name: each for name, each in found.items() if each is not None}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """See ``Selector.load_state``."""
         self._queries = tensors.get("queries")
-        self._peak = tensors.get("peak")
+        self._peak = None
+        if "first_kept" in tensors:  # older archives lack it: computed again from queries
+            self._peak = tensors["peak"]
+            self._first_kept = int(tensors["first_kept"])
 
     def select_rows(self, rows: Tensor) -> None:
         """See ``Selector.select_rows``."""
