@@ -1,4 +1,4 @@
-"""Writes the model cards of the bundled models from their recorded figures.
+"""Writes the model card of the bundled model and that of its twin, and the figures in the package.
 
 python benchmarks/model_cards.py
 """
@@ -9,10 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tables import table, versions_line
+from tables import ROOT, bundled_results, table, versions_line
 
-ROOT = Path(__file__).parents[1]
-BUNDLED = ROOT / "src" / "landmark" / "bundled"
+FOLDERS = {
+    "landmark": ROOT / "src" / "landmark" / "bundled" / "landmark",
+    "twin": ROOT / "benchmarks" / "twin",
+}
 
 KINDS = {
     "landmark": (
@@ -27,7 +29,7 @@ KINDS = {
 COMMANDS = {
     "landmark": "landmark train --data books --out out/landmark --config recipes/bundled.json",
     "twin": "landmark train --data books --out out/twin --config recipes/bundled.json --plain "
-    "--tokenizer out/landmark --tokens out/landmark/tokens",
+    "--tokenizer src/landmark/bundled/landmark",
 }
 
 LIMITS = """A small model trained on English books first published before 1919 and on \
@@ -42,22 +44,31 @@ landmark attention, nothing else."""
 
 
 def main() -> None:
-    """Writes both cards."""
+    """Writes both cards, and the figures in the package."""
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
 
 
 def pages() -> dict[Path, str]:
-    """Returns what each card has to hold, by its path."""
-    figures = json.loads((BUNDLED / "landmark" / "figures.json").read_text(encoding="utf-8"))
-    return {BUNDLED / name / "README.md": card(name, figures) for name in KINDS}
+    """Returns what each file has to hold, by its path."""
+    found = {folder / "README.md": card(name) for name, folder in FOLDERS.items()}
+    found[FOLDERS["landmark"] / "figures.json"] = package_figures()
+    return found
 
 
-def card(name: str, figures: dict[str, Any]) -> str:
+def package_figures() -> str:
+    """Returns ``figures.json``: what `landmark info` and `landmark demo` say was recorded."""
+    results = bundled_results()
+    rows = ",\n".join(json.dumps(row) for row in results["rows"])
+    return f'{{"versions": {json.dumps(results["versions"])},\n"rows": [\n{rows}\n]}}\n'
+
+
+def card(name: str) -> str:
     """Returns one model's card."""
-    summary = json.loads((BUNDLED / name / "training_summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((FOLDERS[name] / "training_summary.json").read_text(encoding="utf-8"))
+    figures = bundled_results()
     versions = ", ".join(f"{key} {value}" for key, value in summary["versions"].items() if value)
-    rows = [row for row in figures["rows"] if row["model"] == name]
+    rows = [row for row in figures["rows"] if Path(row["model"]).name == name]
     held_out = summary["evaluations"][-1]
     texts = "\n".join(
         f"| {t['title']} | {t['tokens']:,} | `{t['sha256']}` |" for t in summary["texts"]
@@ -81,9 +92,9 @@ This is {KINDS[name]}. Apache-2.0.
 
 ## Figures
 
-Made by `landmark eval` ({versions_line(figures)}); `figures.json` of the \
-landmark model has the settings and
-seed of every row. Books are the held-out ones.
+Made by the commands of `benchmarks/bundled.py` ({versions_line(figures)}). \
+`benchmarks/results` has the settings
+and seed of every row. Books are the held-out ones.
 
 {passkey_table(rows)}
 

@@ -5,7 +5,9 @@
 
 ``RESULTS`` has the command of each file. Those that need a GPU run where there is one, the others
 where there is none: their figures are of a CPU. Each command is a process of its own, printed
-before it runs; its file is taken when it ends well, and the one before stays otherwise.
+before it runs; its file is taken when it ends well, and the one before stays otherwise. Those that
+measure no times (``bundled.py``) run last, and with ``--jobs 8`` eight of them at once, as a small
+model does not fill a GPU.
 
 A result names the commit that it is of, so the sources (``src`` and ``benchmarks``) have to be
 those of a commit before anything is measured. In a copy without ``.git`` the environment variable
@@ -21,9 +23,12 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import bundled
+import model_cards
 import tables
 import torch
 
@@ -40,14 +45,17 @@ class Result(NamedTuple):
     """How a result file is made.
 
     Attributes:
-        command: arguments of Python; ``{data}`` stands for the folder of texts.
+        command: arguments of Python; ``{data}`` stands for the folder of texts, ``{twin}`` and
+            ``{tuned}`` for the models of ``bundled.py``.
         device: ``gpu``, or ``cpu`` for a result of two cores.
         environment: variables beside those that are set; ``None`` for none.
+        timed: whether times are measured, which other work at the same time would change.
     """
 
     command: str
     device: str
     environment: dict[str, str] | None = None
+    timed: bool = True
 
 
 RESULTS = {
@@ -70,6 +78,7 @@ RESULTS = {
         "benchmarks/millions.py --tokens 2000000 --tier disk --single 0 --device cpu --data {data}",
         "cpu",
     ),
+    **{name: Result(command, "gpu", timed=False) for name, command in bundled.commands().items()},
 }
 
 
@@ -80,6 +89,11 @@ def main() -> int:
     )
     parser.add_argument("--data", required=True, help="folder with train/*.txt and test/*.txt")
     parser.add_argument("--only", help=f"names, with commas: {', '.join(RESULTS)}")
+    parser.add_argument("--twin", default="out/twin", help="folder of the twin: see bundled.py")
+    parser.add_argument("--tuned", default="out/tuned", help="folder of the tuned twin")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="commands at once that measure no times"
+    )
     options = parser.parse_args()
     device = "gpu" if torch.cuda.is_available() else "cpu"
     names = [name for name, result in RESULTS.items() if result.device == device]
@@ -91,10 +105,20 @@ def main() -> int:
     refusal = unnamed_sources()
     if refusal:
         parser.error(refusal)
-    failed = [name for name in names if not measure(name, options.data)]
-    tables.main()
+    folders = {"data": options.data, "twin": options.twin, "tuned": options.tuned}
+    done = {name: measure(name, folders) for name in names if RESULTS[name].timed}
+    untimed = [name for name in names if not RESULTS[name].timed]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done |= zip(untimed, pool.map(lambda name: measure(name, folders), untimed), strict=True)
+    failed = [name for name in names if not done[name]]
     if failed:
         print(f"failed: {', '.join(failed)}; the files in benchmarks/results stay as they were")
+    try:
+        tables.main()
+        model_cards.main()
+    except ValueError as error:
+        print(error)
+        return 1
     return len(failed)
 
 
@@ -113,12 +137,12 @@ def unnamed_sources() -> str | None:
     return None
 
 
-def measure(name: str, data: str) -> bool:
+def measure(name: str, folders: dict[str, str]) -> bool:
     """Runs the command of one result; returns whether it ended well."""
     result = RESULTS[name]
     out = root() / OUT / f"{name}.json"
     out.unlink(missing_ok=True)
-    words = [word.format(data=data) for word in result.command.split()]
+    words = [word.format(**folders) for word in result.command.split()]
     environment = result.environment or {}
     given = "".join(f"{key}={value} " for key, value in environment.items())
     print(f"{given}python {' '.join(words)} --out {OUT}/{name}.json", flush=True)

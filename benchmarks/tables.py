@@ -3,8 +3,7 @@
 python benchmarks/tables.py
 
 A table stands between ``<!-- figures: NAME -->`` and ``<!-- end: NAME -->``; ``TABLES`` says who
-makes it. Its figures come from ``benchmarks/results/*.json`` and from the bundled model's
-``figures.json``.
+makes it. Its figures come from ``benchmarks/results/*.json``.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bundled
 from cases import CASES, PASSES, PEERS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FIGURES = ROOT / "src" / "landmark" / "bundled" / "landmark" / "figures.json"
 REGION = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 GENERATE_PARTS = ("small", "large", "real", "replayed")
@@ -31,9 +30,9 @@ ATTENTION = {
 }
 READ = {"retrieve": "with retrieval", "local": "without retrieval"}
 
-# Commands that the tables of README name. Those of `landmark eval` are run by figures.py.
+# Commands that the tables of README name.
 PASSKEY = "`landmark eval passkey --model {} --lengths 512,32768 --top-k 2 --read retrieve`"
-PERPLEXITY = "`landmark eval perplexity --data books --scheme blocks --compare twin`"
+PERPLEXITY = "`landmark eval perplexity --data books --scheme blocks --compare out/twin`"
 RANK = "`landmark eval rank --data books`"
 FACTS = "`landmark eval passkey --filler books/test --facts 64 --lengths 8192 --read retrieve`"
 SCRIPT = "`python benchmarks/{}.py`"
@@ -63,9 +62,27 @@ def results(name: str) -> dict[str, Any]:
     return dict(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
 
 
+def bundled_results() -> dict[str, Any]:
+    """Returns all rows of ``bundled.py`` but those of recall, and what they were made with.
+
+    Raises:
+        ValueError: they were not made with the same versions.
+    """
+    names = [name for name in bundled.commands() if (RESULTS / f"{name}.json").is_file()]
+    found = [results(name) for name in names if name != "bundled-recall"]
+    versions = found[0]["versions"]
+    others = {json.dumps(each["versions"]) for each in found} - {json.dumps(versions)}
+    if others:
+        raise ValueError(
+            f"results of bundled.py: expected one set of versions, got {versions} and "
+            f"{', '.join(others)}; measure all of them at one commit"
+        )
+    return {"versions": versions, "rows": [row for each in found for row in each["rows"]]}
+
+
 def figures() -> list[dict[str, Any]]:
-    """Returns the recorded rows of the bundled models."""
-    return list(json.loads(FIGURES.read_text(encoding="utf-8"))["rows"])
+    """Returns the rows of ``bundled_results``."""
+    return list(bundled_results()["rows"])
 
 
 def passkey_summary() -> str:
@@ -74,7 +91,8 @@ def passkey_summary() -> str:
     lengths = sorted({row["length"] for row in found})
     lines: dict[str, dict[int, list[int]]] = {}
     for row in found:
-        who = "the twin, converted and fine-tuned" if row["model"] == "tuned" else "landmarks"
+        is_tuned = Path(row["model"]).name == "tuned"
+        who = "the twin, converted and fine-tuned" if is_tuned else "landmarks"
         what = f"{who}, k = {row['top_k']}, {row['granularity']}, read {READ.get(row['read'])}"
         if row["attention"] != "landmark":
             what = f"plain twin, {ATTENTION[row['attention']]}"

@@ -32,7 +32,24 @@ WITHOUT_A_HASH = {
     "ops",
     "read",
     "step",
+    "bundled-facts",
+    "bundled-granularity",
+    "bundled-million-books",
+    "bundled-million-paper",
+    "bundled-million-pydoc",
+    "bundled-million-retrieve",
+    "bundled-passkey-books",
+    "bundled-passkey-paper",
+    "bundled-passkey-pydoc",
+    "bundled-perplexity-190",
+    "bundled-perplexity-blocks",
+    "bundled-perplexity-paper",
+    "tuned-passkey",
+    "twin-dynamic",
+    "twin-passkey",
 }
+# To be measured for the first time on a GPU.
+WITHOUT_A_FILE = {"bundled-facts-million", "bundled-recall"}
 
 
 def git(folder: Path, *words: str) -> str:
@@ -62,7 +79,7 @@ def test_a_result_is_of_the_sources_of_its_commit(path):
 
 
 def test_run_all_makes_every_file():
-    assert set(run_all.RESULTS) == {path.stem for path in FILES}
+    assert set(run_all.RESULTS) - WITHOUT_A_FILE == {path.stem for path in FILES}
     for result in run_all.RESULTS.values():
         script = result.command.split()[0]
         assert script == "-m" or (ROOT / script).is_file()
@@ -185,8 +202,9 @@ def test_a_failed_command_leaves_the_result(tmp_path, monkeypatch):
         "out.parent.mkdir(exist_ok=True, parents=True)\n"
     )
     script.write_text(begin + "out.write_text('half')\nsys.exit(1)\n")
-    assert not run_all.measure("some", "books")
+    folders = {"data": "books"}
+    assert not run_all.measure("some", folders)
     assert kept.read_text() == "before"
     script.write_text(begin + "out.write_text(sys.argv[1])\n")
-    assert run_all.measure("some", "books")
+    assert run_all.measure("some", folders)
     assert kept.read_text() == "books"

@@ -12,10 +12,7 @@ from landmark.data.characters import from_arguments
 
 Model = Annotated[
     str | None,
-    typer.Option(
-        help="Model: folder or hub name. By default the bundled model; `twin` is its twin with "
-        "plain attention."
-    ),
+    typer.Option(help="Model: folder or hub name. By default the bundled model."),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[

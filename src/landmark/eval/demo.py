@@ -283,7 +283,7 @@ def _blocks_read(
 
 
 def recorded_twin(length: int) -> PasskeyRow | None:
-    """Returns the recorded pass-key row of the bundled twin, ``None`` if there is none.
+    """Returns the recorded pass-key row of the bundled model's twin, ``None`` if there is none.
 
     Of several, the one whose length is nearest to ``length``.
     """

@@ -153,7 +153,7 @@ def load_variants(
         name = "rope" if window is None else "window"
         raise ValueError(
             f"{name}: expected a plain model, got landmark models only; add for example "
-            "compare=twin"
+            "compare=Qwen/Qwen3-0.6B"
         )
     variants = [Variant.of(each) for each in loaded if each.is_landmark]
     for each in plain:

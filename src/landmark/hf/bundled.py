@@ -1,4 +1,4 @@
-"""The folders of the bundled models inside the package."""
+"""The folder of the bundled model inside the package."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from landmark.hf.damage import ADAPTER, CONFIG
 
 MODEL_FILES = (CONFIG, ADAPTER)
-NAMES = ("landmark", "twin")
+NAMES = ("landmark",)
 
 
 def model_path(name: str = "landmark") -> Path:
     """Returns the folder of a bundled model, with its tokenizer.
 
     Args:
-        name: ``landmark``, or ``twin``, the plain-attention model trained identically.
+        name: ``landmark``.
 
     Raises:
         ValueError: an unknown name.
@@ -33,7 +33,7 @@ def model_path(name: str = "landmark") -> Path:
 
 
 def model_folder(name: str) -> str:
-    """Returns the folder of a bundled model for ``landmark`` and ``twin``, other names as they are.
+    """Returns the folder of a bundled model for its name, other names as they are.
 
     A model in a folder of that name in the working folder comes first; another folder or file of
     that name does not count.

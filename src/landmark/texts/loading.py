@@ -116,8 +116,7 @@ def load(name: str | None, device: str = "auto", dtype: str = "auto") -> LoadedM
     """Loads a landmark or plain causal language model with its tokenizer.
 
     Args:
-        name: folder, hub name, ``landmark`` or ``twin`` (the bundled ones); ``None`` is
-            ``landmark``.
+        name: folder, hub name, or ``landmark`` (the bundled one); ``None`` is ``landmark``.
         device: ``auto``, ``cpu`` or a cuda device.
         dtype: ``auto`` or a dtype's name.
 
