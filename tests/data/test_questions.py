@@ -211,6 +211,25 @@ def test_rows_hold_the_evidence_where_they_say(tmp_path, template, tokens):
     assert not np.array_equal(make(8).input_ids, make(7).input_ids)
 
 
+def test_questions_of_other_sets_follow_where_one_has_few(tmp_path):
+    tokenizer = made_tokenizer(CHATML)
+    make = Haystacks(many_sets(tmp_path, documents=1), tokenizer, tokens=400, seed=0, questions=4)
+    counts = set()
+    for number in range(60):
+        row = make(number)
+        codes = [tokenizer.decode(row.input_ids[asked.answer].tolist()) for asked in row.questions]
+        assert len(set(codes)) == len(codes), "each is asked once"
+        assert all(len(asked.evidence) == 1 for asked in row.questions)
+        counts.add(len(codes))
+    assert counts == {1, 2, 3, 4}
+
+
+def test_a_document_remains_that_is_not_asked_about(tmp_path):
+    sets = many_sets(tmp_path, sets=2, documents=1)
+    make = Haystacks(sets, made_tokenizer(CHATML), tokens=300, seed=0, questions=9)
+    assert {len(make(number).questions) for number in range(9)} == {1}
+
+
 def test_a_row_reads_as_the_template_says(tmp_path):
     tokenizer = made_tokenizer(CHATML)
     (one,) = read_question_sets(write(tmp_path / "a.jsonl", ROW))

@@ -10,13 +10,13 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from landmark.data.asking import Frame, Turn, asked_row, frame_of
 from landmark.data.chat import SEPARATOR
 from landmark.data.encoding import Encoded
 from landmark.data.episodes import Row
-from landmark.data.questions import QuestionSet
+from landmark.data.questions import DocumentQuestion, QuestionSet
 from landmark.data.tokenizer import encode
 
 SAME_SET_SHARE = 0.5  # of rows that are filled up from the same set first
@@ -36,6 +36,13 @@ class _Piece:
     evidence: dict[int, list[range]] = field(default_factory=dict)
 
 
+class _Asked(NamedTuple):
+    """A question, by the number of its set and its index there."""
+
+    set: int
+    question: int
+
+
 class Haystacks:
     """Makes rows of documents with questions about some of them.
 
@@ -48,7 +55,8 @@ class Haystacks:
             the plain form of ``landmark.data.chat``.
         tokens: text tokens of a row.
         seed: decides a row together with its number.
-        questions: largest number of questions in a row, all about documents of one set.
+        questions: largest number of questions in a row. Those of one set come first, in turns of a
+            random order; where it has fewer, they are followed by those of other sets.
     """
 
     def __init__(
@@ -65,11 +73,12 @@ class Haystacks:
         self.tokens = tokens
         self.seed = seed
         self.questions = questions
-        self._asked = [
-            (number, index)
+        self._asked_of = [
+            [_Asked(number, index) for index in range(len(each.questions))]
             for number, each in enumerate(sets)
-            for index in range(len(each.questions))
         ]
+        self._documents = sum(len(each.documents) for each in sets)
+        self._asked = [asked for of_set in self._asked_of for asked in of_set]
         self._separator: list[int] = encode(tokenizer, SEPARATOR, continues=True).ids.tolist()
         self._encoded = lru_cache(maxsize=1 << 16)(self._encode)
 
@@ -87,49 +96,59 @@ class Haystacks:
             ValueError: a question and its answer do not fit the row.
         """
         rng = random.Random(f"{self.seed}:{number}")
-        chosen, first = rng.choice(self._asked)
-        others = [index for index in range(len(self.sets[chosen].questions)) if index != first]
-        count = rng.randint(1, self.questions) - 1
-        asked = [first, *rng.sample(others, min(count, len(others)))]
+        asked = self._drawn(rng)
+        where = self.sets[asked[0].set].where
         while True:
-            turns = [
-                Turn(question.question, question.answer)
-                for question in (self.sets[chosen].questions[index] for index in asked)
-            ]
-            frame = frame_of(self.tokenizer, turns, self.sets[chosen].where)
+            questions = [self._question(each) for each in asked]
+            turns = [Turn(question.question, question.answer) for question in questions]
+            frame = frame_of(self.tokenizer, turns, where)
             room = frame.room(self.tokens)
             needed = {
-                span.document
-                for index in asked
-                for span in self.sets[chosen].questions[index].evidence
+                (each.set, span.document)
+                for each, question in zip(asked, questions, strict=True)
+                for span in question.evidence
             }
-            if room >= SHORTEST_PIECE * len(needed):
+            fits = room >= SHORTEST_PIECE * len(needed)
+            if len(asked) == 1 or (fits and len(needed) < self._documents):
                 break
-            if len(asked) == 1:
-                raise ValueError(
-                    f"{self.sets[chosen].where}: expected a question and an answer that leave room "
-                    f"for a document in {self.tokens} tokens, got {len(frame.after)}; lengthen the "
-                    "rows, or leave the question out"
-                )
             asked.pop()
-        pieces = self._pieces(rng, chosen, asked, sorted(needed), room)
+        if not fits:
+            raise ValueError(
+                f"{where}: expected a question and an answer that leave room for a document in "
+                f"{self.tokens} tokens, got {len(frame.after)}; lengthen the rows, or leave the "
+                "question out"
+            )
+        pieces = self._pieces(rng, asked, sorted(needed), room)
         return _joined(frame, pieces, len(asked))
+
+    def _drawn(self, rng: random.Random) -> list[_Asked]:
+        """Returns the questions of a row: as many of one set as there are, then of others."""
+        first = rng.choice(self._asked)
+        others = [each for each in self._asked_of[first.set] if each != first]
+        count = rng.randint(1, self.questions) - 1
+        asked = [first, *rng.sample(others, min(count, len(others)))]
+        rng.shuffle(asked)
+        while len(asked) <= count and len(self._asked) > len(asked):
+            other = rng.choice(self._asked)
+            if other not in asked:
+                asked.append(other)
+        return asked
+
+    def _question(self, asked: _Asked) -> DocumentQuestion:
+        return self.sets[asked.set].questions[asked.question]
 
     def _pieces(
         self,
         rng: random.Random,
-        chosen: int,
-        asked: Sequence[int],
-        needed: Sequence[int],
+        asked: Sequence[_Asked],
+        needed: Sequence[tuple[int, int]],
         room: int,
     ) -> list[_Piece]:
         """Returns documents of exactly ``room`` tokens, those with the evidence among them."""
         largest = room // len(needed)
-        pieces = [
-            self._with_evidence(chosen, document, asked, largest=largest) for document in needed
-        ]
+        pieces = [self._with_evidence(each, asked, largest=largest) for each in needed]
         left = room - sum(len(piece.ids) for piece in pieces)
-        for other, document in self._others(rng, chosen, set(needed)):
+        for other, document in self._others(rng, asked[0].set, set(needed)):
             if left == 0:
                 break
             ids = [*self._encoded(other, document).ids.tolist(), *self._separator][:left]
@@ -139,15 +158,15 @@ class Haystacks:
         return pieces
 
     def _with_evidence(
-        self, chosen: int, document: int, asked: Sequence[int], *, largest: int
+        self, needed: tuple[int, int], asked: Sequence[_Asked], *, largest: int
     ) -> _Piece:
-        """Returns a document, or the part of it that holds the evidence."""
-        encoded = self._encoded(chosen, document)
+        """Returns a document, given by its set and its index, or the part with the evidence."""
+        encoded = self._encoded(*needed)
         spans = [
             (number, encoded.tokens_of(span.begin, span.end))
-            for number, index in enumerate(asked)
-            for span in self.sets[chosen].questions[index].evidence
-            if span.document == document
+            for number, each in enumerate(asked)
+            for span in self._question(each).evidence
+            if (each.set, span.document) == needed
         ]
         first = 0
         length = largest - len(self._separator)
@@ -165,26 +184,30 @@ class Haystacks:
         return _Piece(ids, evidence)
 
     def _others(
-        self, rng: random.Random, chosen: int, needed: set[int]
+        self, rng: random.Random, chosen: int, needed: set[tuple[int, int]]
     ) -> Iterator[tuple[int, int]]:
         """Yields documents without end: in a share of the rows those of the same set first.
 
         Raises:
             ValueError: there are none but those with the evidence.
         """
-        same = [n for n in range(len(self.sets[chosen].documents)) if n not in needed]
-        if len(self.sets) == 1 and not same:
+        same = [
+            (chosen, document)
+            for document in range(len(self.sets[chosen].documents))
+            if (chosen, document) not in needed
+        ]
+        if len(needed) == self._documents:
             raise ValueError(
                 f"{self.sets[chosen].where}: expected further documents to fill a row of "
                 f"{self.tokens} tokens, got none but those with the answers; add documents"
             )
         if rng.random() < SAME_SET_SHARE:
             rng.shuffle(same)
-            yield from ((chosen, document) for document in same)
+            yield from same
         while True:
             other = rng.randrange(len(self.sets))
             document = rng.randrange(len(self.sets[other].documents))
-            if other != chosen or document not in needed:
+            if (other, document) not in needed:
                 yield other, document
 
     def _encode(self, number: int, document: int) -> Encoded:
