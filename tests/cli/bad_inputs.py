@@ -308,8 +308,8 @@ CASES = [
     ),
     (
         "an unknown scaling",
-        run("eval passkey --model PLAIN --rope yarn"),
-        "--rope: expected dynamic.*'yarn'",
+        run("eval passkey --model PLAIN --rope linear"),
+        "--rope: expected dynamic or yarn.*'linear'",
     ),
     (
         "pictures without matplotlib",

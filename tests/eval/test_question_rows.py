@@ -13,7 +13,8 @@ from landmark.eval import questions as task_module
 from landmark.eval import results
 from landmark.eval.fillers import load_filler
 from landmark.eval.questions import QuestionsTask, haystacks, normalised, run, score
-from landmark.eval.variants import Variant
+from landmark.eval.variants import Variant, load_variants
+from landmark.eval.yardsticks import EvidenceBlocks
 from tiny import talking_tokenizer, tiny_landmark, tiny_llama
 
 ROWS = [
@@ -195,6 +196,61 @@ def test_rows(sets, talking, plain, tmp_path):
     assert rows[-1].read == "full" and rows[-1].top_k is None and haystack.top_k == 2
 
 
+def test_evidence_is_forced_into_the_selection(sets, talking):
+    """One row finds what it finds; in the other every head retrieves what holds the answer."""
+    task = QuestionsTask(
+        lengths=(900,),
+        contexts=("haystack",),
+        granularity=("token_head", "evidence"),
+        max_new_tokens=2,
+    )
+    own, forced = run([talking], sets, task, lambda row: None, data="x")
+    assert own.queries == forced.queries > 5
+    assert {share for layer in forced.layers for share in layer["heads"]} == {1.0}
+    assert min(share for layer in own.layers for share in layer["heads"]) < 1
+    assert EvidenceBlocks.blocks == (), "it is taken back"
+
+
+def test_the_best_documents_by_bm25(sets, talking):
+    tokenizer = talking.tokenizer
+    units = [unit for each in sets for unit in task_module._units(each, tokenizer)]
+    asked = [unit for unit in units if unit.questions]
+    others = [d for unit in units if not unit.questions for d in unit.documents]
+    texts = list(task_module._by_bm25(asked, others, tokenizer, 60))
+    assert len(texts) == 14
+    found = 0
+    for text in texts:
+        (question,) = text.questions
+        (spans,) = text.evidence
+        assert len(text.ids) == 60 and all(0 <= span.start < span.stop <= 60 for span in spans)
+        for span in spans:
+            said = tokenizer.decode(text.ids[span.start : span.stop]).strip()
+            right = {"gate", "key"} if question.question == "What is both?" else {question.answer}
+            assert said in right
+        if "code" in question.question:
+            first = tokenizer.decode(text.ids).split(SEPARATOR)[0]
+            found += question.answer in first
+    assert found == 12, "the number in the question is in one document alone"
+    task = QuestionsTask(contexts=("bm25",), bm25_tokens=60, max_new_tokens=1)
+    (row,) = run([talking], sets, task, lambda row: None, data="x")
+    assert (row.context, row.length, row.texts, row.asked) == ("bm25", 60, 14, 14)
+
+
+def test_the_weights_run_densely(saved):
+    name = str(saved / "marked")
+    landmark, dense = load_variants(name, None, device="cpu", dtype="auto", dense=True)
+    assert (landmark.attention, dense.attention) == ("landmark", "full")
+    assert dense.model.generation_config is landmark.model.generation_config
+    weights = landmark.model.state_dict()
+    del weights["model.landmark_embedding.weight"]
+    stock = tiny_llama()
+    stock.load_state_dict(weights)
+    ids = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(dense.logits(ids).double(), stock(ids).logits.double(), atol=1e-4)
+    shared = dense.model.model.embed_tokens.weight.data_ptr()
+    assert shared == weights["model.embed_tokens.weight"].data_ptr()
+
+
 def test_documents_longer_than_a_haystack(sets, talking):
     task = QuestionsTask(lengths=(10,), contexts=("haystack",))
     with pytest.raises(
@@ -208,7 +264,10 @@ def test_documents_longer_than_a_haystack(sets, talking):
     [
         ({"lengths": (0,)}, "lengths: expected integers of at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected integers of at least 1"),
-        ({"contexts": ("all",)}, "contexts: expected some of evidence, nothing, haystack, got all"),
+        (
+            {"contexts": ("all",)},
+            "contexts: expected some of evidence, nothing, bm25, haystack, got all",
+        ),
         ({"contexts": ()}, "contexts: expected some of .*, got none"),
         ({"read": "fast"}, "read: expected one of local, retrieve, got 'fast'"),
     ],

@@ -5,7 +5,7 @@ query sees.
 import pytest
 import torch
 
-from landmark.eval.variants import Variant, plain_variants
+from landmark.eval.variants import RopeScaling, Variant, plain_variants
 from landmark.eval.window import SINK
 from tiny import tiny_llama
 
@@ -54,7 +54,8 @@ def test_far_queries_see_the_first_block_right_before_the_window(tokenizer):
 def test_variants_of_a_plain_model(saved):
     from landmark.texts.loading import load
 
-    full, window, dynamic = plain_variants(load(str(saved / "plain"), "cpu"), 40, 2.0)
+    plain = load(str(saved / "plain"), "cpu")
+    full, window, dynamic = plain_variants(plain, 40, RopeScaling("dynamic", 2.0))
     assert [each.attention for each in (full, window, dynamic)] == ["full", "window", "dynamic"]
     assert window.settings() == {"sink": SINK, "window": 40}
     assert dynamic.settings() == {"rope_factor": 2.0}
@@ -64,3 +65,23 @@ def test_variants_of_a_plain_model(saved):
     assert not torch.allclose(dynamic.logits(ids), full.logits(ids), atol=1e-2)
     assert window.beyond_trained(10_000) is False
     assert full.beyond_trained(10_000) is True
+
+
+def test_yarn_is_that_of_transformers(saved):
+    from landmark.texts.loading import load
+
+    plain = load(str(saved / "plain"), "cpu")
+    *_, yarn = plain_variants(plain, None, RopeScaling("yarn", 4.0))
+    assert yarn.attention == "yarn" and yarn.settings() == {"rope_factor": 4.0}
+    config = type(plain.model.config).from_pretrained(saved / "plain")
+    config.rope_parameters = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "original_max_position_embeddings": config.max_position_embeddings,
+    }
+    stock = type(plain.model).from_pretrained(saved / "plain", config=config)
+    ids = torch.randint(0, 300, (1, 200), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.allclose(yarn.logits(ids), stock(ids).logits, atol=1e-5)
+        assert not torch.allclose(yarn.logits(ids), Variant.of(plain).logits(ids), atol=1e-2)

@@ -74,24 +74,3 @@ def integers(option: str, text: str) -> tuple[int, ...]:
 def words(text: str) -> tuple[str, ...]:
     """Reads words separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def rope_factor(text: str | None) -> float | None:
-    """Reads ``dynamic`` (factor 2) or ``dynamic:FACTOR``; ``None`` stays.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if text is None:
-        return None
-    kind, _, factor = text.partition(":")
-    try:
-        found = float(factor or 2) if kind == "dynamic" else 0.0
-    except ValueError:
-        found = 0.0
-    if not 1 <= found <= GREATEST:
-        raise ValueError(
-            f"--rope: expected dynamic or dynamic:FACTOR, the factor from 1 to {GREATEST}, got "
-            f"{text!r}; write for example --rope dynamic:2"
-        )
-    return found

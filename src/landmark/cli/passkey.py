@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model, Seed, integers, rope_factor, words
+from landmark.cli.options import Device, Dtype, Model, Seed, integers, words
 from landmark.cli.output import note
 from landmark.cli.progress import Shown
 from landmark.config import GREATEST
@@ -73,7 +73,8 @@ def passkey(
     rope: Annotated[
         str | None,
         typer.Option(
-            help="Measure plain models also with RoPE scaling: dynamic or dynamic:FACTOR."
+            help="Measure plain models also with RoPE scaling: dynamic or yarn, with a factor as "
+            "in yarn:4."
         ),
     ] = None,
     plain_limit: Annotated[
@@ -91,12 +92,11 @@ def passkey(
     documents = integers("--lengths", lengths)
     counts = () if facts is None else integers("--facts", facts)
     retrieved = None if top_k is None else integers("--top-k", top_k)
-    factor = rope_factor(rope)
     with Shown() as progress:
         from landmark.cli.tables import passkey_table, show
         from landmark.eval import passkey as task_module
         from landmark.eval import plots, results
-        from landmark.eval.variants import load_variants
+        from landmark.eval.variants import RopeScaling, load_variants
         from landmark.texts.loading import quiet
 
         task = task_module.PasskeyTask(
@@ -115,7 +115,7 @@ def passkey(
             plots.require_picture(plot, "plot")
         quiet()
         variants = load_variants(
-            model, compare, device=device, dtype=dtype, window=window, rope=factor
+            model, compare, device=device, dtype=dtype, window=window, rope=RopeScaling.read(rope)
         )
 
         def tell(row: results.PasskeyRow) -> None:

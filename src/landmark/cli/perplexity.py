@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model, Seed, integers, rope_factor
+from landmark.cli.options import Device, Dtype, Model, Seed, integers
 from landmark.cli.output import note
 from landmark.cli.progress import Shown
 from landmark.config import GREATEST
@@ -60,7 +60,8 @@ def perplexity(
     rope: Annotated[
         str | None,
         typer.Option(
-            help="Measure plain models also with RoPE scaling: dynamic or dynamic:FACTOR."
+            help="Measure plain models also with RoPE scaling: dynamic or yarn, with a factor as "
+            "in yarn:4."
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(max=GREATEST, help="Most tokens to measure.")] = 1
@@ -84,13 +85,12 @@ def perplexity(
         "local_blocks": integers("--local-blocks", local_blocks),
         "top_k": integers("--top-k", top_k),
     }
-    factor = rope_factor(rope)
     with Shown() as progress:
         from landmark.cli.tables import perplexity_table, show
         from landmark.data.text import read_documents
         from landmark.eval import perplexity as task_module
         from landmark.eval import plots, results
-        from landmark.eval.variants import load_variants
+        from landmark.eval.variants import RopeScaling, load_variants
         from landmark.texts.loading import quiet
 
         task = task_module.PerplexityTask(
@@ -106,7 +106,7 @@ def perplexity(
         documents = list(read_documents(data, split=split))
         quiet()
         variants = load_variants(
-            model, compare, device=device, dtype=dtype, window=window, rope=factor
+            model, compare, device=device, dtype=dtype, window=window, rope=RopeScaling.read(rope)
         )
 
         def tell(row: results.PerplexityRow) -> None:

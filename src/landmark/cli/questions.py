@@ -9,7 +9,7 @@ import typer
 
 from landmark.cli.options import Device, Dtype, Model, Seed, integers, words
 from landmark.cli.output import note
-from landmark.cli.passkey import Granularities, Lengths, Read, TopKs
+from landmark.cli.passkey import Lengths, Read, TopKs
 from landmark.cli.progress import Shown
 from landmark.config import GREATEST
 
@@ -26,12 +26,16 @@ def questions(
     contexts: Annotated[
         str,
         typer.Option(
-            help="What is given with a question, separated by commas: evidence, nothing, haystack."
+            help="What is given with a question, separated by commas: evidence, nothing, bm25, "
+            "haystack."
         ),
     ] = "evidence,nothing,haystack",
     questions: Annotated[
         int | None, typer.Option(max=GREATEST, help="First questions to ask. By default all.")
     ] = None,
+    bm25_tokens: Annotated[
+        int, typer.Option(max=GREATEST, help="Text tokens of documents that BM25 finds.")
+    ] = 512,
     filler: Annotated[
         str,
         typer.Option(
@@ -40,7 +44,23 @@ def questions(
     ] = "pydoc",
     read: Read = "local",
     top_k: TopKs = None,
-    granularity: Granularities = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            help="As for eval passkey, or evidence: the blocks that hold the evidence and the best "
+            "beside them; separated by commas."
+        ),
+    ] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Run the weights of landmark models densely, too.")
+    ] = False,
+    rope: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure plain models also with RoPE scaling: dynamic or yarn, with a factor as "
+            "in yarn:4."
+        ),
+    ] = None,
     compare: Annotated[
         str | None, typer.Option(help="Second model to measure, landmark or plain.")
     ] = None,
@@ -63,12 +83,13 @@ def questions(
         from landmark.data.questions import first_questions, read_question_sets
         from landmark.eval import questions as task_module
         from landmark.eval import results
-        from landmark.eval.variants import load_variants
+        from landmark.eval.variants import RopeScaling, load_variants
         from landmark.texts.loading import quiet
 
         task = task_module.QuestionsTask(
             lengths=haystacks,
             contexts=words(contexts),
+            bm25_tokens=bm25_tokens,
             filler=filler,
             read=read,
             top_k=None if top_k is None else integers("--top-k", top_k),
@@ -79,7 +100,14 @@ def questions(
         )
         sets = first_questions(list(read_question_sets(data, split=split)), questions)
         quiet()
-        variants = load_variants(model, compare, device=device, dtype=dtype, window=None, rope=None)
+        variants = load_variants(
+            model,
+            compare,
+            device=device,
+            dtype=dtype,
+            rope=RopeScaling.read(rope),
+            dense=dense,
+        )
 
         def tell(row: results.QuestionsRow) -> None:
             progress.rest()

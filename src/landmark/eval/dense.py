@@ -51,6 +51,7 @@ def dense_model(model: Any) -> Any:
     }
     dense.load_state_dict(weights, assign=True)
     dense.tie_weights()
+    dense.generation_config = model.generation_config
     return dense.to(model.device).eval()
 
 

@@ -1,7 +1,8 @@
 """Measure answers to questions about documents, alone and hidden among others.
 
-A question is asked with its evidence alone, with nothing, and with the documents of many questions
-in one text of a given length, which is read once and asked again and again.
+A question is asked with its evidence alone, with nothing, with what a search by words finds, and
+with the documents of many questions in one text of a given length, which is read once and asked
+again and again.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from landmark.data.chat import SEPARATOR, chat_ends
 from landmark.data.encoding import Progress
 from landmark.data.questions import DocumentQuestion, QuestionSet
 from landmark.data.tokenizer import encode
+from landmark.eval.bm25 import Bm25
 from landmark.eval.fillers import Filler, load_filler
 from landmark.eval.measure import measured
 from landmark.eval.passkey import settings_of
 from landmark.eval.results import QuestionsRow
 from landmark.eval.variants import Variant
-from landmark.eval.yardsticks import register
-from landmark.hf.recall import EvidenceQuery, EvidenceRecall
+from landmark.eval.yardsticks import EvidenceBlocks, evidence, register
+from landmark.hf.recall import EvidenceQuery, EvidenceRecall, blocks_of
 from landmark.texts.reading import READS, read_into_memory
 
-CONTEXTS = ("evidence", "nothing", "haystack")
+CONTEXTS = ("evidence", "nothing", "bm25", "haystack")
 FILLER_PIECE = 128  # tokens of filler between two documents
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -44,7 +46,9 @@ class QuestionsTask:
     Attributes:
         lengths: text tokens of the haystacks; none for no haystack.
         contexts: what is given with a question: ``evidence`` (the documents that answer it),
-            ``nothing``, ``haystack``.
+            ``nothing``, ``bm25`` (the documents that BM25 finds best, up to ``bm25_tokens``),
+            ``haystack``.
+        bm25_tokens: text tokens of documents by BM25; the last one is cut.
         filler: what a haystack is filled up with, as for ``load_filler``.
         read: ``local`` reads without retrieval, ``retrieve`` with; questions always retrieve.
         top_k: settings of landmark models, each tried; ``None`` keeps the model's own.
@@ -58,7 +62,8 @@ class QuestionsTask:
     """
 
     lengths: tuple[int, ...] = ()
-    contexts: tuple[str, ...] = CONTEXTS
+    contexts: tuple[str, ...] = ("evidence", "nothing", "haystack")
+    bm25_tokens: int = 512
     filler: str = "paper"
     read: str = "local"
     top_k: tuple[int, ...] | None = None
@@ -68,7 +73,11 @@ class QuestionsTask:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = {"lengths": self.lengths, "max_new_tokens": (self.max_new_tokens,)}
+        counts = {
+            "lengths": self.lengths,
+            "max_new_tokens": (self.max_new_tokens,),
+            "bm25_tokens": (self.bm25_tokens,),
+        }
         for name, values in counts.items():
             if any(value < 1 for value in values):
                 raise ValueError(
@@ -153,8 +162,9 @@ def run(
         ValueError: documents that answer a question do not fit a haystack, or a template that
             fails.
         FileNotFoundError: a filler that does not exist.
+        ModuleNotFoundError: bm25s is missing for context ``bm25``.
     """
-    register()
+    register(EvidenceBlocks)
     rows = []
     for variant in variants:
         found = [unit for each in sets for unit in _units(each, variant.tokenizer)]
@@ -194,8 +204,10 @@ def _texts(
     if context == "nothing":
         questions = [question for unit in units for question in unit.questions]
         return [AskedText([], questions, [()] * len(questions))]
-    if length is None:
+    if context == "evidence":
         return list(_alone(units))
+    if length is None:
+        return list(_by_bm25(units, others, variant.tokenizer, task.bm25_tokens))
     filler = load_filler(task.filler, variant.tokenizer, progress)
     return haystacks(units, others, filler, length, random.Random(f"{task.seed} {length}"))
 
@@ -207,6 +219,32 @@ def _alone(units: Sequence[_Unit]) -> Iterator[AskedText]:
             needed = [document for document in unit.documents if number in document.spans]
             text = _joined([(document, 0) for document in needed], unit.questions)
             yield AskedText(text.ids, [question], [text.evidence[number]])
+
+
+def _by_bm25(
+    units: Sequence[_Unit], others: Sequence[_Document], tokenizer: Any, tokens: int
+) -> Iterator[AskedText]:
+    """Yields a text for each question: the best documents by BM25, the best first."""
+    documents = [document for unit in units for document in unit.documents]
+    index = Bm25([tokenizer.decode(document.ids) for document in (*documents, *others)])
+    first = 0  # of the unit's documents
+    for unit in units:
+        own = range(first, first + len(unit.documents))
+        first = own.stop
+        for number, question in enumerate(unit.questions):
+            scores = index.scores(question.question)
+            ids: list[int] = []
+            spans: list[range] = []
+            for at in sorted(range(len(scores)), key=lambda each: -scores[each]):
+                document = (*documents, *others)[at]
+                for span in document.spans.get(number, ()) if at in own else ():
+                    end = min(len(ids) + span.stop, tokens)
+                    if len(ids) + span.start < end:
+                        spans.append(range(len(ids) + span.start, end))
+                ids += document.ids[: tokens - len(ids)]
+                if len(ids) == tokens:
+                    break
+            yield AskedText(ids, [question], [tuple(spans)])
 
 
 def haystacks(
@@ -330,7 +368,7 @@ def _row(
         model=variant.name,
         attention=variant.attention,
         context=context,
-        length=length,
+        length=task.bm25_tokens if context == "bm25" else length,
         filler=task.filler if context == "haystack" else None,
         texts=len(texts),
         asked=len(scores),
@@ -363,7 +401,7 @@ def _answers(
     tokenizer = variant.tokenizer
     ends = chat_ends(tokenizer, variant.model.generation_config.eos_token_id)
     memory: Any = None
-    for question, evidence in zip(text.questions, text.evidence, strict=True):
+    for question, spans in zip(text.questions, text.evidence, strict=True):
         frame = prompt_frame(tokenizer, question.question, has_texts=bool(text.ids))
         prefix = [*frame.before, *text.ids]
         if memory is None and prefix:
@@ -374,19 +412,21 @@ def _answers(
         ids = torch.tensor([[*prefix, *frame.after]], device=variant.device)
         if cache is not None and recall is not None:
             cache.record = True
-        written = variant.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=task.max_new_tokens,
-            do_sample=False,
-            eos_token_id=ends,
-            pad_token_id=ends[0],
-        )
-        if cache is not None and recall is not None and evidence:
-            shift = len(frame.before)
-            moved = tuple(range(shift + span.start, shift + span.stop) for span in evidence)
-            query = EvidenceQuery(0, ids.shape[1] - 1, moved)
+        shift = len(frame.before)
+        moved = tuple(range(shift + span.start, shift + span.stop) for span in spans)
+        query = EvidenceQuery(0, ids.shape[1] - 1, moved)
+        named = blocks_of(query, variant.model.landmark.block_size) if variant.is_landmark else ()
+        with evidence(named):
+            written = variant.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                max_new_tokens=task.max_new_tokens,
+                do_sample=False,
+                eos_token_id=ends,
+                pad_token_id=ends[0],
+            )
+        if cache is not None and recall is not None and spans:
             recall.add(cache.retrievals, [query])
         answer: str = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
         yield answer

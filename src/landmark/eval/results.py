@@ -267,8 +267,9 @@ class QuestionsRow:
         model: name or path of the model.
         attention: ``landmark``, or for a plain model ``full``, ``window`` or ``dynamic``.
         context: what is given with a question: ``evidence`` (the documents that answer it),
-            ``nothing``, or ``haystack`` (they stand among others).
-        length: text tokens of a haystack; ``None`` in other contexts.
+            ``nothing``, ``bm25`` (the best documents by BM25), or ``haystack`` (the documents that
+            answer it stand among others).
+        length: text tokens of a haystack or of the documents by BM25; ``None`` in other contexts.
         filler: what haystacks are filled up with; ``None`` in other contexts.
         texts: texts that were read.
         asked: questions.

@@ -1,23 +1,58 @@
 """The models that are measured: as they are, or plain ones with other attention.
 
 A plain model is measured with full attention and, where asked for, with a sliding window or with
-dynamic RoPE scaling.
+RoPE scaling. The weights of a landmark model can be run densely, too.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from landmark.blocks import slots_for
 from landmark.config import GREATEST, LandmarkConfig
+from landmark.eval.dense import dense_model
 from landmark.eval.window import SINK, window_attention
 from landmark.hf.bundled import model_folder
 from landmark.texts.loading import LoadedModel, load, load_configured
+
+ROPE_TYPES = ("dynamic", "yarn")
+
+
+class RopeScaling(NamedTuple):
+    """RoPE scaling that a plain model is measured with, by the names of transformers.
+
+    Attributes:
+        rope_type: ``dynamic`` or ``yarn``.
+        factor: how many times the trained length it is meant for.
+    """
+
+    rope_type: str
+    factor: float
+
+    @classmethod
+    def read(cls, text: str | None) -> RopeScaling | None:
+        """Reads ``TYPE`` (factor 2) or ``TYPE:FACTOR``; ``None`` stays.
+
+        Raises:
+            ValueError: anything else.
+        """
+        if text is None:
+            return None
+        rope_type, _, factor = text.partition(":")
+        try:
+            found = float(factor or 2) if rope_type in ROPE_TYPES else 0.0
+        except ValueError:
+            found = 0.0
+        if not 1 <= found <= GREATEST:
+            raise ValueError(
+                f"rope: expected {' or '.join(ROPE_TYPES)}, alone or followed by a colon and a "
+                f"factor from 1 to {GREATEST}, got {text!r}; pass for example rope=dynamic:2"
+            )
+        return cls(rope_type, found)
 
 
 @dataclass(frozen=True)
@@ -26,15 +61,15 @@ class Variant(LoadedModel):
 
     Attributes:
         window: latest tokens that a query of a windowed plain model sees beside the first 64.
-        rope_factor: of dynamic RoPE scaling, which the plain model was loaded with.
+        rope: RoPE scaling that the plain model was loaded with.
     """
 
     window: int | None = None
-    rope_factor: float | None = None
+    rope: RopeScaling | None = None
 
     @classmethod
     def of(
-        cls, loaded: LoadedModel, *, window: int | None = None, rope_factor: float | None = None
+        cls, loaded: LoadedModel, *, window: int | None = None, rope: RopeScaling | None = None
     ) -> Variant:
         """Returns a loaded model as a variant."""
         return cls(
@@ -43,17 +78,17 @@ class Variant(LoadedModel):
             tokenizer=loaded.tokenizer,
             folder=loaded.folder,
             window=window,
-            rope_factor=rope_factor,
+            rope=rope,
         )
 
     @property
     def attention(self) -> str:
-        """``landmark``, or for a plain model ``full``, ``window`` or ``dynamic``."""
+        """``landmark``, or for a plain model ``full``, ``window``, ``dynamic`` or ``yarn``."""
         if self.is_landmark:
             return "landmark"
         if self.window is not None:
             return "window"
-        return "full" if self.rope_factor is None else "dynamic"
+        return "full" if self.rope is None else self.rope.rope_type
 
     @property
     def trained_length(self) -> int | None:
@@ -71,8 +106,8 @@ class Variant(LoadedModel):
             return fields
         if self.window is not None:
             return {"sink": SINK, "window": self.window}
-        if self.rope_factor is not None:
-            return {"rope_factor": self.rope_factor}
+        if self.rope is not None:
+            return {"rope_factor": self.rope.factor}
         return {}
 
     def beyond_trained(self, length: int) -> bool | None:
@@ -127,8 +162,9 @@ def load_variants(
     *,
     device: str,
     dtype: str,
-    window: int | None,
-    rope: float | None,
+    window: int | None = None,
+    rope: RopeScaling | None = None,
+    dense: bool = False,
 ) -> list[Variant]:
     """Loads one model or two: landmark models first, then each plain one in all its variants.
 
@@ -139,6 +175,7 @@ def load_variants(
         dtype: as for ``load``.
         window: as for ``plain_variants``.
         rope: as for ``plain_variants``.
+        dense: whether the weights of landmark models also run as a plain model.
 
     Raises:
         ValueError: as ``load`` and ``plain_variants``, and for a window or scaling without a plain
@@ -156,21 +193,29 @@ def load_variants(
             "compare=Qwen/Qwen3-0.6B"
         )
     variants = [Variant.of(each) for each in loaded if each.is_landmark]
+    if dense:
+        variants += [
+            Variant.of(replace(each, model=dense_model(each.model)))
+            for each in loaded
+            if each.is_landmark
+        ]
     for each in plain:
         variants += plain_variants(each, window, rope)
     return variants
 
 
-def plain_variants(plain: LoadedModel, window: int | None, rope: float | None) -> list[Variant]:
+def plain_variants(
+    plain: LoadedModel, window: int | None, rope: RopeScaling | None
+) -> list[Variant]:
     """Returns a plain model as it is and, where asked for, windowed and with scaled RoPE.
 
     Args:
         plain: a plain model.
         window: the latest tokens that a query sees beside the first 64.
-        rope: factor of dynamic RoPE scaling.
+        rope: RoPE scaling.
 
     Raises:
-        ValueError: a window or a factor below 1.
+        ValueError: a window below 1.
     """
     variants = [Variant.of(plain)]
     if window is not None:
@@ -181,13 +226,9 @@ def plain_variants(plain: LoadedModel, window: int | None, rope: float | None) -
             )
         variants.append(Variant.of(plain, window=window))
     if rope is not None:
-        if not 1 <= rope < math.inf:
-            raise ValueError(
-                f"rope: expected a factor of at least 1, got {rope}; pass for example 2"
-            )
         config = type(plain.model.config).from_dict(plain.model.config.to_dict())
         old = getattr(config, "rope_parameters", None) or {}
-        config.rope_parameters = {**old, "rope_type": "dynamic", "factor": rope}
+        config.rope_parameters = {**old, **rope._asdict()}
         scaled = load_configured(
             plain.name,
             model_folder(plain.name),
@@ -195,5 +236,5 @@ def plain_variants(plain: LoadedModel, window: int | None, rope: float | None) -
             plain.device,
             next(plain.model.parameters()).dtype,
         )
-        variants.append(Variant.of(scaled, rope_factor=rope))
+        variants.append(Variant.of(scaled, rope=rope))
     return variants

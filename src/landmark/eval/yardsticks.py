@@ -6,6 +6,8 @@ Each is a value of ``LandmarkConfig.granularity`` once ``register`` was called, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar
 
@@ -106,16 +108,46 @@ class BlockMass(Yardstick):
         return total
 
 
+class EvidenceBlocks(Yardstick):
+    """The blocks that ``evidence`` names, and the best landmarks beside them: reading alone."""
+
+    name: ClassVar[str] = "evidence"
+    blocks: ClassVar[tuple[int, ...]] = ()
+
+    def merits(
+        self, query: Tensor, grid: QueryGrid, landmarks: LandmarkKeys, context: LayerContext
+    ) -> Tensor:
+        """See ``Yardstick.merits``."""
+        scores = landmark_scores(query, grid, landmarks, context)
+        named = torch.tensor(self.blocks, device=scores.device, dtype=torch.long)
+        is_named = torch.isin(landmarks.blocks[0], named)
+        return scores.masked_fill(is_named, torch.finfo(scores.dtype).max)
+
+
+@contextmanager
+def evidence(blocks: Iterable[int]) -> Iterator[None]:
+    """Says which blocks granularity ``evidence`` selects in calls inside the ``with`` block."""
+    before = EvidenceBlocks.blocks
+    EvidenceBlocks.blocks = tuple(blocks)
+    try:
+        yield
+    finally:
+        EvidenceBlocks.blocks = before
+
+
 YARDSTICKS: tuple[type[Yardstick], ...] = (LatestBlocks, RandomBlocks, MeanKeys, BlockMass)
 
 
-def register() -> None:
+def register(*further: type[Yardstick]) -> None:
     """Makes the yardsticks values of ``LandmarkConfig.granularity``; once is enough.
+
+    Args:
+        *further: yardsticks beside those of ``YARDSTICKS``.
 
     Raises:
         ValueError: another selector has taken one of their names.
     """
-    for each in YARDSTICKS:
+    for each in (*YARDSTICKS, *further):
         if SELECTORS.get(each.name) is not each:
             register_selector(each)
 
