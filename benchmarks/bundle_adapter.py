@@ -90,6 +90,7 @@ def _shard(weights: dict[str, torch.Tensor], folder: Path) -> None:
     )
     for file, names in split.filename_to_tensors.items():
         save_file({name: weights[name].contiguous() for name in names}, folder / file)
+        (folder / file).chmod(0o644)  # safetensors writes files that only their owner reads
     if split.is_sharded:
         _write(folder / ADAPTER_INDEX, {"weight_map": split.tensor_to_filename})
 

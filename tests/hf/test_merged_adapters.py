@@ -154,9 +154,11 @@ def test_another_base_by_name(here: tuple[Path, Any], tmp_path: Path, name: str)
     """It is said and noted that nothing was measured on it."""
     root, _ = here
     stock = stock_folder(root, tmp_path / name)
+    weights = (tmp_path / name / "model.safetensors").read_bytes()
     with pytest.warns(UserWarning, match=f"smollm2 on {name}: not measured"):
         model = landmark.load(f"smollm2@{name}", dtype=torch.float32)
     assert model.config.base == {"name": name, "measured": False}
+    assert (tmp_path / name / "model.safetensors").read_bytes() == weights
     marked = landmark.convert(stock, block_size=16, top_k=2, local_blocks=1)
     expected = peft.PeftModel.from_pretrained(marked, root / "out" / "adapter").merge_and_unload()
     for key, weight in model.state_dict().items():

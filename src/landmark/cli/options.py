@@ -14,7 +14,8 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="Model: folder or hub name. By default the bundled model; `twin` is its twin with "
-        "plain attention."
+        "plain attention. `smollm2` is SmolLM2-135M-Instruct with landmarks, and `smollm2@BASE` "
+        "the same on other base weights, a folder or hub name, on which nothing was measured."
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]

@@ -205,7 +205,7 @@ def merge(weights: dict[str, Tensor], folder: str, base: str) -> None:
                 f"shape {shape}, got {base} with "
                 f"{'none' if found is None else tuple(found.shape)}; name another base"
             )
-        weights[target] = found + (tensor @ down) * scale
+        found += (tensor @ down).mul_(scale)
 
 
 def _files(folder: Path) -> list[Path]:

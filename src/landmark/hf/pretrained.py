@@ -107,7 +107,8 @@ def find(path: Any, **loading: Any) -> ModelSource:
     """Finds a model and reads its config, as ``AutoModelForCausalLM.from_pretrained`` does.
 
     Args:
-        path: a folder or hub name, of a model or of an adapter of peft.
+        path: a folder or hub name, of a model or of an adapter of peft; or an adapter with a pinned
+            base (``landmark.hf.base``), ``FOLDER`` or ``FOLDER@BASE``.
         **loading: arguments of ``from_pretrained``: where to look (``subfolder``, ``revision``,
             ...), ``config``, fields of the config, and those about weights.
 
@@ -162,6 +163,7 @@ def read_weights(source: ModelSource) -> tuple[Any, dict[str, Any]]:
         ValueError: the weights are damaged, of other shapes, or not complete. Weights that are not
             complete are no error where the caller asked for the loading info.
         FileNotFoundError: there are no weights.
+        ModuleNotFoundError: the package with the base weights is not installed, or gguf.
     """
     other_shapes = bool(source.loading.get("ignore_mismatched_sizes"))
     if source.merged is not None:
@@ -212,17 +214,18 @@ def _read_merged(source: ModelSource, adapter: MergedAdapter) -> tuple[Any, dict
         weights = pinned.read(source.config)
     else:
         weights = _named_base(source, adapter.named, adapter.finding)
+    merge(weights, adapter.folder, adapter.named or pinned.file)
+    if adapter.named is not None:
         warnings.warn(
             f"{pinned.name} on {adapter.named}: not measured; what its card says was measured on "
             f"{pinned.file}",
             stacklevel=4,
         )
-    merge(weights, adapter.folder, adapter.named or pinned.file)
     source.config.base = adapter.provenance
-    hub = {name: value for name, value in source.loading.items() if name not in HUB}
-    arguments = {**hub, "ignore_mismatched_sizes": True}
+    arguments = {name: value for name, value in source.loading.items() if name not in HUB}
+    arguments["ignore_mismatched_sizes"] = True
+    made = family(source.config.model_type.removeprefix(PREFIX)).causal_lm
     with in_one_line(source.name):
-        made = family(source.config.model_type.removeprefix(PREFIX)).causal_lm
         model, info = made.from_pretrained(
             None, config=source.config, state_dict=weights, output_loading_info=True, **arguments
         )
@@ -240,6 +243,11 @@ def _named_base(source: ModelSource, named: str, finding: dict[str, Any]) -> dic
         ValueError: it is of another architecture, or rotates otherwise.
     """
     stock = find(named, dtype=torch.float32, **finding)
+    if stock.config.model_type.startswith(PREFIX):
+        raise ValueError(
+            f"{source.name}: expected the plain model that was converted, got the landmark model "
+            f"{named}; name a plain one"
+        )
     expected = _kind(source.config)
     found = _kind(stock.config)
     if found != expected:
@@ -252,10 +260,11 @@ def _named_base(source: ModelSource, named: str, finding: dict[str, Any]) -> dic
 
 
 def _kind(config: Any) -> str:
-    """Returns the architecture of a config and how it rotates."""
-    rope = config.rope_parameters
+    """Returns the architecture of a config and how it rotates, in words."""
+    rope = getattr(config, "rope_parameters", None) or {}
     kind = config.model_type.removeprefix(PREFIX)
-    return f"{kind} with RoPE {rope['rope_type']!r}, theta {float(rope['rope_theta']):.0f}"
+    theta = float(rope.get("rope_theta", 0))
+    return f"{kind} with RoPE {rope.get('rope_type')!r}, theta {theta:.0f}"
 
 
 def _name(path: str, adapter: Adapter | None) -> str:
