@@ -36,6 +36,7 @@ PINNED = PinnedBase(
     hub="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
 SHARD = "14MB"
+NOTE = "LANDMARK.md"  # says how to load the folder by the name that it had
 # Saved in bfloat16, weights are rounded by at most 2^-9 of each; so is what the adapter adds.
 TOLERANCE = 2**-8
 
@@ -69,7 +70,7 @@ def bundle(trained: Path, folder: Path, pinned: PinnedBase, dtype: torch.dtype) 
         made = Path(made) / folder.name
         made.mkdir()
         for file in trained.iterdir():
-            if file.is_file() and "safetensors" not in file.name:
+            if file.is_file() and "safetensors" not in file.name and file.name != NOTE:
                 shutil.copy(file, made)
         fields = dataclasses.asdict(pinned)
         fields.pop("name")

@@ -14,6 +14,7 @@ import pytest
 import landmark
 import merged
 from landmark.cli import app as cli
+from landmark.hf.bundled import model_path
 
 pytest.importorskip("gguf")
 pytest.importorskip("peft")
@@ -112,6 +113,13 @@ def test_another_base(run: Any, made: Path) -> None:
     with pytest.warns(UserWarning, match="not measured"):
         assert run(line)[0] == 0
     assert landmark.load("tuned").config.base["measured"] is False
+
+
+def test_a_base_that_does_not_fit(run: Any) -> None:
+    """The line says what does not fit, not that something was saved badly."""
+    code, _, err = run(f"generate hi --model smollm2@{model_path('twin')}")
+    assert code == 2 and err.count("\n") == 1
+    assert "expected a base like" in err and err.endswith("theta 10000; name another one\n")
 
 
 def test_it_is_a_landmark_model_already(run: Any) -> None:

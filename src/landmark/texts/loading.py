@@ -176,6 +176,9 @@ def load_configured(
     except ModuleNotFoundError:
         raise
     except Exception as error:  # transformers raises many kinds for what is missing or damaged
+        says_what = isinstance(error, (ValueError, FileNotFoundError))
+        if says_what and has_pinned_base(split_base(folder)[0]):
+            raise
         raise ValueError(
             f"model: expected weights and a tokenizer of transformers in {folder}, got "
             f"{first_line(error)}; save both with save_pretrained"
