@@ -32,7 +32,7 @@ ROWS = {
     "cli": 7,
 }
 STRANGERS = {("texts", "train"), ("eval", "train")}
-OPTIONAL = {"bm25s", "matplotlib", "datasets", "peft", "accelerate", "faiss", "triton"}
+OPTIONAL = {"bm25s", "matplotlib", "datasets", "peft", "accelerate", "faiss", "triton", "gguf"}
 # What a folder may import besides the standard library; optional packages only inside functions.
 THIRD_PARTY = {
     "": set(),
@@ -44,7 +44,7 @@ THIRD_PARTY = {
     "ops/triton": {"torch", "triton"},
     "memory": {"torch", "faiss"},
     "memory/triton": {"torch", "triton"},
-    "hf": {"torch", "transformers", "safetensors", "numpy", "peft"},
+    "hf": {"torch", "transformers", "safetensors", "numpy", "peft", "gguf"},
     "data": {"torch", "transformers", "tokenizers", "numpy", "datasets"},
     "train": {
         "torch",

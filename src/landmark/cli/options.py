@@ -12,7 +12,11 @@ from landmark.data.characters import from_arguments
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Model: folder or hub name. By default the bundled model."),
+    typer.Option(
+        help="Model: folder or hub name. By default the bundled model. `smollm2` is "
+        "SmolLM2-135M-Instruct with landmarks, and `smollm2@BASE` the same on other base weights, "
+        "a folder or hub name, on which nothing was measured."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[

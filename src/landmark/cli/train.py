@@ -45,7 +45,8 @@ Out = Annotated[Path, typer.Option(help="Folder of the trained model.")]
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Model to train further: folder, hub name or landmark. A plain one is converted."
+        help="Model to train further: folder, hub name, landmark or smollm2. A plain one is "
+        "converted."
     ),
 ]
 Config = Annotated[

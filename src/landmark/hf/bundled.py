@@ -8,14 +8,15 @@ from pathlib import Path
 from landmark.hf.damage import ADAPTER, CONFIG
 
 MODEL_FILES = (CONFIG, ADAPTER)
-NAMES = ("landmark",)
+NAMES = ("landmark", "smollm2")
 
 
 def model_path(name: str = "landmark") -> Path:
     """Returns the folder of a bundled model, with its tokenizer.
 
     Args:
-        name: ``landmark``.
+        name: ``landmark``, or ``smollm2``, an adapter of SmolLM2-135M-Instruct, whose weights
+            another package has.
 
     Raises:
         ValueError: an unknown name.
@@ -33,12 +34,14 @@ def model_path(name: str = "landmark") -> Path:
 
 
 def model_folder(name: str) -> str:
-    """Returns the folder of a bundled model for its name, other names as they are.
+    """Returns the folder of a bundled model for one of ``NAMES``, other names as they are.
 
     A model in a folder of that name in the working folder comes first; another folder or file of
-    that name does not count.
+    that name does not count. What follows an ``@`` names another base (``landmark.hf.base``) and
+    stays as it is.
     """
+    bundled, at, base = name.partition("@")
     is_local = any((Path(name) / file).is_file() for file in MODEL_FILES)
-    if name in NAMES and not is_local:
-        return str(model_path(name))
+    if bundled in NAMES and not is_local:
+        return f"{model_path(bundled)}{at}{base}"
     return name

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from landmark.config import LandmarkConfig
 from landmark.hf.attention import IMPLEMENTATION
-from landmark.hf.bundled import model_path
+from landmark.hf.bundled import model_folder, model_path
 from landmark.hf.causal import LandmarkCausalLMMixin, check_layers, warn_beyond_trained
 from landmark.hf.check import check_conversion
 from landmark.hf.columns import device_of
@@ -148,7 +148,8 @@ def load(path: Any = None, **loading: Any) -> Any:
     """Loads a landmark model.
 
     Args:
-        path: a folder or hub name; by default the bundled model.
+        path: a folder, a hub name, or a bundled model: ``landmark``, which is the default, or
+            ``smollm2``. ``smollm2@BASE`` is that on the weights in another folder or hub name.
         **loading: for ``from_pretrained`` (``dtype``, ``device_map``, ...).
 
     Returns:
@@ -158,6 +159,8 @@ def load(path: Any = None, **loading: Any) -> Any:
         ValueError: the folder holds no landmark model, settings or a config that ``convert`` would
             refuse, or damaged weights.
         FileNotFoundError: there is no model, or the bundled one is not installed.
+        ModuleNotFoundError: a package that it needs is not installed, as that with the weights of
+            ``smollm2``.
     """
     warn_untested()
     if "landmark" in loading:
@@ -165,7 +168,11 @@ def load(path: Any = None, **loading: Any) -> Any:
             "landmark= is no loading argument: load the model, then "
             "model.configure_landmark(top_k=...)"
         )
-    source = find(model_path() if path is None else path, **loading)
+    if path is None:
+        path = model_path()
+    elif isinstance(path, str):
+        path = model_folder(path)
+    source = find(path, **loading)
     kind = source.config.model_type
     if not kind.startswith(PREFIX):
         where = source.path

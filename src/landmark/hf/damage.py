@@ -141,8 +141,8 @@ def check_weights(folder: Path, variant: str | None, use_safetensors: bool | Non
             f"{folder}: expected a folder with config.json and weights, found none of "
             f"{', '.join(names)}; save the whole model there"
         )
-    for file in _shards(folder / found) if found.endswith(".json") else [folder / found]:
-        _check_tensors(file)
+    for file in shards(folder / found) if found.endswith(".json") else [folder / found]:
+        check_tensors(file)
 
 
 def check_adapter(folder: Path) -> None:
@@ -161,7 +161,7 @@ def check_adapter(folder: Path) -> None:
             f"{folder}: expected an adapter with weights, found none of "
             f"{', '.join(ADAPTER_WEIGHTS)}; save it again"
         )
-    _check_tensors(found)
+    check_tensors(found)
 
 
 def check_gguf(file: Path) -> None:
@@ -194,7 +194,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _shards(index: Path) -> list[Path]:
+def shards(index: Path) -> list[Path]:
     """Returns the files that an index of shards names.
 
     Raises:
@@ -220,7 +220,7 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _check_tensors(file: Path) -> None:
+def check_tensors(file: Path) -> None:
     """Raises ``ValueError`` for a file that does not hold tensors as its suffix says."""
     _check_fetched(file)
     try:

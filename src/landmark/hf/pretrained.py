@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import cached_file
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from landmark.hf.attention import IMPLEMENTATION
+from landmark.hf.base import MergedAdapter, PinnedBase, has_pinned_base, merge, split_base
 from landmark.hf.compat import forget_gguf, load_saved_modules, unpacked_gguf
 from landmark.hf.damage import (
     ADAPTER,
@@ -30,7 +34,7 @@ from landmark.hf.damage import (
     in_one_line,
     read_json,
 )
-from landmark.hf.families import PREFIX, check_landmark_config
+from landmark.hf.families import PREFIX, check_landmark_config, family
 
 # Loading arguments that say where to look for a hub name.
 HUB = (
@@ -78,6 +82,7 @@ class ModelSource:
         config: the config, with the fields that were given as loading arguments.
         loading: the other loading arguments, for ``from_pretrained``.
         wants_info: whether the caller asked for the loading info.
+        merged: the adapter in ``path`` that is merged into its base, if it is one.
     """
 
     path: str
@@ -85,11 +90,12 @@ class ModelSource:
     config: Any
     loading: dict[str, Any]
     wants_info: bool
+    merged: MergedAdapter | None = None
 
     @property
     def name(self) -> str:
         """The name of the model in messages."""
-        return _name(self.path, self.adapter)
+        return _name(self.path if self.merged is None else self.merged.name, self.adapter)
 
 
 def read_config(path: Any, **loading: Any) -> Any:
@@ -101,7 +107,8 @@ def find(path: Any, **loading: Any) -> ModelSource:
     """Finds a model and reads its config, as ``AutoModelForCausalLM.from_pretrained`` does.
 
     Args:
-        path: a folder or hub name, of a model or of an adapter of peft.
+        path: a folder or hub name, of a model or of an adapter of peft; or an adapter with a pinned
+            base (``landmark.hf.base``), ``FOLDER`` or ``FOLDER@BASE``.
         **loading: arguments of ``from_pretrained``: where to look (``subfolder``, ``revision``,
             ...), ``config``, fields of the config, and those about weights.
 
@@ -121,13 +128,18 @@ def find(path: Any, **loading: Any) -> ModelSource:
         )
     wants_info = bool(loading.pop("output_loading_info", False))
     model = os.path.expanduser(os.fsdecode(path))
-    adapter = _adapter(model, loading)
+    merged = _merged(model, loading)
+    adapter = None if merged is not None else _adapter(model, loading)
     if adapter is not None and adapter.base is not None:
         model = adapter.base
         loading = {
             name: value for name, value in loading.items() if name not in ("subfolder", "revision")
         }
+        merged = _merged(model, loading)
     name = _name(model, adapter)
+    if merged is not None:
+        model = merged.folder
+        loading = {name: value for name, value in loading.items() if name not in merged.finding}
     config, rest = _config(model, name, loading)
     if config.model_type.startswith(PREFIX):
         try:
@@ -135,7 +147,12 @@ def find(path: Any, **loading: Any) -> ModelSource:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return ModelSource(
-        path=model, adapter=adapter, config=config, loading=rest, wants_info=wants_info
+        path=model,
+        adapter=adapter,
+        config=config,
+        loading=rest,
+        wants_info=wants_info,
+        merged=merged,
     )
 
 
@@ -146,16 +163,20 @@ def read_weights(source: ModelSource) -> tuple[Any, dict[str, Any]]:
         ValueError: the weights are damaged, of other shapes, or not complete. Weights that are not
             complete are no error where the caller asked for the loading info.
         FileNotFoundError: there are no weights.
+        ModuleNotFoundError: the package with the base weights is not installed, or gguf.
     """
     other_shapes = bool(source.loading.get("ignore_mismatched_sizes"))
-    with _reading(source.path, source.name, source.loading, partial(_check_files, source)):
-        # Weights of other shapes are refused below, by name.
-        arguments = {**unpacked_gguf(source.loading), "ignore_mismatched_sizes": True}
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.path, config=source.config, output_loading_info=True, **arguments
-        )
-        if source.loading.get("gguf_file") is not None:
-            forget_gguf(model)
+    if source.merged is not None:
+        model, info = _read_merged(source, source.merged)
+    else:
+        with _reading(source.path, source.name, source.loading, partial(_check_files, source)):
+            # Weights of other shapes are refused below, by name.
+            arguments = {**unpacked_gguf(source.loading), "ignore_mismatched_sizes": True}
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.path, config=source.config, output_loading_info=True, **arguments
+            )
+            if source.loading.get("gguf_file") is not None:
+                forget_gguf(model)
     if info["mismatched_keys"] and not other_shapes:
         raise ValueError(f"{source.name}: {_of_other_shapes(info['mismatched_keys'])}")
     missing = set(info["missing_keys"])
@@ -167,6 +188,83 @@ def read_weights(source: ModelSource) -> tuple[Any, dict[str, Any]]:
             f"{len(missing)} of its tensors ({_first(missing)}); save the whole model again"
         )
     return model, info
+
+
+def _merged(path: str, loading: dict[str, Any]) -> MergedAdapter | None:
+    """Returns the adapter at a path that is merged into its base, if it is one."""
+    folder, named = split_base(path)
+    if not has_pinned_base(folder):
+        return None
+    of_base = () if named is None else (*HUB, "gguf_file")
+    finding = {name: loading[name] for name in of_base if name in loading}
+    return MergedAdapter(folder, named, finding)
+
+
+def _read_merged(source: ModelSource, adapter: MergedAdapter) -> tuple[Any, dict[str, Any]]:
+    """Returns the model of an adapter that is merged into its base, and its loading info.
+
+    The config notes the base, and whether anything was measured on it.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``read_weights``.
+        ModuleNotFoundError: as ``PinnedBase.read``.
+    """
+    pinned = PinnedBase.of(adapter.folder)
+    if adapter.named is None:
+        weights = pinned.read(source.config)
+    else:
+        weights = _named_base(source, adapter.named, adapter.finding)
+    merge(weights, adapter.folder, adapter.named or pinned.file)
+    if adapter.named is not None:
+        warnings.warn(
+            f"{pinned.name} on {adapter.named}: not measured; what its card says was measured on "
+            f"{pinned.file}",
+            stacklevel=4,
+        )
+    source.config.base = adapter.provenance
+    arguments = {name: value for name, value in source.loading.items() if name not in HUB}
+    arguments["ignore_mismatched_sizes"] = True
+    made = family(source.config.model_type.removeprefix(PREFIX)).causal_lm
+    with in_one_line(source.name):
+        model, info = made.from_pretrained(
+            None, config=source.config, state_dict=weights, output_loading_info=True, **arguments
+        )
+        if (Path(adapter.folder) / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(adapter.folder)
+    model.name_or_path = adapter.name
+    model.config.name_or_path = adapter.name
+    return model, info
+
+
+def _named_base(source: ModelSource, named: str, finding: dict[str, Any]) -> dict[str, Tensor]:
+    """Returns the weights of a base that the user named, in float32.
+
+    Raises:
+        ValueError: it is of another architecture, or rotates otherwise.
+    """
+    stock = find(named, dtype=torch.float32, **finding)
+    if stock.config.model_type.startswith(PREFIX):
+        raise ValueError(
+            f"{source.name}: expected the plain model that was converted, got the landmark model "
+            f"{named}; name a plain one"
+        )
+    expected = _kind(source.config)
+    found = _kind(stock.config)
+    if found != expected:
+        raise ValueError(
+            f"{source.name}: expected a base like that which the adapter was trained on, "
+            f"{expected}, got {found}; name another one"
+        )
+    weights: dict[str, Tensor] = read_weights(stock)[0].state_dict()
+    return weights
+
+
+def _kind(config: Any) -> str:
+    """Returns the architecture of a config and how it rotates, in words."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = config.model_type.removeprefix(PREFIX)
+    theta = float(rope.get("rope_theta", 0))
+    return f"{kind} with RoPE {rope.get('rope_type')!r}, theta {theta:.0f}"
 
 
 def _name(path: str, adapter: Adapter | None) -> str:

@@ -15,6 +15,7 @@ import torch
 from landmark.data.characters import require_utf8
 from landmark.data.errors import first_line
 from landmark.data.tokenizer import require_savable
+from landmark.hf.base import PinnedBase, has_pinned_base, split_base
 from landmark.hf.bundled import MODEL_FILES, model_folder, model_path
 from landmark.hf.damage import ADAPTER
 from landmark.hf.families import PREFIX
@@ -116,13 +117,15 @@ def load(name: str | None, device: str = "auto", dtype: str = "auto") -> LoadedM
     """Loads a landmark or plain causal language model with its tokenizer.
 
     Args:
-        name: folder, hub name, or ``landmark`` (the bundled one); ``None`` is ``landmark``.
+        name: folder, hub name, or ``landmark`` or ``smollm2`` (the bundled ones); ``None`` is
+            ``landmark``.
         device: ``auto``, ``cpu`` or a cuda device.
         dtype: ``auto`` or a dtype's name.
 
     Raises:
         ValueError: nothing that transformers can load is there.
         FileNotFoundError: a path that does not exist.
+        ModuleNotFoundError: a package that the model needs is missing.
     """
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
@@ -173,6 +176,9 @@ def load_configured(
     except ModuleNotFoundError:
         raise
     except Exception as error:  # transformers raises many kinds for what is missing or damaged
+        says_what = isinstance(error, (ValueError, FileNotFoundError))
+        if says_what and has_pinned_base(split_base(folder)[0]):
+            raise
         raise ValueError(
             f"model: expected weights and a tokenizer of transformers in {folder}, got "
             f"{first_line(error)}; save both with save_pretrained"
@@ -185,6 +191,7 @@ def tokenizer_folder(folder: str, base: str) -> str:
 
     An adapter has the tokenizer of its base unless it was saved with its own.
     """
+    folder, _ = split_base(folder)
     has_own = (Path(folder) / "tokenizer_config.json").is_file()
     return folder if has_own or not (Path(folder) / ADAPTER).is_file() else base
 
@@ -226,7 +233,12 @@ def require_model(folder: str) -> None:
 
     Raises:
         FileNotFoundError: ``folder`` is written as a path and is no folder with a config.json.
+        ModuleNotFoundError, ValueError: the base weights of an adapter are not installed, or are
+            others.
     """
+    folder, base = split_base(folder)
+    if base is None and has_pinned_base(folder):
+        PinnedBase.of(folder).find()
     path = Path(folder)
     looks_local = path.is_absolute() or folder.startswith((".", "~")) or folder.count("/") != 1
     if path.is_dir() and any((path / file).is_file() for file in MODEL_FILES):

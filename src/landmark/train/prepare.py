@@ -23,6 +23,7 @@ from landmark.data.tokenizer import (
     train_tokenizer,
 )
 from landmark.data.tokens import DocumentSpan
+from landmark.hf.base import split_base
 from landmark.hf.convert import convert, from_config, load
 from landmark.hf.families import PREFIX
 from landmark.hf.pretrained import read_config
@@ -92,7 +93,7 @@ def find_tokenizer(
         ValueError: no tokenizer, and data that one cannot be trained on.
     """
     if model is not None or tokenizer is not None:
-        found = load_tokenizer(str(tokenizer or model))
+        found = load_tokenizer(split_base(str(tokenizer or model))[0])
         require_savable(found, str(tokenizer or model))
         return found
     if (out / "tokenizer.json").is_file():
@@ -329,5 +330,5 @@ def stored_dtype(path: str | None) -> str:
     Args:
         path: folder or hub name of the model; ``None`` for a new one, which is in float32.
     """
-    dtype = None if path is None else AutoConfig.from_pretrained(path).dtype
+    dtype = None if path is None else AutoConfig.from_pretrained(split_base(path)[0]).dtype
     return str(dtype or torch.float32).removeprefix("torch.")

@@ -85,7 +85,7 @@ def train(
         out: folder of the result; checkpoints go to its subfolder ``checkpoints``.
         recipe: the settings; by default those of ``Recipe()``.
         model: a landmark model, or a stock model that gets landmarks first, or the bundled
-            ``landmark``; ``None`` to start from scratch with the recipe's model.
+            ``landmark`` or ``smollm2``; ``None`` to start from scratch with the recipe's model.
         plain: whether to train without landmarks on the same rows (the plain-attention twin).
         tokenizer: folder of a tokenizer for a model from scratch; by default one is trained on the
             texts.
