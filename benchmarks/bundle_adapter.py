@@ -1,8 +1,10 @@
 """Makes the bundled model smollm2 of what `landmark train --lora R --lora-layers all` saved.
 
+    python benchmarks/bundle_adapter.py --unpack out/base
+    landmark train --model out/base --out out/smollm2 --lora R --lora-layers all ...
     python benchmarks/bundle_adapter.py out/smollm2
 
-The base of the training is the file that ``BASE`` pins, unpacked. This is checked: merged into that
+The base of the training is the file that ``PINNED`` names, unpacked. This is checked: merged into that
 file, the adapter as it is bundled has to give the trained weights. Figures of the model are to be
 measured after this, as the adapter is rounded to ``--dtype``.
 """
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import landmark
 from landmark.hf.base import ADAPTER_INDEX, BASE, PinnedBase
@@ -43,13 +46,35 @@ TOLERANCE = 2**-8
 
 def main() -> None:
     """Reads the command line, bundles, and says how large the folder is."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("trained", type=Path, help="OUT of landmark train")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("trained", type=Path, nargs="?", help="OUT of landmark train")
+    parser.add_argument("--unpack", type=Path, help="write the base there, a stock model")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the adapter")
     given = parser.parse_args()
+    if given.unpack:
+        unpack(PINNED, given.unpack)
+        return
+    if given.trained is None:
+        parser.error("expected OUT of landmark train, or --unpack")
     bundle(given.trained, FOLDER, PINNED, getattr(torch, given.dtype))
     size = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
     print(f"{FOLDER}: {size / 1e6:.1f} MB")
+
+
+def unpack(pinned: PinnedBase, folder: Path) -> None:
+    """Writes a pinned base and its tokenizer as a folder of transformers, in float32.
+
+    Raises:
+        ModuleNotFoundError: the package with the file, or gguf, is not installed.
+    """
+    file = pinned.find()
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(pinned.read(config), strict=False)  # without the tied output layer
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
 def bundle(trained: Path, folder: Path, pinned: PinnedBase, dtype: torch.dtype) -> None:
