@@ -3,6 +3,7 @@
 Small calls run through Triton's interpreter, many calls on a GPU (``make test-gpu``).
 """
 
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from numerics import assert_close, low_precision_budget, lse_error, online_error
 from ops.cases import random_weights, results
 from ops.eager import eager_attention
 from ops.fused_cases import ROWS, Variant, random_call
+from ops.loop import blocks_of_row, place_of_query
 
 pytest.importorskip("triton")
 configs = pytest.importorskip("landmark.ops.triton.configs")
@@ -56,6 +58,11 @@ VARIANTS = [
     Variant(torch.float16, 128, 51, "plain", 3),
     Variant(torch.float16, 96, 200, "starts", 1),
     Variant(torch.float32, 64, 64, "starts", 20),
+    Variant(torch.bfloat16, 128, 64, "segments", 8),
+    Variant(torch.bfloat16, 64, 16, "segments", 4),
+    Variant(torch.float16, 128, 51, "segments", 3),
+    Variant(torch.float16, 96, 200, "segments", 1),
+    Variant(torch.float32, 64, 64, "segments", 20),
 ]
 
 
@@ -135,7 +142,7 @@ def small_case(seed, monkeypatch):
     block_size = rng.choice([16, 16, 17, 20, 32, 51, 64, 100, 128, 256])
     longest = LONGEST if rng.random() < 0.06 else 48
     rows = rng.choice(ROWS)
-    top_k = 0 if rows == "segments" else rng.choice([0, 0, 1, 3])
+    top_k = rng.choice([0, 0, 1, 3])
     most = 1 if longest == LONGEST else 2  # the interpreter takes a second for a few tiles
     return random_call(Variant(dtype, dim, block_size, rows, top_k), seed, longest, most=most)
 
@@ -222,14 +229,9 @@ def test_operators_keep_the_rules_of_torch(options, monkeypatch):
     origins, ends = (None, None) if segments is None else op.documents_of(segments, None)
     starts = None if starts is None else starts.int()
     leaves = [each.requires_grad_() for each in small_tensors()]
-    selection = (None,) * 5
-    if segments is None:
-        torch.library.opcheck(
-            op.select_blocks_op, (leaves[0].detach(), leaves[1].detach(), starts, 16, 0, 0.2, 2)
-        )
-        selection = op.select_blocks_op(
-            leaves[0].detach(), leaves[1].detach(), starts, 16, 0, 0.2, 2
-        )
+    asked = (leaves[0].detach(), leaves[1].detach(), starts, origins, 16, 0, 0.2, 2)
+    torch.library.opcheck(op.select_blocks_op, asked)
+    selection = op.select_blocks_op(*asked)
     torch.library.opcheck(op.attention, (*leaves, starts, origins, ends, *(None,) * 5, 16, 0, 0.2))
     torch.library.opcheck(op.attention, (*leaves, starts, origins, ends, *selection, 16, 0, 0.2))
 
@@ -247,6 +249,111 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(
         function, leaves, eps=1e-2, atol=2e-3, rtol=2e-2, fast_mode=True
     )
+
+
+# Documents of blocks of 16: without text, without landmark, of one token more than a block, of whole
+# blocks, of more blocks than are selected. Their borders lie inside tiles of 32 queries.
+DOCUMENTS = (1, 130, 15, 16, 17, 3, 64, 5, 100, 40)
+
+
+def packed_row(queries=None):
+    """Query, key and value of one row of ``DOCUMENTS``, and its ``segments``."""
+    noise = torch.Generator().manual_seed(0)
+    length = sum(DOCUMENTS)
+    shapes = (4, queries or length), (2, length), (2, length)
+    tensors = [torch.randn(1, *shape, 32, generator=noise) for shape in shapes]
+    number = torch.arange(len(DOCUMENTS)).flip(0)
+    return tensors, torch.repeat_interleave(number, torch.tensor(DOCUMENTS))[None]
+
+
+@interpreted
+@pytest.mark.parametrize("top_k", [None, 1, 3, 64])
+def test_packed_documents_are_those_alone(top_k):
+    tensors, segments = packed_row()
+    options = {"block_size": 16, "top_k": top_k}
+    weights, lse_weights = (torch.randn(1, 4, sum(DOCUMENTS), *more) for more in ((32,), ()))
+
+    def found(leaves, part, **more):
+        leaves = [each.clone().requires_grad_() for each in leaves]
+        out, lse = fused(*leaves, **options, **more)
+        seen = torch.where(lse > -torch.inf, lse, 0.0)
+        total = (out * weights[:, :, part]).sum() + (seen * lse_weights[:, :, part]).sum()
+        return out, seen, *torch.autograd.grad(total, leaves)
+
+    whole = found(tensors, slice(None), segments=segments)
+    low = 0
+    for length in DOCUMENTS:
+        part = slice(low, low + length)
+        alone = found([each[:, :, part] for each in tensors], part)
+        for each, expected in zip(whole, alone, strict=True):
+            assert_close(each[:, :, part], expected, 5e-6, f"document of {length}")
+        low += length
+
+
+@interpreted
+@pytest.mark.parametrize("rows", ROWS)
+def test_of_equal_scores_the_lower_block_of_the_document_wins(rows):
+    """All landmarks are equal, so each query keeps the first two of its document."""
+    tensors, segments = packed_row()
+    tensors[1][:] = tensors[1].round()
+    tensors[0][:] = tensors[0].round()
+    options = {"block_size": 16, "top_k": 2}
+    if rows == "segments":
+        options["segments"] = segments
+    if rows == "starts":
+        options["starts"] = torch.tensor([7])
+    for document in blocks_of_row(391, 16, 7 * (rows == "starts"), options.get("segments", [None])[0]):
+        for _, landmark in document:
+            if landmark is not None:
+                tensors[1][:, :, landmark] = 1.0
+    check(tensors, options)
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rows", ROWS)
+def test_lists_of_blocks_and_of_tiles(rows, seed):
+    """Against a loop over the queries; the blocks that they selected are random."""
+    lists_of = pytest.importorskip("landmark.ops.triton.block_lists").build_block_lists
+    op = pytest.importorskip("landmark.ops.triton.op")
+    rng = random.Random(seed)
+    _, segments = packed_row()
+    keys = segments.shape[1]
+    start = rng.choice([0, 45])
+    starts = torch.tensor([start], dtype=torch.int32) if start or rows == "starts" else None
+    queries = rng.choice([keys, 70])
+    first = keys - queries
+    row_segments = segments[0].tolist() if rows == "segments" else None
+    documents = blocks_of_row(keys, 16, start, row_segments)
+    selected = torch.full((1, 1, queries, 3), -1, dtype=torch.int32)
+    blocks = {}
+    tiles = {}
+    for index in range(queries):
+        place = place_of_query(first + index, documents, keys, 16, start, irregular=False)
+        if place is None:
+            continue
+        document, own = place
+        picked = rng.sample(range(own), min(own, 3))
+        selected[0, 0, index, : len(picked)] = torch.tensor(picked, dtype=torch.int32)
+        tile = index // 32
+        for block in picked:
+            slots = [*document[block][0], document[block][1]]
+            origin = document[0][0][0]
+            same = origin <= first + tile * 32
+            if same and slots[-1] < first + tile * 32:
+                blocks.setdefault(tile, set()).add(block)
+                number = slots[0] // 16 if rows == "segments" else block
+                tiles.setdefault(number, set()).add(tile)
+    origins = op.documents_of(segments, starts)[0] if rows == "segments" else None
+    found = lists_of(
+        selected, starts, origins, keys=keys, block_size=16, query_start=first, rows=32
+    )
+    for tile in range(-(-queries // 32)):
+        listed = found.blocks[0, 0, tile, : found.counts[0, 0, tile]].tolist()
+        assert listed == sorted(blocks.get(tile, set()))
+    for number, (low, high) in enumerate(itertools.pairwise(found.indptr[0, 0].tolist())):
+        assert found.tiles[0, 0, low:high].tolist() == sorted(tiles.get(number, set()))
+    assert found.indptr.shape[-1] == -(-keys // 16) + 1 and tiles
 
 
 @interpreted
