@@ -209,6 +209,11 @@ def test_there_are_as_many_cases_as_promised():
         assert sum(name in kind for kind in kinds) > 10, name
 
 
+def test_small_cases_reach_packed_rows_with_top_k(monkeypatch):
+    calls = [small_case(seed, monkeypatch)[1] for seed in range(FAST)]
+    assert sum({"segments", "top_k"} <= set(each) for each in calls) >= 5
+
+
 def options_of_each_kind():
     segments = torch.tensor([[0] * 30 + [1] * 15, [3] * 45])
     return [{}, {"starts": torch.tensor([7, 0])}, {"segments": segments}]
@@ -259,9 +264,7 @@ DOCUMENTS = (1, 15, 70, 3, 16, 17, 43)
 def packed_row():
     """Query, key and value of one row of ``DOCUMENTS``, and its ``segments``."""
     noise = torch.Generator().manual_seed(0)
-    tensors = [
-        torch.randn(1, heads, sum(DOCUMENTS), 32, generator=noise) for heads in (2, 1, 1)
-    ]
+    tensors = [torch.randn(1, heads, sum(DOCUMENTS), 32, generator=noise) for heads in (2, 1, 1)]
     number = torch.arange(len(DOCUMENTS)).flip(0)
     return tensors, torch.repeat_interleave(number, torch.tensor(DOCUMENTS))[None]
 
@@ -382,16 +385,27 @@ def test_memory_that_overlaps_and_scales_that_vanish():
 
 
 @interpreted
-@pytest.mark.parametrize("top_k", [None, 1])
-def test_the_very_first_call_may_be_a_compiled_one(top_k):
+@pytest.mark.parametrize(("top_k", "documents"), [(None, None), (1, None), (1, [0, 33, 7])])
+def test_the_very_first_call_may_be_a_compiled_one(top_k, documents):
     """A fresh process makes one graph, forward and backward, with the results of a plain call."""
     code = f"""
         import torch
         from landmark import landmark_attention
 
+        documents = {documents}
+        segments = None
+        if documents:
+            segments = torch.repeat_interleave(torch.arange(3), torch.tensor(documents))[None]
+
         def attend(query, key, value):
             return landmark_attention(
-                query, key, value, block_size=16, top_k={top_k}, impl="triton"
+                query,
+                key,
+                value,
+                block_size=16,
+                top_k={top_k},
+                segments=segments,
+                impl="triton",
             )
 
         tensors = [torch.randn(1, heads, 40, 32, requires_grad=True) for heads in (2, 1, 1)]
