@@ -263,9 +263,13 @@ def main(capability):
             for block_size in (64, 200) if dtype == "bf16" else (64,):
                 for kernel, tiles in (*zip(KERNELS, config, strict=True), selecting):
                     name = f"{kernel.__name__} {dtype} {dim} {block_size}"
-                    found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability)
-            selective = configs.with_top_k(config)
-            for kernel, tiles in (*zip(KERNELS, selective, strict=True), selecting):
+                    # It takes longest of all, so each variant is compiled for one block size.
+                    packed = kernel is select_blocks_kernel and block_size == 200
+                    fixed = constants(kernel, tiles, dim, block_size, packed)
+                    found[name] = shared_memory(
+                        kernel, tiles, dtype, dim, block_size, capability, fixed
+                    )
+            for kernel, tiles in zip(KERNELS, configs.with_top_k(config), strict=True):
                 fixed = constants(kernel, tiles, dim, 64, packed=True)
                 found[f"{kernel.__name__} {dtype} {dim} packed, top_k"] = shared_memory(
                     kernel, tiles, dtype, dim, 64, capability, fixed
