@@ -202,12 +202,7 @@ CASES = [
     (
         "kernels: large top_k",
         lambda: fused(top_k=65),
-        "triton': expected top_k of at most 64 .* got 65; pass impl='auto'",
-    ),
-    (
-        "kernels: top_k of packed rows",
-        lambda: fused(top_k=2, segments=integers(1, 20)),
-        "no segments beside it, got 2",
+        "triton': expected top_k of at most 64, got 65; pass impl='auto'",
     ),
     (
         "kernels: irregular landmarks",

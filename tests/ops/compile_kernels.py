@@ -53,10 +53,10 @@ IN_INT64 |= dict.fromkeys(
     PAGE_IN, ("p_own", "p_window", "p_lru", "p_last_used", "p_stats", "p_pointer")
 )
 IN_INT32 = (
+    *ABSENT,
     "p_own",
     "p_first",
     "p_distance",
-    "p_selected",
     "p_shared",
     "p_offset",
     "p_done",
@@ -80,7 +80,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOP_K = 64
 
 
-def constants(kernel, tiles, dim, block_size):
+def constants(kernel, tiles, dim, block_size, packed=False):
     padded = triton.next_power_of_2(block_size)
     width = min(padded, tiles.keys)
     shape = {
@@ -92,10 +92,14 @@ def constants(kernel, tiles, dim, block_size):
         "TMA": tiles.tma,
     }
     shape |= {"BLOCKS": max(1, tiles.keys // padded), "PIECES": triton.cdiv(block_size, width)}
-    shape |= {"STARTS": False, "SEGMENTS": False, "TOP_K": 0, "KEPT": 0, **dict.fromkeys(ABSENT)}
+    shape |= {"STARTS": packed, "SEGMENTS": packed, "TOP_K": 0, "KEPT": 0}
+    if packed:
+        shape |= {"TOP_K": TOP_K, "KEPT": TOP_K, "BLOCKS": 1}
+    else:
+        shape |= dict.fromkeys(ABSENT)
     if kernel is select_blocks_kernel:
         shape |= {"TOP_K": TOP_K, "KEPT": TOP_K, "LANDMARKS": tiles.keys}
-        del shape["p_selected"]
+        shape.pop("p_selected", None)
     return {name: each for name, each in shape.items() if name in kernel.arg_names}
 
 
@@ -259,7 +263,17 @@ def main(capability):
             for block_size in (64, 200) if dtype == "bf16" else (64,):
                 for kernel, tiles in (*zip(KERNELS, config, strict=True), selecting):
                     name = f"{kernel.__name__} {dtype} {dim} {block_size}"
-                    found[name] = shared_memory(kernel, tiles, dtype, dim, block_size, capability)
+                    # It takes longest of all, so each variant is compiled for one block size.
+                    packed = kernel is select_blocks_kernel and block_size == 200
+                    fixed = constants(kernel, tiles, dim, block_size, packed)
+                    found[name] = shared_memory(
+                        kernel, tiles, dtype, dim, block_size, capability, fixed
+                    )
+            for kernel, tiles in zip(KERNELS, configs.with_top_k(config), strict=True):
+                fixed = constants(kernel, tiles, dim, 64, packed=True)
+                found[f"{kernel.__name__} {dtype} {dim} packed, top_k"] = shared_memory(
+                    kernel, tiles, dtype, dim, 64, capability, fixed
+                )
             for block_size in (64, 200):
                 if triton.next_power_of_2(block_size) * dim * exact.itemsize > FUSED_BYTES:
                     continue

@@ -113,16 +113,21 @@ def kept(scores, past, top_k):
 
 
 def smallest_gap(query, key, options):
-    """Least distance of two different landmark scores of a query, over the spread of all scores."""
+    """Least distance of two different landmark scores of a query, over the spread of all scores.
+
+    Landmarks of all documents of a row are compared with all its queries.
+    """
     size = options["block_size"]
     groups = key.shape[1]
     starts = options.get("starts", torch.zeros(1, dtype=torch.long)).tolist() * len(query)
+    segments = options.get("segments")
     gaps = [1.0]
     for row, start in zip(range(len(query)), starts, strict=False):
+        row_segments = None if segments is None else segments[row].tolist()
+        documents = blocks_of_row(key.shape[2], size, start, row_segments)
+        landmarks = [slot for document in documents for _, slot in document if slot is not None]
         landmark_keys = (
-            key[row, :, start + size - 1 :: size]
-            .double()
-            .repeat_interleave(query.shape[1] // groups, dim=0)
+            key[row, :, landmarks].double().repeat_interleave(query.shape[1] // groups, dim=0)
         )
         scores = (query[row].double() @ landmark_keys.mT).sort(dim=-1).values
         gap = scores.diff(dim=-1)

@@ -52,7 +52,15 @@ def test_one_block_is_causal_attention_over_its_text(attention, block_size):
     assert_close(out, expected, EXACT)
 
 
-@pytest.mark.parametrize("options", [{}, {"starts": torch.tensor([0, 11])}, {"query_start": 45}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"starts": torch.tensor([0, 11])},
+        {"query_start": 45},
+        {"segments": (torch.arange(45) > 9).int().expand(2, -1)},
+    ],
+)
 def test_top_k_of_all_past_blocks_is_no_top_k(attention, options):
     query, key, value = tensors()
     whole = attention(query, key, value, **options)

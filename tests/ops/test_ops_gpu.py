@@ -6,8 +6,10 @@ import torch
 from landmark import landmark_attention
 from numerics import REORDERED, assert_close, error
 from ops.cases import IMPLS, assert_same, random_call, results
+from ops.eager import smallest_gap
 
 pytestmark = pytest.mark.gpu
+SEED = 0
 
 
 def run(impl):
@@ -30,10 +32,19 @@ def test_equals_the_reference_on_cpu(impl, seed):
     assert_same({name: each.cpu() for name, each in found.items()}, expected, REORDERED)
 
 
-def test_a_training_shape_compiles_and_keeps_its_digits():
-    torch.manual_seed(0)
-    tensors = [torch.randn(4, 6, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_training_shape_compiles_and_keeps_its_digits(packed):
+    """Plain, and packed with a ``top_k``, where no selection hangs on a rounding."""
+    noise = torch.Generator().manual_seed(SEED)
+    rows = 1 if packed else 4
+    tensors = [torch.randn(rows, 6, 512, 64, generator=noise).bfloat16() for _ in range(3)]
     options = {"block_size": 64}
+    if packed:
+        segments = torch.repeat_interleave(torch.arange(3), torch.tensor([40, 400, 72]))[None]
+        options |= {"top_k": 2, "segments": segments}
+        assert smallest_gap(*tensors[:2], options) > 1e-6
+        options["segments"] = segments.cuda()
+    tensors = [each.cuda() for each in tensors]
     exact = results(run("reference"), *(each.double() for each in tensors), options)
     eager = results(run("chunked"), *tensors, options)
     compiled = results(torch.compile(run("auto"), fullgraph=True), *tensors, options)

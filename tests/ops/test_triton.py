@@ -3,6 +3,7 @@
 Small calls run through Triton's interpreter, many calls on a GPU (``make test-gpu``).
 """
 
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from numerics import assert_close, low_precision_budget, lse_error, online_error
 from ops.cases import random_weights, results
 from ops.eager import eager_attention
 from ops.fused_cases import ROWS, Variant, random_call
+from ops.loop import blocks_of_row, place_of_query
 
 pytest.importorskip("triton")
 configs = pytest.importorskip("landmark.ops.triton.configs")
@@ -56,6 +58,11 @@ VARIANTS = [
     Variant(torch.float16, 128, 51, "plain", 3),
     Variant(torch.float16, 96, 200, "starts", 1),
     Variant(torch.float32, 64, 64, "starts", 20),
+    Variant(torch.bfloat16, 128, 64, "segments", 8),
+    Variant(torch.bfloat16, 64, 16, "segments", 4),
+    Variant(torch.float16, 128, 51, "segments", 3),
+    Variant(torch.float16, 96, 200, "segments", 1),
+    Variant(torch.float32, 64, 64, "segments", 20),
 ]
 
 
@@ -135,7 +142,7 @@ def small_case(seed, monkeypatch):
     block_size = rng.choice([16, 16, 17, 20, 32, 51, 64, 100, 128, 256])
     longest = LONGEST if rng.random() < 0.06 else 48
     rows = rng.choice(ROWS)
-    top_k = 0 if rows == "segments" else rng.choice([0, 0, 1, 3])
+    top_k = rng.choice([0, 0, 1, 3])
     most = 1 if longest == LONGEST else 2  # the interpreter takes a second for a few tiles
     return random_call(Variant(dtype, dim, block_size, rows, top_k), seed, longest, most=most)
 
@@ -202,6 +209,11 @@ def test_there_are_as_many_cases_as_promised():
         assert sum(name in kind for kind in kinds) > 10, name
 
 
+def test_small_cases_reach_packed_rows_with_top_k(monkeypatch):
+    calls = [small_case(seed, monkeypatch)[1] for seed in range(FAST)]
+    assert sum({"segments", "top_k"} <= set(each) for each in calls) >= 5
+
+
 def options_of_each_kind():
     segments = torch.tensor([[0] * 30 + [1] * 15, [3] * 45])
     return [{}, {"starts": torch.tensor([7, 0])}, {"segments": segments}]
@@ -222,14 +234,9 @@ def test_operators_keep_the_rules_of_torch(options, monkeypatch):
     origins, ends = (None, None) if segments is None else op.documents_of(segments, None)
     starts = None if starts is None else starts.int()
     leaves = [each.requires_grad_() for each in small_tensors()]
-    selection = (None,) * 5
-    if segments is None:
-        torch.library.opcheck(
-            op.select_blocks_op, (leaves[0].detach(), leaves[1].detach(), starts, 16, 0, 0.2, 2)
-        )
-        selection = op.select_blocks_op(
-            leaves[0].detach(), leaves[1].detach(), starts, 16, 0, 0.2, 2
-        )
+    asked = (leaves[0].detach(), leaves[1].detach(), starts, origins, 16, 0, 0.2, 2)
+    torch.library.opcheck(op.select_blocks_op, asked)
+    selection = op.select_blocks_op(*asked)
     torch.library.opcheck(op.attention, (*leaves, starts, origins, ends, *(None,) * 5, 16, 0, 0.2))
     torch.library.opcheck(op.attention, (*leaves, starts, origins, ends, *selection, 16, 0, 0.2))
 
@@ -247,6 +254,108 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(
         function, leaves, eps=1e-2, atol=2e-3, rtol=2e-2, fast_mode=True
     )
+
+
+# Documents of blocks of 16: shorter than one, of a whole one and of one slot more, and of several.
+# Their borders lie inside tiles of 32 queries.
+DOCUMENTS = (1, 10, 66, 17, 3, 16, 43)
+
+
+def packed_row():
+    """Query, key and value of one row of ``DOCUMENTS``, and its ``segments``."""
+    noise = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, heads, sum(DOCUMENTS), 32, generator=noise) for heads in (2, 1, 1)]
+    number = torch.arange(len(DOCUMENTS)).flip(0)
+    return tensors, torch.repeat_interleave(number, torch.tensor(DOCUMENTS))[None]
+
+
+@interpreted
+@pytest.mark.parametrize("top_k", [None, 1, 4])
+def test_packed_documents_are_those_alone(top_k):
+    tensors, segments = packed_row()
+    options = {"block_size": 16, "top_k": top_k}
+    weights, lse_weights = (torch.randn(1, 2, sum(DOCUMENTS), *more) for more in ((32,), ()))
+
+    def found(leaves, part, **more):
+        leaves = [each.clone().requires_grad_() for each in leaves]
+        out, lse = fused(*leaves, **options, **more)
+        seen = torch.where(lse > -torch.inf, lse, 0.0)
+        total = (out * weights[:, :, part]).sum() + (seen * lse_weights[:, :, part]).sum()
+        return out, seen, *torch.autograd.grad(total, leaves)
+
+    whole = found(tensors, slice(None), segments=segments)
+    low = 0
+    for length in DOCUMENTS:
+        part = slice(low, low + length)
+        alone = found([each[:, :, part] for each in tensors], part)
+        for each, expected in zip(whole, alone, strict=True):
+            assert_close(each[:, :, part], expected, 5e-6, f"document of {length}")
+        low += length
+
+
+@interpreted
+@pytest.mark.parametrize("rows", ROWS)
+def test_of_equal_scores_the_lower_block_of_the_document_wins(rows):
+    """All landmarks are equal, so each query keeps the first two of its document."""
+    tensors, segments = packed_row()
+    tensors[1][:] = tensors[1].round()
+    tensors[0][:] = tensors[0].round()
+    options = {"block_size": 16, "top_k": 2}
+    if rows == "segments":
+        options["segments"] = segments
+    if rows == "starts":
+        options["starts"] = torch.tensor([7])
+    row_segments = segments[0].tolist() if rows == "segments" else None
+    for document in blocks_of_row(sum(DOCUMENTS), 16, 7 * (rows == "starts"), row_segments):
+        tensors[1][:, :, [slot for _, slot in document if slot is not None]] = 1.0
+    check(tensors, options)
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rows", ROWS)
+def test_lists_of_blocks_and_of_tiles(rows, seed):
+    """Against a loop over the queries, which selected blocks at random."""
+    lists_of = pytest.importorskip("landmark.ops.triton.block_lists").build_block_lists
+    op = pytest.importorskip("landmark.ops.triton.op")
+    rng = random.Random(seed)
+    _, segments = packed_row()
+    keys = segments.shape[1]
+    start = rng.choice([0, 45])
+    starts = torch.tensor([start], dtype=torch.int32) if start or rows == "starts" else None
+    queries = rng.choice([keys, 70])
+    first = keys - queries
+    row_segments = segments[0].tolist() if rows == "segments" else None
+    documents = blocks_of_row(keys, 16, start, row_segments)
+    selected = torch.full((1, 1, queries, 3), -1, dtype=torch.int32)
+    blocks = {}
+    tiles = {}
+    for index in range(queries):
+        place = place_of_query(first + index, documents, keys, 16, start, irregular=False)
+        if place is None:
+            continue
+        document, own = place
+        # Odd blocks or even ones, in turn, so that documents do not select the same numbers.
+        candidates = range((documents.index(document) + 1) % 2, own, 2)
+        picked = rng.sample(candidates, min(len(candidates), 3))
+        selected[0, 0, index, : len(picked)] = torch.tensor(picked, dtype=torch.int32)
+        tile = index // 32
+        for block in picked:
+            slots = [*document[block][0], document[block][1]]
+            if slots[-1] < first + tile * 32:
+                blocks.setdefault(tile, set()).add(block)
+                number = slots[0] // 16 if rows == "segments" else block
+                tiles.setdefault(number, set()).add(tile)
+    origins = op.documents_of(segments, starts)[0] if rows == "segments" else None
+    found = lists_of(
+        selected, starts, origins, keys=keys, block_size=16, query_start=first, rows=32
+    )
+    for tile in range(-(-queries // 32)):
+        listed = found.blocks[0, 0, tile, : found.counts[0, 0, tile]].tolist()
+        assert listed == sorted(blocks.get(tile, set()))
+    for number, (low, high) in enumerate(itertools.pairwise(found.indptr[0, 0].tolist())):
+        assert found.tiles[0, 0, low:high].tolist() == sorted(tiles.get(number, set()))
+    assert found.indptr.shape[-1] == -(-keys // 16) + 1 and tiles
 
 
 @interpreted
@@ -276,16 +385,27 @@ def test_memory_that_overlaps_and_scales_that_vanish():
 
 
 @interpreted
-@pytest.mark.parametrize("top_k", [None, 1])
-def test_the_very_first_call_may_be_a_compiled_one(top_k):
+@pytest.mark.parametrize(("top_k", "documents"), [(None, None), (1, None), (1, [0, 33, 7])])
+def test_the_very_first_call_may_be_a_compiled_one(top_k, documents):
     """A fresh process makes one graph, forward and backward, with the results of a plain call."""
     code = f"""
         import torch
         from landmark import landmark_attention
 
+        documents = {documents}
+        segments = None
+        if documents:
+            segments = torch.repeat_interleave(torch.arange(3), torch.tensor(documents))[None]
+
         def attend(query, key, value):
             return landmark_attention(
-                query, key, value, block_size=16, top_k={top_k}, impl="triton"
+                query,
+                key,
+                value,
+                block_size=16,
+                top_k={top_k},
+                segments=segments,
+                impl="triton",
             )
 
         tensors = [torch.randn(1, heads, 40, 32, requires_grad=True) for heads in (2, 1, 1)]
@@ -329,5 +449,5 @@ def test_compiles_for_cards_that_are_not_here(capability, shared):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert len(found) == 107 + 2 * (capability == 90)  # the pipelined forward pass, in both dtypes
+    assert len(found) == 125 + 2 * (capability == 90)  # the pipelined forward pass, in both dtypes
     assert {name: taken for name, taken in found.items() if taken > shared * 1024} == {}

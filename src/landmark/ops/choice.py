@@ -42,7 +42,6 @@ def explain_impl(
     block_size: int = LandmarkConfig.block_size,
     top_k: int | None = None,
     irregular: bool = False,
-    packed: bool = False,
 ) -> Choice:
     """Returns which implementation ``impl="auto"`` chooses for a call, with reasons.
 
@@ -51,12 +50,11 @@ def explain_impl(
         block_size: slots of a block, landmark included.
         top_k: as for ``landmark_attention``.
         irregular: whether the call passes ``landmarks``.
-        packed: whether the call passes ``segments``.
     """
     refused = {
         "reference": "the definition: exact, but its memory grows with T x S; only when asked for"
     }
-    reason = refusal(query, block_size, top_k, irregular=irregular, packed=packed)
+    reason = refusal(query, block_size, top_k, irregular=irregular)
     if reason is None and query.is_cuda:
         return Choice("triton", {**refused, "chunked": "slower where the fused kernels run"})
     return Choice(
@@ -81,19 +79,15 @@ def pick_implementation(impl: str, query: Tensor, metadata: AttentionMetadata) -
             f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}; pass impl='auto'"
         )
     irregular = metadata.landmarks is not None
-    packed = metadata.segments is not None
     if impl == "auto":
         return explain_impl(
             query,
             block_size=metadata.block_size,
             top_k=metadata.top_k,
             irregular=irregular,
-            packed=packed,
         ).chosen
     if impl == "triton":
-        reason = refusal(
-            query, metadata.block_size, metadata.top_k, irregular=irregular, packed=packed
-        )
+        reason = refusal(query, metadata.block_size, metadata.top_k, irregular=irregular)
         if reason is not None:
             raise ValueError(f"impl='triton': {reason}; pass impl='auto' for what can run here")
     return impl
@@ -105,7 +99,6 @@ def refusal(
     top_k: int | None,
     *,
     irregular: bool = False,
-    packed: bool = False,
 ) -> str | None:
     """Returns why the fused kernels cannot run a call; ``None`` if they can.
 
@@ -125,8 +118,8 @@ def refusal(
         )
     if irregular:
         return "expected a landmark at every block_size-th slot, got the argument landmarks"
-    if top_k is not None and (packed or top_k > MOST_TOP_K):
-        return f"expected top_k of at most {MOST_TOP_K} and no segments beside it, got {top_k}"
+    if top_k is not None and top_k > MOST_TOP_K:
+        return f"expected top_k of at most {MOST_TOP_K}, got {top_k}"
     if _INTERPRETED:
         return (
             "Triton's interpreter has no arithmetic in bfloat16"

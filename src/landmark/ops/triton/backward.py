@@ -68,12 +68,14 @@ class ListedTiles(NamedTuple):
         p_indptr: where in ``p_tiles`` those of each block begin.
         tiles_stride: distance between the tiles of two heads.
         n_blocks: blocks of a row.
+        i_block: number in the lists of the block that is computed.
     """
 
     p_tiles: Any
     p_indptr: Any
     tiles_stride: Any
     n_blocks: Any
+    i_block: Any
 
 
 @triton.jit
@@ -422,6 +424,20 @@ def query_gradient_kernel(
     if STARTS:
         start = tl.minimum(tl.load(p_start + i_row), n_keys)
     d_query = tl.zeros((ROWS, PADDED), tl.float32)
+    n_listed = 0
+    if TOP_K > 0:
+        i_tile = (i_row * n_heads + i_head) * n_tiles + i_query // ROWS
+        n_listed = tl.load(p_counts + i_tile)
+        p_listed += i_tile.to(tl.int64) * listed_stride
+    selected = load_selected(
+        p_selected,
+        i_row * n_heads + i_head,
+        n_queries,
+        i_query,
+        o_row=o_query,
+        TOP_K=TOP_K,
+        KEPT=KEPT,
+    )
     if SEGMENTS:
         end = tl.minimum(first + ROWS, n_keys)
         while end > tl.maximum(first, start):
@@ -430,8 +446,10 @@ def query_gradient_kernel(
                 d_query,
                 query,
                 gradients,
-                selected=0,
-                listed=0,
+                selected=selected,
+                listed=ListedBlocks(
+                    p_blocks=p_listed, n_blocks=tl.where(origin <= first, n_listed, 0)
+                ),
                 keys=keys,
                 values=values,
                 first=first,
@@ -445,20 +463,6 @@ def query_gradient_kernel(
             )
             end = origin
     else:
-        n_listed = 0
-        if TOP_K > 0:
-            i_tile = (i_row * n_heads + i_head) * n_tiles + i_query // ROWS
-            n_listed = tl.load(p_counts + i_tile)
-            p_listed += i_tile.to(tl.int64) * listed_stride
-        selected = load_selected(
-            p_selected,
-            i_row * n_heads + i_head,
-            n_queries,
-            i_query,
-            o_row=o_query,
-            TOP_K=TOP_K,
-            KEPT=KEPT,
-        )
         d_query = query_document(
             d_query,
             query,
@@ -598,6 +602,7 @@ def key_value_blocks(
     scale,
     factor,
     shape,
+    SEGMENTS: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """Computes the gradients of a tile of keys and values in one document.
@@ -652,9 +657,15 @@ def key_value_blocks(
                 CLEAR=False,
             )
         if shape.TOP_K > 0:
-            p_first = listed.p_indptr + i_member_head.to(tl.int64) * (listed.n_blocks + 1) + block
+            p_first = listed.p_indptr + i_member_head.to(tl.int64) * (listed.n_blocks + 1)
+            p_first += listed.i_block
             p_tiles = listed.p_tiles + i_member_head.to(tl.int64) * listed.tiles_stride
-            for i_tile in range(tl.load(p_first), tl.load(p_first + 1)):
+            n_first = tl.load(p_first)
+            n_last = tl.load(p_first + 1)
+            if SEGMENTS:
+                # An unfinished block has no list; that of its number may be another's.
+                n_last = tl.where(block < document.n_closed, n_last, n_first)
+            for i_tile in range(n_first, n_last):
                 d_key, d_value = key_value_tile(
                     d_key,
                     d_value,
@@ -816,6 +827,13 @@ def key_value_gradient_kernel(
         start = tl.minimum(tl.load(p_start + i_row), n_keys)
     block = i_tile // PIECES * BLOCKS
     piece = i_tile % PIECES
+    listed = ListedTiles(
+        p_tiles=p_tiles,
+        p_indptr=p_indptr,
+        tiles_stride=tiles_stride,
+        n_blocks=tl.cdiv(n_keys, BLOCK),
+        i_block=block,
+    )
     if SEGMENTS:
         p_origin += i_row.to(tl.int64) * n_keys
         p_end += i_row.to(tl.int64) * n_keys
@@ -836,8 +854,8 @@ def key_value_gradient_kernel(
                 query=query,
                 grad=grad,
                 sums=sums,
-                p_selected=0,
-                listed=0,
+                p_selected=p_selected,
+                listed=listed,
                 i_row=i_row,
                 i_head=i_head,
                 n_heads=n_heads,
@@ -852,16 +870,11 @@ def key_value_gradient_kernel(
                 scale=scale,
                 factor=factor,
                 shape=TileShape(BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, KEPT),
+                SEGMENTS=True,
                 TMA=TMA,
             )
             i_key = tl.minimum(i_key + BLOCK, end)
     else:
-        listed = ListedTiles(
-            p_tiles=p_tiles,
-            p_indptr=p_indptr,
-            tiles_stride=tiles_stride,
-            n_blocks=tl.cdiv(n_keys, BLOCK),
-        )
         key_value_blocks(
             keys,
             values,
@@ -886,5 +899,6 @@ def key_value_gradient_kernel(
             scale=scale,
             factor=factor,
             shape=TileShape(BLOCK, DIM, PADDED, ROWS, BLOCKS, WIDTH, PIECES, TOP_K, KEPT),
+            SEGMENTS=False,
             TMA=TMA,
         )

@@ -74,8 +74,8 @@ def config_for(
 ) -> Config:
     """Returns the tiles for tensors of ``dtype`` and head dim ``dim`` on ``device``.
 
-    On a CPU they are those for Triton's interpreter. With ``top_k`` all three kernels have the same
-    tiles of queries, as ``BlockLists`` lists the blocks that each tile reads.
+    On a CPU they are those for Triton's interpreter. With ``top_k`` they are those of
+    ``with_top_k``.
     """
     if device.type == "cpu":
         config = INTERPRETED
@@ -83,8 +83,11 @@ def config_for(
         config = _of_width(FLOAT32, dim)
     else:
         config = _of_width(HOPPER if is_hopper(device) else SAFE, dim)
-    if not top_k:
-        return config
+    return with_top_k(config) if top_k else config
+
+
+def with_top_k(config: Config) -> Config:
+    """Returns tiles in which all three kernels have the same queries, as ``BlockLists`` needs."""
     tiles = config.key_value_gradient
     return Config(config.forward._replace(rows=tiles.rows, warps=tiles.warps), tiles, tiles)
 

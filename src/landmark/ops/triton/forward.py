@@ -296,6 +296,20 @@ def forward_kernel(
         tl.full((ROWS,), LOWEST, tl.float32),
         tl.zeros((ROWS,), tl.float32),
     )
+    n_listed = 0
+    if TOP_K > 0:
+        i_tile = (i_row * n_heads + i_head) * n_tiles + i_query // ROWS
+        n_listed = tl.load(p_counts + i_tile)
+        p_listed += i_tile.to(tl.int64) * listed_stride
+    selected = load_selected(
+        p_selected,
+        i_row * n_heads + i_head,
+        n_queries,
+        i_query,
+        o_row=o_query,
+        TOP_K=TOP_K,
+        KEPT=KEPT,
+    )
     if SEGMENTS:
         end = tl.minimum(first + ROWS, n_keys)
         while end > tl.maximum(first, start):
@@ -303,8 +317,10 @@ def forward_kernel(
             state = attend_document(
                 state,
                 query,
-                selected=0,
-                listed=0,
+                selected=selected,
+                listed=ListedBlocks(
+                    p_blocks=p_listed, n_blocks=tl.where(origin <= first, n_listed, 0)
+                ),
                 keys=keys,
                 values=values,
                 landmark_keys=landmark_keys,
@@ -319,20 +335,6 @@ def forward_kernel(
             )
             end = origin
     else:
-        n_listed = 0
-        if TOP_K > 0:
-            i_tile = (i_row * n_heads + i_head) * n_tiles + i_query // ROWS
-            n_listed = tl.load(p_counts + i_tile)
-            p_listed += i_tile.to(tl.int64) * listed_stride
-        selected = load_selected(
-            p_selected,
-            i_row * n_heads + i_head,
-            n_queries,
-            i_query,
-            o_row=o_query,
-            TOP_K=TOP_K,
-            KEPT=KEPT,
-        )
         state = attend_document(
             state,
             query,

@@ -30,8 +30,9 @@ class KernelArguments(NamedTuple):
         starts: (B,) int32, slot of each row's first text.
         origins: (B, S) int32, first slot of each slot's document; only with ``segments``.
         ends: (B, S) int32, first slot behind each slot's document; only with ``segments``.
-        selected: (B, H, T, K) int32, selected blocks, -1 for none; only with ``top_k``, as are the
-            next four, the fields of ``BlockLists``.
+        selected: (B, H, T, K) int32, selected blocks, counted from the first of the query's
+            document, -1 for none; only with ``top_k``, as are the next four, the fields of
+            ``BlockLists``.
         blocks: (B, H, tiles, M) int32.
         counts: (B, H, tiles) int32.
         tiles: (B, H, tiles * M) int32.

@@ -55,7 +55,7 @@ def fused(
     starts = metadata.starts
     segments = metadata.segments
     scale = metadata.scale
-    assert metadata.landmarks is None and (metadata.top_k is None or segments is None)
+    assert metadata.landmarks is None
     # The kernels take maxima of scores before they scale them, so the scale must be above 0.
     if abs(scale) < LEAST_SCALE:
         query = query * 0
@@ -76,6 +76,7 @@ def fused(
             query.detach(),
             key.detach(),
             starts,
+            origins,
             metadata.block_size,
             metadata.query_start,
             scale,
@@ -146,6 +147,7 @@ def select_blocks_op(
     query: Tensor,
     key: Tensor,
     starts: Tensor | None,
+    origins: Tensor | None,
     block_size: int,
     query_start: int,
     scale: float,
@@ -154,8 +156,8 @@ def select_blocks_op(
     """Selects blocks by a kernel, and lists which tiles of queries read which blocks.
 
     Returns:
-        The selected blocks (B, H, T, top_k) int32, highest score first, -1 for none; then the four
-        fields of ``BlockLists``.
+        The selected blocks (B, H, T, top_k) int32, highest score first, -1 for none, counted from
+        the first of the query's document; then the four fields of ``BlockLists``.
     """
     batch, heads, queries, dim = query.shape
     selected = torch.empty((batch, heads, queries, top_k), dtype=torch.int32, device=query.device)
@@ -167,6 +169,7 @@ def select_blocks_op(
                 p_key=key,
                 p_selected=selected,
                 p_start=starts,
+                p_origin=origins,
                 **strides_of("query", query),
                 **strides_of("key", key),
                 **sizes_of(query, key),
@@ -181,12 +184,14 @@ def select_blocks_op(
                 TOP_K=top_k,
                 KEPT=kept_of(top_k),
                 STARTS=starts is not None,
+                SEGMENTS=origins is not None,
                 num_warps=tiles.warps,
                 num_stages=tiles.stages,
             )
     lists = build_block_lists(
         selected,
         starts,
+        origins,
         keys=key.shape[2],
         block_size=block_size,
         query_start=query_start,
@@ -200,6 +205,7 @@ def _(
     query: Tensor,
     key: Tensor,
     starts: Tensor | None,
+    origins: Tensor | None,
     block_size: int,
     query_start: int,
     scale: float,

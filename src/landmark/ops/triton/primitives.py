@@ -249,7 +249,10 @@ def visible(first, o_slot, origin, end, n_keys, shape):
     last = tl.minimum(first + shape.ROWS, end) - 1 - origin
     n_seen = tl.minimum(last // shape.BLOCK + 1, tl.cdiv(n_keys, shape.BLOCK))
     n_clear = 0
-    if (first >= origin) & (end >= first + shape.ROWS):
+    inside = first >= origin
+    if shape.TOP_K == 0:
+        inside = inside & (end >= first + shape.ROWS)
+    if inside:
         n_clear = tl.minimum((first - origin) // shape.BLOCK, n_closed)
         n_clear = n_clear // shape.BLOCKS * shape.BLOCKS
     document = PackedDocument(origin=origin, n_keys=n_keys, n_closed=n_closed)

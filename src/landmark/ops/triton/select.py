@@ -38,12 +38,54 @@ def merge_top_k(best, found, ROWS: tl.constexpr, KEPT: tl.constexpr):
     return best
 
 
+@triton.jit
+def select_in_document(
+    best,
+    query,
+    keys,
+    own_block,
+    origin,
+    n_blocks,
+    n_keys,
+    scale,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANDMARKS: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """Merges past blocks of the document that begins at slot ``origin`` into the best so far.
+
+    They are the first ``n_blocks``, all of them finished, as far as they lie before a query's
+    ``own_block`` (ROWS,).
+    """
+    for first in range(0, n_blocks, LANDMARKS):
+        o_landmark = tl.arange(0, LANDMARKS).to(tl.int64) * BLOCK
+        landmark_keys = load_rows(
+            keys,
+            origin + first * BLOCK + BLOCK - 1,
+            o_landmark,
+            n_keys,
+            ROWS=LANDMARKS,
+            DIM=DIM,
+            PADDED=PADDED,
+            TMA=False,
+        )
+        scores = tl.dot(query, tl.trans(landmark_keys), input_precision="ieee") * scale
+        block = first + tl.arange(0, LANDMARKS)[None, :]
+        past = (block < own_block[:, None]) & (block < n_blocks)
+        best = merge_top_k(best, packed(scores, block, past), ROWS, KEPT)
+    return best
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def select_blocks_kernel(
     p_query,
     p_key,
     p_selected,
     p_start,
+    p_origin,
     query_batch,
     query_head,
     query_stride,
@@ -64,10 +106,13 @@ def select_blocks_kernel(
     TOP_K: tl.constexpr,
     KEPT: tl.constexpr,
     STARTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):
     """Selects for a tile of queries the ``TOP_K`` past blocks of highest landmark score.
 
-    ``KEPT`` is a power of two that holds ``TOP_K``; ``LANDMARKS`` are scored at once.
+    ``KEPT`` is a power of two that holds ``TOP_K``; ``LANDMARKS`` are scored at once. With segments
+    blocks are numbered from the first of their document, and a query's own document is the only one
+    in which it has past blocks.
     """
     n_tiles = tl.cdiv(n_queries, ROWS)
     i_query = (n_tiles - 1 - tl.program_id(0) % n_tiles) * ROWS
@@ -86,28 +131,50 @@ def select_blocks_kernel(
     query = load_rows(
         queries, i_query, o_query, n_queries, ROWS=ROWS, DIM=DIM, PADDED=PADDED, TMA=False
     )
-    slot = query_start + i_query + o_query - start
-    n_closed = (n_keys - start) // BLOCK
-    own_block = tl.where(slot >= 0, slot // BLOCK, 0)
-    last = tl.maximum(query_start + i_query + ROWS - 1 - start, 0) // BLOCK
+    first = query_start + i_query
     best = tl.full((ROWS, KEPT), NOTHING, tl.int64)
-    for first in range(0, tl.minimum(last, n_closed), LANDMARKS):
-        o_landmark = tl.arange(0, LANDMARKS).to(tl.int64) * BLOCK
-        first_slot = start + first * BLOCK + BLOCK - 1
-        landmark_keys = load_rows(
+    if SEGMENTS:
+        o_slot = first + o_query
+        end = tl.minimum(first + ROWS, n_keys)
+        while end > tl.maximum(first, start):
+            origin = tl.load(p_origin + i_row.to(tl.int64) * n_keys + end - 1)
+            inside = (o_slot >= origin) & (o_slot < end)
+            best = select_in_document(
+                best,
+                query,
+                keys,
+                own_block=tl.where(inside, (o_slot - origin) // BLOCK, 0),
+                origin=origin,
+                n_blocks=(end - 1 - origin) // BLOCK,
+                n_keys=n_keys,
+                scale=scale,
+                BLOCK=BLOCK,
+                DIM=DIM,
+                PADDED=PADDED,
+                ROWS=ROWS,
+                LANDMARKS=LANDMARKS,
+                KEPT=KEPT,
+            )
+            end = origin
+    else:
+        slot = first + o_query - start
+        last = tl.maximum(first + ROWS - 1 - start, 0) // BLOCK
+        best = select_in_document(
+            best,
+            query,
             keys,
-            first_slot,
-            o_landmark,
-            n_keys,
-            ROWS=LANDMARKS,
+            own_block=tl.where(slot >= 0, slot // BLOCK, 0),
+            origin=start,
+            n_blocks=tl.minimum(last, (n_keys - start) // BLOCK),
+            n_keys=n_keys,
+            scale=scale,
+            BLOCK=BLOCK,
             DIM=DIM,
             PADDED=PADDED,
-            TMA=False,
+            ROWS=ROWS,
+            LANDMARKS=LANDMARKS,
+            KEPT=KEPT,
         )
-        scores = tl.dot(query, tl.trans(landmark_keys), input_precision="ieee") * scale
-        block = first + tl.arange(0, LANDMARKS)[None, :]
-        past = (block < own_block[:, None]) & (block < n_closed)
-        best = merge_top_k(best, packed(scores, block, past), ROWS, KEPT)
     o_kept = tl.arange(0, KEPT)
     p_selected += ((i_row * n_heads + i_head).to(tl.int64) * n_queries + i_query) * TOP_K
     inside = (i_query + o_query < n_queries)[:, None] & (o_kept < TOP_K)[None, :]
