@@ -77,6 +77,8 @@ def gate_losses(
 ) -> GateLosses | None:
     """Returns the losses on the gate that a batch is trained with, ``None`` for none.
 
+    There is a contrast on all devices or on none of them.
+
     Args:
         batch: as ``stack`` returns it.
         retrieval: which there are, and their weights.
@@ -87,8 +89,8 @@ def gate_losses(
     if retrieval.contrast and "questions" in batch:
         count = CONTRAST_QUERIES * len(batch["questions"])
         wanted = evidence_queries(batch["questions"], before=CONTRAST_TOKENS)
-        queries = contrast_queries(wanted, settings, count)
-        losses.contrast = GateContrast(queries) if queries else None
+        queries = contrast_queries(wanted, settings, count, batch["input_ids"].device)
+        losses.contrast = None if queries is None else GateContrast(queries)
     is_packed = "position_ids" in batch
     if retrieval.block_mass and not is_packed:
         columns = range(batch["input_ids"].shape[1])
