@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,19 +29,23 @@ class WeightedLoss(NamedTuple):
     weight: float
 
 
-@dataclass
 class GateLosses:
     """The losses on the gate of one batch; each layer adds to all of them.
 
-    Attributes:
+    It is no dataclass, as FSDP copies those among the arguments of a model.
+
+    Args:
         retrieval: the weights.
+
+    Attributes:
         contrast: the contrast, ``None`` for none.
         block_mass: the fit to dense attention, ``None`` for none.
     """
 
-    retrieval: RetrievalSettings
-    contrast: GateContrast | None = None
-    block_mass: GateBlockMass | None = None
+    def __init__(self, retrieval: RetrievalSettings) -> None:
+        self.retrieval = retrieval
+        self.contrast: GateContrast | None = None
+        self.block_mass: GateBlockMass | None = None
 
     def prepare(
         self, settings: LandmarkConfig, rotaries: dict[str | None, Rotary], like: Tensor
