@@ -337,6 +337,13 @@ CASES = [
         r"checkpoint-2: expected a complete checkpoint.*optimizer\.pt",
     ),
     (
+        "checkpoint in parts without what they are",
+        lambda folder: halted(
+            folder, lambda checkpoint: (checkpoint / "pytorch_model_fsdp_0").mkdir()
+        ),
+        r"checkpoint-2: expected a complete checkpoint.*metadata: No such file.*delete",
+    ),
+    (
         "resume with other settings",
         lambda folder: halted(folder, lambda _: None, lr=1.0),
         r"other \['optimiser\.lr'\]",

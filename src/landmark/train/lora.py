@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 ADAPTER = "adapter"
 ATTENTION = "attention"
@@ -82,6 +84,27 @@ def norms(model: nn.Module) -> list[str]:
         if "norm" in type(module).__name__.lower() and list(module.parameters(recurse=False))
     }
     return sorted(names)
+
+
+def with_weights(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    """Returns a model like the given one, adapted or not, whose weights are those tensors.
+
+    Args:
+        model: a model that may have no weights itself, or parts of them.
+        weights: all weights by name.
+    """
+    base = base_of(model)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(base.config)
+        made.generation_config = base.generation_config
+        if base is not model:
+            from peft import get_peft_model
+
+            made.name_or_path = base.name_or_path
+            made = get_peft_model(made, model.peft_config["default"])
+    made.load_state_dict(weights, assign=True)
+    base_of(made).tie_weights()
+    return made
 
 
 def base_of(model: Any) -> Any:

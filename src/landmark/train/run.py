@@ -38,7 +38,7 @@ from landmark.train.checkpoints import (
     save_recipe,
 )
 from landmark.train.corpora import LEAST_ROWS
-from landmark.train.lora import ADAPTER, add_lora, base_of
+from landmark.train.lora import ADAPTER, add_lora, base_of, with_weights
 from landmark.train.prepare import (
     STOCK,
     Prepared,
@@ -391,14 +391,15 @@ def _save(
     lora: bool,
 ) -> None:
     """Saves the model and its tokenizer, of an adapter also the adapter alone."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = None
     if trainer.is_fsdp_enabled:
-        if trainer.args.should_save:
-            tokenizer.save_pretrained(str(out))
-        trainer.save_model(str(out))
-        return
+        # Every process has a part of each; the first one gets them all.
+        weights = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.args.should_save:
         return
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    if weights is not None:
+        model = with_weights(model, weights)
     if lora:
         _put(out / ADAPTER, model.save_pretrained)
         model = model.merge_and_unload()
