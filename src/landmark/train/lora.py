@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +106,22 @@ def with_weights(model: Any, weights: Mapping[str, Tensor]) -> Any:
     made.load_state_dict(weights, assign=True)
     base_of(made).tie_weights()
     return made
+
+
+def merged(model: Any, folder: Path) -> Any:
+    """Returns the landmark model inside an adapted one, with its adapter merged into the weights.
+
+    Weights of 4 bits are dequantized before, as the sums would be rounded to 4 bits.
+
+    Args:
+        model: the model of peft, which is not to be used any more.
+        folder: where its adapter was saved.
+    """
+    if getattr(base_of(model), "hf_quantizer", None) is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model.unload().dequantize(), str(folder))
+    return model.merge_and_unload()
 
 
 def base_of(model: Any) -> Any:
