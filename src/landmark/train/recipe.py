@@ -25,7 +25,6 @@ SMALL_LLAMA: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
-
 EXAMPLES = {
     "schedule": '{"length": 512, "until": 0.5}',
     "mixture": '{"source": "chats.jsonl", "share": 0.3}',
