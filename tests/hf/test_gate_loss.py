@@ -1,21 +1,21 @@
 """Losses on the gate: against loops in float64, their gradients, and inside compiled layers."""
 
 import math
+import multiprocessing
 from dataclasses import dataclass, field
 
+import contrast_on_devices as devices
 import pytest
 import torch
+from contrast_on_devices import SETTINGS, SIZE
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import models
 from landmark.blocks import slot_of
-from landmark.config import LandmarkConfig
 from landmark.hf.gate_loss import GateBlockMass, GateContrast, contrast_queries
 from landmark.hf.recall import EvidenceQuery
 from landmark.train.run import compile_layers
 
-SIZE = 5
-SETTINGS = LandmarkConfig(block_size=SIZE, top_k=2, local_blocks=1, mode="all")
 TOKENS = 63
 QUERIES = [
     EvidenceQuery(0, 62, (range(3, 5),)),  # in blocks 0 and 1
@@ -58,39 +58,99 @@ def rotated(rotary, vector, position):
     return rotary.rotation(torch.tensor(position), torch.float64).rotate(vector)
 
 
-def test_contrast_is_that_of_a_loop(model):
-    kept = run(model, Kept())
-    contrast = run(model, GateContrast(QUERIES))
-    assert len(contrast.losses) == len(kept.layers) == 2
-    for layer, losses in zip(kept.layers, contrast.losses, strict=True):
-        rotary = kept.rotaries[layer.rotary_type]
-        heads = layer.query.shape[1]
-        groups = layer.key.shape[1]
-        assert losses.shape == (len(QUERIES), heads)
-        for number, asked in enumerate(QUERIES):
+def contrast_in_loops(parts, queries):
+    """Returns ``(Q, H)`` of each layer.
+
+    ``parts`` are batches that were kept, each alone; ``queries`` have the index of their batch.
+    """
+    found = []
+    for layers in zip(*(part.layers for part in parts), strict=True):
+        rotary = parts[0].rotaries[layers[0].rotary_type]
+        heads = layers[0].query.shape[1]
+        groups = layers[0].key.shape[1]
+        losses = []
+        for part, asked in queries:
             slot = slot_of(asked.token, SIZE)
             own = slot // SIZE
             # The prefix of top_k + 1 blocks, the local block, the own block.
             position = (SETTINGS.top_k + 1 + 1) * SIZE + slot % SIZE
             evidence = {token // (SIZE - 1) for mention in asked.evidence for token in mention}
             for head in range(heads):
-                query = rotated(rotary, layer.query[asked.row, head, slot], position)
+                query = rotated(rotary, layers[part].query[asked.row, head, slot], position)
                 every = []
                 wanted = []
-                for row in range(2):
-                    for block in range(layer.key.shape[2] // SIZE):
-                        if row == asked.row and block >= own - 1:
-                            continue
-                        at = block * SIZE + SIZE - 1
-                        key = layer.key[row, head // (heads // groups), at]
-                        score = layer.scale * (query @ rotated(rotary, key, SIZE - 1)).item()
-                        every.append(score)
-                        if row == asked.row and block in evidence:
-                            wanted.append(score)
-                expected = math.log(sum(map(math.exp, every))) - math.log(
-                    sum(map(math.exp, wanted))
-                )
-                assert losses[number, head].item() == pytest.approx(expected, abs=1e-4)
+                for other, layer in enumerate(layers):
+                    for row in range(layer.key.shape[0]):
+                        is_own = (other, row) == (part, asked.row)
+                        for block in range(layer.key.shape[2] // SIZE):
+                            if is_own and block >= own - 1:
+                                continue
+                            at = block * SIZE + SIZE - 1
+                            key = layer.key[row, head // (heads // groups), at]
+                            score = layer.scale * (query @ rotated(rotary, key, SIZE - 1))
+                            every.append(score)
+                            if is_own and block in evidence:
+                                wanted.append(score)
+                losses.append(torch.stack(every).logsumexp(0) - torch.stack(wanted).logsumexp(0))
+        found.append(torch.stack(losses).view(len(queries), heads))
+    return found
+
+
+def test_contrast_is_that_of_a_loop(model):
+    kept = run(model, Kept())
+    contrast = run(model, GateContrast(QUERIES))
+    assert len(contrast.losses) == len(kept.layers) == 2
+    expected = contrast_in_loops([kept], [(0, query) for query in QUERIES])
+    for losses, looped in zip(contrast.losses, expected, strict=True):
+        assert losses.shape == (len(QUERIES), models.HEADS)
+        torch.testing.assert_close(losses, looped, atol=1e-9, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def of_two_devices(tmp_path_factory):
+    """What each of two processes found in each case."""
+    folder = tmp_path_factory.mktemp("devices")
+    multiprocessing.set_forkserver_preload(["transformers.trainer"])  # imported once for both
+    torch.multiprocessing.start_processes(
+        devices.on_two_devices, args=(folder,), nprocs=2, start_method="forkserver"
+    )
+    return {
+        name: [torch.load(folder / f"{name}-{each}", weights_only=False) for each in range(2)]
+        for name in devices.CASES
+    }
+
+
+@pytest.mark.parametrize("name", devices.CASES)
+def test_contrast_on_two_devices_is_that_of_a_loop(of_two_devices, name):
+    """Loss and gradients, averaged over the devices; one of them may have no query at all."""
+    shares = devices.CASES[name].shares
+    model = devices.model_of(devices.CASES["no query"])
+    parts = [Kept(), Kept()]
+    text = 0
+    for share, part in zip(shares, parts, strict=True):
+        output = model(input_ids=share.ids, use_cache=False, gate_loss=part)
+        text = text + devices.text_loss(output.logits)
+    queries = [(part, query) for part, share in enumerate(shares) for query in share.queries]
+    by_head = torch.cat(contrast_in_loops(parts, queries), dim=1).mean(0)
+    loss = text + by_head.sort().values[: devices.HEADS].mean()
+    loss.backward()
+    check_equal(of_two_devices[name], devices.found(loss, model))
+
+
+@pytest.mark.parametrize("name", ["as many queries", "more queries", "no query", "checkpointing"])
+def test_contrast_on_two_devices_is_that_on_one(of_two_devices, name):
+    first, second = devices.CASES[name].shares
+    queries = [*first.queries, *(query._replace(row=1) for query in second.queries)]
+    whole = devices.Share(torch.cat((first.ids, second.ids)), tuple(queries))
+    check_equal(of_two_devices[name], devices.on_one_device(whole))
+
+
+def check_equal(both, expected):
+    loss = sum(each.loss for each in both) / 2
+    assert loss == pytest.approx(expected.loss, abs=1e-9)
+    for each in both:
+        for name, gradient in expected.gradients.items():
+            torch.testing.assert_close(each.gradients[name], gradient, atol=1e-9, rtol=1e-9)
 
 
 def test_block_mass_is_that_of_a_loop(model):
@@ -199,6 +259,7 @@ def test_compiled_layers_add_the_same():
 def test_queries_of_a_contrast():
     far = [EvidenceQuery(0, 60, (range(n, n + 1),)) for n in range(10)]
     near = [EvidenceQuery(0, 60, (range(50, 57),))]
-    assert contrast_queries(near, SETTINGS, 4) == []
-    assert contrast_queries([*near, *far], SETTINGS, 5) == far[::2]
-    assert contrast_queries(far[:1], SETTINGS, 3) == 3 * far[:1]
+    cpu = torch.device("cpu")
+    assert contrast_queries(near, SETTINGS, 4, cpu) is None
+    assert contrast_queries([*near, *far], SETTINGS, 5, cpu) == far[::2]
+    assert contrast_queries(far[:1], SETTINGS, 3, cpu) == 3 * far[:1]

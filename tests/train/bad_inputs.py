@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,11 @@ def without(package: str, **options: Any) -> Callable[[Path], object]:
             return run(folder, **{"model": str(folder / "twin"), **options})
 
     return call
+
+
+def with_fsdp(folder: Path) -> object:
+    with mock.patch.dict(os.environ, {"ACCELERATE_USE_FSDP": "true"}):
+        return run(folder, model=bundled(), lora=4, recipe=toy_recipe(weights="nf4"))
 
 
 def plain_landmark(folder: Path) -> object:
@@ -337,6 +343,13 @@ CASES = [
         r"checkpoint-2: expected a complete checkpoint.*optimizer\.pt",
     ),
     (
+        "checkpoint in parts without what they are",
+        lambda folder: halted(
+            folder, lambda checkpoint: (checkpoint / "pytorch_model_fsdp_0").mkdir()
+        ),
+        r"checkpoint-2: expected a complete checkpoint.*metadata: No such file.*delete",
+    ),
+    (
         "resume with other settings",
         lambda folder: halted(folder, lambda _: None, lr=1.0),
         r"other \['optimiser\.lr'\]",
@@ -348,6 +361,21 @@ CASES = [
     ),
     ("LoRA of rank 0", without("wandb", lora=0), "lora: expected a rank of at least 1, got 0"),
     ("LoRA without peft", without("peft", lora=4), r"pip install landmark-attention\[peft\]"),
+    (
+        "weights of 4 bits without adapters",
+        lambda folder: run(folder, recipe=toy_recipe(weights="nf4")),
+        r"weights: expected adapters to train beside weights of 4 bits.*give lora=8, or weights=",
+    ),
+    (
+        "weights of 4 bits in shards",
+        with_fsdp,
+        "weights: expected weights that FSDP can shard, got nf4; give weights=bfloat16, or launch",
+    ),
+    (
+        "weights of 4 bits without bitsandbytes",
+        without("bitsandbytes", lora=4, recipe=toy_recipe(weights="nf4")),
+        "weights: nf4 needs the package bitsandbytes: pip install bitsandbytes",
+    ),
     (
         "a landmark model trained plain",
         plain_landmark,

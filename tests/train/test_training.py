@@ -343,22 +343,31 @@ TWO_DEVICES = """
 import sys
 sys.path[:0] = {paths!r}
 from toy import toy_recipe
-from landmark.train.run import compile_layers, train
-train({data!r}, {out!r}, recipe=toy_recipe(position_gap=0), tokenizer={tokenizer!r})
+from landmark.train.run import train
+train({data!r}, {out!r}, recipe=toy_recipe(**{changes!r}), tokenizer={tokenizer!r})
 """
 
 
 @pytest.mark.full
 def test_two_devices_train_as_one(books, scratch, tmp_path):
-    """Two processes on the CPU share each batch; means are over the whole batch."""
-    options = {"recipe": toy_recipe(position_gap=0), "tokenizer": str(scratch[0]), "report": silent}
+    """Two processes on the CPU share each batch; means are over the whole batch, and landmarks of
+    both are contrasted.
+    """
+    changes = {"position_gap": 0, "contrast": 0.5, "block_mass": 0.2}
+    recipe = toy_recipe(micro_batch=2, **changes)
+    options = {"recipe": recipe, "tokenizer": str(scratch[0]), "report": silent}
     expected = losses(train(str(books), tmp_path / "one", **options))
     here = Path(__file__).resolve().parent
     script = tmp_path / "two.py"
-    paths = [str(here), str(here.parent)]
     out = tmp_path / "two"
     script.write_text(
-        TWO_DEVICES.format(paths=paths, data=str(books), out=str(out), tokenizer=str(scratch[0]))
+        TWO_DEVICES.format(
+            paths=[str(here), str(here.parent)],
+            data=str(books),
+            out=str(out),
+            changes={**changes, "micro_batch": 1},
+            tokenizer=str(scratch[0]),
+        )
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}

@@ -108,7 +108,10 @@ PositionGap = Annotated[int | None, _setting("Largest random jump of positions a
 MicroBatch = Annotated[int | None, _computation("Rows that a device computes at once.")]
 Precision = Annotated[str | None, _computation("Precision of training: auto, bf16 or fp32.")]
 Weights = Annotated[
-    str | None, _computation("Dtype that the model is loaded in: float32, bfloat16 or auto.")
+    str | None,
+    _computation(
+        "Dtype that the model is loaded in: float32, bfloat16, auto, or nf4 (4 bits, with --lora)."
+    ),
 ]
 Compile = Annotated[bool | None, _computation("Use torch.compile. By default on a GPU.")]
 GradientCheckpointing = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,21 @@ from landmark.rotary import Rotation
 IMPLEMENTATION = "landmark"
 
 
+class Attend(Protocol):
+    """Attends in one attention layer, as ``ForwardContext.attend``."""
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, /
+    ) -> Tensor:
+        """See ``ForwardContext.attend``."""
+
+
 @dataclass
 class ForwardContext:
     """One forward pass of a decoder.
 
-    Every layer gets it as the keyword argument ``landmark``.
+    Every layer gets its ``attend`` as the keyword argument ``landmark``, and not itself: FSDP
+    copies dataclasses among the arguments of a layer, and rounds the tensors in them.
 
     Attributes:
         settings: the landmark settings.
@@ -34,13 +44,6 @@ class ForwardContext:
 
     settings: LandmarkConfig
     layer_types: tuple[str | None, ...]
-
-    def to(self, *args: Any, **kwargs: Any) -> ForwardContext:
-        """Returns itself.
-
-        accelerate moves arguments by this method; here tensors follow each layer's device.
-        """
-        return self
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -210,7 +213,7 @@ def landmark_attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    landmark: ForwardContext | None = None,
+    landmark: Attend | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attends in a layer; the function registered as attention implementation ``landmark``.
@@ -230,7 +233,7 @@ def landmark_attention_forward(
             f"expected no attention dropout, got {dropout}: set config.attention_dropout = 0"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return landmark.attend(module, query, key, value, scale), None
+    return landmark(module, query, key, value, scale), None
 
 
 def _layer_index(module: nn.Module) -> int:

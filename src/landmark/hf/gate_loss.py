@@ -14,9 +14,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from landmark.blocks import slot_of
 from landmark.config import LandmarkConfig
+from landmark.hf.devices import device_number, gather_counts, gather_rows
 from landmark.hf.recall import NO_BLOCK, EvidenceQuery, blocks_of, far_queries
 from landmark.rotary import Rotary, Rotation
 
@@ -65,12 +67,16 @@ class GateContrast:
     """Contrast of the evidence's landmarks with all others (InfoNCE).
 
     At a token that needs evidence, a head's loss is ``logsumexp`` of its landmark scores over all
-    candidates and over the blocks of the other rows, less ``logsumexp`` over the blocks with the
-    evidence. All landmarks are scored at the start of the prefix, where retrieval scores old ones
-    (``positions="stingy"``). Rows hold one text each; blocks of packed ones are negatives only.
+    candidates and over the blocks of the other rows, those on other devices as well, less
+    ``logsumexp`` over the blocks with the evidence. All landmarks are scored at the start of the
+    prefix, where retrieval scores old ones (``positions="stingy"``). Rows hold one text each;
+    blocks of packed ones are negatives only.
+
+    Every device takes part in each pass, one without queries by its blocks alone. Loss and
+    gradients, averaged over devices, are those of one device with all rows.
 
     Attributes:
-        queries: the tokens, and where their evidence is.
+        queries: the tokens of this device, and where their evidence is.
         losses: ``(Q, H)`` of each layer so far.
     """
 
@@ -84,24 +90,33 @@ class GateContrast:
         size = settings.block_size
         device = like.device
         batch, width, _ = like.shape
-        count = width // size
-        rows = torch.tensor([query.row for query in self.queries])
-        slots = slot_of(torch.tensor([query.token for query in self.queries]), size)
+        shapes = torch.tensor(gather_counts(batch, width // size, device=device))
+        most, count = shapes.amax(0).tolist()
+        rows = torch.tensor([query.row for query in self.queries], dtype=torch.long)
+        tokens = torch.tensor([query.token for query in self.queries], dtype=torch.long)
+        slots = slot_of(tokens, size)
         evidence = [blocks_of(query, size) for query in self.queries]
-        longest = max(map(len, evidence))
-        blocks = torch.tensor([found + [NO_BLOCK] * (longest - len(found)) for found in evidence])
+        longest = max(map(len, evidence), default=0)
+        filled = [found + [NO_BLOCK] * (longest - len(found)) for found in evidence]
+        blocks = torch.tensor(filled, dtype=torch.long).view(len(rows), longest)
         own = slots // size
         local = own.clamp(max=settings.local_blocks)
         number = torch.arange(count)
-        is_own_row = torch.arange(batch) == rows[:, None]
+        # (devices, R), (devices, P): what is there of the rows and blocks that are gathered.
+        has_row = torch.arange(most) < shapes[:, :1]
+        has_block = number < shapes[:, 1:]
+        is_there = (has_row[:, :, None] & has_block[:, None]).flatten(0, 1)
+        is_own_row = torch.arange(len(is_there)) == device_number() * most + rows[:, None]
         is_older = number < (own - local)[:, None]
         is_evidence = (number[:, None] == blocks[:, None]).any(-1) & is_older
-        candidates = ~is_own_row[:, :, None] | is_older[:, None]
+        candidates = is_there & (~is_own_row[:, :, None] | is_older[:, None])
         self._rows = rows.to(device)
         self._slots = slots.to(device)
-        # (Q, 1, B, P)
+        # (Q, 1, devices * R, P)
         self._candidates = candidates[:, None].to(device)
         self._evidence = (is_own_row[:, :, None] & is_evidence[:, None])[:, None].to(device)
+        # As pad takes it: nothing at the end of D, blocks, nothing in G, rows.
+        self._missing = (0, 0, 0, count - width // size, 0, 0, 0, most - batch)
         at = ((settings.top_k + 1 + local) * size + slots % size).to(device)
         start = torch.tensor([size - 1], device=device)
         self._rotations = {
@@ -114,8 +129,10 @@ class GateContrast:
         """See ``GateLoss.add``."""
         at, start = self._rotations[layer.rotary_type]
         size = self._block_size
-        keys = start.rotate(layer.key[:, :, size - 1 :: size].float())
-        query = at[:, None].rotate(layer.query[self._rows, :, self._slots].float())
+        exact = torch.promote_types(layer.key.dtype, torch.float32)
+        here = start.rotate(layer.key[:, :, size - 1 :: size].to(exact))
+        keys = gather_rows(functional.pad(here, self._missing))
+        query = at[:, None].rotate(layer.query[self._rows, :, self._slots].to(exact))
         grouped = torch.unflatten(query, 1, (keys.shape[1], -1))
         scores = layer.scale * torch.einsum("qgrd,bgpd->qgrbp", grouped, keys).flatten(1, 2)
         everything = scores.masked_fill(~self._candidates, -torch.inf).flatten(2)
@@ -125,9 +142,14 @@ class GateContrast:
     def loss(self, heads: int) -> Tensor:
         """Returns the mean over queries and over the ``heads`` heads, of all layers, that do best.
 
-        Not every head has to retrieve; those that come nearest to it are trained to.
+        Not every head has to retrieve; those that come nearest to it are trained to. The mean is
+        over the queries of all devices, and the same on each of them.
         """
-        by_head = torch.cat(self.losses, dim=1).mean(0)
+        by_query = torch.cat(self.losses, dim=1)
+        # A column of ones counts the queries.
+        here = functional.pad(by_query, (0, 1), value=1.0).sum(0, keepdim=True)
+        sums = gather_rows(here).sum(0)
+        by_head = sums[:-1] / sums[-1]
         best = by_head.topk(min(heads, len(by_head)), largest=False).values
         return best.mean()
 
@@ -174,7 +196,7 @@ class GateBlockMass:
         key = layer.rotation.rotate(layer.key).float()
         grouped = torch.unflatten(query, 1, (key.shape[1], -1))
         scores = layer.scale * torch.einsum("bgrsd,bgtd->bgrst", grouped, key)
-        scores = torch.nn.functional.pad(scores, (0, self._missing), value=-torch.inf)
+        scores = functional.pad(scores, (0, self._missing), value=-torch.inf)
         blocks = torch.unflatten(scores, -1, (-1, self._block_size))
         landmarks = blocks[..., -1].masked_fill(~self._is_past, -torch.inf)
         mass = blocks[..., :-1].logsumexp(-1).masked_fill(~self._is_past, -torch.inf)
@@ -191,14 +213,29 @@ class GateBlockMass:
 
 
 def contrast_queries(
-    queries: Iterable[EvidenceQuery], settings: LandmarkConfig, count: int
-) -> list[EvidenceQuery]:
-    """Returns ``count`` of the queries whose evidence is not local, evenly, some of them repeated.
+    queries: Iterable[EvidenceQuery],
+    settings: LandmarkConfig,
+    count: int,
+    device: torch.device,
+) -> list[EvidenceQuery] | None:
+    """Returns some of the queries whose evidence is not local, evenly, some of them repeated.
 
-    The number is fixed so that compiled layers see tensors of one shape. It is empty where there is
-    no such query.
+    They are the same whatever devices share the rows of a batch.
+
+    Args:
+        queries: those of this device.
+        settings: the landmark settings.
+        count: how many to take, summed up over all devices.
+        device: the device.
+
+    Returns:
+        those of this device, which may have none; ``None`` where no device has such a query.
     """
     far = far_queries(queries, settings)
-    if not far:
-        return []
-    return [far[number * len(far) // count] for number in range(count)]
+    counts = gather_counts(len(far), count, device=device)
+    total, wanted = map(sum, zip(*counts, strict=True))
+    if not total:
+        return None
+    before = sum(there for there, _ in counts[: device_number()])
+    taken = [number * total // wanted - before for number in range(wanted)]
+    return [far[index] for index in taken if 0 <= index < len(far)]

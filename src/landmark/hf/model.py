@@ -221,7 +221,11 @@ class LandmarkDecoderMixin(PackagedMixin):
         """Runs the stock decoder on slots ``(B, width, hidden)``, all at position 0."""
         zeros = torch.zeros(1, embeds.shape[1], dtype=torch.long, device=embeds.device)
         return super().forward(
-            inputs_embeds=embeds, position_ids=zeros, use_cache=False, landmark=context, **kwargs
+            inputs_embeds=embeds,
+            position_ids=zeros,
+            use_cache=False,
+            landmark=context.attend,
+            **kwargs,
         )
 
     def read_chunks(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from landmark.data import outputs
 from landmark.data.errors import first_line
@@ -41,19 +42,26 @@ def last_checkpoint(out: Path) -> Path:
     remedy = f"delete {path.name} to resume from an earlier one"
     state = path / "trainer_state.json"
     weights = sorted(path.glob("*.safetensors"))
-    sharded = (path / "pytorch_model_fsdp_0").is_dir()
+    # FSDP writes folders to which every process adds its part, or else one file.
+    parts = [path / name for name in ("pytorch_model_fsdp_0", "optimizer_0")]
+    is_sharded = parts[0].is_dir()
+    is_of_fsdp = (path / "pytorch_model_fsdp.bin").is_file()
     try:
         json.loads(state.read_text(encoding="utf-8"))["global_step"]
         for file in weights:
             with safe_open(file, framework="pt") as tensors:
                 list(tensors.keys())
-        if not sharded:
-            torch.load(path / "optimizer.pt", map_location="meta", weights_only=True)
+        if is_sharded:
+            for part in parts:
+                FileSystemReader(part).read_metadata()
+        else:
+            optimizer = path / ("optimizer.bin" if is_of_fsdp else "optimizer.pt")
+            torch.load(optimizer, map_location="meta", weights_only=True)
     except Exception as error:  # json, safetensors and torch raise many kinds
         raise ValueError(
             f"{path}: expected a complete checkpoint, got a damaged one ({_line(error)}); {remedy}"
         ) from None
-    if not weights and not sharded:
+    if not weights and not is_sharded:
         raise ValueError(
             f"{path}: expected a checkpoint with weights (*.safetensors), found none; {remedy}"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,19 +29,23 @@ class WeightedLoss(NamedTuple):
     weight: float
 
 
-@dataclass
 class GateLosses:
     """The losses on the gate of one batch; each layer adds to all of them.
 
-    Attributes:
+    It is no dataclass, as FSDP copies those among the arguments of a model.
+
+    Args:
         retrieval: the weights.
+
+    Attributes:
         contrast: the contrast, ``None`` for none.
         block_mass: the fit to dense attention, ``None`` for none.
     """
 
-    retrieval: RetrievalSettings
-    contrast: GateContrast | None = None
-    block_mass: GateBlockMass | None = None
+    def __init__(self, retrieval: RetrievalSettings) -> None:
+        self.retrieval = retrieval
+        self.contrast: GateContrast | None = None
+        self.block_mass: GateBlockMass | None = None
 
     def prepare(
         self, settings: LandmarkConfig, rotaries: dict[str | None, Rotary], like: Tensor
@@ -77,6 +80,8 @@ def gate_losses(
 ) -> GateLosses | None:
     """Returns the losses on the gate that a batch is trained with, ``None`` for none.
 
+    There is a contrast on all devices or on none of them.
+
     Args:
         batch: as ``stack`` returns it.
         retrieval: which there are, and their weights.
@@ -87,8 +92,8 @@ def gate_losses(
     if retrieval.contrast and "questions" in batch:
         count = CONTRAST_QUERIES * len(batch["questions"])
         wanted = evidence_queries(batch["questions"], before=CONTRAST_TOKENS)
-        queries = contrast_queries(wanted, settings, count)
-        losses.contrast = GateContrast(queries) if queries else None
+        queries = contrast_queries(wanted, settings, count, batch["input_ids"].device)
+        losses.contrast = None if queries is None else GateContrast(queries)
     is_packed = "position_ids" in batch
     if retrieval.block_mass and not is_packed:
         columns = range(batch["input_ids"].shape[1])

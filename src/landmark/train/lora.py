@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 ADAPTER = "adapter"
 ATTENTION = "attention"
@@ -82,6 +85,43 @@ def norms(model: nn.Module) -> list[str]:
         if "norm" in type(module).__name__.lower() and list(module.parameters(recurse=False))
     }
     return sorted(names)
+
+
+def with_weights(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    """Returns a model like the given one, adapted or not, whose weights are those tensors.
+
+    Args:
+        model: a model that may have no weights itself, or parts of them.
+        weights: all weights by name.
+    """
+    base = base_of(model)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(base.config)
+        made.generation_config = base.generation_config
+        if base is not model:
+            from peft import get_peft_model
+
+            made.name_or_path = base.name_or_path
+            made = get_peft_model(made, model.peft_config["default"])
+    made.load_state_dict(weights, assign=True)
+    base_of(made).tie_weights()
+    return made
+
+
+def merged(model: Any, folder: Path) -> Any:
+    """Returns the landmark model inside an adapted one, with its adapter merged into the weights.
+
+    Weights of 4 bits are dequantized before, as the sums would be rounded to 4 bits.
+
+    Args:
+        model: the model of peft, which is not to be used any more.
+        folder: where its adapter was saved.
+    """
+    if getattr(base_of(model), "hf_quantizer", None) is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model.unload().dequantize(), str(folder))
+    return model.merge_and_unload()
 
 
 def base_of(model: Any) -> Any:

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 from landmark.config import LandmarkConfig
 from landmark.data.encoding import Progress
@@ -29,7 +35,7 @@ from landmark.hf.families import PREFIX
 from landmark.hf.pretrained import read_config
 from landmark.train.answers import TeacherAnswers
 from landmark.train.corpora import corpora
-from landmark.train.recipe import Recipe
+from landmark.train.recipe import NF4, Recipe
 
 STOCK = "stock"  # the teacher that is the given model without landmarks
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -252,9 +258,7 @@ def given_model(path: str, recipe: Recipe, *, plain: bool) -> Any:
         FileNotFoundError: there is no model.
         ValueError: ``plain`` with a landmark model, or an architecture that cannot be converted.
     """
-    dtype: Any = recipe.run.weights
-    if dtype != "auto":
-        dtype = getattr(torch, dtype)
+    loading = _loading(recipe)
     settings = LandmarkConfig.from_dict(recipe.landmark)
     try:
         config = read_config(path)
@@ -264,18 +268,41 @@ def given_model(path: str, recipe: Recipe, *, plain: bool) -> Any:
                     f"{path}: expected a model without landmarks to train plain, got "
                     f"{config.model_type}"
                 )
-            model = load(path, dtype=dtype)
+            model = load(path, **loading)
             model.configure_landmark(**{name: getattr(settings, name) for name in recipe.landmark})
             return model
         if plain:
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            return AutoModelForCausalLM.from_pretrained(path, **loading)
         fields = settings.to_dict()
         fields.pop("landmark_trained")
-        return convert(path, dtype=dtype, **fields)
+        return convert(path, **loading, **fields)
     except OSError as error:
         raise FileNotFoundError(
             f"{path}: no model there ({first_line(error)}); pass a model's folder or name"
         ) from None
+
+
+def _loading(recipe: Recipe) -> dict[str, Any]:
+    """Returns the loading arguments that say how weights are kept."""
+    weights = recipe.run.weights
+    if weights == NF4:
+        dtype = compute_dtype(recipe.run.precision)
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=NF4, bnb_4bit_compute_dtype=dtype
+        )
+        return {"dtype": dtype, "quantization_config": quantization}
+    return {"dtype": weights if weights == "auto" else getattr(torch, weights)}
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """Returns the dtype that a run computes in.
+
+    Args:
+        precision: ``auto``, ``bf16`` or ``fp32``.
+    """
+    is_fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    is_bf16 = precision == "bf16" or (precision == "auto" and is_fast)
+    return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def load_teacher(recipe: Recipe, path: str | None, tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -312,11 +339,8 @@ def load_teacher(recipe: Recipe, path: str | None, tokenizer: PreTrainedTokenize
             f"teacher: expected the vocabulary of the trained model, got another one in {name}; "
             "name a teacher with the same tokenizer"
         )
-    dtype = torch.float32
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        dtype = torch.bfloat16
     try:
-        teacher = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        teacher = AutoModelForCausalLM.from_pretrained(name, dtype=compute_dtype("auto"))
     except OSError as error:
         raise FileNotFoundError(
             f"teacher: no model in {name} ({first_line(error)}); pass a model's folder or name"

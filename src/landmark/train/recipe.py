@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from landmark.config import GREATEST, LandmarkConfig
 from landmark.data.text import read_json
 
+NF4 = "nf4"  # weights of 4 bits, as bitsandbytes keeps them
 Section = TypeVar("Section")
 
 SMALL_LLAMA: dict[str, Any] = {
@@ -23,7 +24,6 @@ SMALL_LLAMA: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": True,
 }
-
 
 EXAMPLES = {
     "schedule": '{"length": 512, "until": 0.5}',
@@ -214,7 +214,7 @@ class RunSettings:
         micro_batch: rows of a device at once; ``None`` for its whole share of the batch.
         precision: ``auto`` (bf16 where the device has it), ``bf16`` (autocast) or ``fp32``.
         weights: dtype in which a given model is loaded and trained: ``float32``, ``bfloat16`` or
-            ``auto``.
+            ``auto``; or ``nf4``, its linear layers in 4 bits, beside which adapters are trained.
         compile: whether to use ``torch.compile`` layer by layer; ``None`` for yes on a GPU.
         gradient_checkpointing: whether to recompute activations in the backward pass.
         workers: processes that make rows; ``None`` for one less than the cores, 12 at most.
@@ -404,7 +404,7 @@ class Recipe:
         return [
             ChoiceSetting("precision", run.precision, ("auto", "bf16", "fp32")),
             ChoiceSetting("lora_layers", self.adapter.lora_layers, ("attention", "all")),
-            ChoiceSetting("weights", run.weights, ("float32", "bfloat16", "auto")),
+            ChoiceSetting("weights", run.weights, ("float32", "bfloat16", "auto", NF4)),
             ChoiceSetting("dtype", self.save.dtype, (None, *DTYPES)),
             ChoiceSetting("compile", run.compile, (None, True, False)),
             ChoiceSetting("gradient_checkpointing", run.gradient_checkpointing, (True, False)),

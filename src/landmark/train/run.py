@@ -38,10 +38,11 @@ from landmark.train.checkpoints import (
     save_recipe,
 )
 from landmark.train.corpora import LEAST_ROWS
-from landmark.train.lora import ADAPTER, add_lora, base_of
+from landmark.train.lora import ADAPTER, add_lora, base_of, merged, with_weights
 from landmark.train.prepare import (
     STOCK,
     Prepared,
+    compute_dtype,
     find_tokenizer,
     given_model,
     load_teacher,
@@ -50,7 +51,7 @@ from landmark.train.prepare import (
     require_model_settings,
     stored_dtype,
 )
-from landmark.train.recipe import Recipe, RunArguments
+from landmark.train.recipe import NF4, Recipe, RunArguments
 from landmark.train.summary import summarise, write_summary
 from landmark.train.trainer import LandmarkTrainer, Progress
 
@@ -203,6 +204,8 @@ def _check(out: Path, recipe: Recipe, arguments: RunArguments, *, resume: bool) 
         raise ValueError(
             "lora: expected a landmark model to adapt, got none or a plain one; give model=NAME"
         )
+    if recipe.run.weights == NF4:
+        _require_quantizer(arguments)
     if importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError(
             "training needs the package accelerate: pip install landmark-attention[train]"
@@ -217,6 +220,29 @@ def _check(out: Path, recipe: Recipe, arguments: RunArguments, *, resume: bool) 
         return None
     require_same_recipe(out, recipe, arguments)
     return last_checkpoint(out)
+
+
+def _require_quantizer(arguments: RunArguments) -> None:
+    """Makes sure that weights of 4 bits can be trained on.
+
+    Raises:
+        ValueError: without adapters, or with FSDP.
+        ModuleNotFoundError: bitsandbytes is not installed.
+    """
+    if arguments.lora is None:
+        raise ValueError(
+            f"weights: expected adapters to train beside weights of 4 bits ({NF4}), got none; give "
+            "lora=8, or weights=bfloat16"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            f"weights: expected weights that FSDP can shard, got {NF4}; give weights=bfloat16, or "
+            "launch without FSDP"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            f"weights: {NF4} needs the package bitsandbytes: pip install bitsandbytes"
+        )
 
 
 def _check_source(source: str, field: str) -> None:
@@ -331,9 +357,6 @@ def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
     workers = run.workers
     if workers is None:
         workers = min(12, max(1, (os.cpu_count() or 1) - 1))
-    bf16 = run.precision == "bf16"
-    if run.precision == "auto":
-        bf16 = gpu and torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
         output_dir=str(out / FOLDER),
         max_steps=optimiser.steps,
@@ -348,7 +371,7 @@ def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
         adam_beta1=optimiser.beta1,
         adam_beta2=optimiser.beta2,
         max_grad_norm=optimiser.clip,
-        bf16=bf16,
+        bf16=compute_dtype(run.precision) == torch.bfloat16,
         **({"gradient_checkpointing": True} if run.gradient_checkpointing else {}),
         seed=run.seed,
         logging_steps=run.log_every,
@@ -391,17 +414,18 @@ def _save(
     lora: bool,
 ) -> None:
     """Saves the model and its tokenizer, of an adapter also the adapter alone."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = None
     if trainer.is_fsdp_enabled:
-        if trainer.args.should_save:
-            tokenizer.save_pretrained(str(out))
-        trainer.save_model(str(out))
-        return
+        # Every process has a part of each; the first one gets them all.
+        weights = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.args.should_save:
         return
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    if weights is not None:
+        model = with_weights(model, weights)
     if lora:
         _put(out / ADAPTER, model.save_pretrained)
-        model = model.merge_and_unload()
+        model = merged(model, out / ADAPTER)
     model = model.to(getattr(torch, dtype))
 
     def save(folder: Path) -> None:

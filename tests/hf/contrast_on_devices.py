@@ -1,0 +1,130 @@
+"""Passes with a contrast, on one device or on two processes of the CPU that each have some rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+import models
+from landmark.config import LandmarkConfig
+from landmark.hf.gate_loss import GateContrast
+from landmark.hf.recall import EvidenceQuery
+from landmark.train.run import compile_layers
+
+SIZE = 5
+SETTINGS = LandmarkConfig(block_size=SIZE, top_k=2, local_blocks=1, mode="all")
+HEADS = 3  # of 8 that are trained
+NEAR = EvidenceQuery(0, 40, (range(8, 9), range(21, 22)))
+FAR = EvidenceQuery(0, 62, (range(3, 5),))
+MIDDLE = EvidenceQuery(0, 50, (range(30, 31),))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a device has of a batch.
+
+    Attributes:
+        ids: ``(B, T)``.
+        queries: queries of these rows.
+    """
+
+    ids: torch.Tensor
+    queries: tuple[EvidenceQuery, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two devices' shares, and how their layers run."""
+
+    shares: tuple[Share, Share]
+    checkpointing: bool = False
+    compiled: bool = False
+
+
+def _rows(number: int, tokens: int = 63) -> torch.Tensor:
+    return models.text(number * tokens).view(number, tokens)
+
+
+_TWO = tuple(_rows(2).split(1))
+CASES = {
+    "as many queries": Case((Share(_TWO[0], (FAR,)), Share(_TWO[1], (NEAR,)))),
+    "more queries": Case((Share(_TWO[0], (FAR, NEAR, MIDDLE)), Share(_TWO[1], (NEAR,)))),
+    "no query": Case((Share(_TWO[0], ()), Share(_TWO[1], (NEAR, MIDDLE)))),
+    "more rows": Case(
+        (
+            Share(_rows(3)[:2], (FAR, MIDDLE._replace(row=1))),
+            Share(_rows(3)[2:], (NEAR,)),
+        )
+    ),
+    "more blocks": Case((Share(_TWO[0], (FAR,)), Share(_TWO[1][:, :44], (NEAR,)))),
+    "no block": Case((Share(_TWO[0], (FAR, NEAR)), Share(_TWO[1][:, :3], ()))),
+    "checkpointing": Case((Share(_TWO[0], ()), Share(_TWO[1], (NEAR, MIDDLE))), checkpointing=True),
+    "compiled": Case((Share(_TWO[0], (FAR,)), Share(_TWO[1], (NEAR, MIDDLE))), compiled=True),
+}
+
+
+@dataclass
+class Found:
+    """A loss and the gradients of all weights."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+def model_of(case: Case) -> torch.nn.Module:
+    model = models.landmark_model("gpt_neox", SETTINGS)  # whose norms are in float64 throughout
+    model.zero_grad()
+    model.train()
+    if case.checkpointing:
+        model.gradient_checkpointing_enable()
+    if case.compiled:
+        compile_layers(model, backend="eager")
+    return model
+
+
+def undo(model: torch.nn.Module) -> None:
+    """The model is shared."""
+    model.gradient_checkpointing_disable()
+    for module in model.modules():
+        module._compiled_call_impl = None
+
+
+def text_loss(logits: torch.Tensor) -> torch.Tensor:
+    return logits.square().sum() / 1000
+
+
+def on_one_device(share: Share) -> Found:
+    model = model_of(Case((share, share)))
+    contrast = GateContrast(share.queries)
+    logits = model(input_ids=share.ids, use_cache=False, gate_loss=contrast).logits
+    loss = text_loss(logits) + contrast.loss(HEADS)
+    loss.backward()
+    return found(loss, model)
+
+
+def on_two_devices(device: int, folder: Path) -> None:
+    """Runs all cases as one of two processes, and saves what each finds."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/together", rank=device, world_size=2
+    )
+    for name, case in CASES.items():
+        model = model_of(case)
+        parallel = DistributedDataParallel(model)
+        share = case.shares[device]
+        contrast = GateContrast(share.queries)
+        logits = parallel(input_ids=share.ids, use_cache=False, gate_loss=contrast).logits
+        loss = 2 * text_loss(logits) + contrast.loss(HEADS)
+        loss.backward()
+        torch.save(found(loss, model), folder / f"{name}-{device}")
+        undo(model)
+    distributed.destroy_process_group()
+
+
+def found(loss: torch.Tensor, model: torch.nn.Module) -> Found:
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    return Found(loss.item(), gradients)
