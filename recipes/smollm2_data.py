@@ -2,6 +2,8 @@
 
     python recipes/smollm2_data.py --fairytale FILE --boolq FILE --p3 FOLDER --out data
     python recipes/smollm2_data.py --prompts 6000 --base SmolLM2-135M-Instruct --out data
+    python recipes/smollm2_data.py --reversed squad.json data/fairytale.jsonl --out data
+    python recipes/smollm2_data.py --ask-about hotpot.jsonl --base WRITER --out data
 
 SQuAD and HotpotQA are read by `landmark train` as they are. The others become rows that it reads:
 
@@ -9,6 +11,8 @@ SQuAD and HotpotQA are read by `landmark train` as they are. The others become r
     boolq.jsonl      a passage, and a question that is answered by yes or no
     reading.jsonl    prompts and completions of P3 that are about a text in the prompt
     prompts.jsonl    what users might ask, written by the given model itself; a teacher answers it
+    reversed.jsonl   a document and an answer in it, then the question: to train a writer of them
+    written.jsonl    documents, and the questions that such a writer asks about names and numbers
 
 FairytaleQA is Apache-2.0, BoolQ CC BY-SA 3.0; of P3 (Apache-2.0) only templates of the sets in
 ``READING`` are taken, all of which are under CC BY, CC BY-SA or MIT.
@@ -24,10 +28,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from landmark.data.questions import read_question_sets
+
 READING = ("adversarial_qa", "duorc", "quoref", "ropes")
 LONGEST_PROMPT = 6_000  # characters
-PROMPT_TOKENS = 96
+WRITTEN_TOKENS = 96
 BATCH = 256
+ASKED = 2  # questions about a document
+# A number, or a name that no sentence begins with.
+ANSWER = re.compile(
+    r"\b\d[\d,.]*\d\b|(?<=[a-z,] )[A-Z][\w'-]+(?: (?:of |the |de |and )?[A-Z][\w'-]+)*"
+)
 
 Row = dict[str, Any]
 
@@ -44,6 +58,10 @@ def main() -> None:
     parser.add_argument("--base", help="an instruct model, folder or hub name")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--reversed", nargs="+", default=[], help="documents with questions")
+    parser.add_argument(
+        "--ask-about", nargs="+", default=[], help="documents, with questions or not"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     made = {}
@@ -55,6 +73,10 @@ def main() -> None:
         made["reading"] = list(reading(options.p3, options.seed))
     if options.prompts:
         made["prompts"] = prompts(options.base, options.prompts, options.seed)
+    if options.reversed:
+        made["reversed"] = list(reversed_rows(options.reversed))
+    if options.ask_about:
+        made["written"] = written(options.ask_about, options.base, options.seed)
     for name, rows in made.items():
         path = options.out / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -124,38 +146,103 @@ def reading(folder: Path, seed: int) -> list[Row]:
     return rows
 
 
+def reversed_rows(sources: list[str]) -> Iterator[Row]:
+    """Yields each question with short evidence in one document as what its answer asks for."""
+    for each in (each for source in sources for each in read_question_sets(source)):
+        for asked in each.questions:
+            document = each.documents[asked.evidence[0].document]
+            if len(asked.evidence) == 1 and asked.answer in document:
+                yield {"prompt": request(document, asked.answer), "completion": asked.question}
+
+
+def request(document: str, answer: str) -> str:
+    """Returns what a writer of questions is asked."""
+    return f"{document}\n\nWrite a question about this text whose answer is: {answer}"
+
+
+def written(sources: list[str], base: str, seed: int) -> list[Row]:
+    """Returns documents with the questions that a model writes about names and numbers in them."""
+    rng = random.Random(seed)
+    rows = []
+    wanted = []
+    for each in (each for source in sources for each in read_question_sets(source)):
+        row: Row = {"documents": list(each.documents), "questions": [], "answers": []}
+        row["evidence"] = []
+        rows.append(row)
+        for number, document in enumerate(each.documents):
+            places = [match.span() for match in ANSWER.finditer(document)]
+            for begin, end in rng.sample(places, min(len(places), ASKED)):
+                wanted.append((row, number, begin, end))
+    writer = Writer(base, seed)
+    asked = [request(row["documents"][n], row["documents"][n][b:e]) for row, n, b, e in wanted]
+    for (row, number, begin, end), question in zip(wanted, writer.answers(asked), strict=True):
+        if question.endswith("?") and row["documents"][number][begin:end] not in question:
+            row["questions"].append(question)
+            row["answers"].append(row["documents"][number][begin:end])
+            row["evidence"].append([[number, begin, end]])
+    return [row for row in rows if row["questions"]]
+
+
+class Writer:
+    """An instruct model that writes many texts at once.
+
+    Args:
+        base: folder or hub name.
+        seed: of what is sampled.
+    """
+
+    def __init__(self, base: str, seed: int) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(self.device)
+        torch.manual_seed(seed)
+
+    def answers(self, asked: list[str]) -> list[str]:
+        """Returns the most probable answer to each message; an empty one where it was cut."""
+        texts = [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+            for text in asked
+        ]
+        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+        found = [""] * len(texts)
+        for begin in range(0, len(order), BATCH):
+            batch = order[begin : begin + BATCH]
+            given = [texts[number] for number in batch]
+            for number, answer in zip(batch, self.write(given, do_sample=False), strict=True):
+                found[number] = answer
+        return found
+
+    def write(self, texts: list[str], **options: Any) -> list[str]:
+        """Returns how each text goes on, up to its end; an empty string where that did not come."""
+        given = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        end = self.tokenizer.eos_token_id
+        rows = self.model.generate(
+            **given.to(self.device), max_new_tokens=WRITTEN_TOKENS, pad_token_id=end, **options
+        )[:, given.input_ids.shape[1] :].tolist()
+        return [
+            self.tokenizer.decode(row[: row.index(end)]).strip() if end in row else ""
+            for row in rows
+        ]
+
+
 def prompts(base: str, count: int, seed: int) -> list[Row]:
     """Returns what an instruct model writes where a user's message begins, each once.
 
     The method is that of Magpie (Xu et al., arXiv 2406.08464): the chat template is given up to the
     opening of the user's turn, and the model goes on.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device)
-    mark = "\0"
-    conversation = [{"role": "user", "content": mark}]
-    opening = tokenizer.apply_chat_template(conversation, tokenize=False).split(mark)[0]
-    ids = tokenizer(opening, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
-    torch.manual_seed(seed)
+    writer = Writer(base, seed)
+    conversation = [{"role": "user", "content": "\0"}]
+    opening = writer.tokenizer.apply_chat_template(conversation, tokenize=False).split("\0")[0]
     found: dict[str, None] = {}
     while len(found) < count:
-        written = model.generate(
-            ids.expand(min(BATCH, count), -1),
-            do_sample=True,
-            temperature=1.0,
-            top_p=0.95,
-            max_new_tokens=PROMPT_TOKENS,
-            pad_token_id=tokenizer.eos_token_id,
-        )[:, ids.shape[1] :]
-        for row in written.tolist():
-            if tokenizer.eos_token_id in row:  # others were cut
-                text = tokenizer.decode(row[: row.index(tokenizer.eos_token_id)]).strip()
-                if text:
-                    found[text] = None
+        texts = [opening] * min(BATCH, count)
+        for text in writer.write(texts, do_sample=True, temperature=1.0, top_p=0.95):
+            if text:
+                found[text] = None
     return [{"messages": [{"role": "user", "content": text}]} for text in list(found)[:count]]
 
 

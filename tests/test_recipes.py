@@ -84,6 +84,56 @@ def test_a_model_writes_prompts(script, monkeypatch, tmp_path, made_chat_model):
         assert message.role == "user" and message.content.strip() == message.content != ""
 
 
+def test_questions_are_reversed_and_written(script, monkeypatch, tmp_path, made_chat_model):
+    text = "A fox met the king of Far Norway in 1893. He ate 12 grapes."
+    row = {"documents": [text, "No."], "questions": ["When?", "Who?"], "answers": ["1893", "fox"]}
+    source = write(
+        tmp_path / "sets.jsonl", row, {"documents": ["Nothing."], "questions": [], "answers": []}
+    )
+    run(script, monkeypatch, "--reversed", source, "--out", tmp_path)
+    when, who = read_conversations(tmp_path / "reversed.jsonl")
+    assert when.messages[0].content == script.request(text, "1893")
+    assert who.messages[1].content == "Who?"
+
+    asked = []
+
+    def answers(self, texts):
+        asked.extend(texts)
+        return ["When was it?" if "1893" in text.split(":")[-1] else "Is it 12?" for text in texts]
+
+    monkeypatch.setattr(script.Writer, "answers", answers)
+    monkeypatch.setattr(script, "ASKED", 9)
+    run(script, monkeypatch, "--ask-about", source, "--base", made_chat_model, "--out", tmp_path)
+    assert {text.split(": ")[-1] for text in asked} == {"Far Norway", "1893", "12"}
+    (found,) = read_question_sets(tmp_path / "written.jsonl")
+    assert [(each.question, each.answer) for each in found.questions] == [
+        ("Is it 12?", "Far Norway"),
+        ("When was it?", "1893"),
+    ], "a question that holds its answer is left out"
+    for each in found.questions:
+        (span,) = each.evidence
+        assert found.documents[span.document][span.begin : span.end] == each.answer
+
+
+def test_a_writer_answers_each_message(script, made_chat_model):
+    """In batches, padded, as one by one; what does not end is empty."""
+    writer = script.Writer(str(made_chat_model), 0)
+    asked = ["a fox", "a fox came by and ate", "a"]
+    given = writer.tokenizer.apply_chat_template(
+        [{"role": "user", "content": asked[0]}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    written = writer.model.generate(**given, max_new_tokens=30, do_sample=False)
+    writer.tokenizer.eos_token_id = int(written[0, -1])  # an end that comes in one of them at least
+    together = writer.answers(asked)
+    assert together == [writer.answers([text])[0] for text in asked]
+    first = written[0, given["input_ids"].shape[1] :].tolist()
+    first = first[: first.index(writer.tokenizer.eos_token_id)]
+    assert together[0] == writer.tokenizer.decode(first).strip()
+
+
 @pytest.fixture
 def made_chat_model(tmp_path):
     """The folder of a tiny model with random weights, whose tokenizer has a chat template."""
