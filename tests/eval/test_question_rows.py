@@ -12,7 +12,15 @@ from landmark.data.tokenizer import encode
 from landmark.eval import questions as task_module
 from landmark.eval import results
 from landmark.eval.fillers import load_filler
-from landmark.eval.questions import QuestionsTask, haystacks, normalised, run, score
+from landmark.eval.questions import (
+    QuestionsTask,
+    Score,
+    haystacks,
+    is_in_other_words,
+    normalised,
+    run,
+    score,
+)
 from landmark.eval.variants import Variant, load_variants
 from landmark.eval.yardsticks import EvidenceBlocks
 from tiny import talking_tokenizer, tiny_landmark, tiny_llama
@@ -194,6 +202,37 @@ def test_rows(sets, talking, plain, tmp_path):
     assert haystack.queries > 0 and {layer["layer"] for layer in haystack.layers} == {0, 1}
     assert rows[1].queries == 0 and rows[1].texts == 1 and rows[0].texts == 14
     assert rows[-1].read == "full" and rows[-1].top_k is None and haystack.top_k == 2
+
+
+def test_questions_in_other_words(tmp_path):
+    text = "He came home. The famous fox ate grapes in June, near Oslo. It rained."
+    asked = {
+        "What did the famous fox eat in June?": "grapes",  # 3 of 4 words
+        "Which fruit did an animal consume?": "grapes",  # none of 4
+        "What did a fox like best?": "grapes",  # 1 of 3
+        "When did he come?": "June",  # the sentence with the evidence counts, not that before
+    }
+    row = {"documents": [text], "questions": list(asked), "answers": list(asked.values())}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    (found,) = read_question_sets(path)
+    judged = [is_in_other_words(each, found.documents) for each in found.questions]
+    assert judged == [False, True, True, True]
+
+
+def test_right_answers_are_numbered_as_the_data(sets, talking, monkeypatch):
+    """Whatever the order in which a haystack holds them."""
+    right = {"What is the code of the 12 gate?", "What is north?"}
+    said = {question.answer: question.question for each in sets for question in each.questions}
+
+    def scored(answer, wanted):
+        return Score(contains=said[wanted[0]] in right, exact=False, f1=0.0)
+
+    monkeypatch.setattr(task_module, "score", scored)
+    task = QuestionsTask(lengths=(400,), contexts=("evidence", "haystack"), max_new_tokens=1)
+    for row in run([talking], sets, task, lambda row: None, data="x"):
+        assert row.right == (2, 13) and row.contains == 2 / 14
+        assert row.other_words == (12,)
 
 
 def test_evidence_is_forced_into_the_selection(sets, talking):

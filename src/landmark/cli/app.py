@@ -11,6 +11,7 @@ from typing import Annotated, cast
 import typer
 
 from landmark.cli import memory
+from landmark.cli.agreement import agreement
 from landmark.cli.ask import ask
 from landmark.cli.chat import chat
 from landmark.cli.convert import convert
@@ -46,7 +47,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 evaluation = typer.Typer(
-    help="Evaluate a model: pass key, named facts, recall, questions, perplexity, ranking, index.",
+    help="Evaluate a model: pass key, named facts, recall, questions, agreement, perplexity, "
+    "ranking, index.",
     add_completion=False,
 )
 app.add_typer(evaluation, name="eval")
@@ -63,7 +65,7 @@ def _add(group: typer.Typer, *commands: Callable[..., object]) -> None:
 
 _add(app, demo, generate, chat, remember, ask, explain, convert, train, rank, info)
 _add(memories, memory.info, memory.verify, memory.compact)
-_add(evaluation, passkey, recall, questions, perplexity, index)
+_add(evaluation, passkey, recall, questions, agreement, perplexity, index)
 evaluation.command("rank", cls=Command)(ranking)
 
 # ClickException, of whichever click typer stands on

@@ -15,6 +15,7 @@ from landmark.data.errors import names
 
 if TYPE_CHECKING:
     from landmark.eval.results import (
+        AgreementRow,
         IndexRow,
         PasskeyRow,
         PerplexityRow,
@@ -121,10 +122,12 @@ def questions_table(rows: Sequence[QuestionsRow]) -> Table:
     table = Table(title=_title(f"Questions, {rows[0].data}" if rows else "Questions"))
     for name in ("model", "attention", "context", "filler", "read", "granularity"):
         table.add_column(name)
-    columns = ("k", "length", "texts", "asked", "contains", "exact", "F1", "evidence retrieved")
-    for name in columns:
+    for name in ("k", "length", "texts", "asked", "contains", "in other words"):
+        table.add_column(name, justify="right")
+    for name in ("exact", "F1", "evidence retrieved"):
         table.add_column(name, justify="right")
     for row in rows:
+        other_right = len(set(row.right) & set(row.other_words))
         best = max((max(layer["heads"]) for layer in row.layers), default=None)
         table.add_row(
             cell(row.model),
@@ -138,9 +141,33 @@ def questions_table(rows: Sequence[QuestionsRow]) -> Table:
             str(row.texts),
             str(row.asked),
             f"{row.contains:.1%}",
+            f"{other_right}/{len(row.other_words)}",
             f"{row.exact:.1%}",
             f"{row.f1:.3f}",
             cell(None if best is None else f"{best:.1%}"),
+        )
+    return table
+
+
+def agreement_table(rows: Sequence[AgreementRow]) -> Table:
+    """Returns how far models agree with a reference, which has the first row."""
+    reference = f"Agreement with {rows[0].reference}, {rows[0].data}" if rows else "Agreement"
+    table = Table(title=_title(reference))
+    for name in ("model", "attention", "dtype"):
+        table.add_column(name)
+    for name in ("prompts", "tokens", "agree", "conversations", "tokens", "perplexity"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            cell(row.model),
+            cell(row.attention),
+            cell(row.dtype),
+            str(row.prompts),
+            str(row.answer_tokens),
+            cell(None if row.agreement is None else f"{row.agreement:.2%}"),
+            str(row.conversations),
+            str(row.tokens),
+            cell(None if row.perplexity is None else f"{row.perplexity:.3f}"),
         )
     return table
 

@@ -36,6 +36,13 @@ from landmark.texts.reading import READS, read_into_memory
 
 CONTEXTS = ("evidence", "nothing", "bm25", "haystack")
 FILLER_PIECE = 128  # tokens of filler between two documents
+SHARED_WORDS = 1 / 3  # of a question's words, at most, in the evidence's sentence: "other words"
+# Those of Lucene, which BM25 leaves out, and the words that questions are asked with.
+STOP_WORDS = """
+a an and are as at be but by for if in into is it no not of on or such that the their then there
+these they this to was will with what which who whom whose when where why how did does do many much
+"""
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -165,6 +172,13 @@ def run(
         ModuleNotFoundError: bm25s is missing for context ``bm25``.
     """
     register(EvidenceBlocks)
+    asked = [(each, question) for each in sets for question in each.questions]
+    numbers = {id(question): number for number, (_, question) in enumerate(asked)}
+    other_words = tuple(
+        number
+        for number, (each, question) in enumerate(asked)
+        if is_in_other_words(question, each.documents)
+    )
     rows = []
     for variant in variants:
         found = [unit for each in sets for unit in _units(each, variant.tokenizer)]
@@ -176,7 +190,17 @@ def run(
                     continue
                 texts = _texts(variant, units, others, task, context, length, progress)
                 with variant.configured(**settings):
-                    row = _row(variant, texts, task, context, length, data=data, progress=progress)
+                    row = _row(
+                        variant,
+                        texts,
+                        task,
+                        context,
+                        length,
+                        numbers=numbers,
+                        other_words=other_words,
+                        data=data,
+                        progress=progress,
+                    )
                 rows.append(row)
                 report(row)
     return rows
@@ -349,20 +373,34 @@ def _row(
     context: str,
     length: int | None,
     *,
+    numbers: dict[int, int],
+    other_words: tuple[int, ...],
     data: str,
     progress: Progress | None,
 ) -> QuestionsRow:
-    """Asks all questions of some texts, and counts."""
+    """Asks all questions of some texts, and counts.
+
+    Args:
+        variant: the model.
+        texts: the texts, with the questions.
+        task: what is asked.
+        context: as for ``QuestionsTask``.
+        length: of a haystack.
+        numbers: of the questions in the data, by their ``id``.
+        other_words: numbers of those that are asked in other words.
+        data: name of the questions.
+        progress: called for each text.
+    """
     settings = variant.settings()
     recall = EvidenceRecall(variant.model.landmark) if variant.is_landmark else None
-    scores: list[Score] = []
+    scores: dict[int, Score] = {}
     with measured(variant.device) as measure:
         for number, text in enumerate(texts):
             if progress is not None:
                 progress("texts asked", number, len(texts))
             answers = _answers(variant, text, task, recall, progress)
             for question, answer in zip(text.questions, answers, strict=True):
-                scores.append(score(answer, (question.answer, *question.others)))
+                scores[numbers[id(question)]] = score(answer, (question.answer, *question.others))
     layers = () if recall is None else recall.layers()
     return QuestionsRow(
         model=variant.name,
@@ -372,9 +410,11 @@ def _row(
         filler=task.filler if context == "haystack" else None,
         texts=len(texts),
         asked=len(scores),
-        contains=sum(each.contains for each in scores) / len(scores),
-        exact=sum(each.exact for each in scores) / len(scores),
-        f1=sum(each.f1 for each in scores) / len(scores),
+        contains=sum(each.contains for each in scores.values()) / len(scores),
+        right=tuple(number for number, each in sorted(scores.items()) if each.contains),
+        other_words=other_words,
+        exact=sum(each.exact for each in scores.values()) / len(scores),
+        f1=sum(each.f1 for each in scores.values()) / len(scores),
         queries=0 if recall is None else recall.queries,
         layers=tuple(dataclasses.asdict(layer) for layer in layers),
         read=task.read if variant.is_landmark else "full",
@@ -440,6 +480,26 @@ def _read(
     if variant.is_landmark:
         return read_into_memory(variant, ids, retrieve=retrieve, progress=progress)
     return variant.model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def is_in_other_words(question: DocumentQuestion, documents: Sequence[str]) -> bool:
+    """Returns whether a question has few words in common with the sentence that answers it.
+
+    Few are at most a third of its words but ``STOP_WORDS``, compared in lower case.
+
+    Args:
+        question: the question; the sentences around its evidence count together.
+        documents: of its set.
+    """
+    wanted = set(re.findall(r"\w+", question.question.lower())) - set(STOP_WORDS.split())
+    said: set[str] = set()
+    for span in question.evidence:
+        text = documents[span.document]
+        ends = [match.end() for match in SENTENCE_END.finditer(text)]
+        begin = max((end for end in ends if end <= span.begin), default=0)
+        last = min((end for end in ends if end >= span.end), default=len(text))
+        said.update(re.findall(r"\w+", text[begin:last].lower()))
+    return len(wanted & said) <= SHARED_WORDS * len(wanted)
 
 
 class Score(NamedTuple):

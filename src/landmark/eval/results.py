@@ -274,6 +274,9 @@ class QuestionsRow:
         texts: texts that were read.
         asked: questions.
         contains: share of answers that contain a right one.
+        right: numbers of the questions, in the order of the data, whose answers contain a right
+            one: rows of two models are compared question by question.
+        other_words: numbers of the questions that are asked in other words than the text's.
         exact: share of answers that are a right one.
         f1: mean overlap of words with the nearest right answer.
         queries: questions whose evidence is not local.
@@ -298,6 +301,8 @@ class QuestionsRow:
     texts: int
     asked: int
     contains: float
+    right: tuple[int, ...]
+    other_words: tuple[int, ...]
     exact: float
     f1: float
     queries: int
@@ -313,8 +318,60 @@ class QuestionsRow:
     data: str
 
 
-Row = PasskeyRow | PerplexityRow | RankRow | IndexRow | RecallRow | QuestionsRow
-Some = TypeVar("Some", PasskeyRow, PerplexityRow, RankRow, IndexRow, RecallRow, QuestionsRow)
+@dataclasses.dataclass(frozen=True)
+class AgreementRow:
+    """How far a model says what a reference says, and how probable it finds conversations.
+
+    Attributes:
+        model: name or path of the model.
+        attention: ``landmark``, or for a plain model ``full``.
+        reference: name or path of the model whose greedy answers are compared.
+        reference_dtype: of its weights.
+        prompts: conversations that the reference answered.
+        answer_tokens: tokens of the answers.
+        agreed: those of them that are the model's most probable ones, given all before.
+        agreement: ``agreed / answer_tokens``; ``None`` without prompts.
+        conversations: conversations that hold the assistant's answers.
+        tokens: tokens of these answers.
+        loss: mean loss over ``tokens``, in nats; ``None`` without any.
+        perplexity: exp of ``loss``.
+        max_new_tokens: tokens of an answer, at most.
+        settings: all settings of the attention.
+        dtype: of the weights.
+        seconds: wall time, without the reference's answers.
+        data: where the conversations came from.
+    """
+
+    model: str
+    attention: str
+    reference: str
+    reference_dtype: str
+    prompts: int
+    answer_tokens: int
+    agreed: int
+    agreement: float | None
+    conversations: int
+    tokens: int
+    loss: float | None
+    perplexity: float | None
+    max_new_tokens: int
+    settings: dict[str, Any]
+    dtype: str
+    seconds: float
+    data: str
+
+
+Row = PasskeyRow | PerplexityRow | RankRow | IndexRow | RecallRow | QuestionsRow | AgreementRow
+Some = TypeVar(
+    "Some",
+    PasskeyRow,
+    PerplexityRow,
+    RankRow,
+    IndexRow,
+    RecallRow,
+    QuestionsRow,
+    AgreementRow,
+)
 
 
 def write(path: str | Path, rows: Sequence[Row], device: str) -> None:
@@ -377,6 +434,8 @@ def read(path: str | Path) -> list[Row]:
 
 
 def _row(fields: dict[str, Any]) -> Row:
+    if "agreement" in fields:
+        return AgreementRow(**fields)
     if "perplexity" in fields:
         return PerplexityRow(**fields)
     if "recall_at_1" in fields:
@@ -385,6 +444,9 @@ def _row(fields: dict[str, Any]) -> Row:
         return IndexRow(**fields)
     if "layers" in fields:
         layers = ({**layer, "heads": tuple(layer["heads"])} for layer in fields["layers"])
-        kind = QuestionsRow if "contains" in fields else RecallRow
-        return kind(**{**fields, "layers": tuple(layers)})
+        fields = {**fields, "layers": tuple(layers)}
+        if "contains" not in fields:
+            return RecallRow(**fields)
+        numbers = {name: tuple(fields[name]) for name in ("right", "other_words")}
+        return QuestionsRow(**{**fields, **numbers})
     return PasskeyRow(**{**fields, "depths": tuple(fields["depths"])})
