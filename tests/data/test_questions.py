@@ -142,6 +142,56 @@ def test_rows_of_hotpot(tmp_path, form):
     assert said == [" Second.", "Third."] and kind_of(path) == "questions"
 
 
+BABI = """1 John went to the hall.
+2 Mary went to the garden.
+3 Where is John? \thall\t1
+4 John took the ball, the milk.
+5 What does John carry?\tball,milk\t4 1
+1 Sandra slept.
+2 Who slept?\tSandra\t1
+"""
+
+
+def test_stories_of_babi(tmp_path):
+    folder = tmp_path / "qa"
+    folder.mkdir()
+    (folder / "qa1.txt").write_text(BABI)
+    found = list(read_question_sets(folder))
+    assert found == list(read_question_sets(folder / "qa1.txt"))
+    first, second, third = (each.documents[0] for each in found)
+    assert first == "John went to the hall.\nMary went to the garden."
+    assert second == f"{first}\nJohn took the ball, the milk." and third == "Sandra slept."
+    asked = [each.questions[0] for each in found]
+    assert [(each.question, each.answer) for each in asked] == [
+        ("Where is John?", "hall"),
+        ("What does John carry?", "ball, milk"),
+        ("Who slept?", "Sandra"),
+    ]
+    said = [[second[span.begin : span.end] for span in each.evidence] for each in asked[:2]]
+    assert said == [
+        ["John went to the hall."],
+        ["John went to the hall.", "John took the ball, the milk."],
+    ]
+    assert found[1].where.endswith("line 5")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("A plain text.", "line 1: expected a number and a sentence, or .*got 'A plain text.'"),
+        ("1 A.\n2 Who?\tA", "line 2: expected a number and a sentence"),
+        ("1 A.\n2 Who?\tA\t7", "line 2: expected numbers of earlier lines of the story, got 7"),
+        ("1 A.\n2 Who?\tA\t ", "line 2: expected numbers of earlier lines of the story, got none"),
+        ("1 A.", "expected at least one question"),
+    ],
+)
+def test_what_is_no_story_of_babi(tmp_path, text, message):
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(read_question_sets(path))
+
+
 def test_documents_without_questions_stand_among_others(tmp_path):
     path = write(tmp_path / "a.jsonl", ROW, {"documents": ["Alone."]})
     found = list(read_question_sets(path))

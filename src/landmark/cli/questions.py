@@ -18,7 +18,8 @@ def questions(
     data: Annotated[
         str,
         typer.Option(
-            help="Documents with questions: SQuAD JSON, a .jsonl file, or a data set of the hub."
+            help="Documents with questions: SQuAD JSON, a .jsonl file, stories of bAbI (.txt), or "
+            "a data set of the hub."
         ),
     ],
     model: Model = None,

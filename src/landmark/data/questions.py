@@ -1,4 +1,4 @@
-"""Documents with questions about them: SQuAD, HotpotQA, or rows of a form of their own."""
+"""Documents with questions about them: SQuAD, HotpotQA, bAbI, or rows of a form of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from landmark.data.characters import without_surrogates
-from landmark.data.text import Record, read_rows
+from landmark.data.text import Record, read_documents, read_rows
 
 SHOWN_CHARACTERS = 60
 
@@ -72,7 +72,8 @@ def read_question_sets(source: str | Path, *, split: str = "train") -> Iterator[
             for each question, or a list of strings of which the first is learnt; and ``evidence``,
             for each question a list of ``[document, begin, end]`` with the index of a document and
             characters in it. Without ``evidence`` it is where the answer first stands. Documents
-            without questions only stand among others.
+            without questions only stand among others. A ``.txt`` file, or a folder of them, is
+            stories of bAbI.
         split: which part of a data set to read.
 
     Raises:
@@ -93,6 +94,10 @@ def read_question_sets(source: str | Path, *, split: str = "train") -> Iterator[
 
 def _sets(source: str | Path, split: str) -> Iterator[QuestionSet]:
     """Yields the sets of a source; a row of SQuAD from the hub is a set of one document."""
+    if Path(source).is_dir() or Path(source).suffix == ".txt":
+        for document in read_documents(source, split=split):
+            yield from _stories(document.text, document.title)
+        return
     for row in read_rows(source, split=split):
         value = row.value
         if not isinstance(value, dict):
@@ -108,6 +113,50 @@ def _sets(source: str | Path, split: str) -> Iterator[QuestionSet]:
             yield _hub_squad(value, row.where)
         else:
             yield _question_set(row)
+
+
+def _stories(text: str, where: str) -> Iterator[QuestionSet]:
+    """Yields each question of a file of bAbI with the story before it as its one document.
+
+    A line is a number and a sentence, or a number and a question with its answer and the numbers of
+    the lines that answer it, divided by tabs. Number 1 begins a story (Weston et al., arXiv
+    1502.05698).
+    """
+    story = ""
+    lines: dict[str, tuple[int, int]] = {}  # by number: its characters in the story
+    for at, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        number, _, rest = line.partition(" ")
+        parts = rest.split("\t")
+        if not number.isdigit() or len(parts) not in (1, 3) or not parts[0].strip():
+            raise ValueError(
+                f"{where}, line {at}: expected a number and a sentence, or a number, a question, "
+                f"its answer and line numbers with tabs between, got {line[:60]!r}; name a file of "
+                "bAbI, or documents with questions in .json or .jsonl"
+            )
+        if number == "1":
+            story = ""
+            lines = {}
+        if len(parts) == 1:
+            begin = len(story)
+            story += f"{rest.strip()}\n"
+            lines[number] = (begin, len(story) - 1)
+            continue
+        question, answer, supports = (part.strip() for part in parts)
+        unknown = [support for support in supports.split() if support not in lines]
+        if unknown or not supports:
+            raise ValueError(
+                f"{where}, line {at}: expected numbers of earlier lines of the story, got "
+                f"{', '.join(unknown) or 'none'}; correct the file"
+            )
+        spans = sorted(lines[support] for support in supports.split())
+        asked = DocumentQuestion(
+            question=question,
+            answer=answer.replace(",", ", "),
+            evidence=tuple(Evidence(0, begin, end) for begin, end in spans),
+        )
+        yield QuestionSet(f"{where}, line {at}", (story.rstrip(),), (asked,))
 
 
 def _joined_articles(sets: Iterator[QuestionSet]) -> Iterator[QuestionSet]:
