@@ -17,19 +17,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.fixture(autouse=True)
-def same_selectors() -> Iterator[None]:
-    """Takes back the selectors that a test registers: other tests draw among the names."""
-    from landmark.config import GRANULARITIES
-    from landmark.memory.policies import SELECTORS
-
-    names, selectors = list(GRANULARITIES), dict(SELECTORS)
-    yield
-    GRANULARITIES[:] = names
-    SELECTORS.clear()
-    SELECTORS.update(selectors)
-
-
 @pytest.fixture
 def quick(tmp_path: Path) -> Iterator[Path]:
     """An empty folder in memory, where there is such a thing: flushing to it costs nothing."""

@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-MODES = ["retrieval", "all", "top_k"]
-GRANULARITIES = ["token_head", "head", "token", "group"]
-POSITIONS = ["stingy", "exact"]
-LOCALS = ["blocks", "chunk"]
+MODES = ("retrieval", "all", "top_k")
+GRANULARITIES = ("token_head", "head", "token", "group")
+POSITIONS = ("stingy", "exact")
+LOCALS = ("blocks", "chunk")
 # What fields with names may be. ``add_choice`` adds to those that take policies.
 CHOICES = {
-    "mode": MODES,
-    "granularity": GRANULARITIES,
-    "positions": POSITIONS,
-    "local": LOCALS,
+    "mode": list(MODES),
+    "granularity": list(GRANULARITIES),
+    "positions": list(POSITIONS),
+    "local": list(LOCALS),
 }
 # Fields that may change while a memory is used.
 FREE_TO_CHANGE = (

@@ -436,7 +436,7 @@ CASES = [
     (
         "questions in no context",
         run("eval questions --data FILE --contexts all --model MARKED", b"{}"),
-        "--contexts: expected some of evidence, nothing, haystack, got all",
+        "--contexts: expected some of evidence, nothing, bm25, haystack, got all",
     ),
     (
         "questions that are texts",

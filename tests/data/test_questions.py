@@ -178,7 +178,7 @@ def test_stories_of_babi(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("A plain text.", "line 1: expected a number and a sentence, or .*got 'A plain text.'"),
+        ("1 A.\nA text.", "line 2: expected a number and a sentence, or .*got 'A text.'"),
         ("1 A.\n2 Who?\tA", "line 2: expected a number and a sentence"),
         ("1 A.\n2 Who?\tA\t7", "line 2: expected numbers of earlier lines of the story, got 7"),
         ("1 A.\n2 Who?\tA\t ", "line 2: expected numbers of earlier lines of the story, got none"),

@@ -7,7 +7,7 @@ import torch
 
 import models
 from landmark import LandmarkCache
-from landmark.config import GRANULARITIES, POSITIONS, LandmarkConfig
+from landmark.config import CHOICES, LandmarkConfig
 from landmark.memory import policies
 from landmark.memory.positions import ExactPositions
 from landmark.memory.retrieval import Selector, landmark_scores, select_by_merit
@@ -86,8 +86,9 @@ def registered():
     policies.register_positions(NearPositions())
     policies.register_index("every", policies.IndexKind(make, lambda: None))
     yield indexes
-    GRANULARITIES.remove("recent")
-    POSITIONS.remove("near")
+    models.landmark_model("llama", settings())  # it is shared, and is to know no other policies
+    CHOICES["granularity"].remove("recent")
+    CHOICES["positions"].remove("near")
     del policies.SELECTORS["recent"]
     del policies.SCHEMES["near"]
     del policies.INDEXES["every"]

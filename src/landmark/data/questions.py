@@ -72,8 +72,8 @@ def read_question_sets(source: str | Path, *, split: str = "train") -> Iterator[
             for each question, or a list of strings of which the first is learnt; and ``evidence``,
             for each question a list of ``[document, begin, end]`` with the index of a document and
             characters in it. Without ``evidence`` it is where the answer first stands. Documents
-            without questions only stand among others. A ``.txt`` file, or a folder of them, is
-            stories of bAbI.
+            without questions only stand among others. A ``.txt`` file that begins with a numbered
+            line, or a folder of such files, is stories of bAbI.
         split: which part of a data set to read.
 
     Raises:
@@ -94,7 +94,7 @@ def read_question_sets(source: str | Path, *, split: str = "train") -> Iterator[
 
 def _sets(source: str | Path, split: str) -> Iterator[QuestionSet]:
     """Yields the sets of a source; a row of SQuAD from the hub is a set of one document."""
-    if Path(source).is_dir() or Path(source).suffix == ".txt":
+    if _holds_stories(Path(source)):
         for document in read_documents(source, split=split):
             yield from _stories(document.text, document.title)
         return
@@ -113,6 +113,14 @@ def _sets(source: str | Path, split: str) -> Iterator[QuestionSet]:
             yield _hub_squad(value, row.where)
         else:
             yield _question_set(row)
+
+
+def _holds_stories(path: Path) -> bool:
+    """Returns whether a source is a folder or a text file whose first line is numbered."""
+    if path.suffix != ".txt" or not path.is_file():
+        return path.is_dir()
+    with path.open("rb") as file:
+        return file.read(2) == b"1 "
 
 
 def _stories(text: str, where: str) -> Iterator[QuestionSet]:
