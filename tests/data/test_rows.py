@@ -63,7 +63,8 @@ def test_order_is_that_of_the_index(mixed):
         return list(loader)
 
     for here, there in zip(batches(0), batches(2), strict=True):
-        assert here.pop("questions") == there.pop("questions")
+        for name in ("questions", "packed"):
+            assert here.pop(name) == there.pop(name)
         assert all(torch.equal(here[name], there[name]) for name in here)
     assert torch.equal(batches(0)[1]["input_ids"][3], torch.from_numpy(mixed[53][0].input_ids))
 
@@ -71,6 +72,7 @@ def test_order_is_that_of_the_index(mixed):
 def test_stacked_types(mixed):
     batch = stack([mixed[0], mixed[1]], answers=True)
     assert batch.pop("questions") == [mixed[0][0].questions, mixed[1][0].questions]
+    assert batch.pop("packed") == [False, False]
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()} == {
         "input_ids": (torch.int64, (2, TOKENS)),
         "labels": (torch.int64, (2, TOKENS)),

@@ -58,10 +58,11 @@ def rotated(rotary, vector, position):
     return rotary.rotation(torch.tensor(position), torch.float64).rotate(vector)
 
 
-def contrast_in_loops(parts, queries):
+def contrast_in_loops(parts, queries, finished=None):
     """Returns ``(Q, H)`` of each layer.
 
     ``parts`` are batches that were kept, each alone; ``queries`` have the index of their batch.
+    ``finished`` has the number of blocks of each row of the one batch, ``None`` for all.
     """
     found = []
     for layers in zip(*(part.layers for part in parts), strict=True):
@@ -85,6 +86,8 @@ def contrast_in_loops(parts, queries):
                         for block in range(layer.key.shape[2] // SIZE):
                             if is_own and block >= own - 1:
                                 continue
+                            if finished is not None and block >= finished[row]:
+                                continue
                             at = block * SIZE + SIZE - 1
                             key = layer.key[row, head // (heads // groups), at]
                             score = layer.scale * (query @ rotated(rotary, key, SIZE - 1))
@@ -104,6 +107,20 @@ def test_contrast_is_that_of_a_loop(model):
     for losses, looped in zip(contrast.losses, expected, strict=True):
         assert losses.shape == (len(QUERIES), models.HEADS)
         torch.testing.assert_close(losses, looped, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("there", [0, 3])
+def test_blocks_that_are_not_there_are_no_negatives(model, there):
+    """Such as those of a packed row, whose landmarks stand elsewhere."""
+    queries = [query for query in QUERIES if query.row == 0]
+    finished = [99, there]
+    kept = run(model, Kept())
+    contrast = run(model, GateContrast(queries, finished))
+    expected = contrast_in_loops([kept], [(0, query) for query in queries], finished)
+    everything = run(model, GateContrast(queries))
+    for losses, looped, more in zip(contrast.losses, expected, everything.losses, strict=True):
+        torch.testing.assert_close(losses, looped, atol=1e-9, rtol=0)
+        assert (losses < more).all()
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +221,7 @@ def test_descent_does_what_the_loss_is_for(kind):
 
 def test_only_the_best_heads_are_trained():
     losses = [torch.tensor([[3.0, 1.0], [5.0, 1.0]]), torch.tensor([[2.0, 9.0], [0.0, 9.0]])]
-    contrast = GateContrast([], losses)
+    contrast = GateContrast([], losses=losses)
     assert contrast.loss(1).item() == 1.0
     assert contrast.loss(3).item() == pytest.approx((1 + 1 + 4) / 3)
     assert contrast.loss(99).item() == pytest.approx((4 + 1 + 1 + 9) / 4)

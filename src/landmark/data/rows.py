@@ -157,8 +157,8 @@ def stack(groups: Sequence[Group], *, answers: bool) -> Batch:
 
     Returns:
         ``input_ids`` and ``labels`` (int64), and ``answers`` (bool), each ``(B, tokens)``, with
-        ``questions``, those of each row. Where documents are packed in a row, also
-        ``position_ids``, which count from each document's first token on.
+        ``questions``, those of each row, and ``packed``, whether documents are packed in it. Where
+        they are in any row, also ``position_ids``, which count from each document's first token on.
     """
     rows = [row for group in groups for row in group]
     batch: Batch = {
@@ -168,6 +168,7 @@ def stack(groups: Sequence[Group], *, answers: bool) -> Batch:
     if answers:
         batch["answers"] = torch.from_numpy(np.stack([row.answers for row in rows]))
         batch["questions"] = [row.questions for row in rows]
+        batch["packed"] = [row.documents is not None for row in rows]
     if any(row.documents is not None for row in rows):
         batch["position_ids"] = torch.from_numpy(np.stack([_positions(row) for row in rows]))
     return batch

@@ -69,18 +69,20 @@ class GateContrast:
     At a token that needs evidence, a head's loss is ``logsumexp`` of its landmark scores over all
     candidates and over the blocks of the other rows, those on other devices as well, less
     ``logsumexp`` over the blocks with the evidence. All landmarks are scored at the start of the
-    prefix, where retrieval scores old ones (``positions="stingy"``). Rows hold one text each;
-    blocks of packed ones are negatives only.
+    prefix, where retrieval scores old ones (``positions="stingy"``).
 
     Every device takes part in each pass, one without queries by its blocks alone. Loss and
     gradients, averaged over devices, are those of one device with all rows.
 
     Attributes:
-        queries: the tokens of this device, and where their evidence is.
+        queries: the tokens of this device, and where their evidence is, in rows of one text.
+        blocks: finished blocks of each row, 0 of a packed one, whose landmarks stand elsewhere;
+            ``None`` for as many as a row has slots for.
         losses: ``(Q, H)`` of each layer so far.
     """
 
     queries: Sequence[EvidenceQuery]
+    blocks: Sequence[int] | None = None
     losses: list[Tensor] = field(default_factory=list)
 
     def prepare(
@@ -98,17 +100,17 @@ class GateContrast:
         evidence = [blocks_of(query, size) for query in self.queries]
         longest = max(map(len, evidence), default=0)
         filled = [found + [NO_BLOCK] * (longest - len(found)) for found in evidence]
-        blocks = torch.tensor(filled, dtype=torch.long).view(len(rows), longest)
+        wanted = torch.tensor(filled, dtype=torch.long).view(len(rows), longest)
         own = slots // size
         local = own.clamp(max=settings.local_blocks)
         number = torch.arange(count)
-        # (devices, R), (devices, P): what is there of the rows and blocks that are gathered.
-        has_row = torch.arange(most) < shapes[:, :1]
-        has_block = number < shapes[:, 1:]
-        is_there = (has_row[:, :, None] & has_block[:, None]).flatten(0, 1)
+        here = [width // size] * batch if self.blocks is None else list(self.blocks)
+        finished = torch.tensor(gather_counts(*here, *[0] * (most - batch), device=device))
+        # (devices * R, P): what is there of the blocks that are gathered.
+        is_there = number < finished.view(-1, 1)
         is_own_row = torch.arange(len(is_there)) == device_number() * most + rows[:, None]
         is_older = number < (own - local)[:, None]
-        is_evidence = (number[:, None] == blocks[:, None]).any(-1) & is_older
+        is_evidence = (number[:, None] == wanted[:, None]).any(-1) & is_older
         candidates = is_there & (~is_own_row[:, :, None] | is_older[:, None])
         self._rows = rows.to(device)
         self._slots = slots.to(device)

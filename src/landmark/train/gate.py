@@ -93,7 +93,9 @@ def gate_losses(
         count = CONTRAST_QUERIES * len(batch["questions"])
         wanted = evidence_queries(batch["questions"], before=CONTRAST_TOKENS)
         queries = contrast_queries(wanted, settings, count, batch["input_ids"].device)
-        losses.contrast = None if queries is None else GateContrast(queries)
+        finished = batch["input_ids"].shape[1] // settings.text_per_block
+        blocks = [0 if packed else finished for packed in batch["packed"]]
+        losses.contrast = None if queries is None else GateContrast(queries, blocks)
     is_packed = "position_ids" in batch
     if retrieval.block_mass and not is_packed:
         columns = range(batch["input_ids"].shape[1])
