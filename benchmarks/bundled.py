@@ -8,7 +8,8 @@ Each is a command of ``landmark eval`` whose rows are one file of ``benchmarks/r
 
 and the fine-tuned one by
 
-    landmark train --data books --out out/tuned --model out/twin --config recipes/finetune.json
+    landmark train --data books --out out/tuned --model out/twin --config recipes/finetune.json \\
+        --max-seconds 100
 """
 
 from __future__ import annotations

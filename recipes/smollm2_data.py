@@ -26,7 +26,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -160,11 +160,25 @@ def request(document: str, answer: str) -> str:
     return f"{document}\n\nWrite a question about this text whose answer is: {answer}"
 
 
+class Wanted(NamedTuple):
+    """A question that is to be written.
+
+    Attributes:
+        row: where it goes.
+        request: what the writer is asked.
+        evidence: document, first character and the one after the last of the answer.
+    """
+
+    row: Row
+    request: str
+    evidence: list[int]
+
+
 def written(sources: list[str], base: str, seed: int) -> list[Row]:
     """Returns documents with the questions that a model writes about names and numbers in them."""
     rng = random.Random(seed)
     rows = []
-    wanted = []
+    wanted: list[Wanted] = []
     for each in (each for source in sources for each in read_question_sets(source)):
         row: Row = {"documents": list(each.documents), "questions": [], "answers": []}
         row["evidence"] = []
@@ -172,14 +186,17 @@ def written(sources: list[str], base: str, seed: int) -> list[Row]:
         for number, document in enumerate(each.documents):
             places = [match.span() for match in ANSWER.finditer(document)]
             for begin, end in rng.sample(places, min(len(places), ASKED)):
-                wanted.append((row, number, begin, end))
+                evidence = [number, begin, end]
+                wanted.append(Wanted(row, request(document, document[begin:end]), evidence))
     writer = Writer(base, seed)
-    asked = [request(row["documents"][n], row["documents"][n][b:e]) for row, n, b, e in wanted]
-    for (row, number, begin, end), question in zip(wanted, writer.answers(asked), strict=True):
-        if question.endswith("?") and row["documents"][number][begin:end] not in question:
-            row["questions"].append(question)
-            row["answers"].append(row["documents"][number][begin:end])
-            row["evidence"].append([[number, begin, end]])
+    questions = writer.answers([each.request for each in wanted])
+    for each, question in zip(wanted, questions, strict=True):
+        number, begin, end = each.evidence
+        answer = each.row["documents"][number][begin:end]
+        if question.endswith("?") and answer not in question:
+            each.row["questions"].append(question)
+            each.row["answers"].append(answer)
+            each.row["evidence"].append([each.evidence])
     return [row for row in rows if row["questions"]]
 
 

@@ -47,6 +47,13 @@ NewTokens = Annotated[
         max=GREATEST, help="Most tokens to write. By default 16, 256 with a chat template."
     ),
 ]
+Rope = Annotated[
+    str | None,
+    typer.Option(
+        help="Measure plain models also with RoPE scaling: dynamic or yarn, with a factor as in "
+        "yarn:4."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=GREATEST, help="Random seed.")]
 
 

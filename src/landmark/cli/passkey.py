@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model, Seed, integers, words
+from landmark.cli.options import Device, Dtype, Model, Rope, Seed, integers, words
 from landmark.cli.output import note
 from landmark.cli.progress import Shown
 from landmark.config import GREATEST
@@ -70,13 +70,7 @@ def passkey(
             "first 64."
         ),
     ] = None,
-    rope: Annotated[
-        str | None,
-        typer.Option(
-            help="Measure plain models also with RoPE scaling: dynamic or yarn, with a factor as "
-            "in yarn:4."
-        ),
-    ] = None,
+    rope: Rope = None,
     plain_limit: Annotated[
         int, typer.Option(max=GREATEST, help="Longest document that plain models read.")
     ] = 32768,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model, Seed, integers
+from landmark.cli.options import Device, Dtype, Model, Rope, Seed, integers
 from landmark.cli.output import note
 from landmark.cli.progress import Shown
 from landmark.config import GREATEST
@@ -57,13 +57,7 @@ def perplexity(
             "first 64."
         ),
     ] = None,
-    rope: Annotated[
-        str | None,
-        typer.Option(
-            help="Measure plain models also with RoPE scaling: dynamic or yarn, with a factor as "
-            "in yarn:4."
-        ),
-    ] = None,
+    rope: Rope = None,
     max_tokens: Annotated[int, typer.Option(max=GREATEST, help="Most tokens to measure.")] = 1
     << 18,
     split: Annotated[str, typer.Option(help="Split of the data to read.")] = "test",

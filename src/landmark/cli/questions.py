@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model, Seed, integers, words
+from landmark.cli.options import Device, Dtype, Model, Rope, Seed, integers, words
 from landmark.cli.output import note
 from landmark.cli.passkey import Lengths, Read, TopKs
 from landmark.cli.progress import Shown
@@ -55,13 +55,7 @@ def questions(
     dense: Annotated[
         bool, typer.Option("--dense", help="Run the weights of landmark models densely, too.")
     ] = False,
-    rope: Annotated[
-        str | None,
-        typer.Option(
-            help="Measure plain models also with RoPE scaling: dynamic or yarn, with a factor as "
-            "in yarn:4."
-        ),
-    ] = None,
+    rope: Rope = None,
     compare: Annotated[
         str | None, typer.Option(help="Second model to measure, landmark or plain.")
     ] = None,

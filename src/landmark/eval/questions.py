@@ -250,7 +250,8 @@ def _by_bm25(
 ) -> Iterator[AskedText]:
     """Yields a text for each question: the best documents by BM25, the best first."""
     documents = [document for unit in units for document in unit.documents]
-    index = Bm25([tokenizer.decode(document.ids) for document in (*documents, *others)])
+    documents += others
+    index = Bm25([tokenizer.decode(document.ids) for document in documents])
     first = 0  # of the unit's documents
     for unit in units:
         own = range(first, first + len(unit.documents))
@@ -260,7 +261,7 @@ def _by_bm25(
             ids: list[int] = []
             spans: list[range] = []
             for at in sorted(range(len(scores)), key=lambda each: -scores[each]):
-                document = (*documents, *others)[at]
+                document = documents[at]
                 for span in document.spans.get(number, ()) if at in own else ():
                     end = min(len(ids) + span.stop, tokens)
                     if len(ids) + span.start < end:
