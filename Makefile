@@ -19,7 +19,7 @@ test-full: $(VENV)/.installed-test
 
 # On a machine with a GPU, with the Python (PYTHON=...) that has its build of torch; installs nothing.
 test-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
+	$(ONE_THREAD) PYTHONPATH=src $(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
 
 # Every version that the tests run with, each in an environment of its own; SESSIONS="oldest between" runs these alone.
 matrix: $(VENV)/.installed-test

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from landmark import landmark_attention
-from numerics import REORDERED, assert_close, error
+from numerics import REORDERED, assert_close, error, low_precision_budget
 from ops.cases import IMPLS, assert_same, random_call, results
 from ops.eager import smallest_gap
 
@@ -49,4 +49,9 @@ def test_a_training_shape_compiles_and_keeps_its_digits(packed):
     eager = results(run("chunked"), *tensors, options)
     compiled = results(torch.compile(run("auto"), fullgraph=True), *tensors, options)
     for name, each in exact.items():
-        assert_close(compiled[name], each, 2 * error(eager[name], each), name)
+        budget = 2 * error(eager[name], each)
+        if packed:
+            # Of one row: eager code computes it in float32, and its largest error is hardly more
+            # than the rounding of the result.
+            budget = low_precision_budget(eager[name], each)
+        assert_close(compiled[name], each, budget, name)

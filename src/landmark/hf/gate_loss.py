@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -94,32 +95,34 @@ class GateContrast:
         batch, width, _ = like.shape
         shapes = torch.tensor(gather_counts(batch, width // size, device=device))
         most, count = shapes.amax(0).tolist()
-        rows = torch.tensor([query.row for query in self.queries], dtype=torch.long)
-        tokens = torch.tensor([query.token for query in self.queries], dtype=torch.long)
-        slots = slot_of(tokens, size)
+        # All that follows is computed on the device: on the CPU, threads of other work delay it.
+        whole = partial(torch.tensor, dtype=torch.long, device=device)
+        rows = whole([query.row for query in self.queries])
+        slots = slot_of(whole([query.token for query in self.queries]), size)
         evidence = [blocks_of(query, size) for query in self.queries]
         longest = max(map(len, evidence), default=0)
         filled = [found + [NO_BLOCK] * (longest - len(found)) for found in evidence]
-        wanted = torch.tensor(filled, dtype=torch.long).view(len(rows), longest)
+        wanted = whole(filled).view(len(rows), longest)
         own = slots // size
         local = own.clamp(max=settings.local_blocks)
-        number = torch.arange(count)
+        number = torch.arange(count, device=device)
         here = [width // size] * batch if self.blocks is None else list(self.blocks)
-        finished = torch.tensor(gather_counts(*here, *[0] * (most - batch), device=device))
+        finished = whole(gather_counts(*here, *[0] * (most - batch), device=device))
         # (devices * R, P): what is there of the blocks that are gathered.
         is_there = number < finished.view(-1, 1)
-        is_own_row = torch.arange(len(is_there)) == device_number() * most + rows[:, None]
+        row = torch.arange(len(is_there), device=device)
+        is_own_row = row == device_number() * most + rows[:, None]
         is_older = number < (own - local)[:, None]
         is_evidence = (number[:, None] == wanted[:, None]).any(-1) & is_older
         candidates = is_there & (~is_own_row[:, :, None] | is_older[:, None])
-        self._rows = rows.to(device)
-        self._slots = slots.to(device)
+        self._rows = rows
+        self._slots = slots
         # (Q, 1, devices * R, P)
-        self._candidates = candidates[:, None].to(device)
-        self._evidence = (is_own_row[:, :, None] & is_evidence[:, None])[:, None].to(device)
+        self._candidates = candidates[:, None]
+        self._evidence = (is_own_row[:, :, None] & is_evidence[:, None])[:, None]
         # As pad takes it: nothing at the end of D, blocks, nothing in G, rows.
         self._missing = (0, 0, 0, count - width // size, 0, 0, 0, most - batch)
-        at = ((settings.top_k + 1 + local) * size + slots % size).to(device)
+        at = (settings.top_k + 1 + local) * size + slots % size
         start = torch.tensor([size - 1], device=device)
         self._rotations = {
             kind: (rotary.rotation(at, like.dtype), rotary.rotation(start, like.dtype))
@@ -179,16 +182,16 @@ class GateBlockMass:
         """See ``GateLoss.prepare``."""
         size = settings.block_size
         width = like.shape[1]
-        slots = torch.tensor(self.slots)
+        slots = torch.tensor(self.slots, device=like.device)
         count = -(-width // size)
-        number = torch.arange(count)
-        slot = torch.arange(count * size)
+        number = torch.arange(count, device=like.device)
+        slot = torch.arange(count * size, device=like.device)
         own = slots // size
         # (S, P), (S, P * L)
-        self._is_past = (number < own[:, None]).to(like.device)
+        self._is_past = number < own[:, None]
         is_own = (slot // size == own[:, None]) & (slot <= slots[:, None])
-        self._is_own_text = (is_own & (slot % size != size - 1)).to(like.device)
-        self._slots = slots.to(like.device)
+        self._is_own_text = is_own & (slot % size != size - 1)
+        self._slots = slots
         self._missing = count * size - width
         self._block_size = size
 
