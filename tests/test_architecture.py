@@ -190,7 +190,7 @@ def test_importing_leaves_transformers_as_it_is():
 PUBLIC = {
     "landmark_attention": (
         "query, key, value, *, block_size, scale=None, top_k=None, query_start=None, starts=None, "
-        "segments=None, landmarks=None, impl='auto', return_lse=False"
+        "segments=None, landmarks=None, forced=None, impl='auto', return_lse=False"
     ),
     "insert_landmarks": "input_ids, *, block_size, landmark_id, starts=None",
     "strip_landmarks": "input_ids, *, block_size, starts=None",

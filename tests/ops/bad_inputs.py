@@ -25,6 +25,36 @@ def fused(dim=32, dtype=torch.float32, **options):
 
 CASES = [
     (
+        "forced blocks without top_k",
+        lambda: call(forced=integers(2, 6, 1)),
+        "forced: expected None without top_k, got blocks; leave them out",
+    ),
+    (
+        "a forced block for each row",
+        lambda: call(top_k=1, forced=integers(2, 1)),
+        r"forced: expected int32 or int64 of shape \(2, 6, F\), got torch.int64 of shape \(2, 1\)",
+    ),
+    (
+        "forced blocks of other queries",
+        lambda: call(top_k=1, forced=integers(2, 5, 1)),
+        r"forced: expected int32 or int64 of shape \(2, 6, F\), got .* \(2, 5, 1\); pass F blocks",
+    ),
+    (
+        "forced blocks as numbers",
+        lambda: call(top_k=1, forced=torch.zeros(2, 6, 1)),
+        r"forced: expected int32 or int64 .* got torch.float32",
+    ),
+    (
+        "forced blocks as a list",
+        lambda: call(top_k=1, forced=[0]),
+        "forced: expected int32 or int64 .* got list",
+    ),
+    (
+        "forced blocks on another device",
+        lambda: call(top_k=1, forced=integers(2, 6, 1).to("meta")),
+        "forced: expected the device of query, cpu, got meta; move it",
+    ),
+    (
         "query without heads",
         lambda: call(query=(2, 6, 8)),
         "query: expected 4 dimensions .* got shape .* split the heads",

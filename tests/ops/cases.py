@@ -49,6 +49,9 @@ def random_call(seed):
         options["top_k"] = rng.randint(1, 5)
     if rng.random() < 0.3:
         options["scale"] = rng.uniform(-1, 2)
+    if "top_k" in options and rng.random() < 0.5:
+        most = max(1, length // options["block_size"])
+        options["forced"] = torch.randint(-1, most + 1, (rows, queries, rng.randint(0, 3)))
     spread = rng.choice([0.5, 2.0, 8.0])
     query = spread * torch.randn(rows, heads, queries, dim, dtype=torch.float64)
     key, value = (torch.randn(rows, groups, length, dim, dtype=torch.float64) for _ in range(2))

@@ -24,6 +24,7 @@ def eager_attention(
     starts=None,
     segments=None,
     top_k=None,
+    forced=None,
 ):
     """Output (B, H, T, D) and log-sum-exp (B, H, T)."""
     (rows, heads, queries, dim) = query.shape
@@ -62,6 +63,7 @@ def eager_attention(
                     block_size,
                     scale,
                     top_k,
+                    None if forced is None else forced[row, low:high],
                 )
                 out = torch.cat([out[:, :low], each[0], out[:, high:]], dim=1)
                 lse = torch.cat([lse[:, :low], each[1], lse[:, high:]], dim=1)
@@ -70,7 +72,7 @@ def eager_attention(
     return torch.stack(outs), torch.stack(sums)
 
 
-def one_document(query, key, value, slots, block_size, scale, top_k):
+def one_document(query, key, value, slots, block_size, scale, top_k, forced=None):
     """Queries (H, T, D) at ``slots`` (T,) against a document's keys (H, S, D)."""
     length = key.shape[1]
     blocks = -(-length // block_size)
@@ -86,9 +88,11 @@ def one_document(query, key, value, slots, block_size, scale, top_k):
     sums = inner.logsumexp(-1)
     past = (number < own) & (number < length // block_size)
     if top_k is not None:
-        past = kept(
-            scale * (query.double() @ key.double()[:, block_size - 1 :: block_size].mT), past, top_k
-        )
+        landmarks = scale * (query.double() @ key.double()[:, block_size - 1 :: block_size].mT)
+        if forced is not None:
+            wanted = (forced[:, :, None] == number).any(1) & past
+            landmarks = landmarks.masked_fill(wanted, torch.inf)
+        past = kept(landmarks, past, top_k)
     seen = past | ((number == own) & text.any(-1))
     gate = torch.where(past, scores[..., -1], sums).masked_fill(~seen, NEVER)
     anything = seen.any(-1)

@@ -79,6 +79,11 @@ def any_call(variant, seed, longest, most):
             options["query_start"] = rng.choice(
                 [rng.randint(0, keys), keys, keys + rng.randint(0, 2 * longest)]
             )
+    if variant.top_k and rng.random() < 0.5:
+        shape = rows, queries, rng.randint(1, 3)
+        most = max(1, keys // variant.block_size)
+        forced = torch.randint(-1, most + 1, shape, generator=noise)
+        options["forced"] = rng.choice([forced, forced.int()])
     shape = rows, groups * group_size, queries, variant.dim
     tensors = [strided(rng, noise, shape, variant.dtype, rng.choice([0.5, 2.0]))]
     for _ in range(2):

@@ -64,6 +64,7 @@ def loop_attention(
     starts=None,
     segments=None,
     landmarks=None,
+    forced=None,
 ):
     """Output (B, H, T, D) and log-sum-exp (B, H, T)."""
     query = query.double()
@@ -89,7 +90,8 @@ def loop_attention(
                     slot, documents, length, block_size, start, landmarks is not None
                 )
                 scores = scale * (keys @ query[row, head, index])
-                out, lse = attend(slot, place, scores, values, top_k)
+                wanted = [] if forced is None else forced[row, index].tolist()
+                out, lse = attend(slot, place, scores, values, top_k, wanted)
                 outputs.append(out)
                 sums.append(lse)
     return torch.stack(outputs).view(rows, heads, queries, dim), torch.stack(sums).view(
@@ -97,17 +99,24 @@ def loop_attention(
     )
 
 
-def attend(slot, place, scores, values, top_k):
+def attend(slot, place, scores, values, top_k, forced=()):
     """One query: a gate softmax over landmarks and own text, one softmax within each past block."""
     nothing = (scores.sum() * 0 + values.sum(0) * 0, scores.sum() * 0 - math.inf)
     if place is None:
         return nothing
     document, own = place
     own_text = [each for each in document[own][0] if each <= slot] if own < len(document) else []
-    past = [(text, landmark) for text, landmark in document[:own] if landmark is not None and text]
+    past = {
+        number: (text, landmark)
+        for number, (text, landmark) in enumerate(document[:own])
+        if landmark is not None and text
+    }
+    kept = list(past)
     if top_k is not None:
-        order = sorted(range(len(past)), key=lambda index: (-scores[past[index][1]].item(), index))
-        past = [past[index] for index in sorted(order[:top_k])]
+        others = [number for number in past if number not in forced]
+        others.sort(key=lambda number: (-scores[past[number][1]].item(), number))
+        kept = sorted(([number for number in past if number in forced] + others)[:top_k])
+    past = [past[number] for number in kept]
     if not past and not own_text:
         return nothing
     logits = scores[[landmark for _, landmark in past] + own_text]

@@ -45,7 +45,7 @@ def test_equals_the_loop_full(seed, monkeypatch):
 
 def test_the_cases_reach_everything():
     calls = [random_call(seed) for seed in range(FULL)]
-    for name in ("starts", "segments", "landmarks", "query_start", "top_k", "scale"):
+    for name in ("starts", "segments", "landmarks", "query_start", "top_k", "scale", "forced"):
         assert sum(name in options for *_, options in calls) > FULL // 10, name
     assert any(key.shape[2] % options["block_size"] for _, key, _, options in calls)
     assert any(key.shape[1] < query.shape[1] for query, key, _, _ in calls)

@@ -89,6 +89,48 @@ def test_top_k_keeps_the_blocks_of_highest_landmark_score(attention):
         assert_close(lse[row, head, slot], alone_lse[0, 0, 0], EXACT)
 
 
+def test_forced_blocks_are_among_the_top_k(attention):
+    """With the lowest score, too: the result is that of a gate over exactly these blocks."""
+    query, key, value = tensors()
+    row, head, slot = 1, 3, 44
+    own = slot // BLOCK
+    scores = key[row, head // 2, BLOCK - 1 :: BLOCK][:own] @ query[row, head, slot]
+    order = scores.argsort(descending=True).tolist()
+    for forced, kept in (
+        ([order[-1]], [order[-1], order[0]]),
+        ([order[0], order[0]], order[:2]),
+        ([order[1], -1], order[:2]),
+        ([own, 99, -7], order[:2]),
+        (order[2:], sorted(order[2:])[:2]),
+    ):
+        blocks = torch.full((2, query.shape[2], len(forced)), -1)
+        blocks[row, slot] = torch.tensor(forced)
+        out, lse = attention(query, key, value, top_k=2, forced=blocks)
+        slots = [each for each in range(45) if each // BLOCK in (*kept, own)]
+        alone, alone_lse = attention(
+            query[row : row + 1, head : head + 1, slot : slot + 1],
+            key[row : row + 1, head // 2 : head // 2 + 1, slots],
+            value[row : row + 1, head // 2 : head // 2 + 1, slots],
+            query_start=BLOCK * len(kept) + slot % BLOCK,
+        )
+        assert_close(out[row, head, slot], alone[0, 0, 0], EXACT)
+        assert_close(lse[row, head, slot], alone_lse[0, 0, 0], EXACT)
+
+
+def test_forced_blocks_that_were_selected_change_nothing(attention):
+    query, key, value = tensors()
+    scores = torch.einsum(
+        "bgrtd,bgnd->bgrtn", query.unflatten(1, (2, 2)), key[:, :, BLOCK - 1 :: BLOCK]
+    )
+    one_head = query[:, :1]
+    best = scores[:, 0, 0, :, :1].argmax(-1, keepdim=True)
+    before = attention(one_head, key[:, :1], value[:, :1], top_k=1)
+    after = attention(one_head, key[:, :1], value[:, :1], top_k=1, forced=best)
+    first = slice(BLOCK, 2 * BLOCK)  # queries whose only past block is that one
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old[:, :, first], new[:, :, first])
+
+
 def test_text_of_a_block_not_retrieved_changes_nothing(attention):
     query, key, value = tensors(queries=5)
     before = attention(query, key, value, top_k=2)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from landmark.ops.select import running_top_k, select_top
+from landmark.ops.select import running_top_k, select_top, with_forced
 
 
 def by_sorting(scores, k):
@@ -77,3 +77,24 @@ def test_the_running_selection_is_that_of_all_at_once(seed):
         assert best[row, valid[row]].tolist() == scores[row, ranked].tolist()
         assert (best[row, ~valid[row]] == -torch.inf).all()
     assert indices.shape[-1] == min(k, count)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_forced_blocks_take_the_place_of_the_last_selected(seed):
+    rng = random.Random(seed)
+    blocks = rng.randint(1, 12)
+    most = rng.randint(1, 6)
+    rows = []
+    for _ in range(2 * 3 * 4):
+        chosen = rng.sample(range(blocks), min(blocks, rng.randint(0, most)))
+        rows.append(chosen + [-1] * (most - len(chosen)))
+    selected = torch.tensor(rows, dtype=torch.int32).view(2, 3, 4, most)
+    forced = torch.randint(-1, blocks, (2, 4, rng.randint(0, 4)), dtype=torch.int32)
+    found = with_forced(selected, forced)
+    assert found.shape == selected.shape
+    assert found.dtype == torch.int32 and found.is_contiguous()
+    for row, head, query in torch.cartesian_prod(*map(torch.arange, (2, 3, 4))).tolist():
+        wanted = sorted({each for each in forced[row, query].tolist() if each >= 0})
+        others = [each for each in selected[row, head, query].tolist() if each >= 0]
+        kept = (wanted + [each for each in others if each not in wanted])[:most]
+        assert found[row, head, query].tolist() == kept + [-1] * (most - len(kept))

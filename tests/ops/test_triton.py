@@ -212,6 +212,9 @@ def test_there_are_as_many_cases_as_promised():
 def test_small_cases_reach_packed_rows_with_top_k(monkeypatch):
     calls = [small_case(seed, monkeypatch)[1] for seed in range(FAST)]
     assert sum({"segments", "top_k"} <= set(each) for each in calls) >= 5
+    assert sum("forced" in each for each in calls) >= 5
+    assert sum({"segments", "forced"} <= set(each) for each in calls) >= 2
+    assert sum({"starts", "forced"} <= set(each) for each in calls) >= 2
 
 
 def options_of_each_kind():

@@ -244,6 +244,12 @@ CASES = [
     ("no questions", setting(questions=0), "questions: expected an integer from 1 to .*, got 0"),
     ("minus one code", setting(distractors=-1), "distractors: expected an integer from 0 to"),
     ("half again", setting(all_blocks=1.5), r"all_blocks: expected a number from 0 to 1, got 1\.5"),
+    ("too much force", setting(forced=-0.1), r"forced: expected a number from 0 to 1, got -0\.1"),
+    (
+        "force until later",
+        setting(forced_until=2),
+        r"forced_until: expected a number from 0 to 1, got 2",
+    ),
     ("unknown setting", setting(learning_rate=1.0), "unknown landmark settings.*learning_rate"),
     ("block size 1", setting(block_size=1), "block_size: expected an integer of at least 2, got 1"),
     (

@@ -7,12 +7,15 @@ import torch
 from toy import silent, toy_recipe
 from transformers import AutoModelForCausalLM
 
+from landmark.config import LandmarkConfig
 from landmark.data.rows import stack
 from landmark.data.tokenizer import load_tokenizer
-from landmark.train.gate import evidence_queries
+from landmark.hf.attention import FullPass
+from landmark.train.gate import CONTRAST_TOKENS, evidence_queries, forced_blocks
 from landmark.train.loss import divergence
 from landmark.train.prepare import prepare_rows
 from landmark.train.run import train
+from landmark.train.settings import RetrievalSettings
 from landmark.train.trainer import LandmarkTrainer
 
 
@@ -89,6 +92,82 @@ def test_queries_are_those_that_predict_an_answer(books, scratch, tmp_path):
     assert sorted([query.row, query.token] for query in found) == expected.tolist()
     more = evidence_queries(batch["questions"], before=3)
     assert len(more) == len(found) + 3 * sum(len(row.questions) for row in rows)
+
+
+def test_forced_evidence_falls_to_none(books, scratch, tmp_path):
+    tokenizer = load_tokenizer(scratch[0])
+    prepared = prepare_rows(str(books), tmp_path, toy_recipe(), tokenizer, block_size=16)
+    batch = stack([(group[0],) for group in prepared.train], answers=True)
+    settings = LandmarkConfig(block_size=16)
+    counts = []
+    for done in (0.0, 0.2, 0.3, 0.4, 0.9):
+        retrieval = RetrievalSettings(forced=1.0, forced_until=0.4)
+        drawn = [
+            forced_blocks(batch, retrieval, settings, done=done, draw=f"{draw}")
+            for draw in range(20)
+        ]
+        kept = [0 if found is None else int((found >= 0).any(-1).sum()) for found in drawn]
+        counts.append(sum(kept))
+    queries = evidence_queries(batch["questions"], before=CONTRAST_TOKENS)
+    assert counts[0] == 20 * len({(query.row, query.token) for query in queries})
+    assert counts[0] > counts[1] > counts[2] > 0
+    assert counts[3:] == [0, 0]
+    found = forced_blocks(batch, RetrievalSettings(forced=1.0), settings, done=0.0, draw="")
+    for query in evidence_queries(batch["questions"]):
+        expected = {token // 15 for tokens in query.evidence for token in tokens}
+        kept = found[query.row, query.token].tolist()
+        assert {block for block in kept if block >= 0} == set(sorted(expected)[:4])
+    assert forced_blocks(batch, RetrievalSettings(), settings, done=0.0, draw="") is None
+
+
+def test_forced_evidence_is_kept_in_a_run(books, scratch, tmp_path, monkeypatch):
+    """By all tokens that predict an answer, in the steps of mode ``top_k``, until it is 0."""
+    seen = []
+    stock = FullPass.attend
+
+    def noting(self, *args):
+        if torch.is_grad_enabled():
+            seen.append((self.settings.mode, self.forced))
+        return stock(self, *args)
+
+    monkeypatch.setattr(FullPass, "attend", noting)
+    recipe = toy_recipe(steps=8, episodes=1.0, all_blocks=0.5, forced=1.0, forced_until=0.5)
+    options = {"recipe": recipe, "tokenizer": str(scratch[0]), "report": silent}
+    train(str(books), tmp_path / "forced", **options)
+    half = len(seen) // 2
+    assert {mode for mode, _ in seen[:half]} == {"all", "top_k"}
+    assert all((forced is not None) == (mode == "top_k") for mode, forced in seen[:half])
+    assert all(forced is None for _, forced in seen[half:])
+
+
+def test_a_model_keeps_forced_blocks(scratch):
+    """They are counted in blocks of the row; slots of landmarks and padding have none."""
+    model = AutoModelForCausalLM.from_pretrained(scratch[0]).double()
+    model.configure_landmark(mode="top_k", top_k=1, local_blocks=0)
+    torch.manual_seed(0)
+    ids = torch.randint(1, 50, (2, 70))
+    free = model(ids).logits
+    best = []
+
+    def noting(self, *args):
+        best.append(self.forced)
+        return stock(self, *args)
+
+    stock = FullPass.attend
+    forced = torch.full((2, 70, 1), -1)
+    assert torch.equal(model(ids, forced_blocks=forced).logits, free)
+    forced[0, 65] = 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FullPass, "attend", noting)
+        kept = model(ids, forced_blocks=forced).logits
+    width = 70 + 70 // 15
+    expected = torch.full((2, width, 1), -1)
+    expected[0, 65 + 65 // 15] = 1
+    assert torch.equal(best[0], expected)
+    assert torch.equal(kept[1], free[1])
+    assert torch.equal(kept[0, :65], free[0, :65])
+    model.configure_landmark(mode="all")
+    assert torch.equal(model(ids, forced_blocks=forced).logits, model(ids).logits)
 
 
 def test_divergence_is_that_of_the_distributions():

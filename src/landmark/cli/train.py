@@ -83,6 +83,10 @@ AllBlocks = Annotated[
     float | None,
     _setting("Share of steps in which queries see all past blocks, not the best few."),
 ]
+Forced = Annotated[
+    float | None,
+    _setting("Share of questions whose evidence is kept by every query; it falls to 0."),
+]
 Contrast = Annotated[
     float | None, _setting("Weight of the contrast of the evidence's landmarks with others.")
 ]
@@ -150,6 +154,7 @@ def train(
     distractors: Distractors = None,
     answer_weight: AnswerWeight = None,
     all_blocks: AllBlocks = None,
+    forced: Forced = None,
     contrast: Contrast = None,
     block_mass: BlockMass = None,
     lora_layers: LoraLayers = None,

@@ -71,11 +71,14 @@ class FullPass(ForwardContext):
         rotations: the rotation of each rotary type.
         segments: ``(B, T)`` document of each slot of packed rows.
         gate_loss: what every layer adds to, if anything.
+        forced: ``(B, T, F)`` past blocks that each slot keeps whatever their score in mode
+            ``top_k``, -1 for none.
     """
 
     rotations: dict[str | None, Rotation]
     segments: Tensor | None
     gate_loss: GateLoss | None = None
+    forced: Tensor | None = None
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -86,6 +89,9 @@ class FullPass(ForwardContext):
         if self.gate_loss is not None:
             _add(self.gate_loss, LayerInputs(query, key, rotation, scale, kind))
         segments = None if self.segments is None else self.segments.to(query.device)
+        forced = None
+        if self.forced is not None and self.top_k is not None:
+            forced = self.forced.to(query.device)
         size = self.settings.block_size
         query = rotation.rotate(query)
         key = rotation.rotate(key)
@@ -97,6 +103,7 @@ class FullPass(ForwardContext):
             scale=scale,
             top_k=self.top_k,
             segments=segments,
+            forced=forced,
         )
         assert isinstance(output, Tensor)
         return output.transpose(1, 2).contiguous()

@@ -90,9 +90,10 @@ class LandmarkDecoderMixin(PackagedMixin):
                 ``position_ids``. ``cu_seq_lens_q``, the borders of documents in one flattened row,
                 is taken as well.
             cache: see ``past_key_values``.
-            **kwargs: passed to the stock decoder, but for ``gate_loss``: in a pass without a cache
-                in mode ``all`` or ``top_k``, a ``landmark.hf.gate_loss.GateLoss`` that each layer
-                adds to.
+            **kwargs: passed to the stock decoder, but for two of a pass without a cache in mode
+                ``all`` or ``top_k``: ``gate_loss``, a ``landmark.hf.gate_loss.GateLoss`` that each
+                layer adds to, and ``forced_blocks``, ``(B, T, F)`` blocks that each token keeps
+                whatever their score in mode ``top_k`` (``forced`` of ``landmark_attention``).
 
         Returns:
             ``BaseModelOutputWithPast`` whose states are those of text, zeros at padding.
@@ -206,7 +207,13 @@ class LandmarkDecoderMixin(PackagedMixin):
             gate_loss.prepare(
                 settings, self._rotaries, embeds.new_empty(len(embeds), layout.width, 0)
             )
-        context = FullPass(settings, self._layer_types, rotations, layout.segments, gate_loss)
+        forced = kwargs.pop("forced_blocks", None)
+        if forced is not None:
+            # One more, so that landmarks and empty slots, which get zeros, have none.
+            forced = layout.insert(forced + 1, forced.new_zeros(forced.shape[2])) - 1
+        context = FullPass(
+            settings, self._layer_types, rotations, layout.segments, gate_loss, forced
+        )
         return self._run(embeds, layout, context, kwargs)
 
     def _run(self, embeds: Tensor, layout: TextLayout, context: ForwardContext, kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from landmark.ops.choice import pick_implementation
 from landmark.ops.metadata import AttentionMetadata
 
+WHOLE = (torch.int32, torch.int64)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -25,6 +26,7 @@ def landmark_attention(
     starts: Tensor | None = None,
     segments: Tensor | None = None,
     landmarks: Tensor | None = None,
+    forced: Tensor | None = None,
     impl: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -68,6 +70,10 @@ def landmark_attention(
             ``query_start``.
         landmarks: (B, S) booleans, whether a key is a landmark; blocks may have any length. A query
             behind all keys continues the last block, or begins a new one if a landmark closed it.
+        forced: (B, T, F) integers, past blocks that a query keeps whatever their scores, among its
+            ``top_k``; so many fewer are selected by score. They are counted from the first block of
+            the query's document; -1, or any block that is no past block of the query, is none. Of
+            more than ``top_k`` the lower blocks are kept. Only with ``top_k``.
         impl: ``reference`` (the definition), ``chunked`` (plain PyTorch in memory linear in S),
             ``triton`` (fused kernels for NVIDIA GPUs, see ``docs/kernels.md``), or ``auto``. A
             named implementation runs or raises; only ``auto`` chooses.
@@ -91,6 +97,7 @@ def landmark_attention(
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     query_start = _check_query_start(query_start, segments, query.shape[2], key.shape[2])
     _check_rows(key, starts, segments, landmarks)
+    _check_forced(forced, query, top_k)
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
         query, key, value = (
@@ -104,6 +111,7 @@ def landmark_attention(
         starts=starts,
         segments=segments,
         landmarks=landmarks,
+        forced=forced,
     )
     chosen = pick_implementation(impl, query, metadata)
     if chosen == "triton":
@@ -257,6 +265,33 @@ def _check_rows(
         )
     if segments is not None and segments.device.type == "cpu":
         _check_runs(segments)
+
+
+def _check_forced(forced: Tensor | None, query: Tensor, top_k: int | None) -> None:
+    if forced is None:
+        return
+    rows = query.shape[0]
+    queries = query.shape[2]
+    fits = isinstance(forced, Tensor) and forced.dim() == 3
+    if not fits or tuple(forced.shape[:2]) != (rows, queries) or forced.dtype not in WHOLE:
+        found = (
+            f"{forced.dtype} of shape {tuple(forced.shape)}"
+            if isinstance(forced, Tensor)
+            else type(forced).__name__
+        )
+        raise ValueError(
+            f"forced: expected int32 or int64 of shape ({rows}, {queries}, F), got {found}; pass F "
+            "blocks for each query, -1 for none"
+        )
+    if forced.device != query.device:
+        raise ValueError(
+            f"forced: expected the device of query, {query.device}, got {forced.device}; move it"
+        )
+    if top_k is None:
+        raise ValueError(
+            "forced: expected None without top_k, got blocks; leave them out, as every past block "
+            "is kept"
+        )
 
 
 def _check_runs(segments: Tensor) -> None:

@@ -228,12 +228,14 @@ class _Tiling:
 
     def view(self, tile: _Tile) -> TileView:
         """Returns what the queries of a tile may see, all past blocks included."""
+        forced = self.metadata.forced
         return view_of(
             self.layout.rows(tile.rows),
             self.slots,
             queries=tile.queries,
             blocks=tile.blocks,
             scale=self.metadata.scale,
+            forced=None if forced is None else forced[tile.rows],
         )
 
     def cut(self, operands: Operands, tile: _Tile) -> Operands:

@@ -22,6 +22,8 @@ class AttentionMetadata(NamedTuple):
         segments: (B, S) integers, document of each key; ``None`` where each row is one document.
         landmarks: (B, S) booleans, which keys are landmarks; ``None`` where every
             ``block_size``-th slot of a document is one.
+        forced: (B, T, F) integers, past blocks that a query keeps whatever their score; ``None``
+            for none.
     """
 
     block_size: int
@@ -31,6 +33,7 @@ class AttentionMetadata(NamedTuple):
     starts: Tensor | None
     segments: Tensor | None
     landmarks: Tensor | None
+    forced: Tensor | None = None
 
     @property
     def has_equal_blocks(self) -> bool:

@@ -76,6 +76,9 @@ def reference(
     )
     if metadata.top_k is not None:
         candidates = landmark_scores.detach().masked_fill(~past, -torch.inf)
+        if metadata.forced is not None:
+            forced = metadata.forced[:, None, :, :, None] == (number - first_block)[..., None, :]
+            candidates = candidates.masked_fill(forced.any(dim=-2) & past, torch.inf)
         selected, valid = select_top(candidates, metadata.top_k)
         past = torch.zeros_like(landmark_scores).scatter_add(-1, selected, valid.to(exact)) > 0
 

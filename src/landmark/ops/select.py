@@ -45,6 +45,32 @@ def select_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.where(valid, count - key, 0), valid
 
 
+def with_forced(selected: Tensor, forced: Tensor) -> Tensor:
+    """Returns selected blocks with the forced ones in place of the last that are none of them.
+
+    Args:
+        selected: (B, H, T, K) blocks, those of highest score first; -1 for none.
+        forced: (B, T, F) blocks; -1 for none. Of more than K the lower ones are taken.
+
+    Returns:
+        (B, H, T, K): the forced blocks, ascending, then the others in their order; -1 for none.
+    """
+    none = torch.iinfo(forced.dtype).max
+    forced = torch.where(forced < 0, none, forced).sort(dim=-1).values
+    repeated = torch.zeros_like(forced, dtype=torch.bool)
+    repeated[..., 1:] = forced[..., 1:] == forced[..., :-1]
+    forced = torch.where(repeated | (forced == none), -1, forced)[:, None].to(selected.dtype)
+    is_forced = (selected[..., :, None] == forced[..., None, :]).any(dim=-1)
+    others = torch.where(is_forced, -1, selected)
+    both = torch.cat([forced.expand(*selected.shape[:-1], -1), others], dim=-1)
+    stays = both >= 0
+    most = selected.shape[-1]
+    # What does not stay, or is one too many, goes to one more column that is cut off.
+    column = torch.where(stays, stays.cumsum(dim=-1) - 1, most).clamp(max=most)
+    found = both.new_full((*both.shape[:-1], most + 1), -1)
+    return found.scatter_(-1, column, both)[..., :most].contiguous()
+
+
 class TopK(NamedTuple):
     """The ``k`` highest of some scores, ordered as by ``select_top``.
 

@@ -42,6 +42,7 @@ class TileView(NamedTuple):
         own_block: (R, 1, 1, T, 1) number of a query's own block among these, -1 for none.
         piece_block: (R, 1, 1, 1, P) block of each piece, ``None`` where pieces are blocks.
         scale: factor of the scores.
+        forced: (B, 1, 1, T, N) whether a past block is kept whatever its score; ``None`` for none.
         selected: (B, G, H/G, T, K) numbers of the selected blocks, -1 for none; ``None`` without
             ``top_k``.
         gather: whether selected blocks are gathered; otherwise the other blocks are masked.
@@ -54,12 +55,19 @@ class TileView(NamedTuple):
     own_block: Tensor
     piece_block: Tensor | None
     scale: float
+    forced: Tensor | None = None
     selected: Tensor | None = None
     gather: bool = False
 
 
 def view_of(
-    layout: BlockLayout, slots: Tensor, *, queries: slice, blocks: slice, scale: float
+    layout: BlockLayout,
+    slots: Tensor,
+    *,
+    queries: slice,
+    blocks: slice,
+    scale: float,
+    forced: Tensor | None = None,
 ) -> TileView:
     """Returns what some queries may see of some blocks, before any is selected.
 
@@ -69,6 +77,7 @@ def view_of(
         queries: the queries of the tile.
         blocks: the blocks of the tile.
         scale: factor of the scores.
+        forced: (B, T, F) as for ``landmark_attention``, of the tile's rows.
     """
     number = torch.arange(layout.landmark_slot.shape[1], device=slots.device)[blocks]
     own_block = layout.own_block[:, None, None, queries, None]
@@ -77,19 +86,25 @@ def view_of(
     count = number.shape[0]
     relative = own_block - (blocks.start or 0)
     piece_block = layout.piece_block
+    past = layout.can_be_past[:, None, None, None, blocks] & is_past
+    kept = None
+    if forced is not None:
+        wanted = forced[:, None, None, queries, :, None] == (number - first_block)[..., None, :]
+        kept = wanted.any(dim=-2) & past
     return TileView(
         slots=slots[queries],
         reach=layout.slot[:, blocks] if piece_block is None else layout.slot,
         own=number == own_block,
-        past=layout.can_be_past[:, None, None, None, blocks] & is_past,
+        past=past,
         own_block=torch.where((relative >= 0) & (relative < count), relative, -1),
         piece_block=None if piece_block is None else piece_block[:, None, None, None, :],
         scale=scale,
+        forced=kept,
     )
 
 
 def select_blocks(query: Tensor, landmark_keys: Tensor, view: TileView, top_k: int) -> Tensor:
-    """Selects the past blocks of highest landmark score.
+    """Selects the past blocks of highest landmark score, and those that are forced first.
 
     Args:
         query: (B, G, H/G, T, D).
@@ -101,7 +116,10 @@ def select_blocks(query: Tensor, landmark_keys: Tensor, view: TileView, top_k: i
         (B, G, H/G, T, min(top_k, N)) numbers of blocks, ascending; -1 for none.
     """
     scores = (_dots(query, landmark_keys[:, :, :, None]) * view.scale).squeeze(-1)
-    indices, valid = select_top(scores.masked_fill(~view.past, -torch.inf), top_k)
+    scores = scores.masked_fill(~view.past, -torch.inf)
+    if view.forced is not None:
+        scores = scores.masked_fill(view.forced, torch.inf)
+    indices, valid = select_top(scores, top_k)
     return torch.where(valid, indices, -1)
 
 

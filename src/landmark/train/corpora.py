@@ -30,7 +30,8 @@ from landmark.data.text import has_split, kind_of, read_documents
 from landmark.data.tokenizer import backend, encode, row_start
 from landmark.data.tokens import DocumentSpan, Ids, tokenize
 from landmark.train.answers import TeacherAnswers
-from landmark.train.recipe import DataSettings, Recipe
+from landmark.train.recipe import Recipe
+from landmark.train.settings import DataSettings
 
 HELD_OUT_ROWS = 64
 LEAST_ROWS = 40  # of a corpus, from which on a part of it is held out

@@ -6,19 +6,21 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from landmark.blocks import slot_of
 from landmark.config import LandmarkConfig
 from landmark.data.episodes import RowQuestion
 from landmark.hf.gate_loss import GateBlockMass, GateContrast, LayerInputs, contrast_queries
-from landmark.hf.recall import EvidenceQuery
+from landmark.hf.recall import EvidenceQuery, blocks_of
 from landmark.rotary import Rotary
-from landmark.train.recipe import RetrievalSettings
+from landmark.train.settings import RetrievalSettings
 
 CONTRAST_QUERIES = 8  # of each row of a batch, on average
 CONTRAST_TOKENS = 6  # before the first that predicts an answer: a turn's header, the question's end
 MASS_QUERIES = 32  # of each row of a batch
+FORCED_BLOCKS = 4  # of a question at most
 
 
 class WeightedLoss(NamedTuple):
@@ -102,6 +104,42 @@ def gate_losses(
         tokens = sorted(random.Random(draw).choices(columns, k=MASS_QUERIES))
         losses.block_mass = GateBlockMass([slot_of(token, settings.block_size) for token in tokens])
     return None if losses.contrast is None and losses.block_mass is None else losses
+
+
+def forced_blocks(
+    batch: Mapping[str, Any],
+    retrieval: RetrievalSettings,
+    settings: LandmarkConfig,
+    *,
+    done: float,
+    draw: str,
+) -> Tensor | None:
+    """Returns the blocks that tokens of a batch keep whatever their score.
+
+    Args:
+        batch: as ``stack`` returns it.
+        retrieval: the share of the questions whose evidence is kept.
+        settings: the landmark settings.
+        done: share of the training that is done.
+        draw: decides which questions.
+
+    Returns:
+        ``(B, T, F)`` blocks, -1 for none; ``None`` where no question is drawn at this point of the
+        training. Numbers beyond ``FORCED_BLOCKS`` of one question are left out.
+    """
+    if not retrieval.forced or done >= retrieval.forced_until or "questions" not in batch:
+        return None
+    share = retrieval.forced * (1 - done / retrieval.forced_until)
+    rng = random.Random(draw)
+    questions = [
+        [question for question in asked if rng.random() < share] for asked in batch["questions"]
+    ]
+    ids = batch["input_ids"]
+    found = torch.full((*ids.shape, FORCED_BLOCKS), -1, dtype=torch.int32)
+    for query in evidence_queries(questions, before=CONTRAST_TOKENS):
+        blocks = blocks_of(query, settings.block_size)[:FORCED_BLOCKS]
+        found[query.row, query.token, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+    return found.to(ids.device)
 
 
 def evidence_queries(

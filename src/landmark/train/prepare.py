@@ -35,7 +35,8 @@ from landmark.hf.families import PREFIX
 from landmark.hf.pretrained import read_config
 from landmark.train.answers import TeacherAnswers
 from landmark.train.corpora import corpora
-from landmark.train.recipe import NF4, Recipe
+from landmark.train.recipe import Recipe
+from landmark.train.settings import NF4
 
 STOCK = "stock"  # the teacher that is the given model without landmarks
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -51,7 +51,8 @@ from landmark.train.prepare import (
     require_model_settings,
     stored_dtype,
 )
-from landmark.train.recipe import NF4, Recipe, RunArguments
+from landmark.train.recipe import Recipe, RunArguments
+from landmark.train.settings import NF4
 from landmark.train.summary import summarise, write_summary
 from landmark.train.trainer import LandmarkTrainer, Progress
 

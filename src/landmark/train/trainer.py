@@ -32,7 +32,7 @@ from landmark.data.rows import Group, stack
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.recall import EvidenceRecall
 from landmark.hf.rope import trained_positions
-from landmark.train.gate import GateLosses, evidence_queries, gate_losses
+from landmark.train.gate import GateLosses, evidence_queries, forced_blocks, gate_losses
 from landmark.train.lora import base_of
 from landmark.train.loss import (
     answer_weighted_loss,
@@ -41,7 +41,7 @@ from landmark.train.loss import (
     text_loss,
     token_losses,
 )
-from landmark.train.recipe import RetrievalSettings, TeacherSettings
+from landmark.train.settings import RetrievalSettings, TeacherSettings
 
 RECALL_ROWS = 4  # rows that are read at once; the selections of all their queries are kept
 
@@ -141,7 +141,10 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         Losses on the gate are added to it.
         """
         gate = self._gate_losses(inputs)
-        more = {"gate_loss": gate} if gate else {}
+        more: dict[str, Any] = {"gate_loss": gate} if gate else {}
+        forced = self._forced_blocks(inputs)
+        if forced is not None:
+            more["forced_blocks"] = forced
         if "answers" in inputs:
             outputs = model(**texts_of(inputs), **more)
             loss = self._loss(
@@ -171,6 +174,18 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             self.retrieval,
             self._unwrapped.landmark,
             draw=f"{self.args.seed}/mass/{self.state.global_step}",
+        )
+
+    def _forced_blocks(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Returns the blocks that tokens of a batch keep whatever their score."""
+        if self.retrieval is None or self._unwrapped.landmark.mode != "top_k":
+            return None
+        return forced_blocks(
+            inputs,
+            self.retrieval,
+            self._unwrapped.landmark,
+            done=self.state.global_step / self.state.max_steps,
+            draw=f"{self.args.seed}/forced/{self.state.global_step}",
         )
 
     def _gate_total(self, gate: GateLosses) -> Tensor:

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from landmark.ops.metadata import AttentionMetadata
+from landmark.ops.select import with_forced
 from landmark.ops.triton.block_lists import build_block_lists
 from landmark.ops.triton.configs import (
     config_for,
@@ -70,6 +71,17 @@ def fused(
     ends = None
     if segments is not None:
         origins, ends = documents_of(segments, starts)
+    forced = None
+    if metadata.forced is not None:
+        forced = past_blocks_only(
+            metadata.forced.int(),
+            starts,
+            origins,
+            ends,
+            keys=key.shape[2],
+            block_size=metadata.block_size,
+            query_start=metadata.query_start,
+        )
     selection: tuple[Tensor | None, ...] = (None,) * 5
     if metadata.top_k is not None:
         selection = select_blocks_op(
@@ -81,6 +93,7 @@ def fused(
             metadata.query_start,
             scale,
             metadata.top_k,
+            forced,
         )
     selected, blocks, counts, tiles, indptr = selection
     arguments = KernelArguments(
@@ -139,6 +152,42 @@ def documents_of(segments: Tensor, starts: Tensor | None) -> tuple[Tensor, Tenso
     return origins.contiguous(), ends.contiguous()
 
 
+def past_blocks_only(
+    blocks: Tensor,
+    starts: Tensor | None,
+    origins: Tensor | None,
+    ends: Tensor | None,
+    *,
+    keys: int,
+    block_size: int,
+    query_start: int,
+) -> Tensor:
+    """Returns blocks (B, T, F) that are given for each query, -1 where one is no past block of it.
+
+    Args:
+        blocks: (B, T, F) int32, counted from the first block of the query's document.
+        starts: (B,) int32, slot of each row's first text.
+        origins: (B, S) int32, first slot of each slot's document; ``None`` where a row is one.
+        ends: (B, S) int32, the first slot behind it.
+        keys: S.
+        block_size: slots of a block, landmark included.
+        query_start: slot of the first query.
+    """
+    slots = torch.arange(blocks.shape[1], device=blocks.device, dtype=torch.int32) + query_start
+    first = blocks.new_zeros(1, 1)
+    end = torch.full_like(first, keys)
+    if origins is not None and ends is not None:
+        # The queries are the last of the keys.
+        first = origins[:, query_start:]
+        end = ends[:, query_start:]
+    elif starts is not None:
+        first = starts[:, None]
+    past = torch.minimum(slots - first, end - first) // block_size
+    if starts is not None:
+        past = torch.where(slots < starts[:, None], 0, past)
+    return torch.where((blocks >= 0) & (blocks < past[..., None]), blocks, -1)
+
+
 Selection = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -152,8 +201,12 @@ def select_blocks_op(
     query_start: int,
     scale: float,
     top_k: int,
+    forced: Tensor | None,
 ) -> Selection:
     """Selects blocks by a kernel, and lists which tiles of queries read which blocks.
+
+    ``forced`` (B, T, F) int32 are past blocks that are kept in place of the last selected ones, -1
+    for none.
 
     Returns:
         The selected blocks (B, H, T, top_k) int32, highest score first, -1 for none, counted from
@@ -188,6 +241,8 @@ def select_blocks_op(
                 num_warps=tiles.warps,
                 num_stages=tiles.stages,
             )
+    if forced is not None:
+        selected = with_forced(selected, forced)
     lists = build_block_lists(
         selected,
         starts,
@@ -210,6 +265,7 @@ def _(
     query_start: int,
     scale: float,
     top_k: int,
+    forced: Tensor | None,
 ) -> Selection:
     batch, heads, queries, dim = query.shape
     rows = config_for(query.device, query.dtype, dim, top_k=True).forward.rows
