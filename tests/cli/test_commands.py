@@ -331,6 +331,10 @@ def test_rank(run, folder, tmp_path):
         "rank", "The code", "a.txt", "b.txt", "c.txt", "--model", folder / "marked"
     )
     assert "[red]" in all_of_them
+    words = ("rank", "The code", "a.txt", "b.txt", "c.txt", "--model", folder / "talking")
+    code, in_chat, _ = run(*words)
+    assert code == 0 and in_chat != all_of_them
+    assert run(*words, "--no-chat")[1] == all_of_them
 
 
 def test_eval_rank(run, folder, tmp_path):
@@ -366,6 +370,12 @@ def test_eval_rank(run, folder, tmp_path):
     assert all(row["data"] == "data, test, among train" and row["passages"] == 4 for row in rows)
     assert rows[1]["settings"]["bm25s"]
     assert "recall@1" in out and "nDCG@10" in out
+    words = ("eval", "rank", "--model", folder / "talking", "--data", "data", "--passages", 2)
+    for extra, in_chat in (((), True), (("--no-chat",), False)):
+        code, _, err = run(*words, "--passage-tokens", 20, "--out", "chat.json", *extra)
+        assert code == 0, err
+        rows = json.loads((tmp_path / "chat.json").read_text())["rows"]
+        assert [row["chat"] for row in rows] == [in_chat, False] * 2
 
 
 def test_demo_says_no_for_a_model_that_finds_nothing(run, folder, tmp_path, monkeypatch):

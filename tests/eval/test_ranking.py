@@ -10,7 +10,10 @@ import torch
 from landmark.data.text import Document
 from landmark.eval import ranking
 from landmark.eval.bm25 import Bm25
+from landmark.eval.variants import Variant
+from landmark.texts.rank import rank_files
 from small_text import sentences
+from tiny import talking_tokenizer, tiny_landmark
 
 
 def test_a_passage_is_drawn_once_and_cut_out():
@@ -84,3 +87,30 @@ def test_every_ranker_answers_the_same_passages(marked, monkeypatch):
     assert [row.tokens for row in rows] == [1600 - 360, 1600 - 360, 1600, 1600]
     assert rows[0].settings["positions"] == "stingy" and "k1" in rows[1].settings
     assert rows[3].recall_at_1 == 1, "a passage that stands in its document has all its words there"
+
+
+def test_a_chat_template_ranks_as_the_command_does(tmp_path):
+    """A passage is asked as a question; without the template, and by BM25, as a text."""
+    talking = Variant("talking", tiny_landmark(), talking_tokenizer())
+    documents = [Document(f"d{seed}", sentences(4, seed=seed), "") for seed in range(4)]
+    files = [tmp_path / f"{document.title}.txt" for document in documents]
+    for file, document in zip(files, documents, strict=True):
+        file.write_text(document.text)
+    found = {}
+    for chat in (None, False):
+        task = ranking.PassageTask(passages=4, passage_tokens=20, chat=chat)
+        rows = ranking.run(talking, task, documents, [], "made up", lambda row: None)
+        found[chat] = next(row for row in rows if (row.text, row.ranker) == ("whole", "landmark"))
+        assert [row.chat for row in rows] == [chat is None, False] * 2
+        ids = [
+            ranking.tokenize_document(talking, document.text, chat=chat is None)
+            for document in documents
+        ]
+        ranks = []
+        for passage in ranking.draw_passages(ids, task):
+            query = talking.tokenizer.decode(passage.ids.tolist())
+            lines = rank_files(talking, query, files, chat=chat)
+            titles = [line.title for line in lines]
+            ranks.append(1 + titles.index(str(files[passage.document])))
+        assert found[chat].ndcg_at_10 == ranking.ndcg(ranks)
+    assert found[None].ndcg_at_10 != found[False].ndcg_at_10

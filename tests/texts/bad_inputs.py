@@ -13,6 +13,7 @@ from landmark import Library, remember
 from landmark.data.sources import Source, read_sources
 from landmark.texts.explain import explain_memory
 from landmark.texts.loading import LoadedModel
+from landmark.texts.rank import read_document
 from tiny import tiny_landmark, tiny_llama, tiny_tokenizer
 
 
@@ -101,6 +102,11 @@ CASES = [
         lambda: landmark.explain(tiny_landmark(), tildeless(), [("notes.txt", "~~")], "What"),
         r"text: expected at least one token, got none in notes\.txt: the tokenizer drops .*; "
         r"pass another",
+    ),
+    (
+        "a document of no token",
+        lambda: read_document(loaded(), torch.zeros(0, dtype=torch.long)),
+        "document: expected at least one token, got none; leave it out",
     ),
     (
         "explain by a plain model",

@@ -12,16 +12,11 @@ from landmark.data.tokenizer import encode
 from landmark.texts.chat import Chat, read_for_chat
 from landmark.texts.explain import explain_sources
 from landmark.texts.generate import continue_text
-from landmark.texts.loading import LoadedModel
-from tiny import WORDS, talking_tokenizer, tiny_landmark
+from landmark.texts.rank import rank_files
+from tiny import WORDS
 
 TEXT = (WORDS + "\n") * 9
 QUESTIONS = ("What is the pass key?", "And the grass?", "Is it green?")
-
-
-@pytest.fixture(scope="module")
-def talking():
-    return LoadedModel("talking", tiny_landmark(), talking_tokenizer())
 
 
 @pytest.fixture
@@ -191,6 +186,7 @@ def test_no_template_to_use(marked, tmp_path, files):
         lambda: read_for_chat(marked, []),
         lambda: remember(files, tmp_path / "memory", marked, chat=True),
         lambda: continue_text(marked, "hi", chat=True),
+        lambda: rank_files(marked, "hi", files, chat=True),
         lambda: explain_sources(
             marked.model, marked.tokenizer, [Source("a", TEXT)], "hi", chat=True
         ),

@@ -5,15 +5,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from tokenizers import normalizers
+from tokenizers import normalizers, pre_tokenizers
 
 import oracle
+from chats import CHATML
+from chats import chat as messages_of
+from landmark.blocks import slot_of
+from landmark.data.asking import Turn, asked_row, frame_of
+from landmark.data.tokenizer import encode
 from landmark.hf.cache import LandmarkCache
+from landmark.hf.gate_loss import CONTRAST_TOKENS
 from landmark.memory import retrieval
 from landmark.texts import rank
 from landmark.texts.loading import LoadedModel, load
+from landmark.train.gate import evidence_queries
 from small_text import sentences
-from tiny import BLOCK, tiny_landmark, tiny_llama, tiny_tokenizer
+from tiny import BLOCK, talking_tokenizer, tiny_landmark, tiny_llama, tiny_tokenizer
 
 TEXT = BLOCK - 1
 
@@ -35,21 +42,21 @@ def layers_of(model, ids, monkeypatch):
     return found
 
 
-def mean_query(layer, head, config):
-    """Mean over all slots of a text, each where a query stands that has all local blocks and old
-    ones before it.
+def mean_query(layer, head, config, slots=None):
+    """Mean over some slots of a text, all by default, each where a query stands that has all local
+    blocks and old ones before it.
     """
     own = (config.top_k + 1 + config.local_blocks) * BLOCK
     turned = [
         layer.rotated(layer.query[head, slot], own + slot % BLOCK)
-        for slot in range(layer.query.shape[1])
+        for slot in (range(layer.query.shape[1]) if slots is None else slots)
     ]
     return sum(turned) / len(turned) * layer.scale
 
 
-def defined_scores(model, documents, query, monkeypatch):
+def defined_scores(model, documents, query, monkeypatch, slots=None, first=0):
     """Highest score, and its block, of each document for a query: loops over layers, heads and
-    blocks.
+    blocks, from block ``first`` on. ``slots`` are those of the query that count.
     """
     config = model.landmark
     read = [layers_of(model, ids, monkeypatch) for ids in documents]
@@ -60,21 +67,21 @@ def defined_scores(model, documents, query, monkeypatch):
             keys = {}
             for number, layers in enumerate(read):
                 layer = layers[index]
-                for block in range(layer.key.shape[1] // BLOCK):
+                for block in range(first, layer.key.shape[1] // BLOCK):
                     slot = block * BLOCK + BLOCK - 1
                     keys[number, block] = layer.rotated(
                         layer.key[layer.head_key(head), slot], BLOCK - 1
                     )
             middle = sum(keys.values()) / len(keys)
-            counts = [layers[index].query.shape[1] for layers in read]
+            counts = [layers[index].query.shape[1] // BLOCK - first for layers in read]
             means = [mean_query(layers[index], head, config) for layers in read]
             common = sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(
                 counts
             )
-            surprise = mean_query(asked[index], head, config) - common
+            surprise = mean_query(asked[index], head, config, slots) - common
             for (number, block), key in keys.items():
                 score = float(surprise @ (key - middle)) / float(np.linalg.norm(key - middle))
-                best[number] = max(best[number], (score, block))
+                best[number] = max(best[number], (score, block - first))
     return best
 
 
@@ -244,3 +251,118 @@ def test_a_document_without_a_token_is_left_out(tmp_path):
         pytest.raises(ValueError, match=r"files: .*with a token, got .*rows\.jsonl"),
     ):
         rank.rank_files(loaded, "green", [rows])
+
+
+QUERY = "What is the code of the north gate?"
+# Longer than two blocks before a user's message.
+LONG_SYSTEM = (
+    "{{ '<|im_start|>system\n" + "The pass key is green. " * 3 + "<|im_end|>\n' }}" + CHATML
+)
+
+
+def text_files(folder):
+    """Of several lengths, one shorter than a block."""
+    texts = [sentences(1, seed=1), "The grass.", sentences(3, seed=3), "The code of the gate. " * 3]
+    files = [folder / f"{number}.txt" for number in range(len(texts))]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    return files
+
+
+def prompt(loaded, said):
+    """What a user says, as the template writes it up to where the answer begins, as tokens."""
+    text = loaded.tokenizer.apply_chat_template(
+        messages_of(said), tokenize=False, add_generation_prompt=True
+    )
+    return encode(loaded.tokenizer, text).ids.tolist()
+
+
+@pytest.mark.parametrize("template", [CHATML, LONG_SYSTEM], ids=["short", "long"])
+def test_a_chat_template_is_the_definition(talking, template, tmp_path, monkeypatch):
+    """Documents stand where a user's texts do, filled up with themselves; of the question the
+    tokens count that the contrast teaches. Blocks without a token of a document do not count.
+    """
+    monkeypatch.setattr(talking.tokenizer, "chat_template", template)
+    files = text_files(tmp_path)
+    texts = [encode(talking.tokenizer, file.read_text()).ids.tolist() for file in files]
+    (mark,) = encode(talking.tokenizer, "~").ids.tolist()
+    whole = prompt(talking, "~")
+    begin = whole[: whole.index(mark)]
+    first = len(begin) // TEXT
+    assert first == (0 if template == CHATML else 2)
+    documents = []
+    for text in texts:
+        ids = begin + text
+        while len(ids) % TEXT:
+            ids.append(text[(len(ids) - len(begin)) % len(text)])
+        documents.append(torch.tensor(ids))
+    query = prompt(talking, f"\n\n{QUERY}")
+    slots = slot_of(torch.arange(len(query)), BLOCK)[-CONTRAST_TOKENS - 1 :].tolist()
+    expected = defined_scores(
+        talking.model, documents, torch.tensor(query), monkeypatch, slots, first
+    )
+    lines = {line.title: line for line in rank.rank_files(talking, f" {QUERY}\n", files)}
+    for file, text, (score, block) in zip(files, texts, expected, strict=True):
+        line = lines[str(file)]
+        assert line.score == pytest.approx(score, abs=1e-9)
+        begun = (first + block) * TEXT - len(begin)
+        shown = talking.tokenizer.decode(text[max(0, begun) : begun + TEXT])
+        assert line.passage == " ".join(shown.split()) != ""
+
+
+def test_the_tokens_that_count_are_those_the_contrast_teaches(talking, monkeypatch):
+    """Up to the one that predicts the first token of the answer, in a row of training."""
+    tokenizer = talking.tokenizer
+    frame = frame_of(tokenizer, [Turn(QUERY, "The pass key.")], "a row")
+    row = asked_row(frame, [], [[range(1)]])
+    taught = [query.token for query in evidence_queries([row.questions], before=CONTRAST_TOKENS)]
+    answer = row.questions[0].answer
+    kept = []
+    sums = rank.QuerySums
+    monkeypatch.setattr(rank, "QuerySums", lambda slots: kept.append(slots) or sums(slots))
+    rank.read_question(talking, QUERY)
+    # What is said has a separator before the question, which a row has among its texts.
+    asked = prompt(talking, f"\n\n{QUERY}")
+    shift = len(asked) - answer.start
+    expected = [token + shift for token in taught if token < answer.start]
+    assert kept[0].tolist() == [int(slot_of(token, BLOCK)) for token in expected]
+
+
+def test_how_a_question_is_cut_into_chunks_is_rounding(talking):
+    whole = rank.read_question(talking, QUERY)
+    with talking.configured(chunk_tokens=4):
+        parts = rank.read_question(talking, QUERY)
+    for ours, theirs in zip(whole.query, parts.query, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+def test_texts_go_on_from_what_opens_the_message(monkeypatch):
+    """Without the space that the tokenizer puts before a text."""
+    loaded = LoadedModel("talking", tiny_landmark(), talking_tokenizer())
+    core = loaded.tokenizer.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    decode = loaded.tokenizer.decode
+    for chat, text in ((True, "The grass"), (False, " The grass")):
+        ids = rank.tokenize_document(loaded, "The grass", chat=chat)
+        assert decode(ids.tolist()) == text
+    read = []
+    monkeypatch.setattr(rank, "read_text", lambda loaded, ids, **last: read.append(ids.tolist()))
+    rank.read_question(loaded, "The grass?")
+    assert "user\n\n\nThe grass?<|im_end|>" in decode(read[0])
+
+
+def test_without_a_template_a_text_is_a_text(marked, talking, tmp_path):
+    """To the bit, whether there is no template or it is not to be used."""
+    files = text_files(tmp_path)
+    read = []
+    for file in files:
+        ids = torch.from_numpy(encode(marked.tokenizer, file.read_text()).ids)
+        count = math.ceil(len(ids) / TEXT) * TEXT
+        read.append(rank.read_text(marked, ids[torch.arange(count) % len(ids)]))
+    query = torch.from_numpy(encode(marked.tokenizer, QUERY).ids)
+    found = rank.search(rank.build_index(read), rank.read_text(marked, query))
+    expected = [(str(files[each.document]), each.score) for each in rank.best_first(found)]
+    plain = rank.rank_files(marked, QUERY, files)
+    assert [(line.title, line.score) for line in plain] == expected
+    assert rank.rank_files(talking, QUERY, files, chat=False) == plain
+    assert rank.rank_files(talking, QUERY, files) != plain

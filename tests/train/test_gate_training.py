@@ -11,7 +11,8 @@ from landmark.config import LandmarkConfig
 from landmark.data.rows import stack
 from landmark.data.tokenizer import load_tokenizer
 from landmark.hf.attention import FullPass
-from landmark.train.gate import CONTRAST_TOKENS, evidence_queries, forced_blocks
+from landmark.hf.gate_loss import CONTRAST_TOKENS
+from landmark.train.gate import evidence_queries, forced_blocks
 from landmark.train.loss import divergence
 from landmark.train.prepare import prepare_rows
 from landmark.train.run import train

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model, text
+from landmark.cli.options import Device, Dtype, InChat, Model, text
 from landmark.cli.progress import Shown
 
 
@@ -18,6 +18,7 @@ def rank(
     ],
     model: Model = None,
     top: Annotated[int, typer.Option(help="Documents to show.")] = 10,
+    chat: InChat = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -30,5 +31,5 @@ def rank(
         from landmark.texts.rank import rank_files
 
         quiet()
-        lines = rank_files(load(model, device, dtype), query, files, progress)
+        lines = rank_files(load(model, device, dtype), query, files, progress, chat=chat)
     show(ranking_table(lines[:top]))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from landmark.cli.options import Device, Dtype, Model, Seed, words
+from landmark.cli.options import Device, Dtype, InChat, Model, Seed, words
 from landmark.cli.output import note
 from landmark.cli.progress import Shown
 from landmark.config import GREATEST
@@ -36,6 +36,7 @@ def ranking(
         str, typer.Option(help="Further splits whose documents are searched, separated by commas.")
     ] = "",
     seed: Seed = 0,
+    chat: InChat = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
@@ -49,7 +50,11 @@ def ranking(
         from landmark.texts.loading import load, quiet
 
         task = task_module.PassageTask(
-            passages=passages, passage_tokens=passage_tokens, max_tokens=max_tokens, seed=seed
+            passages=passages,
+            passage_tokens=passage_tokens,
+            max_tokens=max_tokens,
+            seed=seed,
+            chat=chat,
         )
         documents = list(read_documents(data, split=split))
         others = [

@@ -16,16 +16,19 @@ from landmark.data.text import Document
 from landmark.eval.bm25 import Bm25, require_bm25s
 from landmark.eval.measure import measured
 from landmark.eval.results import RankRow
+from landmark.texts.explain import uses_template
 from landmark.texts.loading import LoadedModel, require_landmark
 from landmark.texts.rank import (
     SETTINGS,
     TextLandmarks,
     build_index,
     read_document,
+    read_question,
     read_text,
     search,
+    tokenize_document,
 )
-from landmark.texts.reading import counted, tokenize
+from landmark.texts.reading import counted
 
 TEXTS = ("cut", "whole")
 CUTOFF = 10  # of nDCG
@@ -41,6 +44,7 @@ class PassageTask:
         max_tokens: text tokens of a document that are searched and drawn from, its first; ``None``
             for all.
         seed: of the choice of passages.
+        chat: whether to use the chat template, as for ``rank_files``.
 
     Raises:
         ValueError: a value outside its range.
@@ -50,6 +54,7 @@ class PassageTask:
     passage_tokens: int = 126
     max_tokens: int | None = None
     seed: int = 0
+    chat: bool | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("passages", self.passages), ("passage_tokens", self.passage_tokens)):
@@ -102,7 +107,8 @@ def run(
 ) -> list[RankRow]:
     """Ranks the documents for every passage, by landmarks and by BM25.
 
-    Once all passages are cut out of their documents, then the documents are whole.
+    Once all passages are cut out of their documents, then the documents are whole. Where the
+    tokenizer has a chat template, landmarks rank as ``rank_files`` does with it.
 
     Args:
         loaded: a landmark model.
@@ -114,17 +120,19 @@ def run(
         progress: called while texts are tokenised and read.
 
     Raises:
-        ValueError: no landmark model, or documents that are too few or too short.
+        ValueError: no landmark model, documents that are too few or too short, or a chat template
+            that is missing or fails.
         ModuleNotFoundError: bm25s is missing.
     """
     require_landmark(loaded)
     require_bm25s()
-    ids = [_head(loaded, document, task, progress) for document in documents]
-    more = [_head(loaded, document, task, progress) for document in others]
+    chat = uses_template(loaded.tokenizer, task.chat)
+    ids = [_head(loaded, document, task, progress, chat=chat) for document in documents]
+    more = [_head(loaded, document, task, progress, chat=chat) for document in others]
     passages = draw_passages(ids, task)
     with measured(loaded.device) as reading:
         known = [
-            read_document(loaded, other, progress)
+            read_document(loaded, other, progress, chat=chat)
             for other in counted("documents read", more, progress)
         ]
     rows = []
@@ -133,7 +141,7 @@ def run(
         searched = [*drawn_from, *more]
         for make in (_landmarks, _bm25):
             with measured(loaded.device) as measure:
-                ranker = make(loaded, searched, known, progress)
+                ranker = make(loaded, searched, known, progress, chat=chat)
                 ranks = [
                     rank_of(ranker.scores(passage.ids), passage.document)
                     for passage in counted("passages looked for", passages, progress)
@@ -161,10 +169,15 @@ def run(
 
 
 def _head(
-    loaded: LoadedModel, document: Document, task: PassageTask, progress: Progress | None
+    loaded: LoadedModel,
+    document: Document,
+    task: PassageTask,
+    progress: Progress | None,
+    *,
+    chat: bool,
 ) -> Tensor:
     """Returns the first tokens of a document, as many as are used."""
-    return tokenize(document.text, loaded.tokenizer, progress=progress)[: task.max_tokens]
+    return tokenize_document(loaded, document.text, progress, chat=chat)[: task.max_tokens]
 
 
 def _landmarks(
@@ -172,13 +185,15 @@ def _landmarks(
     searched: Sequence[Tensor],
     known: Sequence[TextLandmarks],
     progress: Progress | None,
+    *,
+    chat: bool,
 ) -> _Ranker:
     """Returns the ranker by landmarks; the last of the documents are ``known`` already."""
     new = searched[: len(searched) - len(known)]
     index = build_index(
         [
             *(
-                read_document(loaded, document, progress)
+                read_document(loaded, document, progress, chat=chat)
                 for document in counted("documents read", new, progress)
             ),
             *known,
@@ -192,11 +207,17 @@ def _landmarks(
         "settings": settings,
         "dtype": loaded.dtype,
         "library_bytes": index.nbytes(),
+        "chat": chat,
     }
-    return _Ranker(
-        lambda passage: [found.score for found in search(index, read_text(loaded, passage))],
-        fields,
-    )
+
+    def scores(passage: Tensor) -> list[float]:
+        if chat:
+            query = read_question(loaded, loaded.tokenizer.decode(passage.tolist()))
+        else:
+            query = read_text(loaded, passage)
+        return [found.score for found in search(index, query)]
+
+    return _Ranker(scores, fields)
 
 
 def _bm25(
@@ -204,6 +225,8 @@ def _bm25(
     searched: Sequence[Tensor],
     known: Sequence[TextLandmarks],
     progress: Progress | None,
+    *,
+    chat: bool,
 ) -> _Ranker:
     """Returns the ranker by BM25 on the text of the same tokens."""
     index = Bm25([loaded.tokenizer.decode(document.tolist()) for document in searched])
@@ -213,6 +236,7 @@ def _bm25(
         "settings": index.settings(),
         "dtype": None,
         "library_bytes": None,
+        "chat": False,
     }
     return _Ranker(lambda passage: index.scores(loaded.tokenizer.decode(passage.tolist())), fields)
 

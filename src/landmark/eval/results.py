@@ -143,6 +143,7 @@ class RankRow:
         library_bytes: what is kept of the documents; ``None`` for BM25.
         seconds: wall time of reading or indexing the documents and of all passages.
         data: where the text came from.
+        chat: whether the tokenizer's chat template was used.
     """
 
     ranker: str
@@ -161,6 +162,7 @@ class RankRow:
     library_bytes: int | None
     seconds: float
     data: str
+    chat: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,8 @@ from landmark.rotary import Rotary, Rotation
 
 RotaryType = str | None
 
+CONTRAST_TOKENS = 6  # before the first that predicts an answer: a turn's header, the question's end
+
 
 @dataclass(frozen=True)
 class LayerInputs:

@@ -5,6 +5,10 @@ head, and the mean of its queries. A query text is read by itself; the mean of i
 scored against the landmarks of all documents as if these were old blocks before it. What is common
 to all positions and to all landmarks is taken out first, and landmarks are scaled to length 1:
 otherwise a few of them (of contents, of tables) lead for every query.
+
+Where the tokenizer has a chat template, a document is the beginning of what a user says and the
+query the question that ends it. The mean is then that of the tokens at which training by contrast
+scores landmarks: the last of the question and the header of the answer's turn.
 """
 
 from __future__ import annotations
@@ -13,18 +17,22 @@ import itertools
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from landmark.blocks import slot_of
+from landmark.data.chat import closing, opening
 from landmark.data.encoding import Progress
 from landmark.data.tokenizer import row_start
 from landmark.hf.cache import LandmarkCache
+from landmark.hf.gate_loss import CONTRAST_TOKENS
 from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory
+from landmark.texts.explain import uses_template
 from landmark.texts.files import file_documents
 from landmark.texts.loading import LoadedModel, require_landmark
 from landmark.texts.reading import counted, read_into_memory, tokenize
@@ -44,8 +52,8 @@ class TextLandmarks:
 
     Attributes:
         keys: ``(G, N, D)`` landmark keys of its ``N`` finished blocks.
-        query: ``(G, R, D)`` float32 mean of its queries, scaled and rotated as retrieval scores
-            old landmarks with them.
+        query: ``(G, R, D)`` float32 mean of its queries that count, scaled and rotated as retrieval
+            scores old landmarks with them.
     """
 
     keys: tuple[Tensor, ...]
@@ -117,18 +125,25 @@ def old_queries(memory: LayerMemory, query: Tensor, offsets: Tensor, scale: floa
 class QuerySums:
     """An observer of a ``LandmarkCache`` that sums up the queries of each layer.
 
+    Args:
+        slots: ``(n,)`` slots whose queries count; ``None`` for all.
+
     Attributes:
-        totals: by layer, ``(H, D)``: the sum over all positions, see ``old_queries``.
+        totals: by layer, ``(H, D)``: the sum over these slots, see ``old_queries``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slots: Tensor | None = None) -> None:
+        self.slots = slots
         self.totals: dict[int, Tensor] = {}
 
     def __call__(
         self, memory: LayerMemory, query: Tensor, geometry: CallGeometry, scale: float
     ) -> None:
         """Adds the queries ``(1, H, T, D)`` of one call of one layer."""
-        summed = old_queries(memory, query, geometry.offsets, scale)[0].sum(1)
+        queries = old_queries(memory, query, geometry.offsets, scale)[0]
+        if self.slots is not None:
+            queries = queries[:, torch.isin(geometry.slots[0], self.slots)]
+        summed = queries.sum(1)
         before = self.totals.get(memory.layer)
         self.totals[memory.layer] = summed if before is None else before + summed
 
@@ -143,20 +158,32 @@ def deciding_layers(cache: LandmarkCache) -> list[LayerMemory]:
 
 
 @torch.no_grad()
-def read_text(loaded: LoadedModel, ids: Tensor, progress: Progress | None = None) -> TextLandmarks:
+def read_text(
+    loaded: LoadedModel,
+    ids: Tensor,
+    progress: Progress | None = None,
+    *,
+    last: int | None = None,
+) -> TextLandmarks:
     """Reads a text without retrieval and keeps what ranking needs.
 
     Args:
         loaded: a landmark model.
         ids: ``(T,)`` token ids.
         progress: called while it is read.
+        last: only the queries of so many tokens count, the last ones; ``None`` for those of all
+            slots.
 
     Raises:
         ValueError: no landmark model, no tokens, or a model of which no layer can tell documents
             apart.
     """
     require_landmark(loaded)
-    queries = QuerySums()
+    wanted = None
+    if last is not None:
+        final = torch.arange(len(ids), device=loaded.device)[-last:]
+        wanted = slot_of(final, loaded.model.landmark.block_size)
+    queries = QuerySums(wanted)
     with loaded.configured(**SETTINGS):
         cache = LandmarkCache(loaded.model.config)
         cache.observer = queries
@@ -173,8 +200,9 @@ def read_text(loaded: LoadedModel, ids: Tensor, progress: Progress | None = None
             "or configure its layers"
         )
     landmarks = slots - tokens
+    count = slots if wanted is None else len(wanted)
     keys = [memory.store.landmark_keys[0][:, :landmarks].clone() for memory in memories]
-    means = [queries.totals[memory.layer] / slots for memory in memories]
+    means = [queries.totals[memory.layer] / count for memory in memories]
     grouped = [
         torch.unflatten(mean, 0, (len(key), -1)) for mean, key in zip(means, keys, strict=True)
     ]
@@ -182,15 +210,23 @@ def read_text(loaded: LoadedModel, ids: Tensor, progress: Progress | None = None
 
 
 def read_document(
-    loaded: LoadedModel, ids: Tensor, progress: Progress | None = None
+    loaded: LoadedModel, ids: Tensor, progress: Progress | None = None, *, chat: bool = False
 ) -> TextLandmarks:
-    """Reads a document ``(T,)`` behind what the tokenizer puts before every text.
+    """Reads a document behind what stands before every document.
 
-    Its last block is filled up with its beginning, so that a landmark closes it. Warns where the
-    landmark was never trained.
+    This is what the tokenizer puts before every text, in a conversation what opens a user's
+    message. The last block is filled up with the document's beginning, so that a landmark closes
+    it. Warns where the landmark was never trained.
+
+    Args:
+        loaded: a landmark model.
+        ids: ``(T,)`` token ids, as ``tokenize_document`` returns them.
+        progress: called while it is read.
+        chat: whether it is the beginning of what a user says. Blocks without a token of it are then
+            left out, as they are the same in all documents.
 
     Raises:
-        ValueError: as ``read_text``.
+        ValueError: no tokens, a chat template that fails, or as ``read_text``.
     """
     require_landmark(loaded)
     if not loaded.model.landmark.landmark_trained:
@@ -198,14 +234,62 @@ def read_document(
             "this model's landmark was never trained: fine-tune it first (landmark train)",
             stacklevel=2,
         )
-    ids = torch.cat((_start(loaded), ids))
+    begin = _begin(loaded, chat=chat)
+    whole = torch.cat((begin, ids))
+    again = ids if chat else whole
+    if len(again) == 0:
+        raise ValueError("document: expected at least one token, got none; leave it out")
     per_block = loaded.model.landmark.text_per_block
-    whole = math.ceil(len(ids) / per_block) * per_block
-    return read_text(loaded, ids[torch.arange(whole) % max(1, len(ids))], progress)
+    filled = again[torch.arange(-len(whole) % per_block) % len(again)]
+    found = read_text(loaded, torch.cat((whole, filled)), progress)
+    if not chat:
+        return found
+    first = len(begin) // per_block
+    return replace(found, keys=tuple(key[:, first:] for key in found.keys))
 
 
-def _start(loaded: LoadedModel) -> Tensor:
-    """Returns the ids ``(n,)`` that the tokenizer puts before every text."""
+def read_question(loaded: LoadedModel, question: str) -> TextLandmarks:
+    """Reads a query as the question that ends what a user says, up to where the answer begins.
+
+    The documents before it are left out, so that all are compared with the same query. The tokens
+    that count are those of it at which training by contrast scores landmarks: the one that predicts
+    the answer and the ``CONTRAST_TOKENS`` before it.
+
+    Args:
+        loaded: a landmark model whose tokenizer has a chat template.
+        question: any text.
+
+    Raises:
+        ValueError: the template fails, or as ``read_text``.
+    """
+    said = closing(loaded.tokenizer, question.strip())
+    ids = tokenize(said, loaded.tokenizer, continues=True)
+    begin = _begin(loaded, chat=True)
+    return read_text(loaded, torch.cat((begin, ids)), last=CONTRAST_TOKENS + 1)
+
+
+def tokenize_document(
+    loaded: LoadedModel, text: str, progress: Progress | None = None, *, chat: bool
+) -> Tensor:
+    """Returns the token ids ``(T,)`` of a document.
+
+    Args:
+        loaded: a model.
+        text: of any length.
+        progress: called while a long text is tokenised.
+        chat: whether it is the beginning of what a user says.
+
+    Raises:
+        ValueError: a slow tokenizer, or a chat template that fails.
+    """
+    continues = chat and len(_begin(loaded, chat=True)) > 0
+    return tokenize(text, loaded.tokenizer, continues=continues, progress=progress)
+
+
+def _begin(loaded: LoadedModel, *, chat: bool) -> Tensor:
+    """Returns the ids ``(n,)`` that stand before a document."""
+    if chat:
+        return tokenize(opening(loaded.tokenizer), loaded.tokenizer)
     return torch.tensor(row_start(loaded.tokenizer), dtype=torch.long)
 
 
@@ -259,21 +343,32 @@ class RankedDocument:
 
 
 def rank_files(
-    loaded: LoadedModel, query: str, files: Sequence[Path], progress: Progress | None = None
+    loaded: LoadedModel,
+    query: str,
+    files: Sequence[Path],
+    progress: Progress | None = None,
+    *,
+    chat: bool | None = None,
 ) -> list[RankedDocument]:
     """Ranks texts for a query, best first.
+
+    Where the tokenizer has a chat template, each text is the beginning of what a user says, and the
+    query the question that ends it.
 
     Args:
         loaded: a landmark model.
         query: any text.
         files: text files, or ``.jsonl`` files with a document in each row.
         progress: called while they are tokenised and read.
+        chat: whether to use the chat template; ``None`` for yes where there is one.
 
     Raises:
-        ValueError: no landmark model, no files, an empty query, or a file without text.
+        ValueError: no landmark model, no files, an empty query, a file without text, or a chat
+            template that is missing or fails.
         FileNotFoundError: no such file.
     """
     require_landmark(loaded)
+    in_chat = uses_template(loaded.tokenizer, chat)
     if not query.strip():
         raise ValueError(
             "query: expected a text of at least one token, got an empty one; write what to look for"
@@ -286,7 +381,7 @@ def rank_files(
     titles = []
     ids = []
     for document in itertools.chain.from_iterable(map(file_documents, files)):
-        tokens = tokenize(document.text, loaded.tokenizer, progress=progress)
+        tokens = tokenize_document(loaded, document.text, progress, chat=in_chat)
         if len(tokens) == 0:
             warnings.warn(
                 f"{document.title}: not ranked, as the tokenizer finds no token in it", stacklevel=2
@@ -300,22 +395,28 @@ def rank_files(
             f"files: expected at least one text with a token, got {names}; name other files"
         )
     index = build_index(
-        [read_document(loaded, each, progress) for each in counted("documents read", ids, progress)]
+        [
+            read_document(loaded, each, progress, chat=in_chat)
+            for each in counted("documents read", ids, progress)
+        ]
     )
-    found = search(index, read_text(loaded, wanted))
+    asked = read_question(loaded, query) if in_chat else read_text(loaded, wanted)
+    found = search(index, asked)
     return [
         RankedDocument(
             title=titles[best.document],
             score=best.score,
-            passage=_text(loaded, ids[best.document], best.block),
+            passage=_text(loaded, ids[best.document], best.block, chat=in_chat),
         )
         for best in best_first(found)
     ]
 
 
-def _text(loaded: LoadedModel, ids: Tensor, block: int) -> str:
+def _text(loaded: LoadedModel, ids: Tensor, block: int, *, chat: bool = False) -> str:
     """Returns the text of a block of a document ``(T,)``, in one line."""
     size = loaded.model.landmark.text_per_block
-    before = len(_start(loaded))
+    before = len(_begin(loaded, chat=chat))
+    if chat:
+        before %= size  # blocks are counted from the first with a token of the document
     first = block * size - before
     return " ".join(loaded.tokenizer.decode(ids[max(0, first) : first + size].tolist()).split())

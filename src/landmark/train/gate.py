@@ -12,13 +12,18 @@ from torch import Tensor
 from landmark.blocks import slot_of
 from landmark.config import LandmarkConfig
 from landmark.data.episodes import RowQuestion
-from landmark.hf.gate_loss import GateBlockMass, GateContrast, LayerInputs, contrast_queries
+from landmark.hf.gate_loss import (
+    CONTRAST_TOKENS,
+    GateBlockMass,
+    GateContrast,
+    LayerInputs,
+    contrast_queries,
+)
 from landmark.hf.recall import EvidenceQuery, blocks_of
 from landmark.rotary import Rotary
 from landmark.train.settings import RetrievalSettings
 
 CONTRAST_QUERIES = 8  # of each row of a batch, on average
-CONTRAST_TOKENS = 6  # before the first that predicts an answer: a turn's header, the question's end
 MASS_QUERIES = 32  # of each row of a batch
 FORCED_BLOCKS = 4  # of a question at most
 
