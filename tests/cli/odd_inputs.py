@@ -215,6 +215,6 @@ OPENERS = {  # nothing here is a memory or a model
     "memory compact": "memory compact THING",
     "convert": "convert THING --out out/converted",
     "model": "generate hi --model THING",
-    "recipe": "train --data TEXT --out out/tuned --config THING",
+    "recipe": "train --data TEXT --out out/tuned --config THING --steps 1 --batch 1",
     "tokenizer": "train --data TEXT --out out/tuned --tokenizer THING",
 }
