@@ -12,6 +12,7 @@ from landmark.data.rows import stack
 from landmark.data.tokenizer import load_tokenizer
 from landmark.hf.attention import FullPass
 from landmark.hf.gate_loss import CONTRAST_TOKENS
+from landmark.train import trainer
 from landmark.train.gate import evidence_queries, forced_blocks
 from landmark.train.loss import divergence
 from landmark.train.prepare import prepare_rows
@@ -248,3 +249,21 @@ def test_a_teacher_sees_what_it_was_trained_on(twin, books, tmp_path, monkeypatc
     train(str(books), tmp_path / "out", recipe=recipe, model=str(twin[0]), report=silent)
     assert all(tokens == 100 and len(columns) == 20 for tokens, columns in seen)
     assert seen[0][1] != seen[-1][1]
+
+
+def test_reading_held_out_questions_tells_of_itself(books, scratch, tmp_path, monkeypatch):
+    """It takes long where rows are long, and is counted as the batches before it are."""
+    seen = []
+    monkeypatch.setattr(trainer, "RECALL_ROWS", 1)
+    recipe = toy_recipe(steps=1, episodes=1.0)
+    train(
+        str(books),
+        tmp_path,
+        recipe=recipe,
+        tokenizer=str(scratch[0]),
+        report=silent,
+        progress=lambda what, done, total: seen.append((what, done)),
+    )
+    counts = [done for what, done in seen if what == "batches of held-out rows"]
+    rows = range(counts[-1] - 63, counts[-1] + 1)
+    assert counts[-64:] == list(rows)
