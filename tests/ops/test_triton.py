@@ -238,8 +238,10 @@ def test_operators_keep_the_rules_of_torch(options, monkeypatch):
     starts = None if starts is None else starts.int()
     leaves = [each.requires_grad_() for each in small_tensors()]
     asked = (leaves[0].detach(), leaves[1].detach(), starts, origins, 16, 0, 0.2, 2)
-    torch.library.opcheck(op.select_blocks_op, asked)
-    selection = op.select_blocks_op(*asked)
+    forced = torch.randint(-1, 2, (2, 45, 3), dtype=torch.int32)
+    for each in (None, forced):
+        torch.library.opcheck(op.select_blocks_op, (*asked, each))
+    selection = op.select_blocks_op(*asked, forced)
     torch.library.opcheck(op.attention, (*leaves, starts, origins, ends, *(None,) * 5, 16, 0, 0.2))
     torch.library.opcheck(op.attention, (*leaves, starts, origins, ends, *selection, 16, 0, 0.2))
 

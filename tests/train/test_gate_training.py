@@ -265,5 +265,6 @@ def test_reading_held_out_questions_tells_of_itself(books, scratch, tmp_path, mo
         progress=lambda what, done, total: seen.append((what, done)),
     )
     counts = [done for what, done in seen if what == "batches of held-out rows"]
-    rows = range(counts[-1] - 63, counts[-1] + 1)
-    assert counts[-64:] == list(rows)
+    rows = counts[-1]
+    assert rows > 32
+    assert counts[-rows:] == list(range(1, rows + 1))
