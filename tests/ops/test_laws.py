@@ -71,6 +71,19 @@ def test_top_k_of_all_past_blocks_is_no_top_k(attention, options):
             assert_close(each, expected, EXACT)
 
 
+def over_blocks(attention, query, key, value, row, head, slot, kept):
+    """Output (D,) and log-sum-exp of one query of 45 slots over some past blocks and its own."""
+    own = slot // BLOCK
+    slots = [each for each in range(45) if each // BLOCK in (*kept, own)]
+    out, lse = attention(
+        query[row : row + 1, head : head + 1, slot : slot + 1],
+        key[row : row + 1, head // 2 : head // 2 + 1, slots],
+        value[row : row + 1, head // 2 : head // 2 + 1, slots],
+        query_start=BLOCK * len(kept) + slot % BLOCK,
+    )
+    return out[0, 0, 0], lse[0, 0, 0]
+
+
 def test_top_k_keeps_the_blocks_of_highest_landmark_score(attention):
     query, key, value = tensors()
     out, lse = attention(query, key, value, top_k=2)
@@ -78,21 +91,17 @@ def test_top_k_keeps_the_blocks_of_highest_landmark_score(attention):
         own = slot // BLOCK
         scores = key[row, head // 2, BLOCK - 1 :: BLOCK][:own] @ query[row, head, slot]
         kept = scores.topk(min(2, own)).indices.tolist()
-        slots = [each for each in range(45) if each // BLOCK in (*kept, own)]
-        alone, alone_lse = attention(
-            query[row : row + 1, head : head + 1, slot : slot + 1],
-            key[row : row + 1, head // 2 : head // 2 + 1, slots],
-            value[row : row + 1, head // 2 : head // 2 + 1, slots],
-            query_start=BLOCK * len(kept) + slot % BLOCK,
-        )
-        assert_close(out[row, head, slot], alone[0, 0, 0], EXACT)
-        assert_close(lse[row, head, slot], alone_lse[0, 0, 0], EXACT)
+        alone, alone_lse = over_blocks(attention, query, key, value, row, head, slot, kept)
+        assert_close(out[row, head, slot], alone, EXACT)
+        assert_close(lse[row, head, slot], alone_lse, EXACT)
 
 
 def test_forced_blocks_are_among_the_top_k(attention):
     """With the lowest score, too: the result is that of a gate over exactly these blocks."""
     query, key, value = tensors()
-    row, head, slot = 1, 3, 44
+    row = 1
+    head = 3
+    slot = 44
     own = slot // BLOCK
     scores = key[row, head // 2, BLOCK - 1 :: BLOCK][:own] @ query[row, head, slot]
     order = scores.argsort(descending=True).tolist()
@@ -106,29 +115,23 @@ def test_forced_blocks_are_among_the_top_k(attention):
         blocks = torch.full((2, query.shape[2], len(forced)), -1)
         blocks[row, slot] = torch.tensor(forced)
         out, lse = attention(query, key, value, top_k=2, forced=blocks)
-        slots = [each for each in range(45) if each // BLOCK in (*kept, own)]
-        alone, alone_lse = attention(
-            query[row : row + 1, head : head + 1, slot : slot + 1],
-            key[row : row + 1, head // 2 : head // 2 + 1, slots],
-            value[row : row + 1, head // 2 : head // 2 + 1, slots],
-            query_start=BLOCK * len(kept) + slot % BLOCK,
-        )
-        assert_close(out[row, head, slot], alone[0, 0, 0], EXACT)
-        assert_close(lse[row, head, slot], alone_lse[0, 0, 0], EXACT)
+        alone, alone_lse = over_blocks(attention, query, key, value, row, head, slot, kept)
+        assert_close(out[row, head, slot], alone, EXACT)
+        assert_close(lse[row, head, slot], alone_lse, EXACT)
 
 
 def test_forced_blocks_that_were_selected_change_nothing(attention):
-    query, key, value = tensors()
-    scores = torch.einsum(
-        "bgrtd,bgnd->bgrtn", query.unflatten(1, (2, 2)), key[:, :, BLOCK - 1 :: BLOCK]
-    )
-    one_head = query[:, :1]
-    best = scores[:, 0, 0, :, :1].argmax(-1, keepdim=True)
-    before = attention(one_head, key[:, :1], value[:, :1], top_k=1)
-    after = attention(one_head, key[:, :1], value[:, :1], top_k=1, forced=best)
-    first = slice(BLOCK, 2 * BLOCK)  # queries whose only past block is that one
-    for old, new in zip(before, after, strict=True):
-        assert torch.equal(old[:, :, first], new[:, :, first])
+    query, key, value = (each[:, :1] for each in tensors())
+    scores = query[:, 0] @ key[:, 0, BLOCK - 1 :: BLOCK].mT
+    is_past = torch.arange(5) < torch.arange(45)[:, None] // BLOCK
+    best = scores.masked_fill(~is_past, -torch.inf).argmax(-1, keepdim=True)
+    assert len(best[:, BLOCK:].unique()) > 2
+    free = attention(query, key, value, top_k=1)
+    for old, new in zip(free, attention(query, key, value, top_k=1, forced=best), strict=True):
+        assert torch.equal(old, new)
+    out, _ = attention(query, key, value, top_k=1, forced=0 * best)
+    moved = (out != free[0]).any(-1)[:, 0]
+    assert torch.equal(moved, (best[..., 0] != 0) & is_past.any(-1))
 
 
 def test_text_of_a_block_not_retrieved_changes_nothing(attention):

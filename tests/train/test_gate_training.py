@@ -143,7 +143,7 @@ def test_forced_evidence_is_kept_in_a_run(books, scratch, tmp_path, monkeypatch)
 
 
 def test_a_model_keeps_forced_blocks(scratch):
-    """They are counted in blocks of the row; slots of landmarks and padding have none."""
+    """They are counted from the row's first text; slots of landmarks and padding have none."""
     model = AutoModelForCausalLM.from_pretrained(scratch[0]).double()
     model.configure_landmark(mode="top_k", top_k=1, local_blocks=0)
     torch.manual_seed(0)
@@ -168,6 +168,14 @@ def test_a_model_keeps_forced_blocks(scratch):
     assert torch.equal(best[0], expected)
     assert torch.equal(kept[1], free[1])
     assert torch.equal(kept[0, :65], free[0, :65])
+    every = [model(ids, forced_blocks=torch.where(forced < 0, -1, block)) for block in range(4)]
+    assert any(not torch.equal(each.logits[0, 65:], free[0, 65:]) for each in every)
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[0, :7] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FullPass, "attend", noting)
+        model(ids, attention_mask=mask, forced_blocks=forced)
+    assert (best[-1] >= 0).nonzero().tolist() == [[0, 58 + 58 // 15, 0]]
     model.configure_landmark(mode="all")
     assert torch.equal(model(ids, forced_blocks=forced).logits, model(ids).logits)
 

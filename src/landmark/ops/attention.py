@@ -10,7 +10,7 @@ from torch import Tensor
 from landmark.ops.choice import pick_implementation
 from landmark.ops.metadata import AttentionMetadata
 
-WHOLE = (torch.int32, torch.int64)
+BLOCK_NUMBERS = (torch.int32, torch.int64)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -174,6 +174,13 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
+def _kind(given: object) -> str:
+    """Returns the dtype and shape of a tensor, the type of anything else."""
+    if isinstance(given, Tensor):
+        return f"{given.dtype} of shape {tuple(given.shape)}"
+    return type(given).__name__
+
+
 def _is_integer(number: object) -> bool:
     return isinstance(number, int | torch.SymInt) and not isinstance(number, bool)
 
@@ -233,11 +240,6 @@ def _check_rows(
     ):
         if each is None:
             continue
-        found = (
-            f"{each.dtype} of shape {tuple(each.shape)}"
-            if isinstance(each, Tensor)
-            else type(each).__name__
-        )
         fits = isinstance(each, Tensor) and tuple(each.shape) == shape
         if fits and kind == "integers":
             fits = not (each.is_floating_point() or each.is_complex() or each.dtype == torch.bool)
@@ -246,7 +248,8 @@ def _check_rows(
         if not fits:
             item = "row" if len(shape) == 1 else "key"
             raise ValueError(
-                f"{name}: expected {kind} of shape {shape}, got {found}; pass one for each {item}"
+                f"{name}: expected {kind} of shape {shape}, got {_kind(each)}; pass one for each "
+                f"{item}"
             )
         if each.device != key.device:
             raise ValueError(
@@ -273,15 +276,10 @@ def _check_forced(forced: Tensor | None, query: Tensor, top_k: int | None) -> No
     rows = query.shape[0]
     queries = query.shape[2]
     fits = isinstance(forced, Tensor) and forced.dim() == 3
-    if not fits or tuple(forced.shape[:2]) != (rows, queries) or forced.dtype not in WHOLE:
-        found = (
-            f"{forced.dtype} of shape {tuple(forced.shape)}"
-            if isinstance(forced, Tensor)
-            else type(forced).__name__
-        )
+    if not fits or tuple(forced.shape[:2]) != (rows, queries) or forced.dtype not in BLOCK_NUMBERS:
         raise ValueError(
-            f"forced: expected int32 or int64 of shape ({rows}, {queries}, F), got {found}; pass F "
-            "blocks for each query, -1 for none"
+            f"forced: expected int32 or int64 of shape ({rows}, {queries}, F), got "
+            f"{_kind(forced)}; pass F blocks for each query, -1 for none"
         )
     if forced.device != query.device:
         raise ValueError(

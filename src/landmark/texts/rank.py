@@ -400,8 +400,7 @@ def rank_files(
             for each in counted("documents read", ids, progress)
         ]
     )
-    asked = read_question(loaded, query) if in_chat else read_text(loaded, wanted)
-    found = search(index, asked)
+    found = search(index, read_question(loaded, query) if in_chat else read_text(loaded, wanted))
     return [
         RankedDocument(
             title=titles[best.document],

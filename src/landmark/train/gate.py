@@ -129,8 +129,8 @@ def forced_blocks(
         draw: decides which questions.
 
     Returns:
-        ``(B, T, F)`` blocks, -1 for none; ``None`` where no question is drawn at this point of the
-        training. Numbers beyond ``FORCED_BLOCKS`` of one question are left out.
+        ``(B, T, F)`` blocks, -1 for none, of each question the first ``FORCED_BLOCKS`` that hold
+        its evidence; ``None`` where no question has any at this point of the training.
     """
     if not retrieval.forced or done >= retrieval.forced_until or "questions" not in batch:
         return None

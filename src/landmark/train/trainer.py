@@ -337,6 +337,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
                     model.read(ids.to(self.args.device), cache=cache)
                     queries = evidence_queries([row.questions for row in batch])
                     recall.add(cache.retrievals, queries)
+                    # Counted in the progress as batches of an evaluation are.
                     self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         finally:
             model.configure_landmark(mode=settings.mode)
