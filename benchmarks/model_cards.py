@@ -116,7 +116,7 @@ def passkey_table(rows: list[dict[str, Any]]) -> str:
     for row in found:
         key = (
             row["attention"],
-            row["filler"],
+            "/".join(Path(row["filler"]).parts[-2:]),
             "pass key" if row["task"] == "passkey" else f"{row['facts']} named",
             row["read"],
             str(row["top_k"] or ""),

@@ -28,6 +28,7 @@ ATTENTION = {
     "window": "a window and the first 64",
     "dynamic": "dynamic RoPE scaling",
 }
+COSTS = ("seconds", "peak_bytes")  # what differs between two measurements of one thing
 READ = {"retrieve": "with retrieval", "local": "without retrieval"}
 
 # Commands that the tables of README name.
@@ -65,6 +66,8 @@ def results(name: str) -> dict[str, Any]:
 def bundled_results() -> dict[str, Any]:
     """Returns all rows of ``bundled.py`` but those of recall, and what they were made with.
 
+    A row that several commands measured, such as the twin's, counts once.
+
     Raises:
         ValueError: they were not made with the same versions.
     """
@@ -77,7 +80,11 @@ def bundled_results() -> dict[str, Any]:
             f"results of bundled.py: expected one set of versions, got {versions} and "
             f"{', '.join(others)}; measure all of them at one commit"
         )
-    return {"versions": versions, "rows": [row for each in found for row in each["rows"]]}
+    rows = {}
+    for row in (row for each in found for row in each["rows"]):
+        same = {name: value for name, value in row.items() if name not in COSTS}
+        rows.setdefault(json.dumps(same), row)
+    return {"versions": versions, "rows": list(rows.values())}
 
 
 def figures() -> list[dict[str, Any]]:
