@@ -69,6 +69,30 @@ def test_answers_are_what_the_teacher_writes(teacher, prompts, tmp_path, monkeyp
         assert after.messages == (*before.messages, ("assistant", text))
 
 
+def test_without_memory_fewer_are_answered_at_once(teacher, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TEMPERATURE", 1e-4)
+    monkeypatch.setattr(module, "NEW_TOKENS", 8)
+    model, tokenizer = teacher
+    asked = list(read_conversations(prompts))
+    expected = TeacherAnswers(model, "twin", tokenizer, tmp_path / "a", 1)(asked)
+    generate = model.generate
+    rows = []
+
+    def scarce(ids, **options):
+        rows.append(len(ids))
+        if len(ids) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(ids, **options)
+
+    monkeypatch.setattr(model, "generate", scarce)
+    limit = 1
+    assert TeacherAnswers(model, "twin", tokenizer, tmp_path / "b", 1)(asked) == expected
+    assert rows[0] == 3 and rows.count(1) == 3
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        TeacherAnswers(model, "twin", tokenizer, tmp_path / "c", 1)(asked)
+
+
 def test_answers_are_sampled_once(teacher, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "NEW_TOKENS", 8)
     model, tokenizer = teacher

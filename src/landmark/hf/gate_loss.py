@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Protocol
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +65,28 @@ class GateLoss(Protocol):
         """Called by each layer, in their order."""
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What a layer is scored by in a contrast.
+
+    Attributes:
+        query: ``(Q, H, D)`` of the tokens that need evidence, not rotated.
+        key: ``(B, G, P, D)`` of the landmarks, not rotated.
+        scale: the softmax scale.
+        rotary_type: the rotary type of the layer.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    rotary_type: RotaryType
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Layers that are alike in this are scored together."""
+        return self.query.shape, self.key.shape, self.scale, self.rotary_type
+
+
 @dataclass
 class GateContrast:
     """Contrast of the evidence's landmarks with all others (InfoNCE).
@@ -81,12 +103,11 @@ class GateContrast:
         queries: the tokens of this device, and where their evidence is, in rows of one text.
         blocks: finished blocks of each row, 0 of a packed one, whose landmarks stand elsewhere;
             ``None`` for as many as a row has slots for.
-        losses: ``(Q, H)`` of each layer so far.
     """
 
     queries: Sequence[EvidenceQuery]
     blocks: Sequence[int] | None = None
-    losses: list[Tensor] = field(default_factory=list)
+    _kept: list[_Kept] = field(default_factory=list, init=False, repr=False)
 
     def prepare(
         self, settings: LandmarkConfig, rotaries: dict[RotaryType, Rotary], like: Tensor
@@ -122,8 +143,8 @@ class GateContrast:
         # (Q, 1, devices * R, P)
         self._candidates = candidates[:, None]
         self._evidence = (is_own_row[:, :, None] & is_evidence[:, None])[:, None]
-        # As pad takes it: nothing at the end of D, blocks, nothing in G, rows.
-        self._missing = (0, 0, 0, count - width // size, 0, 0, 0, most - batch)
+        # As pad takes it: nothing at the end of D, blocks, nothing in G and layers, rows.
+        self._missing = (0, 0, 0, count - width // size, 0, 0, 0, 0, 0, most - batch)
         at = (settings.top_k + 1 + local) * size + slots % size
         start = torch.tensor([size - 1], device=device)
         self._rotations = {
@@ -133,18 +154,43 @@ class GateContrast:
         self._block_size = size
 
     def add(self, layer: LayerInputs) -> None:
-        """See ``GateLoss.add``."""
-        at, start = self._rotations[layer.rotary_type]
+        """Keeps what is scored; all layers are scored at once after the pass.
+
+        Small operations between two compiled graphs would take longer than the layers themselves.
+        """
         size = self._block_size
-        exact = torch.promote_types(layer.key.dtype, torch.float32)
-        here = start.rotate(layer.key[:, :, size - 1 :: size].to(exact))
+        query = layer.query[self._rows, :, self._slots]
+        key = layer.key[:, :, size - 1 :: size]
+        self._kept.append(_Kept(query, key, layer.scale, layer.rotary_type))
+
+    @cached_property
+    def losses(self) -> list[Tensor]:
+        """``(Q, H)`` of each layer, after the pass."""
+        alike: dict[Any, list[int]] = {}
+        for number, kept in enumerate(self._kept):
+            alike.setdefault(kept.kind, []).append(number)
+        found: dict[int, Tensor] = {}
+        for numbers in alike.values():
+            layers = [self._kept[number] for number in numbers]
+            found |= zip(numbers, self._losses_of(layers), strict=True)
+        return [found[number] for number in range(len(self._kept))]
+
+    def _losses_of(self, layers: list[_Kept]) -> Sequence[Tensor]:
+        """Returns ``(Q, H)`` of each of some layers of one kind."""
+        at, start = self._rotations[layers[0].rotary_type]
+        query = torch.stack([kept.query for kept in layers])
+        key = torch.stack([kept.key for kept in layers], dim=1)
+        exact = torch.promote_types(key.dtype, torch.float32)
+        # (R, layers, G, P, D), and of all devices.
+        here = start.rotate(key.to(exact))
         keys = gather_rows(functional.pad(here, self._missing))
-        query = at[:, None].rotate(layer.query[self._rows, :, self._slots].to(exact))
-        grouped = torch.unflatten(query, 1, (keys.shape[1], -1))
-        scores = layer.scale * torch.einsum("qgrd,bgpd->qgrbp", grouped, keys).flatten(1, 2)
-        everything = scores.masked_fill(~self._candidates, -torch.inf).flatten(2)
-        evidence = scores.masked_fill(~self._evidence, -torch.inf).flatten(2)
-        self.losses.append(everything.logsumexp(-1) - evidence.logsumexp(-1))
+        query = at[:, None].rotate(query.to(exact))
+        grouped = torch.unflatten(query, 2, (keys.shape[2], -1))
+        scores = torch.einsum("lqgrd,blgpd->lqgrbp", grouped, keys).flatten(2, 3)
+        scores = layers[0].scale * scores
+        everything = scores.masked_fill(~self._candidates, -torch.inf).flatten(3)
+        evidence = scores.masked_fill(~self._evidence, -torch.inf).flatten(3)
+        return (everything.logsumexp(-1) - evidence.logsumexp(-1)).unbind()
 
     def loss(self, heads: int) -> Tensor:
         """Returns the mean over queries and over the ``heads`` heads, of all layers, that do best.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from landmark.data import outputs
@@ -24,7 +25,9 @@ from landmark.data.tokenizer import encode
 
 NEW_TOKENS = 256  # of an answer, at most
 TEMPERATURE = 0.7
-BATCH_TOKENS = 1 << 14  # of prompts and answers that are computed at once
+# Of prompts and answers that are computed at once: a step of many rows takes as long as one of few.
+BATCH_TOKENS = 1 << 14
+GPU_BATCH_TOKENS = 1 << 17
 
 
 class TeacherAnswers:
@@ -87,31 +90,25 @@ class TeacherAnswers:
         device = next(self.teacher.parameters()).device
         answers = [""] * len(prompts)
         done = 0
+        at_once = GPU_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
             while done < len(order):
                 width = len(prompts[order[done]])
-                count = max(1, BATCH_TOKENS // (width + NEW_TOKENS))
+                count = max(1, at_once // (width + NEW_TOKENS))
                 batch = order[done : done + count]
-                padding = [width - len(prompts[number]) for number in batch]
-                rows = [
-                    [ends[0]] * pad + prompts[number]
-                    for pad, number in zip(padding, batch, strict=True)
-                ]
-                ids = torch.tensor(rows, device=device)
-                columns = torch.arange(width, device=device)
-                mask = (columns >= torch.tensor(padding, device=device)[:, None]).long()
-                written = self.teacher.generate(
-                    ids,
-                    attention_mask=mask,
-                    max_new_tokens=NEW_TOKENS,
-                    do_sample=True,
-                    temperature=TEMPERATURE,
-                    eos_token_id=ends,
-                    pad_token_id=ends[0],
-                )
-                for number, row in zip(batch, written[:, width:].tolist(), strict=True):
+                written = None
+                try:
+                    written = self._write([prompts[number] for number in batch], ends, device)
+                except torch.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise
+                if written is None:  # outside of `except`, which holds the tensors of the call
+                    at_once = len(batch) * (width + NEW_TOKENS) // 2
+                    torch.cuda.empty_cache()
+                    continue
+                for number, row in zip(batch, written, strict=True):
                     end = next((at for at, token in enumerate(row) if token in ends), len(row))
                     text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
                     answers[number] = text.strip()
@@ -119,6 +116,27 @@ class TeacherAnswers:
                 if progress is not None:
                     progress("prompts answered by the teacher", done, len(order))
         return answers
+
+    def _write(
+        self, prompts: Sequence[list[int]], ends: list[int], device: torch.device
+    ) -> list[list[int]]:
+        """Samples how each prompt goes on, all at once; the first is the longest."""
+        width = len(prompts[0])
+        padding = [width - len(prompt) for prompt in prompts]
+        rows = [[ends[0]] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
+        columns = torch.arange(width, device=device)
+        mask = (columns >= torch.tensor(padding, device=device)[:, None]).long()
+        written: Tensor = self.teacher.generate(
+            torch.tensor(rows, device=device),
+            attention_mask=mask,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+        )
+        found: list[list[int]] = written[:, width:].tolist()
+        return found
 
 
 def _with_answer(conversation: Conversation, answers: Iterator[str]) -> Conversation:
