@@ -1,11 +1,14 @@
 """What README and the pages of docs/ say runs: Python blocks, commands, make targets, links."""
 
+import json
 import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+
+from landmark.train.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,6 +44,14 @@ def shell_lines(page, program):
                 words.pop(0)
             if words and words[0] == program:
                 yield f"{page.name}:{line + offset}", words[1:]
+
+
+@pytest.mark.parametrize("name", ["training.md", "your-model.md"])
+def test_json_blocks_are_recipes(name):
+    found = [json.loads(body) for _, body, _ in blocks(ROOT / "docs" / name, "json")]
+    assert found
+    for fields in found:
+        assert Recipe.from_dict(fields) != Recipe()
 
 
 def with_python(pages):
