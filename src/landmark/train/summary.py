@@ -52,6 +52,7 @@ def summarise(
         "evaluation_seconds": round(trainer.evaluation_seconds, 2),
         "tokens_per_second": mean_speed,
         "tokens_per_second_median": round(statistics.median(speeds)) if speeds else None,
+        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
         "losses": [
             {"step": entry["step"], "loss": entry["loss"]} for entry in log if "loss" in entry
