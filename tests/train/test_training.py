@@ -26,6 +26,7 @@ from landmark.data.tokenizer import load_tokenizer
 from landmark.hf.attention import FullPass
 from landmark.hf.recall import EvidenceQuery, EvidenceRecall
 from landmark.train.prepare import prepare_rows
+from landmark.train.run import _arguments as training_arguments
 from landmark.train.run import compile_layers, train
 
 
@@ -375,3 +376,11 @@ def test_two_devices_train_as_one(books, scratch, tmp_path):
     assert losses(json.loads((out / "training_summary.json").read_text())) == pytest.approx(
         expected, rel=1e-5
     )
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (8, 7), (64, 12)])
+def test_workers_are_as_many_as_the_run_has_cores_for(cores, workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    settings = training_arguments(tmp_path, toy_recipe(workers=None))
+    assert settings.dataloader_num_workers == workers

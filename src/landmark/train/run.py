@@ -357,7 +357,7 @@ def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
         raise ValueError("precision: expected one that this GPU has, got bf16; give precision=fp32")
     workers = run.workers
     if workers is None:
-        workers = min(12, max(1, (os.cpu_count() or 1) - 1))
+        workers = min(12, max(1, _cores() - 1))
     arguments = TrainingArguments(
         output_dir=str(out / FOLDER),
         max_steps=optimiser.steps,
@@ -394,6 +394,13 @@ def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
     if devices == 1 and arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
+
+
+def _cores() -> int:
+    """Returns how many cores this process may run on, which a container or a scheduler limits."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _opening(trainer: LandmarkTrainer, recipe: Recipe, row_tokens: int) -> str:

@@ -206,7 +206,8 @@ class RunSettings:
             ``auto``; or ``nf4``, its linear layers in 4 bits, beside which adapters are trained.
         compile: whether to use ``torch.compile`` layer by layer; ``None`` for yes on a GPU.
         gradient_checkpointing: whether to recompute activations in the backward pass.
-        workers: processes that make rows; ``None`` for one less than the cores, 12 at most.
+        workers: processes that make rows; ``None`` for one less than the cores that the run may
+            use, 12 at most.
         log_every: steps between log lines.
         evaluate_every: steps between evaluations, 0 for none.
         save_every: steps between checkpoints, 0 for none.
