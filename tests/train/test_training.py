@@ -384,3 +384,4 @@ def test_workers_are_as_many_as_the_run_has_cores_for(cores, workers, tmp_path, 
     monkeypatch.setattr(os, "cpu_count", lambda: 96)
     settings = training_arguments(tmp_path, toy_recipe(workers=None))
     assert settings.dataloader_num_workers == workers
+    assert not settings.dataloader_persistent_workers

@@ -387,7 +387,8 @@ def _arguments(out: Path, recipe: Recipe) -> TrainingArguments:
         label_names=["labels"],
         dataloader_num_workers=workers,
         dataloader_pin_memory=gpu,
-        dataloader_persistent_workers=workers > 0,
+        # A run is one epoch. Workers kept for a next one make the end wait 5 seconds for each.
+        dataloader_persistent_workers=False,
         dataloader_prefetch_factor=4 if workers else None,
         ddp_find_unused_parameters=False,
     )
