@@ -231,7 +231,7 @@ def test_the_log_says_what_is_retrieved(books, scratch, tmp_path, monkeypatch):
     options = {"recipe": recipe, "tokenizer": str(scratch[0]), "report": lines.append}
     summary = train(str(books), tmp_path, **options)
     ((recall, rows),) = [(recall, rows) for recall, rows in made if rows]
-    assert any("evidence retrieved by the best head" in line for line in lines)
+    assert any("episodes: evidence retrieved by the best head" in line for line in lines)
     found = summary["evaluations"][-1]["episodes_recall"]
     assert found == [
         dataclasses.asdict(layer) | {"heads": list(layer.heads)} for layer in recall.layers()

@@ -514,13 +514,17 @@ _SHOWN = (
     LoggedValue("eval_conversations_loss", "held-out conversations loss", ".4f"),
     LoggedValue("eval_episodes_loss", "held-out episodes loss", ".4f"),
     LoggedValue("eval_episodes_accuracy", "answers right", ".1%"),
-    LoggedValue("eval_episodes_recall_best_head", "evidence retrieved by the best head", ".1%"),
+    LoggedValue(
+        "eval_episodes_recall_best_head", "episodes: evidence retrieved by the best head", ".1%"
+    ),
     LoggedValue("eval_cloze_loss", "held-out cloze loss", ".4f"),
     LoggedValue("eval_cloze_accuracy", "answer tokens right", ".1%"),
-    LoggedValue("eval_cloze_recall_best_head", "evidence retrieved by the best head", ".1%"),
+    LoggedValue("eval_cloze_recall_best_head", "cloze: evidence retrieved by the best head", ".1%"),
     LoggedValue("eval_questions_loss", "held-out questions loss", ".4f"),
     LoggedValue("eval_questions_accuracy", "answer tokens right", ".1%"),
-    LoggedValue("eval_questions_recall_best_head", "evidence retrieved by the best head", ".1%"),
+    LoggedValue(
+        "eval_questions_recall_best_head", "questions: evidence retrieved by the best head", ".1%"
+    ),
 )
 
 
