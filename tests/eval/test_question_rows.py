@@ -25,6 +25,9 @@ from landmark.eval.variants import Variant, load_variants
 from landmark.eval.yardsticks import EvidenceBlocks
 from tiny import talking_tokenizer, tiny_landmark, tiny_llama
 
+# Plain models get their cache by the name of the installed transformers.
+pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
+
 ROWS = [
     {
         "documents": [

@@ -31,6 +31,7 @@ from landmark.eval.passkey import settings_of
 from landmark.eval.results import QuestionsRow
 from landmark.eval.variants import Variant
 from landmark.eval.yardsticks import EvidenceBlocks, evidence, register
+from landmark.hf.compat import CACHE
 from landmark.hf.recall import EvidenceQuery, EvidenceRecall, blocks_of
 from landmark.texts.reading import READS, read_into_memory
 
@@ -461,7 +462,7 @@ def _answers(
             written = variant.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **{CACHE: cache},
                 max_new_tokens=task.max_new_tokens,
                 do_sample=False,
                 eos_token_id=ends,
