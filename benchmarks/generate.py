@@ -30,11 +30,10 @@ from typing import Any
 
 import record
 import torch
+from shapes import SHAPES, random_model
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
 )
@@ -49,17 +48,8 @@ from landmark.texts.loading import load
 from landmark.texts.reading import tokenize
 from landmark.versions import made_with
 
-SHAPES = {
-    "8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "head_dim": 128,
-    },
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
-}
-HEADS = 32
-GROUPS = 8
+HEADS = SHAPES["8B"]["num_attention_heads"]
+GROUPS = SHAPES["8B"]["num_key_value_heads"]
 VOCAB = 32000
 BLOCK = 64
 TOP_K = 16
@@ -153,21 +143,10 @@ def timed(
     return speed(times) | moved
 
 
-def random_model(shape: str) -> Any:
-    """Returns a stock model of a shape, with random weights in bfloat16 on the device."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS,
-        max_position_embeddings=2**21,
-        eos_token_id=None,
-        **SHAPES[shape],
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(DEVICE):
-        model = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
+def stock_model(shape: str) -> Any:
+    """Returns a stock model of a shape, with random weights on the device."""
+    fields = {"vocab_size": VOCAB, "max_position_embeddings": 2**21, "eos_token_id": None}
+    return random_model(shape, DEVICE, **fields)
 
 
 def random_ids(tokens: int) -> Tensor:
@@ -217,7 +196,7 @@ def landmark_row(model: Any, tokens: int, tier: str) -> dict[str, Any]:
 
 def of_shape(shape: str, sizes: list[tuple[int, tuple[str, ...]]]) -> Iterator[dict[str, Any]]:
     """Rows of the stock model first, then of the landmark model that is made of it."""
-    model = random_model(shape)
+    model = stock_model(shape)
     for tokens, _ in sizes:
         yield {"model": shape, **stock_row(model, tokens)}
         torch.cuda.empty_cache()
@@ -310,7 +289,7 @@ def replayed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     their number did.
     """
     choices = {layer: blocks.to(DEVICE) for layer, blocks in torch.load(options.recorded).items()}
-    model = landmark.convert(random_model("8B"), block_size=BLOCK, chunk_tokens=CHUNK).eval()
+    model = landmark.convert(stock_model("8B"), block_size=BLOCK, chunk_tokens=CHUNK).eval()
     for tier in ("device", "host"):
         ids = random_ids(REAL_TOKENS + PROMPT)
         cache = LandmarkCache(model, tier)

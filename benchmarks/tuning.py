@@ -3,10 +3,9 @@
     python benchmarks/tuning.py --out out/results/tuning.json
     python benchmarks/tuning.py --processes 4 --out out/results/tuning-4.json
 
-The models have the shapes of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B and random weights in
-bfloat16, which cost what trained ones cost. Rows are of Python's reference, a third of them
-episodes, by the bundled model's tokenizer: too short a text to hold any of it out, so nothing is
-evaluated. With several processes there is one for each GPU, and a step has the same rows.
+Rows are of Python's reference, three in ten of them episodes, by the bundled model's tokenizer: too
+short a text to hold any of it out, so nothing is evaluated. With several processes there is one for
+each GPU, and a step has the same rows.
 """
 
 from __future__ import annotations
@@ -21,47 +20,18 @@ from typing import Any
 
 import record
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from shapes import SHAPES, random_model
+from transformers import AutoTokenizer
 
 from landmark.eval.fillers import pydoc_text
 from landmark.hf.bundled import model_path
 from landmark.train.summary import SUMMARY
 from landmark.versions import made_with
 
-LLAMA = {"head_dim": 64, "max_position_embeddings": 8192, "tie_word_embeddings": True}
-SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {
-        **LLAMA,
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-    },
-    "1b": {
-        **LLAMA,
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-    },
-    "8b": {
-        **LLAMA,
-        "head_dim": 128,
-        "tie_word_embeddings": False,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-    },
-}
+VOCAB = {"135M": 49152, "1B": 128256, "8B": 128256}
+TIED = ("135M", "1B")  # output weights are those of the token embedding
 # Rows that one GPU takes at once.
-MICRO_BATCH = {"135m": 4, "1b": 2, "8b": 1}
+MICRO_BATCH = {"135M": 4, "1B": 2, "8B": 1}
 CHARACTERS = 80  # of text for each position of a row: less than 40 rows
 KEPT = ("parameters", "steps", "tokens", "tokens_per_second_median", "seconds", "peak_bytes")
 
@@ -99,7 +69,7 @@ def measure(name: str, options: argparse.Namespace, device: str) -> dict[str, An
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        save_model(SHAPES[name], folder / "model", device)
+        save_model(name, folder / "model", device)
         text = pydoc_text()[: options.length * CHARACTERS]
         (folder / "text.txt").write_text(text, encoding="utf-8")
         command = [*launcher(options.processes), *arguments(name, folder, options)]
@@ -131,18 +101,19 @@ def arguments(name: str, folder: Path, options: argparse.Namespace) -> list[str]
     return ["landmark.cli.app", "train", *settings.split(), *named]
 
 
-def save_model(shape: dict[str, Any], folder: Path, device: str) -> None:
-    """Saves a model with random weights and the bundled model's tokenizer."""
+def save_model(name: str, folder: Path, device: str) -> None:
+    """Saves a model of a shape with random weights, and the bundled model's tokenizer."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model_path())
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(LlamaConfig(**shape, **special, dtype="bfloat16"))
-    finally:
-        torch.set_default_dtype(before)
+    model = random_model(
+        name,
+        device,
+        vocab_size=VOCAB[name],
+        max_position_embeddings=8192,
+        tie_word_embeddings=name in TIED,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

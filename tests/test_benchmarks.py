@@ -324,21 +324,22 @@ def test_tuning_is_timed(tmp_path, monkeypatch, capfd):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import tuning
 
-    shape = {**tuning.SHAPES["135m"], "hidden_size": 64, "num_hidden_layers": 1}
+    shape = {**tuning.SHAPES["135M"], "hidden_size": 64, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
-    monkeypatch.setitem(tuning.SHAPES, "135m", {**shape, "vocab_size": 5000})
-    words = f"--out {tmp_path}/a.json --shapes 135m --length 512 --batch 4 --steps 5"
+    monkeypatch.setitem(tuning.SHAPES, "135M", shape)
+    monkeypatch.setitem(tuning.VOCAB, "135M", 5000)
+    words = f"--out {tmp_path}/a.json --shapes 135M --length 512 --batch 4 --steps 5"
     monkeypatch.setattr(sys, "argv", ["tuning.py", *words.split()])
     tuning.main()
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert (row["shape"], row["processes"], row["steps"]) == ("135m", 1, 5)
+    assert (row["shape"], row["processes"], row["steps"]) == ("135M", 1, 5)
     assert len(row["losses"]) == 1 and row["tokens"] == 5 * 4 * 504
     four = tuning.launcher(4)
     assert " ".join(four[2:]) == "accelerate.commands.launch --multi_gpu --num_processes 4 -m"
-    monkeypatch.setattr(sys, "argv", ["tuning.py", *words.split(), "--shapes", "2b"])
+    monkeypatch.setattr(sys, "argv", ["tuning.py", *words.split(), "--shapes", "2B"])
     with pytest.raises(SystemExit):
         tuning.main()
-    assert "--shapes: expected some of 135m, 1b, 8b, got 2b" in capfd.readouterr().err
+    assert "--shapes: expected some of 135M, 1B, 8B, got 2B" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("remembered", ["0", "1300"])

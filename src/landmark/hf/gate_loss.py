@@ -156,7 +156,7 @@ class GateContrast:
     def add(self, layer: LayerInputs) -> None:
         """Keeps what is scored; all layers are scored at once after the pass.
 
-        Small operations between two compiled graphs would take longer than the layers themselves.
+        Between two compiled graphs, many small operations in every layer keep a GPU waiting.
         """
         size = self._block_size
         query = layer.query[self._rows, :, self._slots]

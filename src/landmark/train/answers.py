@@ -75,7 +75,7 @@ class TeacherAnswers:
         return [_with_answer(each, given) for each in conversations]
 
     def _hash(self, asked: Sequence[Conversation]) -> str:
-        """Returns a hash of all that the answers depend on, but for rounding."""
+        """Returns a hash of all that answers depend on but rounding and how many fit at once."""
         settings = [self.name, self.seed, NEW_TOKENS, TEMPERATURE]
         content = json.dumps([settings, [each.messages for each in asked]])
         return hashlib.sha256(content.encode()).hexdigest()[:16]

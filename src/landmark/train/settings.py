@@ -209,7 +209,7 @@ class RunSettings:
         workers: processes that make rows; ``None`` for one less than the cores that the run may
             use, 12 at most.
         log_every: steps between log lines.
-        evaluate_every: steps between evaluations, 0 for none.
+        evaluate_every: steps between evaluations, 0 for one at the end alone.
         save_every: steps between checkpoints, 0 for none.
         report_to: what transformers' Trainer reports to (``none``, ``tensorboard``, ``wandb``,
             ``trackio``, ...).
