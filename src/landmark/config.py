@@ -23,6 +23,7 @@ FREE_TO_CHANGE = (
     "trained_length",
     "landmark_trained",
     "position_gap",
+    "position_span",
 )
 # Greatest integer that a setting may have; positions are counted in int64.
 GREATEST = 2**31 - 1
@@ -62,6 +63,10 @@ class LandmarkConfig:
         position_gap: in training, half of the rows draw ``J`` uniformly from ``0..position_gap``
             and let positions jump by a uniform ``0..J`` after each landmark (after the paper's
             appendix E). 0 switches it off.
+        position_span: in training, positions of a longer row start again at 0 after so many, at a
+            block drawn for each row. So no distance is longer than this, and far blocks may stand
+            at any shorter one, as ``stingy`` places them in retrieval. A multiple of
+            ``block_size``; ``None`` keeps distances.
 
     Raises:
         ValueError: a field has a value that is not described here.
@@ -80,6 +85,7 @@ class LandmarkConfig:
     trained_length: int | None = None
     landmark_trained: bool = False
     position_gap: int = 0
+    position_span: int | None = None
 
     def __post_init__(self) -> None:
         if self.layers is not None:
@@ -100,6 +106,13 @@ class LandmarkConfig:
         if self.trained_length is not None:
             _require_int("trained_length", self.trained_length, 1)
         _require_int("position_gap", self.position_gap, 0)
+        if self.position_span is not None:
+            _require_int("position_span", self.position_span, 1)
+            if self.position_span % self.block_size:
+                raise ValueError(
+                    f"position_span: expected a multiple of block_size {self.block_size}, got "
+                    f"{self.position_span}; pass position_span={8 * self.block_size}"
+                )
         for layer in self.layers or ():
             _require_int("layers", layer, 0)
         if not isinstance(self.landmark_trained, bool):

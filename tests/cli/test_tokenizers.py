@@ -170,7 +170,7 @@ def test_training_rows_begin_as_the_tokenizer_begins_texts(kind):
     core = cutter(name, ends)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     corpus = np.array(ids(name, TEXT) * 9)
-    arguments = {"tokens": 400, "seed": 1, "prefix": row_start(tokenizer)}
+    arguments = {"tokens": 400, "seed": 1, "block_tokens": 63, "prefix": row_start(tokenizer)}
     made = Episodes(core, corpus, **arguments)
     expected = Episodes(bare(name), corpus, **arguments)
     for index in range(12):

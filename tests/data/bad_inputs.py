@@ -74,7 +74,8 @@ def no_documents(folder: Path) -> object:
 
 def episodes(tokens: int, length: int) -> object:
     ids = np.zeros(length, dtype=np.uint16)
-    return Episodes(backend(train_tokenizer(["words"], 300)), ids, tokens=tokens, seed=0)
+    core = backend(train_tokenizer(["words"], 300))
+    return Episodes(core, ids, tokens=tokens, seed=0, block_tokens=63)
 
 
 CASES = [

@@ -19,7 +19,7 @@ COUNT = 600
 
 @pytest.fixture(scope="module")
 def make(ids, tokenizer):
-    return Episodes(backend(tokenizer), ids, tokens=TOKENS, seed=7)
+    return Episodes(backend(tokenizer), ids, tokens=TOKENS, seed=7, block_tokens=63)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,14 @@ def subjects(row, tokenizer):
 
 def test_rows_hold_as_many_facts_as_asked_for(ids, tokenizer):
     make = Episodes(
-        backend(tokenizer), ids, tokens=4000, seed=3, facts=64, questions=16, distractors=40
+        backend(tokenizer),
+        ids,
+        tokens=4000,
+        seed=3,
+        block_tokens=63,
+        facts=64,
+        questions=16,
+        distractors=40,
     )
     rows = [make(index) for index in range(60)]
     assert max(len(row.questions) for row in rows) > 12
@@ -143,6 +150,31 @@ def test_rows_hold_as_many_facts_as_asked_for(ids, tokenizer):
         for question in row.questions:
             wanted = row.input_ids[question.answer].tolist()
             assert all(row.input_ids[tokens].tolist() == wanted for tokens in question.evidence)
+
+
+@pytest.mark.parametrize("prefix", [[], [0]])
+def test_blocks_end_inside_codes_more_often_than_by_chance(ids, tokenizer, prefix):
+    """A code of four digits is divided by chance in about one of twenty facts."""
+    block_tokens = 63
+    make = Episodes(
+        backend(tokenizer),
+        ids,
+        tokens=4032,
+        seed=3,
+        block_tokens=block_tokens,
+        prefix=prefix,
+        facts=64,
+        questions=64,
+    )
+    codes = [
+        question.evidence[0]
+        for index in range(60)
+        for question in make(index).questions
+        if len(question.evidence[0]) > 1
+    ]
+    divided = [code.start // block_tokens != (code.stop - 1) // block_tokens for code in codes]
+    assert len(codes) > 400
+    assert 0.15 < sum(divided) / len(codes) < 0.3
 
 
 @pytest.mark.parametrize("count", [1, 8, 64])
@@ -203,8 +235,8 @@ def test_quoted_passages_were_said_before(rows):
 
 
 def test_row_follows_from_seed_and_index(make, ids, tokenizer):
-    again = Episodes(backend(tokenizer), ids, tokens=TOKENS, seed=7)
-    other = Episodes(backend(tokenizer), ids, tokens=TOKENS, seed=8)
+    again = Episodes(backend(tokenizer), ids, tokens=TOKENS, seed=7, block_tokens=63)
+    other = Episodes(backend(tokenizer), ids, tokens=TOKENS, seed=8, block_tokens=63)
     for index in (40, 3, 10**9):
         assert np.array_equal(again(index).input_ids, make(index).input_ids)
         assert np.array_equal(again(index).answers, make(index).answers)
@@ -241,7 +273,7 @@ def test_the_filler_of_the_paper_is_held_out(rows, tokenizer):
 
 @pytest.mark.parametrize("tokens", [128, 160, 250])
 def test_short_rows_hold_fewer_facts(ids, tokenizer, tokens):
-    make = Episodes(backend(tokenizer), ids, tokens=tokens, seed=1, prefix=[0])
+    make = Episodes(backend(tokenizer), ids, tokens=tokens, seed=1, block_tokens=63, prefix=[0])
     for index in range(200):
         row = make(index)
         assert len(row.input_ids) == tokens and row.input_ids[0] == 0

@@ -16,7 +16,7 @@ TOKENS = 130
 
 @pytest.fixture
 def mixed(ids, tokenizer):
-    episodes = Episodes(backend(tokenizer), ids, tokens=TOKENS, seed=3)
+    episodes = Episodes(backend(tokenizer), ids, tokens=TOKENS, seed=3, block_tokens=63)
     windows = Windows(ids, tokens=TOKENS, seed=3)
     return Rows([Stage([Share(episodes, 0.5), Share(windows, 0.5)], groups=400)], seed=3)
 

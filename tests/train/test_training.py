@@ -28,6 +28,7 @@ from landmark.hf.recall import EvidenceQuery, EvidenceRecall
 from landmark.train.prepare import prepare_rows
 from landmark.train.run import _arguments as training_arguments
 from landmark.train.run import compile_layers, train
+from landmark.train.trainer import LandmarkTrainer
 
 
 def losses(summary):
@@ -211,6 +212,26 @@ def test_modes_of_the_steps(books, scratch, tmp_path, monkeypatch, all_blocks):
     again = len(seen)
     train(str(books), tmp_path / "two", **options)
     assert seen[:again] == seen[again:]
+
+
+def test_a_span_of_positions_is_the_trained_length(books, scratch, tmp_path, monkeypatch):
+    """Held-out rows are read with retrieval, as their distances were not trained on."""
+    modes = []
+    stock = LandmarkTrainer.prediction_step
+
+    def noting(self, *args, **kwargs):
+        modes.append(self._unwrapped.landmark.mode)
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(LandmarkTrainer, "prediction_step", noting)
+    recipe = toy_recipe(position_span=112, evaluate_every=2, all_blocks=0.5)
+    options = {"recipe": recipe, "tokenizer": str(scratch[0]), "report": silent}
+    summary = train(str(books), tmp_path, **options)
+    assert set(modes) == {"retrieval"}
+    assert len(summary["evaluations"]) == 2
+    model = landmark.load(tmp_path)
+    assert model.landmark.trained_length == 112
+    assert (model.landmark.mode, model.landmark.position_span) == ("retrieval", 112)
 
 
 def test_the_log_says_what_is_retrieved(books, scratch, tmp_path, monkeypatch):

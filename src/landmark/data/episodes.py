@@ -2,8 +2,9 @@
 
 There are three kinds: a *pass key* among named codes, *named facts* that must be told apart, and a
 *passage quoted again*. The filler is taken from a corpus; in a fifth of the rows it is a short
-snippet that is repeated. Facts begin at any token, so also across block borders. A row follows from
-the seed and its index alone.
+snippet that is repeated. Facts begin at any token, so also across block borders. A code of which
+one block holds the first digits and the next one the others is the hardest to find, and rare: a
+share of the statements is placed so. A row follows from the seed and its index alone.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from landmark.data.tokens import Ids
 
 IGNORED = -100  # label of a token without loss
 # Probabilities of each kind of row; the other rows quote a passage.
-KEY_SHARE = 0.40
-FACTS_SHARE = 0.45
+KEY_SHARE = 0.25
+FACTS_SHARE = 0.60
 REPEATED_SHARE = 0.2  # of a filler that repeats a snippet
 SHARED_NAMES_SHARE = 0.25  # of facts of which several have one name, and differ by their kind
 ONE_KIND_SHARE = 0.7  # of the others: facts that all are codes of one kind
@@ -35,6 +36,7 @@ INTRODUCTION_SHARE = 0.15  # of a sentence that announces the facts
 PLAIN_SHARE = 0.3  # of the plainest wording
 TRIES = 4  # draws of facts until they fit a row
 SHORT_GAP = 64  # tokens; the filler behind the last segment is shorter in half of the rows
+BORDER_SHARE = 0.25  # of statements that are moved so that a block ends inside their code
 
 Item = TypeVar("Item")
 
@@ -136,6 +138,7 @@ class Episodes:
         ids: the corpus, ``(tokens,)`` token ids.
         tokens: text tokens of a row, ``prefix`` included.
         seed: decides a row together with its index.
+        block_tokens: text tokens of a block.
         prefix: ids that begin every row (``row_start``).
         facts: largest number of named facts in a row.
         questions: largest number of them that are asked for.
@@ -152,6 +155,7 @@ class Episodes:
         *,
         tokens: int,
         seed: int,
+        block_tokens: int,
         prefix: Sequence[int] = (),
         facts: int = 8,
         questions: int = 4,
@@ -169,6 +173,7 @@ class Episodes:
         self.encoder = TextEncoder(tokenizer)
         self.ids = ids
         self.seed = seed
+        self.block_tokens = block_tokens
         self.prefix = list(prefix)
         self.facts = facts
         self.questions = questions
@@ -295,6 +300,7 @@ class Episodes:
         else:
             last_gap = _below(rng, budget + 1)
         cuts = sorted(_below(rng, budget - last_gap + 1) for _ in segments)
+        self._divide_codes(rng, segments, cuts, last=budget - last_gap)
         filler = self._filler(rng, budget)
         spread = []
         position = 0
@@ -302,6 +308,34 @@ class Episodes:
             spread += [_Segment(filler[position:cut]), segment]
             position = cut
         return [*spread, _Segment(filler[position:])]
+
+    def _divide_codes(
+        self, rng: random.Random, segments: list[_Segment], cuts: list[int], *, last: int
+    ) -> None:
+        """Moves a share of the statements so that a block ends inside their code.
+
+        One stays where it is if its neighbours leave no room to move.
+
+        Args:
+            rng: the random numbers of the row.
+            segments: the segments.
+            cuts: tokens of filler before each of them, rising; changed in place.
+            last: the largest of them.
+        """
+        before = len(self.prefix)  # tokens of the row before a segment, filler not counted
+        for number, segment in enumerate(segments):
+            is_drawn = rng.random() < BORDER_SHARE
+            code = segment.mentions[0] if segment.mentions else range(0)
+            if is_drawn and not segment.asks and len(code) > 1:
+                first_behind = code.start + 1 + _below(rng, len(code) - 1)
+                up = -(before + cuts[number] + first_behind) % self.block_tokens
+                lowest = cuts[number - 1] if number > 0 else 0
+                highest = cuts[number + 1] if number + 1 < len(cuts) else last
+                if cuts[number] + up <= highest:
+                    cuts[number] += up
+                elif cuts[number] + up - self.block_tokens >= lowest:
+                    cuts[number] += up - self.block_tokens
+            before += len(segment.ids)
 
     def _window(self, rng: random.Random, tokens: int) -> npt.NDArray[np.int64]:
         """Returns so many tokens from anywhere in the corpus."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from landmark.blocks import slot_of, slots_for
+from landmark.config import LandmarkConfig
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -43,6 +44,40 @@ class TextLayout:
     slots: Tensor | None = None
     sources: Tensor | None = None
     segments: Tensor | None = None
+
+    def training_positions(self, batch: int, settings: LandmarkConfig) -> Tensor:
+        """Returns positions that jump after landmarks and start again, as the settings say.
+
+        Args:
+            batch: rows.
+            settings: ``position_gap`` and ``position_span``.
+
+        Returns:
+            ``(width,)`` or ``(B, width)``.
+        """
+        gap = settings.position_gap
+        span = settings.position_span
+        has_restarts = span is not None and self.width > span
+        if not gap and not has_restarts:
+            return self.positions
+        size = self.block_size
+        device = self.positions.device
+        blocks = (self.positions // size).expand(batch, self.width)
+        begins = torch.zeros_like(blocks)  # block from which the positions of a block are counted
+        if span is not None and has_restarts:
+            count = span // size
+            shift = (torch.rand(batch, 1, device=device) * count).floor().long()
+            begins = ((blocks + shift) // count * count - shift).clamp(min=0)
+        positions = self.positions - begins * size
+        if gap:
+            reach = (torch.rand(batch, 1, device=device) * (gap + 1)).floor()
+            has_gaps = torch.rand(batch, 1, device=device) < 0.5
+            reach = torch.where(has_gaps, reach, 0)
+            number = self.width // size + 1
+            gaps = (torch.rand(batch, number, device=device) * (reach + 1)).floor().long()
+            before = torch.nn.functional.pad(gaps.cumsum(1), (1, 0))
+            positions = positions + before.gather(1, blocks) - before.gather(1, begins)
+        return positions
 
     def insert(self, embeds: Tensor, landmark: Tensor) -> Tensor:
         """Inserts landmarks among text embeddings.

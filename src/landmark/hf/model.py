@@ -194,8 +194,8 @@ class LandmarkDecoderMixin(PackagedMixin):
         else:
             layout = plain_layout(tokens, size, embeds.device)
         positions = layout.positions
-        if self.training and settings.position_gap:
-            positions = _with_gaps(positions, len(embeds), size, settings.position_gap)
+        if self.training:
+            positions = layout.training_positions(len(embeds), settings)
         if positions.ndim > 1:
             positions = positions[:, None]  # broadcast over heads
         rotations = {
@@ -516,26 +516,3 @@ def _documents(
     if position_ids is not None and may_be_packed:
         return documents_by_position(position_ids.expand(batch, -1))
     return None
-
-
-def _with_gaps(positions: Tensor, batch: int, block_size: int, largest: int) -> Tensor:
-    """Lets positions jump after landmarks, as ``LandmarkConfig.position_gap`` describes.
-
-    Args:
-        positions: ``(width,)`` or ``(B, width)``.
-        batch: rows.
-        block_size: slots of a block.
-        largest: the largest jump.
-
-    Returns:
-        ``(B, width)``.
-    """
-    width = positions.shape[-1]
-    device = positions.device
-    reach = (torch.rand(batch, 1, device=device) * (largest + 1)).floor()
-    has_gaps = torch.rand(batch, 1, device=device) < 0.5
-    reach = torch.where(has_gaps, reach, 0)
-    gaps = (torch.rand(batch, width // block_size + 1, device=device) * (reach + 1)).floor().long()
-    total = torch.nn.functional.pad(gaps.cumsum(1), (1, 0))
-    blocks = (positions // block_size).expand(batch, width)
-    return positions + total.gather(1, blocks)

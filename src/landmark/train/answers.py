@@ -27,7 +27,7 @@ NEW_TOKENS = 256  # of an answer, at most
 TEMPERATURE = 0.7
 # Of prompts and answers that are computed at once: a step of many rows takes as long as one of few.
 BATCH_TOKENS = 1 << 14
-GPU_BATCH_TOKENS = 1 << 17
+GPU_BATCH_TOKENS = 1 << 19
 
 
 class TeacherAnswers:

@@ -175,6 +175,7 @@ class TextCorpus:
             filler,
             tokens=tokens_for(length, self.settings.block_size),
             seed=seed,
+            block_tokens=self.settings.block_size - 1,
             prefix=self.prefix,
             facts=max(1, data.facts // shorter),
             questions=max(1, data.questions // shorter),

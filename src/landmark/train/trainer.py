@@ -7,7 +7,8 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +74,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         eval_dataset: ``FixedRows`` by name.
         answer_weight: weight of the mean loss over answers; ``None`` when no row has answers.
         retrieval: what queries see, and losses on the gate; ``None`` for a model without landmarks.
-            Evaluations are in mode ``top_k`` unless all steps are in mode ``all``.
+            Evaluations are in mode ``top_k`` unless all steps are in mode ``all``. A model with
+            ``position_span`` retrieves in them: it has never seen the distances of a long row.
         teacher: the teacher on the device of the run, ``None`` for none.
         distillation: how the model learns from the teacher.
         row_tokens: text tokens of a row.
@@ -267,7 +269,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns the mean loss over text, and for each row the right and all answer tokens."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
+        retrieves = self.retrieval is not None and self._unwrapped.landmark.mode == "retrieval"
+        with torch.no_grad(), _reading() if retrieves else nullcontext():
             logits = model(**texts_of(inputs)).logits
             loss = text_loss(token_losses(logits, inputs["labels"]), inputs["labels"])
             if "answers" not in inputs:
@@ -281,7 +284,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         # The stock Trainer calls this once for all data sets, and inside for each of them by name.
         is_outermost = not isinstance(kwargs.get("eval_dataset"), str)
         if is_outermost and self.retrieval is not None:
-            self._set_mode("all" if self.retrieval.all_blocks == 1 else "top_k")
+            self._set_mode(self._evaluated_mode())
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if is_outermost:
             self._log_recall()
@@ -290,6 +293,13 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             self.evaluation_seconds += seconds
             self.evaluated = self.state.global_step
         return metrics
+
+    def _evaluated_mode(self) -> str:
+        """Returns the mode of evaluations; under FSDP no process has the weights to retrieve."""
+        if self._unwrapped.landmark.position_span is not None and not self.is_fsdp_enabled:
+            return "retrieval"
+        all_blocks = self.retrieval is not None and self.retrieval.all_blocks == 1
+        return "all" if all_blocks else "top_k"
 
     def _log_recall(self) -> None:
         """Logs how often the evidence for held-out questions is retrieved.
@@ -323,12 +333,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         model.eval()
         model.configure_landmark(mode="retrieval")
         try:
-            # A landmark model in training does not say yet that it is trained, and is warned of.
-            with (
-                warnings.catch_warnings(action="ignore"),
-                torch.compiler.set_stance("force_eager"),
-                self.accelerator.autocast(),
-            ):
+            with _reading(), self.accelerator.autocast():
                 for begin in range(0, len(rows), RECALL_ROWS):
                     batch = rows[begin : begin + RECALL_ROWS]
                     ids = stack([(row,) for row in batch], answers=False)["input_ids"]
@@ -401,6 +406,16 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """A context for retrieval in a run: without compiled layers, which are made for rows.
+
+    A landmark model in training does not say yet that it is trained, and is warned of.
+    """
+    with warnings.catch_warnings(action="ignore"), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def texts_of(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
