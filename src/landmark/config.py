@@ -65,8 +65,8 @@ class LandmarkConfig:
             appendix E). 0 switches it off.
         position_span: in training, positions of a longer row start again at 0 after so many, at a
             block drawn for each row. So no distance is longer than this, and far blocks may stand
-            at any shorter one, as ``stingy`` places them in retrieval. A multiple of
-            ``block_size``; ``None`` keeps distances.
+            at any shorter one, as ``stingy`` places them in retrieval. ``landmark train`` does so
+            in rows that ask something. A multiple of ``block_size``; ``None`` keeps distances.
 
     Raises:
         ValueError: a field has a value that is not described here.

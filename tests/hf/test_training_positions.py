@@ -39,6 +39,15 @@ def test_positions_start_again_at_a_block_of_each_row():
         assert (between == SPAN).all()
 
 
+def test_only_some_rows_start_again():
+    restarts = torch.arange(64) % 3 == 0
+    layout = plain_layout(TOKENS, SIZE, torch.device("cpu"))
+    settings = LandmarkConfig(block_size=SIZE, position_span=SPAN)
+    positions = layout.training_positions(64, settings, restarts)
+    assert (positions[~restarts] == torch.arange(layout.width)).all()
+    assert (positions[restarts] < SPAN).all()
+
+
 def test_a_row_of_the_span_keeps_its_positions():
     layout = plain_layout(SPAN - SPAN // SIZE, SIZE, torch.device("cpu"))
     assert layout.width == SPAN

@@ -24,6 +24,7 @@ from transformers import (
 import landmark
 from landmark.data.tokenizer import load_tokenizer
 from landmark.hf.attention import FullPass
+from landmark.hf.layout import TextLayout
 from landmark.hf.recall import EvidenceQuery, EvidenceRecall
 from landmark.train.prepare import prepare_rows
 from landmark.train.run import _arguments as training_arguments
@@ -214,9 +215,26 @@ def test_modes_of_the_steps(books, scratch, tmp_path, monkeypatch, all_blocks):
     assert seen[:again] == seen[again:]
 
 
-def test_a_span_of_positions_is_the_trained_length(books, scratch, tmp_path, monkeypatch):
-    """Held-out rows are read with retrieval, as their distances were not trained on."""
+def test_positions_start_again_where_something_is_asked(books, scratch, tmp_path, monkeypatch):
+    """Held-out rows are read with retrieval, as answers at their distances were not trained on."""
     modes = []
+    asked = []
+    restarted = []
+    positions = TextLayout.training_positions
+    gate = LandmarkTrainer._gate_losses
+
+    def noting_questions(self, inputs):
+        asked.append([len(questions) > 0 for questions in inputs["questions"]])
+        return gate(self, inputs)
+
+    def noting_restarts(self, batch, settings, restarts):
+        restarted.append(restarts.tolist())
+        drawn = positions(self, batch, settings, restarts)
+        assert (drawn.amax(1) < 112).tolist() == restarts.tolist()
+        return drawn
+
+    monkeypatch.setattr(LandmarkTrainer, "_gate_losses", noting_questions)
+    monkeypatch.setattr(TextLayout, "training_positions", noting_restarts)
     stock = LandmarkTrainer.prediction_step
 
     def noting(self, *args, **kwargs):
@@ -224,13 +242,14 @@ def test_a_span_of_positions_is_the_trained_length(books, scratch, tmp_path, mon
         return stock(self, *args, **kwargs)
 
     monkeypatch.setattr(LandmarkTrainer, "prediction_step", noting)
-    recipe = toy_recipe(position_span=112, evaluate_every=2, all_blocks=0.5)
+    recipe = toy_recipe(position_span=112, position_gap=0, evaluate_every=2, all_blocks=0.5)
     options = {"recipe": recipe, "tokenizer": str(scratch[0]), "report": silent}
     summary = train(str(books), tmp_path, **options)
+    assert restarted == asked
+    assert {True, False} == {each for row in asked for each in row}
     assert set(modes) == {"retrieval"}
     assert len(summary["evaluations"]) == 2
     model = landmark.load(tmp_path)
-    assert model.landmark.trained_length == 112
     assert (model.landmark.mode, model.landmark.position_span) == ("retrieval", 112)
 
 

@@ -45,12 +45,15 @@ class TextLayout:
     sources: Tensor | None = None
     segments: Tensor | None = None
 
-    def training_positions(self, batch: int, settings: LandmarkConfig) -> Tensor:
+    def training_positions(
+        self, batch: int, settings: LandmarkConfig, restarts: Tensor | None = None
+    ) -> Tensor:
         """Returns positions that jump after landmarks and start again, as the settings say.
 
         Args:
             batch: rows.
             settings: ``position_gap`` and ``position_span``.
+            restarts: ``(B,)`` bool, rows in which they start again; ``None`` for all.
 
         Returns:
             ``(width,)`` or ``(B, width)``.
@@ -68,6 +71,8 @@ class TextLayout:
             count = span // size
             shift = (torch.rand(batch, 1, device=device) * count).floor().long()
             begins = ((blocks + shift) // count * count - shift).clamp(min=0)
+            if restarts is not None:
+                begins = torch.where(restarts[:, None], begins, 0)
         positions = self.positions - begins * size
         if gap:
             reach = (torch.rand(batch, 1, device=device) * (gap + 1)).floor()

@@ -194,8 +194,9 @@ class LandmarkDecoderMixin(PackagedMixin):
         else:
             layout = plain_layout(tokens, size, embeds.device)
         positions = layout.positions
+        restarts = kwargs.pop("restarts", None)
         if self.training:
-            positions = layout.training_positions(len(embeds), settings)
+            positions = layout.training_positions(len(embeds), settings, restarts)
         if positions.ndim > 1:
             positions = positions[:, None]  # broadcast over heads
         rotations = {

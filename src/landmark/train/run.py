@@ -189,7 +189,6 @@ def train(
     final.config.use_cache = True
     if not plain:
         length = int(slots_for(row_tokens, settings.block_size))
-        length = min(length, final.landmark.position_span or length)
         final.configure_landmark(mode="retrieval", landmark_trained=True, trained_length=length)
     summary = summarise(trainer, recipe, arguments, rows.documents, seconds=seconds)
     if progress is not None:

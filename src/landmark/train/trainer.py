@@ -75,7 +75,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         answer_weight: weight of the mean loss over answers; ``None`` when no row has answers.
         retrieval: what queries see, and losses on the gate; ``None`` for a model without landmarks.
             Evaluations are in mode ``top_k`` unless all steps are in mode ``all``. A model with
-            ``position_span`` retrieves in them: it has never seen the distances of a long row.
+            ``position_span`` retrieves in them: it was not trained to find answers at the distances
+            of a long row.
         teacher: the teacher on the device of the run, ``None`` for none.
         distillation: how the model learns from the teacher.
         row_tokens: text tokens of a row.
@@ -147,6 +148,9 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         forced = self._forced_blocks(inputs)
         if forced is not None:
             more["forced_blocks"] = forced
+        restarts = self._restarts(inputs)
+        if restarts is not None:
+            more["restarts"] = restarts
         if "answers" in inputs:
             outputs = model(**texts_of(inputs), **more)
             loss = self._loss(
@@ -189,6 +193,18 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             done=self.state.global_step / self.state.max_steps,
             draw=f"{self.args.seed}/forced/{self.state.global_step}",
         )
+
+    def _restarts(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Returns the rows of a batch whose positions start again: those that ask something.
+
+        Texts keep their distances, as a language model needs the words just before a block.
+        """
+        if self.retrieval is None or self._unwrapped.landmark.position_span is None:
+            return None
+        if "questions" not in inputs:
+            return None
+        asked = [len(questions) > 0 for questions in inputs["questions"]]
+        return torch.tensor(asked, device=self.args.device)
 
     def _gate_total(self, gate: GateLosses) -> Tensor:
         """Returns the weighted losses on the gate, as the share of one batch of the step."""
