@@ -3,9 +3,8 @@
     python benchmarks/tuning.py --out out/results/tuning.json
     python benchmarks/tuning.py --processes 4 --out out/results/tuning-4.json
 
-Rows are of Python's reference, three in ten of them episodes, by the bundled model's tokenizer: too
-short a text to hold any of it out, so nothing is evaluated. With several processes there is one for
-each GPU, and a step has the same rows.
+Rows are of Python's reference, three in ten of them episodes, by the bundled model's tokenizer.
+With several processes there is one for each GPU, and a step has the same rows.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ VOCAB = {"135M": 49152, "1B": 128256, "8B": 128256}
 TIED = ("135M", "1B")  # output weights are those of the token embedding
 # Rows that one GPU takes at once.
 MICRO_BATCH = {"135M": 4, "1B": 2, "8B": 1}
-CHARACTERS = 80  # of text for each position of a row: less than 40 rows
+CHARACTERS = 80  # of text for each position of a row
 KEPT = ("parameters", "steps", "tokens", "tokens_per_second_median", "seconds", "peak_bytes")
 
 
@@ -94,7 +93,7 @@ def arguments(name: str, folder: Path, options: argparse.Namespace) -> list[str]
     settings = (
         f"--lora 16 --weights bfloat16 --episodes 0.3 --length {options.length} "
         f"--batch {options.batch} --micro-batch {MICRO_BATCH[name]} --steps {options.steps} "
-        "--warmup 0 --evaluate-every 0 --log-every 5"
+        "--warmup 0 --held-out 0 --log-every 5"
     )
     files = {"--data": "text.txt", "--model": "model", "--out": "tuned"}
     named = [word for option, file in files.items() for word in (option, str(folder / file))]

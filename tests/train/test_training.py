@@ -380,6 +380,20 @@ def test_held_out_text_is_not_trained_on(books, scratch, tmp_path):
     assert (first.input_ids == whole[end : end + 150]).all()
 
 
+@pytest.mark.parametrize("held_out", [0, 3])
+def test_as_many_rows_are_held_out_as_asked_for(books, scratch, tmp_path, held_out):
+    recipe = toy_recipe(held_out=held_out, steps=2)
+    lines = []
+    options = {"recipe": recipe, "tokenizer": str(scratch[0]), "report": lines.append}
+    cutter = load_tokenizer(str(scratch[0]))
+    prepared = prepare_rows(str(books), tmp_path / "tokens", recipe, cutter, block_size=16)
+    counts = {kind: len(rows) for kind, rows in prepared.held_out.items()}
+    assert counts == ({"text": 3, "episodes": 3} if held_out else {})
+    summary = train(str(books), tmp_path / "out", **options)
+    assert len(summary["evaluations"]) == bool(held_out)
+    assert not any("held-out" in line for line in lines) or held_out
+
+
 TWO_DEVICES = """
 import sys
 sys.path[:0] = {paths!r}

@@ -79,6 +79,9 @@ Episodes = Annotated[float | None, _setting("Share of synthetic retrieval episod
 Facts = Annotated[int | None, _setting("Largest number of named facts in an episode.")]
 Questions = Annotated[int | None, _setting("Largest number of them that are asked for.")]
 Distractors = Annotated[int | None, _setting("Largest number of named codes beside a pass key.")]
+HeldOut = Annotated[
+    int | None, _setting("Largest number of rows of each kind that are held out; 0 for none.")
+]
 AllBlocks = Annotated[
     float | None,
     _setting("Share of steps in which queries see all past blocks, not the best few."),
@@ -152,6 +155,7 @@ def train(
     facts: Facts = None,
     questions: Questions = None,
     distractors: Distractors = None,
+    held_out: HeldOut = None,
     answer_weight: AnswerWeight = None,
     all_blocks: AllBlocks = None,
     forced: Forced = None,

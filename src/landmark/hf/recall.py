@@ -100,13 +100,15 @@ class EvidenceRecall:
             slots: ``(Q,)`` slot of each query.
             evidence: ``(Q, E)`` blocks.
         """
-        is_here = retrieval.positions.cpu()[rows] == slots[:, None]
+        device = retrieval.blocks.device
+        rows, slots, evidence = (each.to(device) for each in (rows, slots, evidence))
+        is_here = retrieval.positions.to(device)[rows] == slots[:, None]
         here = is_here.any(-1).nonzero()[:, 0]
         columns = is_here[here].long().argmax(-1)
         # (queries, H, K): dimensions that are sliced follow those of the index.
-        blocks = retrieval.blocks.cpu()[rows[here], :, columns]
+        blocks = retrieval.blocks[rows[here], :, columns]
         hits = (blocks[..., None] == evidence[here][:, None, None]).any(-1).any(-1)
-        counts = torch.cat((hits.sum(0), hits.any(-1).sum(0, keepdim=True)))
+        counts = torch.cat((hits.sum(0), hits.any(-1).sum(0, keepdim=True))).cpu()
         before = self._found.get(retrieval.layer)
         self._found[retrieval.layer] = counts if before is None else before + counts
 

@@ -33,7 +33,6 @@ from landmark.train.answers import TeacherAnswers
 from landmark.train.recipe import Recipe
 from landmark.train.settings import DataSettings
 
-HELD_OUT_ROWS = 64
 LEAST_ROWS = 40  # of a corpus, from which on a part of it is held out
 HELD_OUT_SHARE = 20  # one in so many
 EVALUATION_SEED = 1 << 32  # added to the seed of a run for held-out episodes
@@ -60,6 +59,10 @@ class RowSettings:
         """Text tokens of the longest rows."""
         return tokens_for(self.data.length, self.block_size)
 
+    def holds_out(self, tokens: int) -> bool:
+        """Returns whether a part of a corpus of so many tokens is held out."""
+        return self.data.held_out > 0 and tokens >= LEAST_ROWS * self.tokens
+
 
 class Corpus(Protocol):
     """A source of rows.
@@ -78,7 +81,10 @@ class Corpus(Protocol):
         """Returns the kinds of its rows of ``length`` positions; their shares sum up to 1."""
 
     def held_out(self) -> dict[str, list[Row]]:
-        """Returns rows of the greatest length that are not trained on, by kind."""
+        """Returns rows of the greatest length that are not trained on, by kind.
+
+        There are at most ``held_out`` of a kind.
+        """
 
 
 class TextCorpus:
@@ -119,7 +125,7 @@ class TextCorpus:
         if has_split(source, "validation"):
             file_name = "validation" if name == "train" else f"{name}-validation"
             self.held_out_ids, _ = ids_of("validation", file_name)
-        elif len(self.ids) >= LEAST_ROWS * tokens:
+        elif settings.holds_out(len(self.ids)):
             cut = len(self.ids) - max(len(self.ids) // HELD_OUT_SHARE, 2 * tokens)
             self.held_out_ids = self.ids[cut:]
             self.ids = self.ids[:cut]
@@ -139,22 +145,34 @@ class TextCorpus:
 
     def held_out(self) -> dict[str, list[Row]]:
         """See ``Corpus.held_out``: ``text``, where there is enough, ``episodes`` and ``cloze``."""
+        count = self.settings.data.held_out
+        if count == 0:
+            return {}
         found = {}
         tokens = self.settings.tokens
         has_text = len(self.held_out_ids) > tokens
         if has_text:
-            found["text"] = _spaced_rows(self.held_out_ids, tokens, self.prefix)
+            found["text"] = self._spaced_rows()
         filler = self.held_out_ids if has_text else self.ids
         seed = self.settings.seed + EVALUATION_SEED
         length = self.settings.data.length
         if self.settings.data.episodes:
             episodes = self._episodes(filler, length, seed)
-            found["episodes"] = [episodes(number) for number in range(HELD_OUT_ROWS)]
+            found["episodes"] = [episodes(number) for number in range(count)]
         if self.settings.data.cloze:
             filler = filler if len(filler) >= 2 * tokens else self.ids
             cloze = self._cloze(filler, length, seed)
-            found["cloze"] = [cloze(number) for number in range(HELD_OUT_ROWS)]
+            found["cloze"] = [cloze(number) for number in range(count)]
         return found
+
+    def _spaced_rows(self) -> list[Row]:
+        """Returns rows at equal distances over the held-out text."""
+        ids = self.held_out_ids
+        width = self.settings.tokens - len(self.prefix)
+        count = min(self.settings.data.held_out, len(ids) // width)
+        step = (len(ids) - width) // (count - 1) if count > 1 else 0
+        starts = [number * step for number in range(count)]
+        return [plain_row(ids[start : start + width], self.prefix) for start in starts]
 
     def _cloze(self, text: Ids, length: int, seed: int) -> Cloze:
         data = self.settings.data
@@ -211,7 +229,7 @@ class ConversationCorpus:
         self.greatest_id = max(int(conversation.ids.max()) for conversation in encoded)
         order = np.random.default_rng(settings.seed).permutation(len(encoded)).tolist()
         count = 0
-        if tokens >= LEAST_ROWS * settings.tokens:
+        if settings.holds_out(tokens):
             count = max(1, len(encoded) // HELD_OUT_SHARE)
         self._held_out = [encoded[number] for number in order[:count]]
         self._trained_on = [encoded[number] for number in order[count:]]
@@ -222,13 +240,13 @@ class ConversationCorpus:
         return [Share(self._packed(self._trained_on, tokens), 1.0)]
 
     def held_out(self) -> dict[str, list[Row]]:
-        """See ``Corpus.held_out``: ``conversations``, each of them once in 64 rows at most."""
+        """See ``Corpus.held_out``: ``conversations``, each of them once, if there is room."""
         if not self._held_out:
             return {}
         tokens = self.settings.tokens
         rows = self._packed(self._held_out, tokens)
         taken = sum(len(conversation.ids) for conversation in self._held_out)
-        count = min(HELD_OUT_ROWS, max(1, taken // tokens))
+        count = min(self.settings.data.held_out, max(1, taken // tokens))
         return {"conversations": [rows(number) for number in range(count)]}
 
     def _packed(
@@ -267,7 +285,7 @@ class QuestionCorpus:
         asked = [each for each in sets if each.questions]
         others = [each for each in sets if not each.questions]
         order = np.random.default_rng(settings.seed).permutation(len(asked)).tolist()
-        count = len(asked) // HELD_OUT_SHARE if tokens >= LEAST_ROWS * settings.tokens else 0
+        count = len(asked) // HELD_OUT_SHARE if settings.holds_out(tokens) else 0
         # Documents without questions stand among those of both.
         self._held_out = [asked[number] for number in order[:count]]
         if self._held_out:
@@ -284,7 +302,8 @@ class QuestionCorpus:
             return {}
         seed = self.settings.seed + EVALUATION_SEED
         rows = self._rows(self._held_out, self.settings.data.length, seed)
-        return {"questions": [rows(number) for number in range(HELD_OUT_ROWS)]}
+        count = self.settings.data.held_out
+        return {"questions": [rows(number) for number in range(count)]}
 
     def _rows(self, sets: Sequence[QuestionSet], length: int, seed: int) -> Haystacks:
         shorter = self.settings.data.length // length
@@ -358,12 +377,3 @@ def _corpus(
     }
     corpus: Corpus = makers[kind_of(source)]()
     return corpus
-
-
-def _spaced_rows(ids: Ids, tokens: int, prefix: list[int]) -> list[Row]:
-    """Returns at most ``HELD_OUT_ROWS`` rows at equal distances over a text."""
-    width = tokens - len(prefix)
-    count = min(HELD_OUT_ROWS, len(ids) // width)
-    step = (len(ids) - width) // (count - 1) if count > 1 else 0
-    starts = [number * step for number in range(count)]
-    return [plain_row(ids[start : start + width], prefix) for start in starts]

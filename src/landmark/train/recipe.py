@@ -147,6 +147,7 @@ class Recipe:
             IntegerSetting("facts", self.data.facts, least=1),
             IntegerSetting("questions", self.data.questions, least=1),
             IntegerSetting("distractors", self.data.distractors, least=0),
+            IntegerSetting("held_out", self.data.held_out, least=0),
             IntegerSetting("contrast_heads", self.retrieval.contrast_heads, least=1),
             IntegerSetting("steps", self.optimiser.steps, least=1),
             IntegerSetting("batch", self.optimiser.batch, least=1),

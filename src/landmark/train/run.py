@@ -155,10 +155,11 @@ def train(
     require_rows(cutter, made, path or "model", rows.greatest_id)
     if recipe.run.evaluate_every and not rows.held_out:
         args.eval_strategy = IntervalStrategy.NO
-        report(
-            f"nothing is evaluated: the text has fewer than {LEAST_ROWS} rows, and no folder "
-            "validation"
-        )
+        if recipe.data.held_out:
+            report(
+                f"nothing is evaluated: the text has fewer than {LEAST_ROWS} rows, and no folder "
+                "validation"
+            )
     if lora is not None:
         made = add_lora(made, lora, recipe.adapter.lora_layers)
     if not plain:

@@ -90,6 +90,8 @@ class DataSettings:
             proportion.
         questions: largest number of facts that are asked for.
         distractors: largest number of named codes beside a pass key.
+        held_out: largest number of rows of each kind and source that are held out for evaluations;
+            0 for none.
         answer_weight: weight of the mean loss over answers, beside 1 for the mean over all text.
         field: key of the text in JSON rows and hub data sets.
     """
@@ -102,6 +104,7 @@ class DataSettings:
     facts: int = 8
     questions: int = 4
     distractors: int = 4
+    held_out: int = 64
     answer_weight: float = 0.5
     field: str = "text"
 

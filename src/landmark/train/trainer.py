@@ -44,7 +44,7 @@ from landmark.train.loss import (
 )
 from landmark.train.settings import RetrievalSettings, TeacherSettings
 
-RECALL_ROWS = 4  # rows that are read at once; the selections of all their queries are kept
+RECALL_TOKENS = 1 << 16  # that are read at once; the selections of all their queries are kept
 
 
 class StepCounts(NamedTuple):
@@ -346,12 +346,14 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         model = self._unwrapped
         settings = model.landmark
         recall = EvidenceRecall(settings)
+        longest = max((len(row.input_ids) for row in rows), default=1)
+        at_once = max(1, RECALL_TOKENS // longest)
         model.eval()
         model.configure_landmark(mode="retrieval")
         try:
             with _reading(), self.accelerator.autocast():
-                for begin in range(0, len(rows), RECALL_ROWS):
-                    batch = rows[begin : begin + RECALL_ROWS]
+                for begin in range(0, len(rows), at_once):
+                    batch = rows[begin : begin + at_once]
                     ids = stack([(row,) for row in batch], answers=False)["input_ids"]
                     cache = LandmarkCache(model.config)
                     cache.record = True
