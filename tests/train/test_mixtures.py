@@ -172,6 +172,51 @@ def test_a_mixture_is_trained_on_and_resumed(books, chats, questions, scratch, t
     assert again["losses"] == whole["losses"]
 
 
+@pytest.mark.parametrize("kind", ["chats", "questions"])
+def test_a_source_is_tokenised_once(kind, chats, questions, scratch, tmp_path, monkeypatch):
+    """A damaged file, another chat template and other rows are tokenised anew."""
+    source = {"chats": chats, "questions": questions}[kind]
+    tokenizer = load_tokenizer(scratch[0])
+    lines = []
+
+    def prepared(cutter=tokenizer, data=source):
+        lines.clear()
+        recipe = toy_recipe(episodes=0.0)
+        found = prepare_rows(
+            data,
+            tmp_path,
+            recipe,
+            cutter,
+            block_size=16,
+            progress=lambda what, done, of: lines.append(what),
+        )
+        return [row for group in found.train for row in group]
+
+    expected = prepared()
+    assert any("tokenised" in line for line in lines)
+    again = prepared()
+    assert not any("tokenised" in line for line in lines)
+    file = tmp_path / "train.npz"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    mended = prepared()
+    assert any("tokenised" in line for line in lines)
+    for rows in (again, mended):
+        for row, other in zip(rows, expected, strict=True):
+            assert (row.input_ids == other.input_ids).all()
+            assert (row.labels == other.labels).all()
+    assert file.read_bytes() == whole
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(Path(source).read_text().splitlines(keepends=True)[:-1]))
+    prepared(data=str(fewer))
+    assert any("tokenised" in line for line in lines)
+    if kind == "chats":
+        other = load_tokenizer(scratch[0])
+        other.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        prepared(other, str(fewer))
+        assert any("tokenised" in line for line in lines)
+
+
 def test_held_out_conversations_and_questions_are_not_trained_on(
     chats, questions, scratch, tmp_path
 ):

@@ -16,9 +16,12 @@ import numpy.typing as npt
 from landmark.data.chat import ASSISTANT, USER, Message, read_messages, render
 from landmark.data.encoding import Progress
 from landmark.data.episodes import IGNORED, Row
+from landmark.data.kept_arrays import Arrays, kept_arrays
 from landmark.data.rows import order_of
 from landmark.data.text import read_rows
-from landmark.data.tokenizer import encode
+from landmark.data.tokenizer import encode, fingerprint
+
+FORMAT = "landmark-conversations-1"
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,37 @@ def encode_conversations(
             "without; give other rows"
         )
     return found
+
+
+def kept_conversations(
+    path: Path, conversations: Sequence[Conversation], tokenizer: Any, progress: Progress | None
+) -> list[EncodedConversation]:
+    """Returns conversations as tokens from a file; encodes them if it has others.
+
+    Args:
+        path: the file.
+        conversations, tokenizer, progress: as for ``encode_conversations``.
+
+    Raises:
+        ValueError: as ``encode_conversations``.
+    """
+
+    def make() -> Arrays:
+        encoded = encode_conversations(conversations, tokenizer, progress)
+        return {
+            "ids": np.concatenate([each.ids for each in encoded]).astype(np.int32),
+            "labels": np.concatenate([each.labels for each in encoded]).astype(np.int32),
+            "lengths": np.array([len(each.ids) for each in encoded]),
+        }
+
+    template = str(getattr(tokenizer, "chat_template", None))
+    parts = [FORMAT, fingerprint(tokenizer), template, digest_of(conversations)]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    arrays = kept_arrays(path, key, make)
+    ends = np.cumsum(arrays["lengths"])[:-1]
+    ids = np.split(arrays["ids"].astype(np.int64), ends)
+    labels = np.split(arrays["labels"].astype(np.int64), ends)
+    return [EncodedConversation(*each) for each in zip(ids, labels, strict=True)]
 
 
 class PackedConversations:

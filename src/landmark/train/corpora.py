@@ -18,16 +18,17 @@ from landmark.data.conversations import (
     EncodedConversation,
     PackedConversations,
     digest_of,
-    encode_conversations,
+    kept_conversations,
     read_conversations,
 )
 from landmark.data.encoding import Progress
 from landmark.data.episodes import Episodes, Row
 from landmark.data.haystacks import Haystacks
+from landmark.data.kept_arrays import Arrays, kept_arrays
 from landmark.data.questions import QuestionSet, read_question_sets
 from landmark.data.rows import Share, Windows, plain_row
 from landmark.data.text import has_split, kind_of, read_documents
-from landmark.data.tokenizer import backend, encode, row_start
+from landmark.data.tokenizer import backend, encode, fingerprint, row_start
 from landmark.data.tokens import DocumentSpan, Ids, tokenize
 from landmark.train.answers import TeacherAnswers
 from landmark.train.recipe import Recipe
@@ -207,6 +208,8 @@ class ConversationCorpus:
     Args:
         source: the conversations, as ``read_conversations`` takes them.
         settings: the settings.
+        folder: the folder of the token files.
+        name: name of the file of tokens.
         answers: answers those that end with what a user says; ``None`` to leave them as they are.
         progress: called while they are answered and tokenised.
     """
@@ -215,6 +218,8 @@ class ConversationCorpus:
         self,
         source: str,
         settings: RowSettings,
+        folder: Path,
+        name: str,
         answers: TeacherAnswers | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -223,7 +228,8 @@ class ConversationCorpus:
         conversations = list(read_conversations(source))
         if answers is not None:
             conversations = answers(conversations, progress)
-        encoded = encode_conversations(conversations, settings.tokenizer, progress)
+        file = folder / f"{name}.npz"
+        encoded = kept_conversations(file, conversations, settings.tokenizer, progress)
         tokens = sum(len(conversation.ids) for conversation in encoded)
         self.documents = [DocumentSpan(source, digest_of(conversations), start=0, tokens=tokens)]
         self.greatest_id = max(int(conversation.ids.max()) for conversation in encoded)
@@ -261,27 +267,44 @@ class QuestionCorpus:
     Args:
         source: the documents and questions, as ``read_question_sets`` takes them.
         settings: the settings.
+        folder: the folder of the token files.
+        name: name of the file that keeps what was counted.
         progress: called while they are tokenised.
     """
 
     def __init__(
-        self, source: str, settings: RowSettings, progress: Progress | None = None
+        self,
+        source: str,
+        settings: RowSettings,
+        folder: Path,
+        name: str,
+        progress: Progress | None = None,
     ) -> None:
         self.settings = settings
         self.has_answers = True
         sets = list(read_question_sets(source))
-        tokens = 0
-        self.greatest_id = 0
-        digest = hashlib.sha256()
-        for number, each in enumerate(sets):
-            digest.update(repr((each.documents, each.questions)).encode())
-            for document in each.documents:
-                ids = encode(settings.tokenizer, document).ids
-                tokens += len(ids)
-                self.greatest_id = max(self.greatest_id, int(ids.max(initial=0)))
-            if progress is not None:
-                progress("documents tokenised", number + 1, len(sets))
-        self.documents = [DocumentSpan(source, digest.hexdigest(), start=0, tokens=tokens)]
+        content = hashlib.sha256()
+        for each in sets:
+            content.update(repr((each.documents, each.questions)).encode())
+        digest = content.hexdigest()
+
+        def make() -> Arrays:
+            tokens = 0
+            greatest = 0
+            for number, each in enumerate(sets):
+                for document in each.documents:
+                    ids = encode(settings.tokenizer, document).ids
+                    tokens += len(ids)
+                    greatest = max(greatest, int(ids.max(initial=0)))
+                if progress is not None:
+                    progress("documents tokenised", number + 1, len(sets))
+            return {"tokens": np.array(tokens), "greatest_id": np.array(greatest)}
+
+        key = f"{fingerprint(settings.tokenizer)} {digest}"
+        counts = kept_arrays(folder / f"{name}.npz", key, make)
+        tokens = int(counts["tokens"])
+        self.greatest_id = int(counts["greatest_id"])
+        self.documents = [DocumentSpan(source, digest, start=0, tokens=tokens)]
         asked = [each for each in sets if each.questions]
         others = [each for each in sets if not each.questions]
         order = np.random.default_rng(settings.seed).permutation(len(asked)).tolist()
@@ -372,8 +395,8 @@ def _corpus(
 ) -> Corpus:
     makers: dict[str, Callable[[], Any]] = {
         "text": lambda: TextCorpus(source, settings, folder, name, progress),
-        "messages": lambda: ConversationCorpus(source, settings, answers, progress),
-        "questions": lambda: QuestionCorpus(source, settings, progress),
+        "messages": lambda: ConversationCorpus(source, settings, folder, name, answers, progress),
+        "questions": lambda: QuestionCorpus(source, settings, folder, name, progress),
     }
     corpus: Corpus = makers[kind_of(source)]()
     return corpus
