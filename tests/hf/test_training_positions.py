@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+import landmark
 from landmark import LandmarkConfig
 from landmark.hf.layout import packed_layout, plain_layout
-from models import landmark_model, text
+from models import landmark_model, oracle_model, text
 
 SIZE = 16
 SPAN = 4 * SIZE
@@ -91,6 +92,11 @@ def test_only_training_draws_positions():
     drawn_anew = model(ids).logits
     model.eval()
     assert not torch.allclose(stays, drawn_anew, atol=1e-4)
+
+
+def test_a_converted_model_keeps_its_span():
+    model = landmark.convert(oracle_model("llama"), block_size=SIZE, position_span=SPAN)
+    assert model.landmark.position_span == SPAN
 
 
 @pytest.mark.parametrize("span", [0, -64, 40, 1.5, True])

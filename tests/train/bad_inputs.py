@@ -243,6 +243,8 @@ CASES = [
     ("no facts", setting(facts=0), "facts: expected an integer from 1 to .*, got 0"),
     ("no questions", setting(questions=0), "questions: expected an integer from 1 to .*, got 0"),
     ("minus one code", setting(distractors=-1), "distractors: expected an integer from 0 to"),
+    ("minus one row", setting(held_out=-1), "held_out: expected an integer from 0 to"),
+    ("half a block", setting(position_span=40), "position_span: expected a multiple of block_size"),
     ("half again", setting(all_blocks=1.5), r"all_blocks: expected a number from 0 to 1, got 1\.5"),
     ("too much force", setting(forced=-0.1), r"forced: expected a number from 0 to 1, got -0\.1"),
     (
