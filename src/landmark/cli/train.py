@@ -185,11 +185,10 @@ def train(
     """Train a landmark model on texts: from scratch, or from a model."""
     given = dict(locals())
     with Shown() as progress:
-        from accelerate import PartialState
-
         from landmark.texts.loading import quiet
         from landmark.train.prepare import require_model_settings
         from landmark.train.recipe import Recipe, fine_tuning, load_recipe
+        from landmark.train.run import is_first_process
         from landmark.train.run import train as run
 
         def tell(line: str) -> None:
@@ -208,7 +207,7 @@ def train(
         )
         where = {name: given[name] for name in OF_THE_RUN if name != "config"}
         summary = run(**where, recipe=recipe, report=tell, progress=progress)
-    if not PartialState().is_main_process:
+    if not is_first_process():
         return
     speed = summary["tokens_per_second"] or 0
     say(f"saved {out}: {summary['steps']} steps, {summary['tokens']:,} tokens, {speed:,} tokens/s")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import (
@@ -337,6 +338,11 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     progress.trainer = trainer
     return trainer
+
+
+def is_first_process() -> bool:
+    """Returns whether this is the first of a run's processes, or the only one."""
+    return bool(PartialState().is_main_process)
 
 
 def _silent(line: str) -> None:
