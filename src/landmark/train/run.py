@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import (
@@ -342,7 +341,8 @@ def _trainer(
 
 def is_first_process() -> bool:
     """Returns whether this is the first of a run's processes, or the only one."""
-    return bool(PartialState().is_main_process)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
 
 
 def _silent(line: str) -> None:
