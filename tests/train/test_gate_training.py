@@ -259,10 +259,42 @@ def test_a_teacher_sees_what_it_was_trained_on(twin, books, tmp_path, monkeypatc
     assert seen[0][1] != seen[-1][1]
 
 
+def test_a_teacher_does_not_read_rows_whose_positions_start_again(
+    twin, books, tmp_path, monkeypatch
+):
+    """It would read them at other distances."""
+    read = []
+    kept = []
+    stock = LandmarkTrainer._divergence
+
+    def noting(self, inputs, logits):
+        forward = self._teacher.forward
+
+        def watched(*args, **kwargs):
+            read.append(kwargs["input_ids"].tolist())
+            return forward(*args, **kwargs)
+
+        self._teacher.forward = watched
+        asked = [len(questions) > 0 for questions in inputs["questions"]]
+        kept.append(inputs["input_ids"][~torch.tensor(asked)].tolist())
+        found = stock(self, inputs, logits)
+        self._teacher.forward = forward
+        return found
+
+    monkeypatch.setattr(LandmarkTrainer, "_divergence", noting)
+    recipe = toy_recipe(
+        episodes=0.7, micro_batch=2, position_span=112, teacher="stock", teacher_share=1.0
+    )
+    train(str(books), tmp_path, recipe=recipe, model=str(twin[0]), report=silent)
+    assert read == [rows for rows in kept if rows]
+    counts = [len(rows) for rows in kept]
+    assert min(counts) == 0 < max(counts)
+
+
 def test_reading_held_out_questions_tells_of_itself(books, scratch, tmp_path, monkeypatch):
     """It takes long where rows are long, and is counted as the batches before it are."""
     seen = []
-    monkeypatch.setattr(trainer, "RECALL_ROWS", 1)
+    monkeypatch.setattr(trainer, "RECALL_TOKENS", 1)
     recipe = toy_recipe(steps=1, episodes=1.0)
     train(
         str(books),

@@ -150,7 +150,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             more["forced_blocks"] = forced
         restarts = self._restarts(inputs)
         if restarts is not None:
-            more["restarts"] = restarts
+            more["restarts"] = torch.tensor(restarts, device=self.args.device)
         if "answers" in inputs:
             outputs = model(**texts_of(inputs), **more)
             loss = self._loss(
@@ -194,8 +194,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             draw=f"{self.args.seed}/forced/{self.state.global_step}",
         )
 
-    def _restarts(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Returns the rows of a batch whose positions start again: those that ask something.
+    def _restarts(self, inputs: dict[str, Any]) -> list[bool] | None:
+        """Returns whether the positions of each row start again: those of rows that ask something.
 
         Texts keep their distances, as a language model needs the words just before a block.
         """
@@ -203,8 +203,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             return None
         if "questions" not in inputs:
             return None
-        asked = [len(questions) > 0 for questions in inputs["questions"]]
-        return torch.tensor(asked, device=self.args.device)
+        return [len(questions) > 0 for questions in inputs["questions"]]
 
     def _gate_total(self, gate: GateLosses) -> Tensor:
         """Returns the weighted losses on the gate, as the share of one batch of the step."""
@@ -218,24 +217,30 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
     def _divergence(self, inputs: dict[str, Any], logits: Tensor) -> Tensor:
         """Returns the weighted divergence from the teacher, as the share of one batch of the step.
 
-        It is taken at the same columns of all rows, drawn by the seed.
+        It is taken at the same columns of all rows, drawn by the seed, but not of rows whose
+        positions start again: the teacher reads others.
         """
         text = texts_of(inputs)
+        restarts = self._restarts(inputs) or [False] * len(logits)
+        taken = [row for row, restarted in enumerate(restarts) if not restarted]
+        if not taken:
+            return logits.new_zeros(())
+        rows = torch.tensor(taken, device=logits.device)
         tokens = min(text["input_ids"].shape[1], trained_positions(self._teacher.config))
         count = max(1, round(self.distillation.teacher_share * tokens))
         rng = random.Random(f"{self.args.seed}/teacher/{self.state.global_step}")
         columns = torch.tensor(sorted(rng.sample(range(tokens), count)), device=logits.device)
         with torch.no_grad():
             theirs = self._teacher(
-                **{name: tensor[:, :tokens] for name, tensor in text.items()},
+                **{name: tensor[rows, :tokens] for name, tensor in text.items()},
                 use_cache=False,
                 logits_to_keep=columns,
             ).logits
-        kept = torch.ones(len(logits), count, dtype=torch.bool, device=logits.device)
+        kept = torch.ones(len(rows), count, dtype=torch.bool, device=logits.device)
         if "answers" in inputs:
             predicts_answer = inputs["answers"].roll(-1, dims=1)
-            kept = ~predicts_answer[:, columns]
-        found = divergence(logits[:, columns], theirs, kept)
+            kept = ~predicts_answer[rows[:, None], columns]
+        found = divergence(logits[rows[:, None], columns], theirs, kept)
         self._note("teacher_loss", found)
         share: Tensor = found / self.args.gradient_accumulation_steps
         return self.distillation.teacher_weight * share
