@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,16 +114,23 @@ def on_two_devices(device: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder}/together", rank=device, world_size=2
     )
     for name, case in CASES.items():
-        model = model_of(case)
-        parallel = DistributedDataParallel(model)
-        share = case.shares[device]
-        contrast = GateContrast(share.queries)
-        logits = parallel(input_ids=share.ids, use_cache=False, gate_loss=contrast).logits
-        loss = 2 * text_loss(logits) + contrast.loss(HEADS)
-        loss.backward()
-        torch.save(found(loss, model), folder / f"{name}-{device}")
-        undo(model)
+        torch.save(on_a_device_of_two(case, device), folder / f"{name}-{device}")
+    # What holds the process group has to be gone before it. One that is freed with the last of
+    # them waits for its threads, and they may wait for the interpreter that it holds.
+    gc.collect()
     distributed.destroy_process_group()
+
+
+def on_a_device_of_two(case: Case, device: int) -> Found:
+    model = model_of(case)
+    parallel = DistributedDataParallel(model)
+    share = case.shares[device]
+    contrast = GateContrast(share.queries)
+    logits = parallel(input_ids=share.ids, use_cache=False, gate_loss=contrast).logits
+    loss = 2 * text_loss(logits) + contrast.loss(HEADS)
+    loss.backward()
+    undo(model)
+    return found(loss, model)
 
 
 def found(loss: torch.Tensor, model: torch.nn.Module) -> Found:
