@@ -41,12 +41,15 @@ def test_positions_start_again_at_a_block_of_each_row():
 
 
 def test_only_some_rows_start_again():
-    restarts = torch.arange(64) % 3 == 0
+    restarts = torch.tensor([-1, 0, 1, 3])
     layout = plain_layout(TOKENS, SIZE, torch.device("cpu"))
     settings = LandmarkConfig(block_size=SIZE, position_span=SPAN)
-    positions = layout.training_positions(64, settings, restarts)
-    assert (positions[~restarts] == torch.arange(layout.width)).all()
-    assert (positions[restarts] < SPAN).all()
+    positions = layout.training_positions(4, settings, restarts)
+    assert (positions[0] == torch.arange(layout.width)).all()
+    for row, first in zip(positions[1:], [SPAN, SIZE, 3 * SIZE], strict=True):
+        begins = (row == 0).nonzero()[:, 0].tolist()
+        assert begins == [0, *range(first, layout.width, SPAN)]
+        assert (row.diff()[row[1:] != 0] == 1).all()
 
 
 def test_a_row_of_the_span_keeps_its_positions():

@@ -22,6 +22,8 @@ from transformers import (
 )
 
 import landmark
+from landmark import LandmarkConfig
+from landmark.data.rows import stack
 from landmark.data.tokenizer import load_tokenizer
 from landmark.hf.attention import FullPass
 from landmark.hf.layout import TextLayout
@@ -29,7 +31,7 @@ from landmark.hf.recall import EvidenceQuery, EvidenceRecall
 from landmark.train.prepare import prepare_rows
 from landmark.train.run import _arguments as training_arguments
 from landmark.train.run import compile_layers, train
-from landmark.train.trainer import LandmarkTrainer
+from landmark.train.trainer import LandmarkTrainer, restart_positions
 
 
 def losses(summary):
@@ -219,38 +221,65 @@ def test_positions_start_again_where_something_is_asked(books, scratch, tmp_path
     """Held-out rows are read with retrieval, as answers at their distances were not trained on."""
     modes = []
     asked = []
-    restarted = []
-    positions = TextLayout.training_positions
+    seen = []
+    evaluate = LandmarkTrainer.prediction_step
     gate = LandmarkTrainer._gate_losses
+    positions = TextLayout.training_positions
+
+    def noting_modes(self, *args, **kwargs):
+        modes.append(self._unwrapped.landmark.mode)
+        return evaluate(self, *args, **kwargs)
 
     def noting_questions(self, inputs):
         asked.append([len(questions) > 0 for questions in inputs["questions"]])
         return gate(self, inputs)
 
-    def noting_restarts(self, batch, settings, restarts):
-        restarted.append(restarts.tolist())
+    def noting_positions(self, batch, settings, restarts):
         drawn = positions(self, batch, settings, restarts)
-        assert (drawn.amax(1) < 112).tolist() == restarts.tolist()
+        seen.append(((restarts >= 0).tolist(), (drawn.amax(1) < 112).tolist()))
         return drawn
 
+    monkeypatch.setattr(LandmarkTrainer, "prediction_step", noting_modes)
     monkeypatch.setattr(LandmarkTrainer, "_gate_losses", noting_questions)
-    monkeypatch.setattr(TextLayout, "training_positions", noting_restarts)
-    stock = LandmarkTrainer.prediction_step
-
-    def noting(self, *args, **kwargs):
-        modes.append(self._unwrapped.landmark.mode)
-        return stock(self, *args, **kwargs)
-
-    monkeypatch.setattr(LandmarkTrainer, "prediction_step", noting)
+    monkeypatch.setattr(TextLayout, "training_positions", noting_positions)
     recipe = toy_recipe(position_span=112, position_gap=0, evaluate_every=2, all_blocks=0.5)
     options = {"recipe": recipe, "tokenizer": str(scratch[0]), "report": silent}
     summary = train(str(books), tmp_path, **options)
-    assert restarted == asked
+    assert [restarts for restarts, _ in seen] == [short for _, short in seen] == asked
     assert {True, False} == {each for row in asked for each in row}
     assert set(modes) == {"retrieval"}
     assert len(summary["evaluations"]) == 2
     model = landmark.load(tmp_path)
     assert (model.landmark.mode, model.landmark.position_span) == ("retrieval", 112)
+
+
+def test_text_behind_a_restart_is_not_learnt(books, scratch, tmp_path):
+    """Its blocks have lost the words before them; answers are learnt all the same."""
+    settings = LandmarkConfig(block_size=16, local_blocks=2, position_span=64)
+    recipe = toy_recipe(steps=40)
+    cutter = load_tokenizer(str(scratch[0]))
+    rows = prepare_rows(str(books), tmp_path, recipe, cutter, block_size=16).train
+    blocks = torch.arange(150) // 15
+    starts = set()
+    for number in range(0, 160, 4):
+        batch = stack([rows[index] for index in range(number, number + 4)], answers=True)
+        labels = batch["labels"].clone()
+        restart_positions(batch, settings, draw=str(number))
+        for row, questions in enumerate(batch["questions"]):
+            first = batch["restarts"][row].item()
+            begins = range(first or 4, 10, 4) if questions else ()
+            assert (first >= 0) == (len(questions) > 0)
+            behind = torch.isin(blocks, torch.tensor([b + i for b in begins for i in (0, 1)]))
+            silent_now = behind & ~batch["answers"][row]
+            assert (batch["labels"][row][silent_now] == -100).all()
+            assert (batch["labels"][row] == labels[row])[~silent_now].all()
+            starts.add(first)
+    assert starts == {-1, 0, 1, 2, 3}
+    unchanged = dict(batch)
+    restart_positions(batch, dataclasses.replace(settings, position_span=160), draw="")
+    restart_positions(batch, dataclasses.replace(settings, position_span=None), draw="")
+    assert batch.keys() == unchanged.keys()
+    assert all(batch[name] is unchanged[name] for name in batch)
 
 
 def test_the_log_says_what_is_retrieved(books, scratch, tmp_path, monkeypatch):

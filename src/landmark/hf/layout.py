@@ -53,7 +53,9 @@ class TextLayout:
         Args:
             batch: rows.
             settings: ``position_gap`` and ``position_span``.
-            restarts: ``(B,)`` bool, rows in which they start again; ``None`` for all.
+            restarts: ``(B,)`` integers, the block at which those of a row start again first, less
+                than the blocks of a span, or -1 for a row in which they go on; ``None`` to draw a
+                block for each row.
 
         Returns:
             ``(width,)`` or ``(B, width)``.
@@ -69,10 +71,11 @@ class TextLayout:
         begins = torch.zeros_like(blocks)  # block from which the positions of a block are counted
         if span is not None and has_restarts:
             count = span // size
-            shift = (torch.rand(batch, 1, device=device) * count).floor().long()
-            begins = ((blocks + shift) // count * count - shift).clamp(min=0)
-            if restarts is not None:
-                begins = torch.where(restarts[:, None], begins, 0)
+            if restarts is None:
+                restarts = (torch.rand(batch, device=device) * count).floor().long()
+            first = restarts[:, None] % count
+            begins = ((blocks - first + count) // count * count + first - count).clamp(min=0)
+            begins = torch.where(restarts[:, None] < 0, 0, begins)
         positions = self.positions - begins * size
         if gap:
             reach = (torch.rand(batch, 1, device=device) * (gap + 1)).floor()

@@ -25,6 +25,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from landmark.blocks import slots_for
+from landmark.config import LandmarkConfig
 from landmark.data import encoding
 from landmark.data.episodes import IGNORED, Row
 from landmark.data.errors import first_line
@@ -148,9 +150,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         forced = self._forced_blocks(inputs)
         if forced is not None:
             more["forced_blocks"] = forced
-        restarts = self._restarts(inputs)
-        if restarts is not None:
-            more["restarts"] = torch.tensor(restarts, device=self.args.device)
+        if "restarts" in inputs:
+            more["restarts"] = inputs["restarts"]
         if "answers" in inputs:
             outputs = model(**texts_of(inputs), **more)
             loss = self._loss(
@@ -194,17 +195,6 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             draw=f"{self.args.seed}/forced/{self.state.global_step}",
         )
 
-    def _restarts(self, inputs: dict[str, Any]) -> list[bool] | None:
-        """Returns whether the positions of each row start again: those of rows that ask something.
-
-        Texts keep their distances, as a language model needs the words just before a block.
-        """
-        if self.retrieval is None or self._unwrapped.landmark.position_span is None:
-            return None
-        if "questions" not in inputs:
-            return None
-        return [len(questions) > 0 for questions in inputs["questions"]]
-
     def _gate_total(self, gate: GateLosses) -> Tensor:
         """Returns the weighted losses on the gate, as the share of one batch of the step."""
         total = torch.zeros((), device=self.args.device)
@@ -221,11 +211,11 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         positions start again: the teacher reads others.
         """
         text = texts_of(inputs)
-        restarts = self._restarts(inputs) or [False] * len(logits)
-        taken = [row for row, restarted in enumerate(restarts) if not restarted]
-        if not taken:
+        rows = torch.arange(len(logits), device=logits.device)
+        if "restarts" in inputs:
+            rows = rows[inputs["restarts"] < 0]
+        if len(rows) == 0:
             return logits.new_zeros(())
-        rows = torch.tensor(taken, device=logits.device)
         tokens = min(text["input_ids"].shape[1], trained_positions(self._teacher.config))
         count = max(1, round(self.distillation.teacher_share * tokens))
         rng = random.Random(f"{self.args.seed}/teacher/{self.state.global_step}")
@@ -264,6 +254,11 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Returns the batches of a step, and counts their labels and answers on all devices."""
         samples, items = super().get_batch_samples(*args, **kwargs)
+        if self.retrieval is not None:
+            for number, batch in enumerate(samples):
+                step = f"{self.state.global_step}/{self.args.process_index}/{number}"
+                draw = f"{self.args.seed}/restarts/{step}"
+                restart_positions(batch, self._unwrapped.landmark, draw=draw)
         if samples and "answers" in samples[0]:
             labels = sum(batch["labels"].ne(IGNORED).sum() for batch in samples)
             answers = sum(batch["answers"].sum() for batch in samples)
@@ -429,6 +424,33 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+def restart_positions(batch: dict[str, Any], settings: LandmarkConfig, *, draw: str) -> None:
+    """Decides where positions of a batch's rows start again, as ``position_span`` says.
+
+    Those of rows that ask something do. The first ``local_blocks`` blocks behind have lost the words
+    before them: their text is not learnt, but answers in them are.
+
+    Args:
+        batch: as ``stack`` returns it; gets ``restarts``, and labels without that text.
+        settings: the landmark settings.
+        draw: decides the blocks.
+    """
+    span = settings.position_span
+    tokens = batch["input_ids"].shape[1]
+    if span is None or "questions" not in batch or slots_for(tokens, settings.block_size) <= span:
+        return
+    count = span // settings.block_size
+    rng = random.Random(draw)
+    first = [rng.randrange(count) if asked else -1 for asked in batch["questions"]]
+    device = batch["input_ids"].device
+    batch["restarts"] = torch.tensor(first, device=device)
+    restarts = batch["restarts"][:, None]
+    blocks = torch.arange(tokens, device=device) // settings.text_per_block
+    since = (blocks - restarts) % count  # blocks since positions started again
+    is_behind = (restarts >= 0) & (blocks > since) & (since < settings.local_blocks)
+    batch["labels"] = batch["labels"].masked_fill(is_behind & ~batch["answers"], IGNORED)
 
 
 @contextmanager
