@@ -429,8 +429,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
 def restart_positions(batch: dict[str, Any], settings: LandmarkConfig, *, draw: str) -> None:
     """Decides where positions of a batch's rows start again, as ``position_span`` says.
 
-    Those of rows that ask something do. The first ``local_blocks`` blocks behind have lost the words
-    before them: their text is not learnt, but answers in them are.
+    Those of rows that ask something do. The first ``local_blocks`` blocks behind have lost the
+    words before them: their text is not learnt, but answers in them are.
 
     Args:
         batch: as ``stack`` returns it; gets ``restarts``, and labels without that text.
