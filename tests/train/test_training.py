@@ -28,10 +28,11 @@ from landmark.data.tokenizer import load_tokenizer
 from landmark.hf.attention import FullPass
 from landmark.hf.layout import TextLayout
 from landmark.hf.recall import EvidenceQuery, EvidenceRecall
+from landmark.train.gate import restart_positions
 from landmark.train.prepare import prepare_rows
 from landmark.train.run import _arguments as training_arguments
 from landmark.train.run import compile_layers, train
-from landmark.train.trainer import LandmarkTrainer, restart_positions
+from landmark.train.trainer import LandmarkTrainer
 
 
 def losses(summary):

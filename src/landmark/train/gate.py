@@ -1,4 +1,4 @@
-"""Which losses on the gate a batch is trained with."""
+"""How a batch trains retrieval: losses on the gate, blocks that are kept, positions that restart."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from landmark.blocks import slot_of
+from landmark.blocks import slot_of, slots_for
 from landmark.config import LandmarkConfig
-from landmark.data.episodes import RowQuestion
+from landmark.data.episodes import IGNORED, RowQuestion
 from landmark.hf.gate_loss import (
     CONTRAST_TOKENS,
     GateBlockMass,
@@ -145,6 +145,33 @@ def forced_blocks(
         blocks = blocks_of(query, settings.block_size)[:FORCED_BLOCKS]
         found[query.row, query.token, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
     return found.to(ids.device)
+
+
+def restart_positions(batch: dict[str, Any], settings: LandmarkConfig, *, draw: str) -> None:
+    """Decides where positions of a batch's rows start again, as ``position_span`` says.
+
+    Those of rows that ask something do. The first ``local_blocks`` blocks behind have lost the
+    words before them: their text is not learnt, but answers in them are.
+
+    Args:
+        batch: as ``stack`` returns it; gets ``restarts``, and labels without that text.
+        settings: the landmark settings.
+        draw: decides the blocks.
+    """
+    span = settings.position_span
+    tokens = batch["input_ids"].shape[1]
+    if span is None or "questions" not in batch or slots_for(tokens, settings.block_size) <= span:
+        return
+    count = span // settings.block_size
+    rng = random.Random(draw)
+    first = [rng.randrange(count) if asked else -1 for asked in batch["questions"]]
+    device = batch["input_ids"].device
+    batch["restarts"] = torch.tensor(first, device=device)
+    restarts = batch["restarts"][:, None]
+    blocks = torch.arange(tokens, device=device) // settings.text_per_block
+    since = (blocks - restarts) % count  # blocks since positions started again
+    is_behind = (restarts >= 0) & (blocks > since) & (since < settings.local_blocks)
+    batch["labels"] = batch["labels"].masked_fill(is_behind & ~batch["answers"], IGNORED)
 
 
 def evidence_queries(

@@ -25,8 +25,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from landmark.blocks import slots_for
-from landmark.config import LandmarkConfig
 from landmark.data import encoding
 from landmark.data.episodes import IGNORED, Row
 from landmark.data.errors import first_line
@@ -35,7 +33,13 @@ from landmark.data.rows import Group, stack
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.recall import EvidenceRecall
 from landmark.hf.rope import trained_positions
-from landmark.train.gate import GateLosses, evidence_queries, forced_blocks, gate_losses
+from landmark.train.gate import (
+    GateLosses,
+    evidence_queries,
+    forced_blocks,
+    gate_losses,
+    restart_positions,
+)
 from landmark.train.lora import base_of
 from landmark.train.loss import (
     answer_weighted_loss,
@@ -424,33 +428,6 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
-
-
-def restart_positions(batch: dict[str, Any], settings: LandmarkConfig, *, draw: str) -> None:
-    """Decides where positions of a batch's rows start again, as ``position_span`` says.
-
-    Those of rows that ask something do. The first ``local_blocks`` blocks behind have lost the
-    words before them: their text is not learnt, but answers in them are.
-
-    Args:
-        batch: as ``stack`` returns it; gets ``restarts``, and labels without that text.
-        settings: the landmark settings.
-        draw: decides the blocks.
-    """
-    span = settings.position_span
-    tokens = batch["input_ids"].shape[1]
-    if span is None or "questions" not in batch or slots_for(tokens, settings.block_size) <= span:
-        return
-    count = span // settings.block_size
-    rng = random.Random(draw)
-    first = [rng.randrange(count) if asked else -1 for asked in batch["questions"]]
-    device = batch["input_ids"].device
-    batch["restarts"] = torch.tensor(first, device=device)
-    restarts = batch["restarts"][:, None]
-    blocks = torch.arange(tokens, device=device) // settings.text_per_block
-    since = (blocks - restarts) % count  # blocks since positions started again
-    is_behind = (restarts >= 0) & (blocks > since) & (since < settings.local_blocks)
-    batch["labels"] = batch["labels"].masked_fill(is_behind & ~batch["answers"], IGNORED)
 
 
 @contextmanager
