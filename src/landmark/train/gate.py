@@ -1,4 +1,4 @@
-"""How a batch trains retrieval: losses on the gate, blocks that are kept, positions that restart."""
+"""How a batch trains retrieval: losses on the gate, kept blocks, positions that start again."""
 
 from __future__ import annotations
 
