@@ -50,7 +50,9 @@ from landmark.train.loss import (
 )
 from landmark.train.settings import RetrievalSettings, TeacherSettings
 
-RECALL_TOKENS = 1 << 16  # that are read at once; the selections of all their queries are kept
+# Tokens that are read at once to count recall; the selections of all their queries are kept.
+RECALL_TOKENS = 1 << 13
+GPU_RECALL_TOKENS = 1 << 16
 
 
 class StepCounts(NamedTuple):
@@ -351,7 +353,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         settings = model.landmark
         recall = EvidenceRecall(settings)
         longest = max((len(row.input_ids) for row in rows), default=1)
-        at_once = max(1, RECALL_TOKENS // longest)
+        on_gpu = self.args.device.type == "cuda"
+        at_once = max(1, (GPU_RECALL_TOKENS if on_gpu else RECALL_TOKENS) // longest)
         model.eval()
         model.configure_landmark(mode="retrieval")
         try:
