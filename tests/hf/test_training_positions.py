@@ -6,7 +6,8 @@ import torch
 import landmark
 from landmark import LandmarkConfig
 from landmark.hf.layout import packed_layout, plain_layout
-from models import landmark_model, oracle_model, text
+from models import landmark_model, text
+from tiny import tiny_llama
 
 SIZE = 16
 SPAN = 4 * SIZE
@@ -98,7 +99,7 @@ def test_only_training_draws_positions():
 
 
 def test_a_converted_model_keeps_its_span():
-    model = landmark.convert(oracle_model("llama"), block_size=SIZE, position_span=SPAN)
+    model = landmark.convert(tiny_llama(), block_size=SIZE, position_span=SPAN)
     assert model.landmark.position_span == SPAN
 
 

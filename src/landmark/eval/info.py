@@ -117,5 +117,8 @@ def _longest(rows: Sequence[Figure]) -> list[Figure]:
 
 
 def _is_own(settings: dict[str, Any], own: LandmarkConfig) -> bool:
-    """Returns whether a row was measured with the model as it is saved."""
-    return settings == own.to_dict()
+    """Returns whether a row was measured with the model as it is saved.
+
+    Settings that were not known when it was measured had their defaults.
+    """
+    return LandmarkConfig.from_dict(settings) == own
