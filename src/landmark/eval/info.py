@@ -121,4 +121,4 @@ def _is_own(settings: dict[str, Any], own: LandmarkConfig) -> bool:
 
     Settings that were not known when it was measured had their defaults.
     """
-    return LandmarkConfig.from_dict(settings) == own
+    return {**LandmarkConfig().to_dict(), **settings} == own.to_dict()
