@@ -173,7 +173,7 @@ def test_a_mixture_is_trained_on_and_resumed(books, chats, questions, scratch, t
 
 
 @pytest.mark.parametrize("kind", ["chats", "questions"])
-def test_a_source_is_tokenised_once(kind, chats, questions, scratch, tmp_path, monkeypatch):
+def test_a_source_is_tokenised_once(kind, chats, questions, scratch, tmp_path):
     """A damaged file, another chat template and other rows are tokenised anew."""
     source = {"chats": chats, "questions": questions}[kind]
     tokenizer = load_tokenizer(scratch[0])

@@ -254,6 +254,22 @@ def test_positions_start_again_where_something_is_asked(books, scratch, tmp_path
     assert (model.landmark.mode, model.landmark.position_span) == ("retrieval", 112)
 
 
+def test_texts_alone_keep_their_distances(books, scratch, tmp_path, monkeypatch):
+    """Also in a run in which nothing is asked."""
+    seen = []
+    positions = TextLayout.training_positions
+
+    def noting(self, batch, settings, restarts):
+        seen.append(restarts.tolist())
+        return positions(self, batch, settings, restarts)
+
+    monkeypatch.setattr(TextLayout, "training_positions", noting)
+    recipe = toy_recipe(position_span=112, episodes=0.0, steps=2)
+    options = {"recipe": recipe, "tokenizer": str(scratch[0]), "report": silent}
+    train(str(books), tmp_path, **options)
+    assert seen == 2 * [[-1, -1, -1, -1]]
+
+
 def test_text_behind_a_restart_is_not_learnt(books, scratch, tmp_path):
     """Its blocks have lost the words before them; answers are learnt all the same."""
     settings = LandmarkConfig(block_size=16, local_blocks=2, position_span=64)
@@ -421,7 +437,7 @@ def test_as_many_rows_are_held_out_as_asked_for(books, scratch, tmp_path, held_o
     assert counts == ({"text": 3, "episodes": 3} if held_out else {})
     summary = train(str(books), tmp_path / "out", **options)
     assert len(summary["evaluations"]) == bool(held_out)
-    assert not any("held-out" in line for line in lines) or held_out
+    assert any("held-out" in line for line in lines) == bool(held_out)
 
 
 TWO_DEVICES = """

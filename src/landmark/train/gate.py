@@ -160,13 +160,16 @@ def restart_positions(batch: dict[str, Any], settings: LandmarkConfig, *, draw: 
     """
     span = settings.position_span
     tokens = batch["input_ids"].shape[1]
-    if span is None or "questions" not in batch or slots_for(tokens, settings.block_size) <= span:
+    if span is None or slots_for(tokens, settings.block_size) <= span:
         return
     count = span // settings.block_size
     rng = random.Random(draw)
-    first = [rng.randrange(count) if asked else -1 for asked in batch["questions"]]
+    questions = batch.get("questions", [()] * len(batch["input_ids"]))
+    first = [rng.randrange(count) if asked else -1 for asked in questions]
     device = batch["input_ids"].device
     batch["restarts"] = torch.tensor(first, device=device)
+    if "answers" not in batch:  # nothing is asked
+        return
     restarts = batch["restarts"][:, None]
     blocks = torch.arange(tokens, device=device) // settings.text_per_block
     since = (blocks - restarts) % count  # blocks since positions started again
