@@ -75,7 +75,7 @@ def test_pickled_by_path(tokenizer, tmp_path):
 
 
 def test_long_texts_are_cut(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PIECE", 40)
+    monkeypatch.setattr(module, "WHOLE", 40)
     monkeypatch.setattr("landmark.data.encoding.PIECE", 40)
     monkeypatch.setattr("landmark.data.encoding.OVERLAP", 32)
     text = "The river was long and dark.\n" * 20 + "And then"

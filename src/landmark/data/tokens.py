@@ -20,13 +20,14 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from landmark.data import outputs
-from landmark.data.encoding import PIECE, Progress, TextEncoder
+from landmark.data.encoding import Progress, TextEncoder
 from landmark.data.errors import names
 from landmark.data.text import Document, read_json
 from landmark.data.tokenizer import backend, fingerprint
 
 FORMAT = "landmark-tokens-1"
 BATCH = 32  # documents encoded at once
+WHOLE = 1 << 20  # characters of a document up to which it is one of them, not cut into pieces
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -207,10 +208,10 @@ def _encode(
     """Yields documents with their ids; short documents are encoded several at once."""
     encoder = TextEncoder(backend(tokenizer))
     while batch := list(itertools.islice(documents, BATCH)):
-        short = [document.text for document in batch if len(document.text) <= PIECE]
+        short = [document.text for document in batch if len(document.text) <= WHOLE]
         encoded = iter(encoder.core.encode_batch_fast(short, add_special_tokens=False))
         for document in batch:
-            if len(document.text) <= PIECE:
+            if len(document.text) <= WHOLE:
                 yield document, next(encoded).ids
             else:
                 yield document, encoder.encode(document.text, progress=progress).ids.tolist()
