@@ -231,6 +231,11 @@ CASES = [
         "contrast_heads: expected an integer from 1",
     ),
     (
+        "no tokens to contrast at",
+        setting(contrast_queries=0),
+        "contrast_queries: expected an integer from 1",
+    ),
+    (
         "adapters on some layers",
         setting(lora_layers="mlp"),
         "lora_layers: expected one of attention, all, got 'mlp'",

@@ -13,7 +13,7 @@ from landmark.data.tokenizer import load_tokenizer
 from landmark.hf.attention import FullPass
 from landmark.hf.gate_loss import CONTRAST_TOKENS
 from landmark.train import trainer
-from landmark.train.gate import evidence_queries, forced_blocks
+from landmark.train.gate import evidence_queries, forced_blocks, gate_losses
 from landmark.train.loss import divergence
 from landmark.train.prepare import prepare_rows
 from landmark.train.run import train
@@ -94,6 +94,19 @@ def test_queries_are_those_that_predict_an_answer(books, scratch, tmp_path):
     assert sorted([query.row, query.token] for query in found) == expected.tolist()
     more = evidence_queries(batch["questions"], before=3)
     assert len(more) == len(found) + 3 * sum(len(row.questions) for row in rows)
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_a_contrast_is_taken_at_as_many_tokens_as_the_recipe_says(
+    books, scratch, tmp_path, queries
+):
+    tokenizer = load_tokenizer(scratch[0])
+    prepared = prepare_rows(str(books), tmp_path, toy_recipe(), tokenizer, block_size=16)
+    asking = [group[0] for group in prepared.train if group[0].questions][:3]
+    batch = stack([(row,) for row in asking], answers=True)
+    retrieval = RetrievalSettings(contrast=1.0, contrast_queries=queries)
+    found = gate_losses(batch, retrieval, LandmarkConfig(block_size=16), draw="0")
+    assert len(found.contrast.queries) == 3 * queries
 
 
 def test_forced_evidence_falls_to_none(books, scratch, tmp_path):

@@ -23,7 +23,6 @@ from landmark.hf.recall import EvidenceQuery, blocks_of
 from landmark.rotary import Rotary
 from landmark.train.settings import RetrievalSettings
 
-CONTRAST_QUERIES = 8  # of each row of a batch, on average
 MASS_QUERIES = 32  # of each row of a batch
 FORCED_BLOCKS = 4  # of a question at most
 
@@ -97,7 +96,7 @@ def gate_losses(
     """
     losses = GateLosses(retrieval)
     if retrieval.contrast and "questions" in batch:
-        count = CONTRAST_QUERIES * len(batch["questions"])
+        count = retrieval.contrast_queries * len(batch["questions"])
         wanted = evidence_queries(batch["questions"], before=CONTRAST_TOKENS)
         queries = contrast_queries(wanted, settings, count, batch["input_ids"].device)
         finished = batch["input_ids"].shape[1] // settings.text_per_block

@@ -128,6 +128,7 @@ class RetrievalSettings:
         contrast: weight of the contrast of the evidence's landmarks with all others, at the tokens
             before and in answers (``landmark.hf.gate_loss.GateContrast``); 0 for none.
         contrast_heads: so many heads of all layers, those that do best, are trained by it.
+        contrast_queries: tokens of a row at which it is taken, on average over a batch.
         block_mass: weight of fitting the gate to the mass that dense attention gives each block
             (``landmark.hf.gate_loss.GateBlockMass``), in rows that hold one text; 0 for none.
     """
@@ -137,6 +138,7 @@ class RetrievalSettings:
     forced_until: float = 0.5
     contrast: float = 0.0
     contrast_heads: int = 32
+    contrast_queries: int = 8
     block_mass: float = 0.0
 
 
