@@ -14,13 +14,11 @@ from landmark.eval import results
 from landmark.eval.fillers import load_filler
 from landmark.eval.questions import (
     QuestionsTask,
-    Score,
     haystacks,
     is_in_other_words,
-    normalised,
     run,
-    score,
 )
+from landmark.eval.scoring import Score, normalised, score
 from landmark.eval.variants import Variant, load_variants
 from landmark.eval.yardsticks import EvidenceBlocks
 from tiny import talking_tokenizer, tiny_landmark, tiny_llama
@@ -186,6 +184,40 @@ def test_questions_about_one_text_do_not_see_each_other(sets, talking):
         answers.append(found)
     assert answers[0] == answers[1] and len(answers[0]) == 14
     assert len(read) == 2
+
+
+@pytest.mark.parametrize("kind", ["talking", "plain"])
+def test_several_questions_at_once_are_answered_as_one_by_one(sets, request, monkeypatch, kind):
+    """With the blocks that each retrieves, found or forced; a text of its own length each."""
+    variant = request.getfixturevalue(kind)
+    task = QuestionsTask(
+        lengths=(900,),
+        contexts=("nothing", "haystack"),
+        granularity=("token_head", "evidence") if kind == "talking" else None,
+        read="retrieve",
+        max_new_tokens=4,
+    )
+    heard: list[str] = []
+    stock = task_module.score
+    monkeypatch.setattr(
+        task_module, "score", lambda said, right: heard.append(said) or stock(said, right)
+    )
+    calls = []
+    generate = variant.model.generate
+
+    def counting(ids, **settings):
+        calls.append(len(ids))
+        return generate(ids, **settings)
+
+    monkeypatch.setattr(variant.model, "generate", counting)
+    found = []
+    for tokens in (1, 1 << 20):
+        monkeypatch.setitem(task_module._ASKED_TOKENS, "cpu", tokens)
+        rows = run([variant], sets, task, lambda row: None, data="x")
+        found.append(([(row.right, row.f1, row.queries, row.layers) for row in rows], heard[:]))
+        heard.clear()
+    assert found[0] == found[1]
+    assert calls.count(1) == 14 * len(rows) and calls[-1] == 14
 
 
 def test_rows(sets, talking, plain, tmp_path):

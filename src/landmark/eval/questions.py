@@ -11,8 +11,6 @@ import copy
 import dataclasses
 import random
 import re
-import string
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,6 +27,7 @@ from landmark.eval.fillers import Filler, load_filler
 from landmark.eval.measure import measured
 from landmark.eval.passkey import settings_of
 from landmark.eval.results import QuestionsRow
+from landmark.eval.scoring import Score, score
 from landmark.eval.variants import Variant
 from landmark.eval.yardsticks import EvidenceBlocks, evidence, register
 from landmark.hf.compat import CACHE
@@ -37,6 +36,7 @@ from landmark.texts.reading import READS, read_into_memory
 
 CONTEXTS = ("evidence", "nothing", "bm25", "haystack")
 FILLER_PIECE = 128  # tokens of filler between two documents
+_ASKED_TOKENS = {"cuda": 1 << 18}  # of rows, each a question behind its text, answered at once
 SHARED_WORDS = 1 / 3  # of a question's words, at most, in the evidence's sentence: "other words"
 # Those of Lucene, which BM25 leaves out, and the words that questions are asked with.
 STOP_WORDS = """
@@ -44,7 +44,6 @@ a an and are as at be but by for if in into is it no not of on or such that the 
 these they this to was will with what which who whom whose when where why how did does do many much
 """
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,18 @@ class AskedText(NamedTuple):
     ids: list[int]
     questions: list[DocumentQuestion]
     evidence: list[tuple[range, ...]]
+
+
+class _Asked(NamedTuple):
+    """A question about a text that was read.
+
+    Attributes:
+        ids: the tokens behind the text, up to where the answer begins.
+        evidence: tokens of the row that answer it.
+    """
+
+    ids: list[int]
+    evidence: tuple[range, ...]
 
 
 @dataclass
@@ -439,39 +450,90 @@ def _answers(
     recall: EvidenceRecall | None,
     progress: Progress | None,
 ) -> Iterator[str]:
-    """Yields the answer to each question about a text, which is read once."""
+    """Yields the answer to each question about a text, which is read once.
+
+    Several are written at once, as many as fit.
+    """
+    frames = [
+        prompt_frame(variant.tokenizer, question.question, has_texts=bool(text.ids))
+        for question in text.questions
+    ]
+    prefix = [*frames[0].before, *text.ids]
+    memory: Any = None
+    if prefix:
+        memory = _read(variant, prefix, retrieve=task.read == "retrieve", progress=progress)
+    at_once = _ASKED_TOKENS.get(torch.device(variant.device).type, 1 << 15)
+    size = max(1, at_once // (len(prefix) + task.max_new_tokens))
+    for start in range(0, len(frames), size):
+        if progress is not None and start:
+            progress("questions asked", start, len(frames))
+        asked = []
+        for frame, spans in zip(
+            frames[start : start + size], text.evidence[start : start + size], strict=True
+        ):
+            shift = len(frame.before)
+            moved = tuple(range(shift + span.start, shift + span.stop) for span in spans)
+            asked.append(_Asked(frame.after, moved))
+        yield from _answers_at_once(variant, prefix, memory, asked, task, recall)
+
+
+def _answers_at_once(
+    variant: Variant,
+    prefix: list[int],
+    memory: Any,
+    asked: Sequence[_Asked],
+    task: QuestionsTask,
+    recall: EvidenceRecall | None,
+) -> list[str]:
+    """Returns the answers to questions about one text, each of which is a row of one batch.
+
+    Padding stands between the text and the shorter questions.
+
+    Args:
+        variant: the model.
+        prefix: what stands before each question.
+        memory: a cache that has read it, ``None`` where it is empty.
+        asked: the questions.
+        task: what is asked.
+        recall: counts the blocks that are retrieved for the first token of each answer.
+    """
     tokenizer = variant.tokenizer
     ends = chat_ends(tokenizer, variant.model.generation_config.eos_token_id)
-    memory: Any = None
-    for question, spans in zip(text.questions, text.evidence, strict=True):
-        frame = prompt_frame(tokenizer, question.question, has_texts=bool(text.ids))
-        prefix = [*frame.before, *text.ids]
-        if memory is None and prefix:
-            memory = _read(variant, prefix, retrieve=task.read == "retrieve", progress=progress)
-        cache = None
-        if memory is not None:
-            cache = memory.fork() if variant.is_landmark else copy.deepcopy(memory)
-        ids = torch.tensor([[*prefix, *frame.after]], device=variant.device)
-        if cache is not None and recall is not None:
-            cache.record = True
-        shift = len(frame.before)
-        moved = tuple(range(shift + span.start, shift + span.stop) for span in spans)
-        query = EvidenceQuery(0, ids.shape[1] - 1, moved)
-        named = blocks_of(query, variant.model.landmark.block_size) if variant.is_landmark else ()
-        with evidence(named):
-            written = variant.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                **{CACHE: cache},
-                max_new_tokens=task.max_new_tokens,
-                do_sample=False,
-                eos_token_id=ends,
-                pad_token_id=ends[0],
-            )
-        if cache is not None and recall is not None and spans:
-            recall.add(cache.retrievals, [query])
-        answer: str = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-        yield answer
+    width = len(prefix) + max(len(question.ids) for question in asked)
+    ids = torch.full((len(asked), width), ends[0])
+    mask = torch.zeros_like(ids)
+    ids[:, : len(prefix)] = torch.tensor(prefix, dtype=ids.dtype)
+    mask[:, : len(prefix)] = 1
+    for row, question in enumerate(asked):
+        ids[row, width - len(question.ids) :] = torch.tensor(question.ids)
+        mask[row, width - len(question.ids) :] = 1
+    cache = None
+    if memory is not None:
+        cache = memory.fork() if variant.is_landmark else copy.deepcopy(memory)
+        if len(asked) > 1:
+            cache.batch_repeat_interleave(len(asked))
+    if cache is not None and recall is not None:
+        cache.record = True
+    queries = [
+        EvidenceQuery(row, len(prefix) + len(question.ids) - 1, question.evidence)
+        for row, question in enumerate(asked)
+    ]
+    named: list[list[int]] = [[] for _ in queries]
+    if variant.is_landmark:
+        named = [blocks_of(query, variant.model.landmark.block_size) for query in queries]
+    with evidence(named):
+        written = variant.model.generate(
+            ids.to(variant.device),
+            attention_mask=mask.to(variant.device),
+            **{CACHE: cache},
+            max_new_tokens=task.max_new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+        )
+    if cache is not None and recall is not None:
+        recall.add(cache.retrievals, [query for query in queries if query.evidence])
+    return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in written]
 
 
 def _read(
@@ -502,42 +564,3 @@ def is_in_other_words(question: DocumentQuestion, documents: Sequence[str]) -> b
         last = min((end for end in ends if end >= span.end), default=len(text))
         said.update(re.findall(r"\w+", text[begin:last].lower()))
     return len(wanted & said) <= SHARED_WORDS * len(wanted)
-
-
-class Score(NamedTuple):
-    """How right one answer is: a right answer in it, nothing else, and the overlap of words."""
-
-    contains: bool
-    exact: bool
-    f1: float
-
-
-def score(answer: str, right: Sequence[str]) -> Score:
-    """Compares an answer with right ones; the best counts.
-
-    Words are compared as SQuAD's evaluation does: in lower case, without punctuation and articles.
-
-    Args:
-        answer: what was written.
-        right: right answers.
-    """
-    said = normalised(answer)
-    wanted = [words for words in map(normalised, right) if words]
-    return Score(
-        contains=any(f" {' '.join(words)} " in f" {' '.join(said)} " for words in wanted),
-        exact=any(words == said for words in wanted),
-        f1=max((_f1(said, words) for words in wanted), default=0.0),
-    )
-
-
-def normalised(text: str) -> list[str]:
-    """Returns the words of an answer that are compared."""
-    bare = "".join(character for character in text.lower() if character not in string.punctuation)
-    return ARTICLES.sub(" ", bare).split()
-
-
-def _f1(said: Sequence[str], wanted: Sequence[str]) -> float:
-    same = sum((Counter(said) & Counter(wanted)).values())
-    if same == 0:
-        return 0.0
-    return 2 * same / (len(said) + len(wanted))

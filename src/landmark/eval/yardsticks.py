@@ -6,7 +6,7 @@ Each is a value of ``LandmarkConfig.granularity`` once ``register`` was called, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar
@@ -112,23 +112,32 @@ class EvidenceBlocks(Yardstick):
     """The blocks that ``evidence`` names, and the best landmarks beside them: reading alone."""
 
     name: ClassVar[str] = "evidence"
-    blocks: ClassVar[tuple[int, ...]] = ()
+    blocks: ClassVar[tuple[tuple[int, ...], ...]] = ()  # of each row; none where a text is read
 
     def merits(
         self, query: Tensor, grid: QueryGrid, landmarks: LandmarkKeys, context: LayerContext
     ) -> Tensor:
         """See ``Yardstick.merits``."""
         scores = landmark_scores(query, grid, landmarks, context)
-        named = torch.tensor(self.blocks, device=scores.device, dtype=torch.long)
-        is_named = torch.isin(landmarks.blocks[0], named)
-        return scores.masked_fill(is_named, torch.finfo(scores.dtype).max)
+        blocks = landmarks.blocks[0]
+        is_named = [
+            torch.isin(blocks, torch.tensor(named, device=blocks.device, dtype=blocks.dtype))
+            for named in self.blocks or ((),)
+        ]
+        # (B, 1, 1, 1, 1, P), of one row where none is named
+        here = torch.stack(is_named)[:, None, None, None, None]
+        return scores.masked_fill(here, torch.finfo(scores.dtype).max)
 
 
 @contextmanager
-def evidence(blocks: Iterable[int]) -> Iterator[None]:
-    """Says which blocks granularity ``evidence`` selects in calls inside the ``with`` block."""
+def evidence(blocks: Sequence[Iterable[int]]) -> Iterator[None]:
+    """Says which blocks granularity ``evidence`` selects in calls inside the ``with`` block.
+
+    Args:
+        blocks: of each row of the batch.
+    """
     before = EvidenceBlocks.blocks
-    EvidenceBlocks.blocks = tuple(blocks)
+    EvidenceBlocks.blocks = tuple(map(tuple, blocks))
     try:
         yield
     finally:
