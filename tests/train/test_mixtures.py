@@ -15,6 +15,7 @@ from landmark.data.tokenizer import load_tokenizer
 from landmark.train.loss import token_losses
 from landmark.train.prepare import prepare_rows
 from landmark.train.run import train
+from landmark.train.trainer import LandmarkTrainer
 from small_text import sentences
 
 
@@ -170,6 +171,26 @@ def test_a_mixture_is_trained_on_and_resumed(books, chats, questions, scratch, t
     last.rename(tmp_path / "elsewhere")
     again = train(str(books), tmp_path, resume=True, **options)
     assert again["losses"] == whole["losses"]
+
+
+def test_conversations_are_evaluated_as_they_are_trained(
+    books, chats, questions, scratch, tmp_path, monkeypatch
+):
+    """Their positions never start again; other rows are read with retrieval where theirs do."""
+    modes = set()
+    stock = LandmarkTrainer.prediction_step
+
+    def noting(self, model, inputs, *args, **kwargs):
+        found = stock(self, model, inputs, *args, **kwargs)
+        modes.add(("position_ids" in inputs, self._unwrapped.landmark.mode))
+        return found
+
+    monkeypatch.setattr(LandmarkTrainer, "prediction_step", noting)
+    mixture = [{"source": chats, "share": 0.4}, {"source": questions, "share": 0.4}]
+    recipe = toy_recipe(mixture=mixture, steps=1, position_span=112, position_gap=0, all_blocks=0.5)
+    train(str(books), tmp_path, recipe=recipe, tokenizer=str(scratch[0]), report=silent)
+    assert modes == {(True, "top_k"), (False, "retrieval")}
+    assert landmark.load(tmp_path).landmark.mode == "retrieval"
 
 
 @pytest.mark.parametrize("kind", ["chats", "questions"])

@@ -291,8 +291,11 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns the mean loss over text, and for each row the right and all answer tokens."""
         inputs = self._prepare_inputs(inputs)
-        retrieves = self.retrieval is not None and self._unwrapped.landmark.mode == "retrieval"
-        with torch.no_grad(), _reading() if retrieves else nullcontext():
+        mode = None
+        if self.retrieval is not None:
+            mode = self._evaluated_mode(is_packed="position_ids" in inputs)
+            self._set_mode(mode)
+        with torch.no_grad(), _reading() if mode == "retrieval" else nullcontext():
             logits = model(**texts_of(inputs)).logits
             loss = text_loss(token_losses(logits, inputs["labels"]), inputs["labels"])
             if "answers" not in inputs:
@@ -305,8 +308,6 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         start = time.perf_counter()
         # The stock Trainer calls this once for all data sets, and inside for each of them by name.
         is_outermost = not isinstance(kwargs.get("eval_dataset"), str)
-        if is_outermost and self.retrieval is not None:
-            self._set_mode(self._evaluated_mode())
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if is_outermost:
             self._log_recall()
@@ -316,9 +317,14 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
             self.evaluated = self.state.global_step
         return metrics
 
-    def _evaluated_mode(self) -> str:
-        """Returns the mode of evaluations; under FSDP no process has the weights to retrieve."""
-        if self._unwrapped.landmark.position_span is not None and not self.is_fsdp_enabled:
+    def _evaluated_mode(self, *, is_packed: bool) -> str:
+        """Returns the mode that a batch is evaluated in.
+
+        Where positions start again in training, rows are read with retrieval. Those of packed
+        conversations never do; and under FSDP no process has the weights to retrieve.
+        """
+        starts_again = self._unwrapped.landmark.position_span is not None and not is_packed
+        if starts_again and not self.is_fsdp_enabled:
             return "retrieval"
         all_blocks = self.retrieval is not None and self.retrieval.all_blocks == 1
         return "all" if all_blocks else "top_k"
