@@ -188,7 +188,7 @@ def test_questions_about_one_text_do_not_see_each_other(sets, talking):
 
 @pytest.mark.parametrize("kind", ["talking", "plain"])
 def test_several_questions_at_once_are_answered_as_one_by_one(sets, request, monkeypatch, kind):
-    """With the blocks that each retrieves, found or forced; a text of its own length each."""
+    """With the blocks that each retrieves, found or forced; questions of several lengths."""
     variant = request.getfixturevalue(kind)
     task = QuestionsTask(
         lengths=(900,),
@@ -212,7 +212,7 @@ def test_several_questions_at_once_are_answered_as_one_by_one(sets, request, mon
     monkeypatch.setattr(variant.model, "generate", counting)
     found = []
     for tokens in (1, 1 << 20):
-        monkeypatch.setitem(task_module._ASKED_TOKENS, "cpu", tokens)
+        monkeypatch.setattr(task_module, "CPU_BATCH_TOKENS", tokens)
         rows = run([variant], sets, task, lambda row: None, data="x")
         found.append(([(row.right, row.f1, row.queries, row.layers) for row in rows], heard[:]))
         heard.clear()

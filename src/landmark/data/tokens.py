@@ -27,7 +27,7 @@ from landmark.data.tokenizer import backend, fingerprint
 
 FORMAT = "landmark-tokens-1"
 BATCH = 32  # documents encoded at once
-WHOLE = 1 << 20  # characters of a document up to which it is one of them, not cut into pieces
+WHOLE = 1 << 20  # characters; a longer document is encoded alone, in pieces
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 

@@ -25,7 +25,8 @@ from landmark.eval.yardsticks import register
 from landmark.hf.recall import EvidenceQuery, EvidenceRecall
 from landmark.texts.reading import READS, read_into_memory
 
-_BATCH_TOKENS = {"cuda": 1 << 18}
+BATCH_TOKENS = 1 << 18  # of rows that a GPU computes at once
+CPU_BATCH_TOKENS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,16 @@ def _row(
     )
 
 
-def batch_size(variant: Variant, length: int) -> int:
-    """Returns how many documents of a length are read at once."""
-    return max(1, _BATCH_TOKENS.get(torch.device(variant.device).type, 1 << 13) // length)
+def batch_size(variant: Variant, length: int, cpu_tokens: int = CPU_BATCH_TOKENS) -> int:
+    """Returns how many rows of a length are computed at once.
+
+    Args:
+        variant: the model, for its device.
+        length: text tokens of a row.
+        cpu_tokens: of all rows, on a CPU.
+    """
+    on_gpu = torch.device(variant.device).type == "cuda"
+    return max(1, (BATCH_TOKENS if on_gpu else cpu_tokens) // length)
 
 
 def episode_of(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from landmark.data.asking import prompt_frame
+from landmark.data.asking import Frame, prompt_frame
 from landmark.data.chat import SEPARATOR, chat_ends
 from landmark.data.encoding import Progress
 from landmark.data.questions import DocumentQuestion, QuestionSet
@@ -25,7 +25,7 @@ from landmark.data.tokenizer import encode
 from landmark.eval.bm25 import Bm25
 from landmark.eval.fillers import Filler, load_filler
 from landmark.eval.measure import measured
-from landmark.eval.passkey import settings_of
+from landmark.eval.passkey import batch_size, settings_of
 from landmark.eval.results import QuestionsRow
 from landmark.eval.scoring import Score, score
 from landmark.eval.variants import Variant
@@ -36,7 +36,7 @@ from landmark.texts.reading import READS, read_into_memory
 
 CONTEXTS = ("evidence", "nothing", "bm25", "haystack")
 FILLER_PIECE = 128  # tokens of filler between two documents
-_ASKED_TOKENS = {"cuda": 1 << 18}  # of rows, each a question behind its text, answered at once
+CPU_BATCH_TOKENS = 1 << 15  # of rows whose answers a CPU writes at once: weights are read once
 SHARED_WORDS = 1 / 3  # of a question's words, at most, in the evidence's sentence: "other words"
 # Those of Lucene, which BM25 leaves out, and the words that questions are asked with.
 STOP_WORDS = """
@@ -115,18 +115,6 @@ class AskedText(NamedTuple):
     ids: list[int]
     questions: list[DocumentQuestion]
     evidence: list[tuple[range, ...]]
-
-
-class _Asked(NamedTuple):
-    """A question about a text that was read.
-
-    Attributes:
-        ids: the tokens behind the text, up to where the answer begins.
-        evidence: tokens of the row that answer it.
-    """
-
-    ids: list[int]
-    evidence: tuple[range, ...]
 
 
 @dataclass
@@ -454,34 +442,30 @@ def _answers(
 
     Several are written at once, as many as fit.
     """
-    frames = [
+    prompts = [
         prompt_frame(variant.tokenizer, question.question, has_texts=bool(text.ids))
         for question in text.questions
     ]
-    prefix = [*frames[0].before, *text.ids]
+    prefix = [*prompts[0].before, *text.ids]
     memory: Any = None
     if prefix:
         memory = _read(variant, prefix, retrieve=task.read == "retrieve", progress=progress)
-    at_once = _ASKED_TOKENS.get(torch.device(variant.device).type, 1 << 15)
-    size = max(1, at_once // (len(prefix) + task.max_new_tokens))
-    for start in range(0, len(frames), size):
+    size = batch_size(variant, len(prefix) + task.max_new_tokens, CPU_BATCH_TOKENS)
+    for start in range(0, len(prompts), size):
         if progress is not None and start:
-            progress("questions asked", start, len(frames))
-        asked = []
-        for frame, spans in zip(
-            frames[start : start + size], text.evidence[start : start + size], strict=True
-        ):
-            shift = len(frame.before)
-            moved = tuple(range(shift + span.start, shift + span.stop) for span in spans)
-            asked.append(_Asked(frame.after, moved))
-        yield from _answers_at_once(variant, prefix, memory, asked, task, recall)
+            progress("questions asked", start, len(prompts))
+        part = slice(start, start + size)
+        yield from _batch_answers(
+            variant, prefix, memory, prompts[part], text.evidence[part], task, recall
+        )
 
 
-def _answers_at_once(
+def _batch_answers(
     variant: Variant,
     prefix: list[int],
     memory: Any,
-    asked: Sequence[_Asked],
+    prompts: Sequence[Frame],
+    spans: Sequence[tuple[range, ...]],
     task: QuestionsTask,
     recall: EvidenceRecall | None,
 ) -> list[str]:
@@ -493,31 +477,33 @@ def _answers_at_once(
         variant: the model.
         prefix: what stands before each question.
         memory: a cache that has read it, ``None`` where it is empty.
-        asked: the questions.
+        prompts: the questions, behind the text.
+        spans: for each of them, tokens of the text that answer it.
         task: what is asked.
         recall: counts the blocks that are retrieved for the first token of each answer.
     """
     tokenizer = variant.tokenizer
     ends = chat_ends(tokenizer, variant.model.generation_config.eos_token_id)
-    width = len(prefix) + max(len(question.ids) for question in asked)
-    ids = torch.full((len(asked), width), ends[0])
+    width = len(prefix) + max(len(prompt.after) for prompt in prompts)
+    ids = torch.full((len(prompts), width), ends[0])
     mask = torch.zeros_like(ids)
     ids[:, : len(prefix)] = torch.tensor(prefix, dtype=ids.dtype)
     mask[:, : len(prefix)] = 1
-    for row, question in enumerate(asked):
-        ids[row, width - len(question.ids) :] = torch.tensor(question.ids)
-        mask[row, width - len(question.ids) :] = 1
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt.after) :] = torch.tensor(prompt.after)
+        mask[row, width - len(prompt.after) :] = 1
     cache = None
     if memory is not None:
         cache = memory.fork() if variant.is_landmark else copy.deepcopy(memory)
-        if len(asked) > 1:
-            cache.batch_repeat_interleave(len(asked))
+        if len(prompts) > 1:
+            cache.batch_repeat_interleave(len(prompts))
     if cache is not None and recall is not None:
         cache.record = True
-    queries = [
-        EvidenceQuery(row, len(prefix) + len(question.ids) - 1, question.evidence)
-        for row, question in enumerate(asked)
-    ]
+    queries = []
+    for row, (prompt, found) in enumerate(zip(prompts, spans, strict=True)):
+        shift = len(prompt.before)
+        moved = tuple(range(shift + span.start, shift + span.stop) for span in found)
+        queries.append(EvidenceQuery(row, len(prefix) + len(prompt.after) - 1, moved))
     named: list[list[int]] = [[] for _ in queries]
     if variant.is_landmark:
         named = [blocks_of(query, variant.model.landmark.block_size) for query in queries]
