@@ -35,6 +35,7 @@ FEW_WORDS_SHARE = 1 / 3  # of names that are made of few words
 INTRODUCTION_SHARE = 0.15  # of a sentence that announces the facts
 PLAIN_SHARE = 0.3  # of the plainest wording
 TRIES = 4  # draws of facts until they fit a row
+SPACES = (" ", "Ġ", "▁")  # tokens that are a space and nothing else
 SHORT_GAP = 64  # tokens; the filler behind the last segment is shorter in half of the rows
 BORDER_SHARE = 0.25  # of statements that are moved so that a block ends inside their code
 
@@ -74,7 +75,8 @@ class Row:
         input_ids: int64 ``(tokens,)``.
         labels: int64 ``(tokens,)``, the ids again, but -100 where no loss is taken: at the first
             token, which nothing predicts, and where a code is first mentioned.
-        answers: bool ``(tokens,)``, the tokens of codes that are asked for.
+        answers: bool ``(tokens,)``, the tokens of codes that are asked for, and of spaces before
+            them.
         questions: the questions whose answers these are.
         documents: int64 ``(tokens,)``, the document of each token where several are packed in the
             row and do not see each other; ``None`` for one.
@@ -171,6 +173,7 @@ class Episodes:
                 "lengthen the rows"
             )
         self.encoder = TextEncoder(tokenizer)
+        self.spaces = {tokenizer.token_to_id(space) for space in SPACES} - {None}
         self.ids = ids
         self.seed = seed
         self.block_tokens = block_tokens
@@ -387,9 +390,12 @@ class Episodes:
                 continue
             mentions = tuple(_moved(mention, begin) for mention in segment.mentions)
             if segment.asks:
-                answer += mentions[0]
-                tokens = range(begin, mentions[0].stop)
-                questions.append(RowQuestion(tokens, mentions[0], evidence[segment.fact]))
+                code = mentions[0]
+                # Asked, a model says the space before the code first, if that is a token.
+                first = code.start - 1 if ids[code.start - 1] in self.spaces else code.start
+                answer += range(first, code.stop)
+                tokens = range(begin, code.stop)
+                questions.append(RowQuestion(tokens, code, evidence[segment.fact]))
             else:
                 secret += mentions[0]
                 evidence[segment.fact] = mentions
