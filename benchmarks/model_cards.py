@@ -18,7 +18,8 @@ FOLDERS = {
 
 KINDS = {
     "landmark": (
-        "a language model of 12.2M parameters with landmark attention, trained at 512 positions"
+        "a language model of 12.2M parameters with landmark attention, trained on rows of up to "
+        "16,384 positions"
     ),
     "twin": (
         "the plain-attention twin of the bundled landmark model: the same recipe, rows and order, "
@@ -27,9 +28,9 @@ KINDS = {
 }
 
 COMMANDS = {
-    "landmark": "landmark train --data books --out out/landmark --config recipes/bundled.json",
-    "twin": "landmark train --data books --out out/twin --config recipes/bundled.json --plain "
-    "--tokenizer src/landmark/bundled/landmark",
+    name: f"landmark train --data books --out out/{name} --config recipes/bundled.json{plain} "
+    "--tokenizer src/landmark/bundled/landmark"
+    for name, plain in (("landmark", ""), ("twin", " --plain"))
 }
 
 LIMITS = """A small model trained on English books first published before 1919 and on \
@@ -70,9 +71,7 @@ def card(name: str) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in summary["versions"].items() if value)
     rows = [row for row in figures["rows"] if Path(row["model"]).name == name]
     held_out = summary["evaluations"][-1]
-    texts = "\n".join(
-        f"| {t['title']} | {t['tokens']:,} | `{t['sha256']}` |" for t in summary["texts"]
-    )
+    tokens = sum(text["tokens"] for text in summary["texts"])
     return f"""# {name}
 
 This is {KINDS[name]}. Apache-2.0.
@@ -102,9 +101,8 @@ and seed of every row. Books are the held-out ones.
 
 ## Texts
 
-| title | tokens | SHA-256 |
-|---|---|---|
-{texts}
+{len(summary["texts"])} books, {tokens:,} tokens together. Title, tokens and SHA-256 of each are in
+`training_summary.json`.
 """
 
 

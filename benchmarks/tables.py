@@ -263,7 +263,7 @@ def ten_million() -> str:
         [f"named codes, {row['named']['asked']} in one reading", f"{row['named']['right']} right"],
         [f"single pass key, {len(row['single'])} readings", f"{row['single_right']} right"],
     ]
-    return table([f"one {found['versions']['device']}, 128 GiB of host memory", ""], body)
+    return table([f"one {found['versions']['device']}", ""], body)
 
 
 def millions_on_disk() -> str:

@@ -33,8 +33,10 @@ def test_the_bundled_recipe_is_what_the_model_card_says():
         sum(weight.numel() for weight in marked.parameters())
         == weights + recipe.model["hidden_size"]
     )
-    assert tokens_for(recipe.data.length, marked.landmark.block_size) == 504
-    assert recipe.warmup == 200 and recipe.decay == 1920
+    first, *_, last = recipe.parts()
+    assert tokens_for(first.length, marked.landmark.block_size) == 504
+    assert last.length == recipe.model["max_position_embeddings"]
+    assert recipe.warmup == 200 and recipe.decay == 3200
 
 
 @pytest.mark.parametrize(
