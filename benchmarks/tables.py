@@ -340,8 +340,8 @@ def eviction() -> str:
 def against_full_attention() -> str:
     """Returns README's table of landmarks beside full attention."""
     body = [
-        _passkeys_beside_full(512, "trained length"),
-        _passkeys_beside_full(32_768, "64 times the trained length"),
+        _passkeys_beside_full(512, "the shortest rows of training"),
+        _passkeys_beside_full(32_768, "twice the longest rows of training"),
         _perplexity_beside_full(512),
         _perplexity_beside_full(4_096),
         _decoding_beside_full(),

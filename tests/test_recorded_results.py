@@ -21,8 +21,6 @@ import run_all  # noqa: E402
 sys.path.remove(str(ROOT / "benchmarks"))  # its ops.py is not tests/ops
 
 FILES = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-# Measured on a GPU before a result held the hash of its sources, and to be measured anew there.
-WITHOUT_A_HASH = {"millions"}
 
 
 def git(folder: Path, *words: str) -> str:
@@ -31,15 +29,7 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def result_files():
-    for path in FILES:
-        marks = ()
-        if path.stem in WITHOUT_A_HASH:
-            marks = pytest.mark.xfail(strict=True, reason="to be measured anew on a GPU")
-        yield pytest.param(path, marks=marks, id=path.stem)
-
-
-@pytest.mark.parametrize("path", list(result_files()))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_result_is_of_the_sources_of_its_commit(path):
     found = json.loads(path.read_text(encoding="utf-8"))["versions"]
     assert re.fullmatch("[0-9a-f]{40}", found["commit"])

@@ -479,7 +479,7 @@ def test_info(run):
     ]
     assert (
         "65 of 65 right at 1,048,576 tokens" in out
-        and "25.80 at 4,096 tokens" in out
+        and "20.54 at 4,096 tokens" in out
         and "README.md" in out
     )
 
