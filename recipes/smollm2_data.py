@@ -1,12 +1,14 @@
 """Makes the question sets and conversations that the landmark SmolLM2 is trained on.
 
-    python recipes/smollm2_data.py --fairytale FILE --boolq FILE --p3 FOLDER --out data
+    python recipes/smollm2_data.py --squad FILE --fairytale FILE --boolq FILE --p3 FOLDER --out data
     python recipes/smollm2_data.py --prompts 6000 --base SmolLM2-135M-Instruct --out data
     python recipes/smollm2_data.py --reversed squad.json data/fairytale.jsonl --out data
     python recipes/smollm2_data.py --ask-about hotpot.jsonl --base WRITER --out data
 
-SQuAD and HotpotQA are read by `landmark train` as they are. The others become rows that it reads:
+SQuAD and HotpotQA are read by `landmark train` as they are; of SQuAD the last articles are put apart
+for choices between models. The others become rows that it reads:
 
+    squad.json, squad-val.json  articles to train on, and the last ``ARTICLES_APART``
     fairytale.jsonl  paragraphs of a story, and the questions whose answer stands in one of them
     boolq.jsonl      a passage, and a question that is answered by yes or no
     reading.jsonl    prompts and completions of P3 that are about a text in the prompt
@@ -38,6 +40,7 @@ LONGEST_PROMPT = 6_000  # characters
 WRITTEN_TOKENS = 96
 BATCH = 256
 ASKED = 2  # questions about a document
+ARTICLES_APART = 4  # of SQuAD
 # A number, or a name that no sentence begins with.
 ANSWER = re.compile(
     r"\b\d[\d,.]*\d\b|(?<=[a-z,] )[A-Z][\w'-]+(?: (?:of |the |de |and )?[A-Z][\w'-]+)*"
@@ -51,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--squad", type=Path, help="articles with questions, SQuAD JSON")
     parser.add_argument("--fairytale", type=Path, help="stories with questions, JSON Lines")
     parser.add_argument("--boolq", type=Path, help="passages with questions, JSON Lines")
     parser.add_argument("--p3", type=Path, help="folder with a file for each template")
@@ -64,6 +68,11 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.squad:
+        for name, articles in squad(options.squad).items():
+            path = options.out / f"{name}.json"
+            path.write_text(json.dumps({"data": articles}), encoding="utf-8")
+            print(f"{path}: {len(articles):,} articles")
     made = {}
     if options.fairytale:
         made["fairytale"] = list(fairytale(options.fairytale))
@@ -81,6 +90,12 @@ def main() -> None:
         path = options.out / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         print(f"{path}: {len(rows):,} rows")
+
+
+def squad(path: Path) -> dict[str, list[Row]]:
+    """Returns the articles to train on, and those put apart."""
+    articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+    return {"squad": articles[:-ARTICLES_APART], "squad-val": articles[-ARTICLES_APART:]}
 
 
 def fairytale(path: Path) -> Iterator[Row]:

@@ -63,6 +63,21 @@ def test_question_sets(script, monkeypatch, tmp_path):
     assert yes.questions[0].evidence == ((0, 0, len("Fox\nIt is red.")),)
 
 
+def test_the_last_articles_are_put_apart(script, monkeypatch, tmp_path):
+    asked = {"question": "Where?", "answers": [{"text": "Here", "answer_start": 0}]}
+    articles = [
+        {"title": str(number), "paragraphs": [{"context": "Here.", "qas": [asked]}]}
+        for number in range(6)
+    ]
+    (tmp_path / "all.json").write_text(json.dumps({"data": articles}))
+    run(script, monkeypatch, "--squad", tmp_path / "all.json", "--out", tmp_path)
+    for name, numbers in (("squad", "01"), ("squad-val", "2345")):
+        path = tmp_path / f"{name}.json"
+        kept = json.loads(path.read_text())["data"]
+        assert [each["title"] for each in kept] == list(numbers)
+        assert len(list(read_question_sets(path))) == len(kept)
+
+
 def test_prompts_about_texts(script, monkeypatch, tmp_path):
     folder = tmp_path / "p3"
     folder.mkdir()
