@@ -39,6 +39,7 @@ READING = ("adversarial_qa", "duorc", "quoref", "ropes")
 LONGEST_PROMPT = 6_000  # characters
 WRITTEN_TOKENS = 96
 BATCH = 256
+END = "<|endoftext|>"  # of P3's completions; what ends an answer is the chat template's business
 ASKED = 2  # questions about a document
 ARTICLES_APART = 4  # of SQuAD
 # A number, or a name that no sentence begins with.
@@ -151,11 +152,12 @@ def boolq(path: Path) -> Iterator[Row]:
 def reading(folder: Path, seed: int) -> list[Row]:
     """Returns prompts about a text with their completions, in a random order."""
     rows = [
-        {"prompt": row["prompt"].strip(), "completion": row["completion"].strip()}
+        {"prompt": row["prompt"].strip(), "completion": completion}
         for path in sorted(folder.glob("*.jsonl"))
         if path.name.startswith(READING)
         for row in lines_of(path)
-        if len(row["prompt"]) <= LONGEST_PROMPT and row["completion"].strip()
+        if len(row["prompt"]) <= LONGEST_PROMPT
+        and (completion := row["completion"].strip().removesuffix(END).rstrip())
     ]
     random.Random(seed).shuffle(rows)
     return rows
