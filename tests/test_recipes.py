@@ -82,7 +82,12 @@ def test_prompts_about_texts(script, monkeypatch, tmp_path):
     folder = tmp_path / "p3"
     folder.mkdir()
     row = {"prompt": " Read this. ", "completion": " Yes <|endoftext|>"}
-    write(folder / "quoref_a.jsonl", row, {**row, "completion": " <|endoftext|>"}, {**row, "prompt": "a" * 9000})
+    write(
+        folder / "quoref_a.jsonl",
+        row,
+        {**row, "completion": " <|endoftext|>"},
+        {**row, "prompt": "a" * 9000},
+    )
     write(folder / "social_i_qa_b.jsonl", row)
     run(script, monkeypatch, "--p3", folder, "--out", tmp_path)
     (found,) = read_conversations(tmp_path / "reading.jsonl")
