@@ -11,13 +11,9 @@ from landmark.data.questions import first_questions, read_question_sets
 from landmark.data.tokenizer import encode
 from landmark.eval import questions as task_module
 from landmark.eval import results
+from landmark.eval.asked_texts import found_by_bm25, haystacks, is_in_other_words, units_of
 from landmark.eval.fillers import load_filler
-from landmark.eval.questions import (
-    QuestionsTask,
-    haystacks,
-    is_in_other_words,
-    run,
-)
+from landmark.eval.questions import QuestionsTask, run
 from landmark.eval.scoring import Score, normalised, score
 from landmark.eval.variants import Variant, load_variants
 from landmark.eval.yardsticks import EvidenceBlocks
@@ -87,7 +83,7 @@ def test_words_are_compared_without_articles_and_punctuation():
 @pytest.mark.parametrize("length", [150, 2000])
 def test_haystacks_hold_every_question_once(sets, talking, length):
     tokenizer = talking.tokenizer
-    units = [unit for each in sets for unit in task_module._units(each, tokenizer)]
+    units = [unit for each in sets for unit in units_of(each, tokenizer)]
     asked = [unit for unit in units if unit.questions]
     others = [d for unit in units if not unit.questions for d in unit.documents]
     filler = load_filler("paper", tokenizer)
@@ -162,7 +158,7 @@ def test_questions_about_one_text_do_not_see_each_other(sets, talking):
     for asked in (sets, sets[3:4] + sets[:3] + sets[4:]):
         found = {}
         task = QuestionsTask(lengths=(2000,), contexts=("haystack",), max_new_tokens=4)
-        units = [unit for each in sets for unit in task_module._units(each, talking.tokenizer)]
+        units = [unit for each in sets for unit in units_of(each, talking.tokenizer)]
         asked_units = [unit for unit in units if unit.questions]
         filler = load_filler("paper", talking.tokenizer)
         (text,) = haystacks(asked_units, [], filler, 2000, random.Random(0))
@@ -287,10 +283,10 @@ def test_evidence_is_forced_into_the_selection(sets, talking):
 
 def test_the_best_documents_by_bm25(sets, talking):
     tokenizer = talking.tokenizer
-    units = [unit for each in sets for unit in task_module._units(each, tokenizer)]
+    units = [unit for each in sets for unit in units_of(each, tokenizer)]
     asked = [unit for unit in units if unit.questions]
     others = [d for unit in units if not unit.questions for d in unit.documents]
-    texts = list(task_module._by_bm25(asked, others, tokenizer, 60))
+    texts = list(found_by_bm25(asked, others, tokenizer, 60))
     assert len(texts) == 14
     found = 0
     for text in texts:
