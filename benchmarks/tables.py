@@ -132,6 +132,23 @@ def facts_summary() -> str:
     return table(head, cells)
 
 
+def recall_summary() -> str:
+    """Returns how often each layer's best head retrieves the block with the answer."""
+    rows = results("bundled-recall")["rows"]
+    layers = [layer["layer"] for layer in rows[0]["layers"]]
+    return table(
+        ["named facts", "answers right", *(f"layer {layer}" for layer in layers)],
+        [
+            [
+                str(row["facts"]),
+                f"{row['correct']}/{row['asked']}",
+                *(f"{max(layer['heads']):.0%}" for layer in row["layers"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def perplexity_summary() -> str:
     """Returns perplexities inside the trained length, and the twin's beyond it."""
     rows = figures()
@@ -559,6 +576,7 @@ def table(head: list[str], body: list[list[Any]]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "passkey": passkey_summary,
     "facts": facts_summary,
+    "recall": recall_summary,
     "perplexity": perplexity_summary,
     "kernels": kernels,
     "reading": reading,
