@@ -518,7 +518,7 @@ def against_retrieval() -> str:
         ],
         [
             f"{named['asked']} named codes in one text of {millions['tokens']:,} tokens: right",
-            f"{named['right']}",
+            f"{named['right']} of {named['asked']}",
             "not measured",
             SCRIPT.format("millions"),
         ],

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from landmark.config import CHOICES
+from landmark.memory import policies
 from landmark.train.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,8 +84,19 @@ def hub_model(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture
+def policies_as_before():
+    """Takes the selectors that a page registers out of the registries again."""
+    selectors = dict(policies.SELECTORS)
+    names = list(CHOICES["granularity"])
+    yield
+    policies.SELECTORS.clear()
+    policies.SELECTORS.update(selectors)
+    CHOICES["granularity"][:] = names
+
+
 @pytest.mark.parametrize("page", with_python(PAGES), ids=name_of)
-def test_python_blocks_run(page, hub_model, tmp_path, monkeypatch, capsys):
+def test_python_blocks_run(page, hub_model, tmp_path, monkeypatch, capsys, policies_as_before):
     """The blocks of one page run in order, in one namespace, and print what a comment behind
     `print(...)` says.
     """

@@ -90,7 +90,9 @@ def test_queries_are_those_that_predict_an_answer(books, scratch, tmp_path):
     rows = [group[0] for group in prepared.train]
     batch = stack([(row,) for row in rows], answers=True)
     found = evidence_queries(batch["questions"])
-    expected = batch["answers"].nonzero() - torch.tensor([0, 1])
+    codes = batch["answers"] & (batch["input_ids"] != tokenizer.convert_tokens_to_ids("Ġ"))
+    assert codes.sum() < batch["answers"].sum(), "the space before a code needs no evidence"
+    expected = codes.nonzero() - torch.tensor([0, 1])
     assert sorted([query.row, query.token] for query in found) == expected.tolist()
     more = evidence_queries(batch["questions"], before=3)
     assert len(more) == len(found) + 3 * sum(len(row.questions) for row in rows)
