@@ -33,7 +33,7 @@ COMMANDS = {
     for name, plain in (("landmark", ""), ("twin", " --plain"))
 }
 
-LIMITS = """A small model trained on English books first published before 1919 and on \
+LIMITS = """A small model trained on English books of the public domain and on \
 synthetic retrieval episodes. It
 finds codes and repeats passages; it knows nothing, follows no instructions and repeats the \
 language and the views of
