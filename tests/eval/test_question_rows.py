@@ -150,9 +150,9 @@ def test_questions_about_one_text_do_not_see_each_other(sets, talking):
     read = []
     stock = task_module._read
 
-    def reading(variant, prefix, **more):
-        read.append(len(prefix))
-        return stock(variant, prefix, **more)
+    def reading(variant, prefixes, **more):
+        read.append(len(prefixes))
+        return stock(variant, prefixes, **more)
 
     answers = []
     for asked in (sets, sets[3:4] + sets[:3] + sets[4:]):
@@ -173,22 +173,23 @@ def test_questions_about_one_text_do_not_see_each_other(sets, talking):
             patch.setattr(task_module, "_read", reading)
             for question, answer in zip(
                 text.questions,
-                task_module._answers(talking, text, task, None, None),
+                task_module._answers(talking, [text], task, None, None),
                 strict=True,
             ):
                 found[question.question] = answer
         answers.append(found)
     assert answers[0] == answers[1] and len(answers[0]) == 14
-    assert len(read) == 2
+    assert read == [1, 1]
 
 
 @pytest.mark.parametrize("kind", ["talking", "plain"])
 def test_several_questions_at_once_are_answered_as_one_by_one(sets, request, monkeypatch, kind):
-    """With the blocks that each retrieves, found or forced; questions of several lengths."""
+    """About one text or one each, with the blocks found or forced; texts of several lengths."""
     variant = request.getfixturevalue(kind)
     task = QuestionsTask(
         lengths=(900,),
-        contexts=("nothing", "haystack"),
+        contexts=("nothing", "evidence", "bm25", "haystack"),
+        bm25_tokens=300,
         granularity=("token_head", "evidence") if kind == "talking" else None,
         read="retrieve",
         max_new_tokens=4,

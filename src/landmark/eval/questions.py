@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from landmark.data.asking import Frame, prompt_frame
 from landmark.data.chat import chat_ends
@@ -223,13 +224,16 @@ def _row(
     settings = variant.settings()
     recall = EvidenceRecall(variant.model.landmark) if variant.is_landmark else None
     scores: dict[int, Score] = {}
+    done = 0
     with measured(variant.device) as measure:
-        for number, text in enumerate(texts):
+        for some in _together(variant, texts, task):
             if progress is not None:
-                progress("texts asked", number, len(texts))
-            answers = _answers(variant, text, task, recall, progress)
-            for question, answer in zip(text.questions, answers, strict=True):
+                progress("texts asked", done, len(texts))
+            answers = _answers(variant, some, task, recall, progress)
+            asked = [question for text in some for question in text.questions]
+            for question, answer in zip(asked, answers, strict=True):
                 scores[numbers[id(question)]] = score(answer, (question.answer, *question.others))
+            done += len(some)
     layers = () if recall is None else recall.layers()
     return QuestionsRow(
         model=variant.name,
@@ -258,77 +262,102 @@ def _row(
     )
 
 
+def _together(
+    variant: Variant, texts: Sequence[AskedText], task: QuestionsTask
+) -> Iterator[list[AskedText]]:
+    """Yields the texts that are read at once: of those that ask one question, as many as fit."""
+    some: list[AskedText] = []
+    longest = 0
+    for text in texts:
+        length = max(longest, len(text.ids))
+        size = batch_size(variant, length + task.max_new_tokens, CPU_BATCH_TOKENS)
+        if some and (len(some) == size or len(text.questions) > 1 or len(some[0].questions) > 1):
+            yield some
+            some = []
+            length = len(text.ids)
+        some.append(text)
+        longest = length
+    if some:
+        yield some
+
+
 @torch.no_grad()
 def _answers(
     variant: Variant,
-    text: AskedText,
+    texts: Sequence[AskedText],
     task: QuestionsTask,
     recall: EvidenceRecall | None,
     progress: Progress | None,
 ) -> Iterator[str]:
-    """Yields the answer to each question about a text, which is read once.
+    """Yields the answer to each question about some texts: one with any questions, or one of each.
 
-    Several are written at once, as many as fit.
+    A text is read once. Several answers are written at once, as many as fit.
     """
+    spans = [found for text in texts for found in text.evidence]
     prompts = [
         prompt_frame(variant.tokenizer, question.question, has_texts=bool(text.ids))
+        for text in texts
         for question in text.questions
     ]
-    prefix = [*prompts[0].before, *text.ids]
+    prefixes = [[*prompts[0].before, *text.ids] for text in texts]
     memory: Any = None
-    if prefix:
-        memory = _read(variant, prefix, retrieve=task.read == "retrieve", progress=progress)
-    size = batch_size(variant, len(prefix) + task.max_new_tokens, CPU_BATCH_TOKENS)
+    if any(prefixes):
+        memory = _read(variant, prefixes, retrieve=task.read == "retrieve", progress=progress)
+    if len(texts) > 1:
+        yield from _batch_answers(variant, prefixes, memory, prompts, spans, task, recall)
+        return
+    size = batch_size(variant, len(prefixes[0]) + task.max_new_tokens, CPU_BATCH_TOKENS)
     for start in range(0, len(prompts), size):
         if progress is not None and start:
             progress("questions asked", start, len(prompts))
         part = slice(start, start + size)
+        rows = len(prompts[part])
+        cache = None
+        if memory is not None:
+            cache = memory.fork() if variant.is_landmark else copy.deepcopy(memory)
+            if rows > 1:
+                cache.batch_repeat_interleave(rows)
         yield from _batch_answers(
-            variant, prefix, memory, prompts[part], text.evidence[part], task, recall
+            variant, prefixes * rows, cache, prompts[part], spans[part], task, recall
         )
 
 
 def _batch_answers(
     variant: Variant,
-    prefix: list[int],
-    memory: Any,
+    prefixes: Sequence[Sequence[int]],
+    cache: Any,
     prompts: Sequence[Frame],
     spans: Sequence[tuple[range, ...]],
     task: QuestionsTask,
     recall: EvidenceRecall | None,
 ) -> list[str]:
-    """Returns the answers to questions about one text, each of which is a row of one batch.
+    """Returns the answers to questions, each of which is a row of one batch.
 
-    Padding stands between the text and the shorter questions.
+    Padding stands between the text and the question of a row.
 
     Args:
         variant: the model.
-        prefix: what stands before each question.
-        memory: a cache that has read it, ``None`` where it is empty.
-        prompts: the questions, behind the text.
-        spans: for each of them, tokens of the text that answer it.
+        prefixes: what stands before each question.
+        cache: has read it, ``None`` where it is empty.
+        prompts: the questions, behind the texts.
+        spans: for each of them, tokens of its text that answer it.
         task: what is asked.
         recall: counts the blocks that are retrieved for the first token of each answer.
     """
     tokenizer = variant.tokenizer
     ends = chat_ends(tokenizer, variant.model.generation_config.eos_token_id)
-    width = len(prefix) + max(len(prompt.after) for prompt in prompts)
-    ids = torch.full((len(prompts), width), ends[0])
-    mask = torch.zeros_like(ids)
-    ids[:, : len(prefix)] = torch.tensor(prefix, dtype=ids.dtype)
-    mask[:, : len(prefix)] = 1
+    read, read_mask = _padded(prefixes, ends[0])
+    longest = max(len(prompt.after) for prompt in prompts)
+    ids = torch.cat((read, torch.full((len(prompts), longest), ends[0])), dim=1)
+    mask = torch.cat((read_mask, torch.zeros((len(prompts), longest), dtype=torch.long)), dim=1)
+    width = ids.shape[1]
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt.after) :] = torch.tensor(prompt.after)
         mask[row, width - len(prompt.after) :] = 1
-    cache = None
-    if memory is not None:
-        cache = memory.fork() if variant.is_landmark else copy.deepcopy(memory)
-        if len(prompts) > 1:
-            cache.batch_repeat_interleave(len(prompts))
     if cache is not None and recall is not None:
         cache.record = True
     queries = []
-    for row, (prompt, found) in enumerate(zip(prompts, spans, strict=True)):
+    for row, (prefix, prompt, found) in enumerate(zip(prefixes, prompts, spans, strict=True)):
         shift = len(prompt.before)
         moved = tuple(range(shift + span.start, shift + span.stop) for span in found)
         queries.append(EvidenceQuery(row, len(prefix) + len(prompt.after) - 1, moved))
@@ -351,10 +380,27 @@ def _batch_answers(
 
 
 def _read(
-    variant: Variant, prefix: Sequence[int], *, retrieve: bool, progress: Progress | None
+    variant: Variant,
+    prefixes: Sequence[Sequence[int]],
+    *,
+    retrieve: bool,
+    progress: Progress | None,
 ) -> Any:
-    """Returns a cache that has read some tokens."""
-    ids = torch.tensor([list(prefix)], device=variant.device)
+    """Returns a cache that has read some tokens in each row."""
+    ids, mask = (each.to(variant.device) for each in _padded(prefixes, 0))
+    if variant.is_landmark and len(prefixes) > 1:
+        return variant.model.read(ids, mask, retrieve=retrieve)
     if variant.is_landmark:
         return read_into_memory(variant, ids, retrieve=retrieve, progress=progress)
-    return variant.model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    return variant.model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Returns ids and mask ``(B, T)`` of rows, with padding behind the shorter ones."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row, dtype=ids.dtype)
+        mask[number, : len(row)] = 1
+    return ids, mask
