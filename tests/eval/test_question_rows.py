@@ -182,9 +182,13 @@ def test_questions_about_one_text_do_not_see_each_other(sets, talking):
     assert read == [1, 1]
 
 
-@pytest.mark.parametrize("kind", ["talking", "plain"])
-def test_several_questions_at_once_are_answered_as_one_by_one(sets, request, monkeypatch, kind):
-    """About one text or one each, with the blocks found or forced; texts of several lengths."""
+@pytest.mark.parametrize(
+    ("kind", "heads"), [("talking", None), ("talking", ((1, 0), (1, 2))), ("plain", None)]
+)
+def test_several_questions_at_once_are_answered_as_one_by_one(
+    sets, request, monkeypatch, kind, heads
+):
+    """About one text or one each, with the blocks found, forced or voted for."""
     variant = request.getfixturevalue(kind)
     task = QuestionsTask(
         lengths=(900,),
@@ -210,7 +214,8 @@ def test_several_questions_at_once_are_answered_as_one_by_one(sets, request, mon
     found = []
     for tokens in (1, 1 << 20):
         monkeypatch.setattr(task_module, "CPU_BATCH_TOKENS", tokens)
-        rows = run([variant], sets, task, lambda row: None, data="x")
+        with variant.configured(**({"retrieval_heads": heads} if heads else {})):
+            rows = run([variant], sets, task, lambda row: None, data="x")
         found.append(([(row.right, row.f1, row.queries, row.layers) for row in rows], heard[:]))
         heard.clear()
     assert found[0] == found[1]

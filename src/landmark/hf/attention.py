@@ -163,6 +163,7 @@ class CachedPass(ForwardContext):
         layer = _layer_index(module)
         memory = self.cache.memory(layer, self.tables[self.layer_types[layer]])
         dtype = memory.store.dtype or self.dtype
+        pinned = None if self.cache.pinned is None else self.cache.pinned.to(query.device)
         with without_autocast(query.device):
             output, retrieval = memory.attend(
                 query.to(dtype),
@@ -173,6 +174,7 @@ class CachedPass(ForwardContext):
                 retrieve=self.retrieve,
                 record=self.cache.record,
                 prepared=self.prepared,
+                pinned=pinned,
             )
         if retrieval is not None:
             self.cache.retrievals.append(retrieval)
@@ -186,7 +188,9 @@ class CachedPass(ForwardContext):
         Calls with equal keys launch the same kernels on the same addresses. The key is ``None``
         where the call cannot be captured.
         """
-        if self.cache.record or self.cache.observer is not None or not self.retrieve:
+        cache = self.cache
+        is_watched = cache.record or cache.observer is not None
+        if is_watched or cache.pinned is not None or not self.retrieve:
             return None
         key: list[Any] = [self.geometry.grid.local.shape]
         for memory in self.cache.memories:

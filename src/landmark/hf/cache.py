@@ -31,7 +31,7 @@ from landmark.memory.archive.log import Archive, Damaged
 from landmark.memory.cropping import check_crop
 from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory
-from landmark.memory.policies import check_index
+from landmark.memory.policies import SELECTORS, check_index
 from landmark.memory.retrieval import Retrieval
 from landmark.memory.rotary_tables import RotaryTables
 from landmark.memory.storage.tiers import TIERS, OffloadConfig, TransferStats
@@ -64,6 +64,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         offload_config: tier and budgets, over all layers.
         record: whether to keep what each layer retrieves in ``retrievals``.
         retrievals: what was retrieved while ``record`` was set, oldest first.
+        pinned: as ``pin`` was told, ``None`` where queries select for themselves.
         observer: called after each layer has attended, as ``Observer`` says, or ``None``. A fork
             has the same one.
         saved: the folder that the cache was opened from or saved to, ``None`` without one.
@@ -93,6 +94,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.memories: list[LayerMemory | None] = [None] * config.num_hidden_layers
         self.offload_config = OffloadConfig(tier, **budgets)
         self.record = False
+        self.pinned: Tensor | None = None
         self.observer: Observer | None = None
         self.retrievals: list[Retrieval] = []
         self.saved: Saved | None = None
@@ -260,6 +262,42 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         columns = self._columns.all()
         self._go_back(columns.mask[:, :keep], columns.ids[:, :keep])
 
+    def pin(self, blocks: Tensor | None) -> None:
+        """Says which blocks all queries retrieve from now on, in every layer and head.
+
+        Nothing is selected then. A query that has a block among its local ones reads it there. An
+        archive does not hold what is pinned.
+
+        Args:
+            blocks: ``(B, K)`` blocks with ``K`` of at most ``top_k``, counted from the first of a
+                row; -1 for none. ``None`` for own selections again.
+
+        Raises:
+            ValueError: another shape, a block twice in a row, or a granularity that keeps a state;
+                nothing is changed.
+        """
+        if blocks is None:
+            self.pinned = None
+            return
+        top_k = self.settings.top_k
+        if SELECTORS[self.settings.granularity].keeps_state:
+            raise ValueError(
+                f"expected a granularity without a state, got {self.settings.granularity!r}; use "
+                "token_head"
+            )
+        shape = tuple(blocks.shape)
+        if blocks.ndim != 2 or shape[0] != self._rows or shape[1] > top_k:
+            raise ValueError(
+                f"expected blocks of shape ({self._rows}, K) with K of at most top_k={top_k}, got "
+                f"{shape}; pin fewer, or for each row"
+            )
+        pinned = torch.full((len(blocks), top_k), -1)
+        pinned[:, : blocks.shape[1]] = blocks.cpu()
+        ordered = pinned.sort(dim=1).values
+        if bool(((ordered.diff(dim=1) == 0) & (ordered[:, 1:] >= 0)).any()):
+            raise ValueError(f"expected each block once in a row, got {blocks.tolist()}; drop one")
+        self.pinned = pinned
+
     def hide(self, attention_mask: Tensor) -> None:
         """Removes the last tokens of each row that a mask leaves out.
 
@@ -314,6 +352,7 @@ class LandmarkCache(Cache):  # type: ignore[misc]
         self.retrievals = []
         self.saved = None
         self.rewound = False
+        self.pinned = None
 
     def fork(self) -> LandmarkCache:
         """Returns an independent copy, as ``copy.copy`` and ``copy.deepcopy`` do."""
@@ -361,6 +400,8 @@ class LandmarkCache(Cache):  # type: ignore[misc]
             columns = self._columns.all()
             self._columns.replace(columns.mask[rows], columns.ids[rows])
         self._rows = len(rows)
+        if self.pinned is not None:
+            self.pinned = self.pinned[rows]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows (a boolean mask or indices); raises as ``reorder_cache``."""

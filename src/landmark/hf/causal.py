@@ -20,6 +20,7 @@ from landmark.hf.cache import LandmarkCache
 from landmark.hf.compat import CACHE, cache_by_installed_name, check_assisted, columns_of_step
 from landmark.hf.decode_graph import capture_scope
 from landmark.hf.model import require_landmark_cache
+from landmark.hf.retrieval_heads import pin_by_heads
 from landmark.hf.stub import PackagedMixin
 
 # Stock code passes these from step to step; landmark models find positions by mask and cache.
@@ -132,7 +133,12 @@ class LandmarkCausalLMMixin(PackagedMixin):
         alone are taken together with an ``attention_mask`` over all columns, those read before
         included. The rows of a cache are repeated for beams and for several answers.
 
-        On an NVIDIA GPU, decode steps of one token are captured in a CUDA graph and replayed.
+        Where ``retrieval_heads`` are set, a prompt of at most ``chunk_tokens`` behind a cache that
+        has read something is run twice: first to choose the blocks, which are pinned until this
+        returns. Blocks that the caller has pinned stay.
+
+        On an NVIDIA GPU, decode steps of one token are captured in a CUDA graph and replayed, but
+        not while blocks are pinned.
 
         Raises:
             ValueError: ids that do not begin with what the cache has read, or as ``forward``.
@@ -145,6 +151,8 @@ class LandmarkCausalLMMixin(PackagedMixin):
                 stack.enter_context(capture_scope())
                 if isinstance(cache, LandmarkCache):
                     stack.enter_context(cache.unchanged_on_failure())
+                    if cache.pinned is None:
+                        stack.callback(cache.pin, None)
                 return super().generate(*args, **kwargs)
         finally:
             _prompt.reset(token)
@@ -189,11 +197,25 @@ class LandmarkCausalLMMixin(PackagedMixin):
                 # After a prompt of embeddings, the text is the generated ids alone.
                 count = columns_of_step(kwargs)
             new = text[:, -count:]
+            if is_first_iteration:
+                self._pin(cache, new, attention_mask)
         return {
             **rest,
             name: new.clone(memory_format=torch.contiguous_format),
             "attention_mask": attention_mask,
         }
+
+    def _pin(self, cache: LandmarkCache, prompt: Tensor, attention_mask: Tensor | None) -> None:
+        """Has the retrieval heads choose the blocks for a prompt, where there are any to choose."""
+        settings = self.landmark
+        heads = settings.retrieval_heads
+        if heads is None or cache.pinned is not None or not cache.is_initialized:
+            return
+        if settings.mode != "retrieval" or settings.granularity != "token_head":
+            return
+        if prompt.shape[1] <= settings.chunk_tokens:
+            mask = None if attention_mask is None else attention_mask[:, -prompt.shape[1] :]
+            pin_by_heads(self, cache, prompt, mask, heads=heads)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -301,10 +323,15 @@ def _prompt_columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PromptColu
 
 
 def check_layers(settings: LandmarkConfig, layers: int) -> None:
-    """Raises ``ValueError`` where ``settings.layers`` names a layer that does not exist."""
-    beyond = [layer for layer in settings.layers or () if layer >= layers]
-    if beyond:
-        raise ValueError(f"layers: expected indices below {layers}, got {beyond}")
+    """Raises ``ValueError`` where settings name a layer that does not exist."""
+    named = {
+        "layers": settings.layers or (),
+        "retrieval_heads": [layer for layer, _ in settings.retrieval_heads or ()],
+    }
+    for name, indices in named.items():
+        beyond = [layer for layer in indices if layer >= layers]
+        if beyond:
+            raise ValueError(f"{name}: expected layers below {layers}, got {beyond}")
 
 
 def warn_beyond_trained(settings: LandmarkConfig) -> None:

@@ -104,6 +104,7 @@ class LayerMemory:
         retrieve: bool,
         record: bool,
         prepared: bool = False,
+        pinned: Tensor | None = None,
     ) -> ReadResult:
         """Appends the keys and values of a call, then attends.
 
@@ -116,6 +117,8 @@ class LayerMemory:
             retrieve: whether to retrieve; otherwise the local blocks and block 0 are read.
             record: whether to return what was retrieved.
             prepared: whether ``prepare`` was called.
+            pinned: ``(B, top_k)`` blocks that every query retrieves in place of its own selection,
+                -1 for none; ``None`` for own selections.
 
         Returns:
             the output ``(B, T, H, D)``, and what was retrieved where asked for.
@@ -124,7 +127,8 @@ class LayerMemory:
         query = torch.unflatten(query, 1, (key.shape[1], -1))
         retrieve = retrieve and self.retrieves and geometry.candidates > 0
         fused = runs_fused(query, self.config)
-        if fused and retrieve and self.reader.takes_few(query, geometry, context):
+        takes_few = pinned is None and self.reader.takes_few(query, geometry, context)
+        if fused and retrieve and takes_few:
             return self._decode(
                 query, key, value, geometry, context, record=record, prepared=prepared
             )
@@ -139,6 +143,7 @@ class LayerMemory:
             retrieve=retrieve,
             fused=fused,
             record=record,
+            pinned=pinned,
         )
 
     def archive_tensors(self, blocks: int, slots: int) -> dict[str, Tensor]:

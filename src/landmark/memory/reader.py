@@ -25,6 +25,7 @@ from landmark.memory.retrieval import (
     Selection,
     Selector,
     TokenHeadSelector,
+    select_pinned,
 )
 
 
@@ -74,6 +75,7 @@ class MemoryReader:
         retrieve: bool,
         fused: bool,
         record: bool,
+        pinned: Tensor | None = None,
     ) -> ReadResult:
         """Attends; the keys of the call were appended.
 
@@ -84,6 +86,7 @@ class MemoryReader:
             retrieve: whether to retrieve; otherwise the local blocks and block 0 are read.
             fused: whether the Triton kernels run.
             record: whether to return what was retrieved.
+            pinned: as for ``LayerMemory.attend``.
         """
         query = to_grid(query, geometry.grid)
         if self.selector.keeps_state:
@@ -101,7 +104,9 @@ class MemoryReader:
                 part = query[:, :, :, begin:end]
             shared = _shared_blocks(grid, context, with_sink=reads_sink)
             selection = None
-            if retrieve:
+            if retrieve and pinned is not None:
+                selection = select_pinned(pinned, grid, context.config)
+            elif retrieve:
                 selection = self._select(
                     part, grid, geometry.candidates, context, is_first=begin == 0, fused=fused
                 )

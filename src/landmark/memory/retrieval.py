@@ -300,6 +300,22 @@ def select_by_merit(merits: Tensor, landmarks: LandmarkKeys, top_k: int) -> Sele
     return Selection(landmarks.blocks[0][index], valid)
 
 
+def select_pinned(pinned: Tensor, grid: QueryGrid, config: LandmarkConfig) -> Selection:
+    """Selects given blocks, the same for all heads, where a query may retrieve them.
+
+    Args:
+        pinned: ``(B, top_k)`` blocks, no block twice; -1 for none.
+        grid: where the queries stand.
+        config: the settings.
+    """
+    valid = is_candidate(grid, pinned, config) & (pinned >= 0)[:, None]
+    last = torch.iinfo(pinned.dtype).max
+    blocks, order = torch.where(valid, pinned[:, None], last).sort(dim=-1)
+    valid = valid.gather(-1, order)
+    shape = (len(pinned), 1, 1, grid.own.shape[1], 1, pinned.shape[1])
+    return Selection(blocks.masked_fill(~valid, 0).view(shape), valid.view(shape))
+
+
 def probabilities(scores: Tensor) -> Tensor:
     """Returns the softmax over the candidates; ``-inf`` for the others."""
     return torch.softmax(scores, dim=-1).masked_fill(scores == -torch.inf, -torch.inf)
