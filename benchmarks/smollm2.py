@@ -8,8 +8,8 @@
 The first writes the stock model, the others what is asked, none of which it was trained on: SQuAD's
 first four articles of the dev file, HotpotQA's first 500 questions, each among further paragraphs
 of HotpotQA (``--paragraphs``, a JSON list of texts); questions about FairytaleQA's stories; prompts
-that the stock model writes. bAbI's tests are read as they are. Each result is a command of
-``landmark eval``; ``run_all.py`` runs them. The dense twin is the stock model tuned alike:
+that the stock model writes. bAbI's tests are read as they are. The commands that measure are
+printed, the arguments of Python for each result. The dense twin is the stock model tuned alike:
 
     landmark train --plain --model out/stock --config recipes/smollm2.json --lora 32 --data books \\
         --out out/dense
@@ -121,6 +121,8 @@ def main() -> None:
         lines = [json.dumps(row) + "\n" for row in [*rows, others]]
         path.write_text("".join(lines), encoding="utf-8")
         print(f"{path}: {len(rows)} sets, {len(others['documents']):,} further paragraphs")
+    for name, command in commands().items():
+        print(f"{name}: {command}")
 
 
 def _read(path: Path) -> Any:

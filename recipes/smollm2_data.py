@@ -5,8 +5,10 @@
     python recipes/smollm2_data.py --reversed squad.json data/fairytale.jsonl --out data
     python recipes/smollm2_data.py --ask-about hotpot.jsonl --base WRITER --out data
 
-SQuAD and HotpotQA are read by `landmark train` as they are; the last articles of SQuAD are put
-apart for choices between models. The others become rows that it reads:
+SQuAD and HotpotQA are read by `landmark train` as they are: `data/squad-train.json` is SQuAD's
+training file, `data/hotpot.jsonl` HotpotQA's rows from 1,000 on. `--squad` is a part of SQuAD's dev
+file, articles from 4 on; the last of these are put apart for choices between models. The others
+become rows that training reads:
 
     squad.json, squad-val.json  articles to train on, and the last ``ARTICLES_APART``
     fairytale.jsonl  paragraphs of a story, and the questions whose answer stands in one of them
