@@ -236,6 +236,11 @@ CASES = [
         "contrast_queries: expected an integer from 1",
     ),
     (
+        "heads named by nothing",
+        setting(named_heads=3),
+        "named_heads: expected a contrast, by which heads are compared, got contrast=0",
+    ),
+    (
         "adapters on some layers",
         setting(lora_layers="mlp"),
         "lora_layers: expected one of attention, all, got 'mlp'",
@@ -254,8 +259,8 @@ CASES = [
     ("too much force", setting(forced=-0.1), r"forced: expected a number from 0 to 1, got -0\.1"),
     (
         "force until later",
-        setting(forced_until=2),
-        r"forced_until: expected a number from 0 to 1, got 2",
+        setting(forced_until=-1),
+        r"forced_until: expected a number from 0 to 1e\+06, got -1",
     ),
     ("unknown setting", setting(learning_rate=1.0), "unknown landmark settings.*learning_rate"),
     ("block size 1", setting(block_size=1), "block_size: expected an integer of at least 2, got 1"),

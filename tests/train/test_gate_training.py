@@ -7,13 +7,14 @@ import torch
 from toy import silent, toy_recipe
 from transformers import AutoModelForCausalLM
 
+import landmark
 from landmark.config import LandmarkConfig
 from landmark.data.rows import stack
 from landmark.data.tokenizer import load_tokenizer
 from landmark.hf.attention import FullPass
 from landmark.hf.gate_loss import CONTRAST_TOKENS
 from landmark.train import trainer
-from landmark.train.gate import evidence_queries, forced_blocks, gate_losses
+from landmark.train.gate import HeadAverages, evidence_queries, forced_blocks, gate_losses
 from landmark.train.loss import divergence
 from landmark.train.prepare import prepare_rows
 from landmark.train.run import train
@@ -82,6 +83,27 @@ def test_contrast_teaches_to_retrieve(books, scratch, tmp_path):
         layers = summary["evaluations"][-1]["episodes_recall"]
         recall[weight] = max(max(layer["heads"]) for layer in layers)
     assert recall[5.0] > recall[0.0] + 0.1
+
+
+def test_the_best_heads_become_retrieval_heads(books, scratch, tmp_path):
+    recipe = toy_recipe(steps=4, episodes=1.0, contrast=1.0, named_heads=3)
+    train(str(books), tmp_path / "named", recipe=recipe, tokenizer=str(scratch[0]), report=silent)
+    model = landmark.load(tmp_path / "named")
+    named = model.landmark.retrieval_heads
+    layers = model.config.num_hidden_layers
+    heads = model.config.num_attention_heads
+    assert len(set(named)) == 3
+    assert all(layer < layers and head < heads for layer, head in named)
+
+
+def test_heads_are_compared_by_their_latest_contrast():
+    averages = HeadAverages(2)
+    assert averages.best(1) is None
+    averages.follow(torch.tensor([1.0, 5.0, 4.0, 3.0, 2.0, 6.0]))
+    assert averages.best(4) == ((0, 0), (1, 1), (1, 0), (0, 2))
+    for _ in range(100):
+        averages.follow(torch.tensor([9.0, 5.0, 4.0, 3.0, 2.0, 1.0]))
+    assert averages.best(2) == ((1, 2), (1, 1))
 
 
 def test_queries_are_those_that_predict_an_answer(books, scratch, tmp_path):

@@ -103,10 +103,12 @@ class GateContrast:
         queries: the tokens of this device, and where their evidence is, in rows of one text.
         blocks: finished blocks of each row, 0 of a packed one, whose landmarks stand elsewhere;
             ``None`` for as many as a row has slots for.
+        by_head: ``(layers * H,)`` the mean over the queries of all devices, after ``loss``.
     """
 
     queries: Sequence[EvidenceQuery]
     blocks: Sequence[int] | None = None
+    by_head: Tensor | None = field(default=None, init=False)
     _kept: list[_Kept] = field(default_factory=list, init=False, repr=False)
 
     def prepare(
@@ -203,6 +205,7 @@ class GateContrast:
         here = functional.pad(by_query, (0, 1), value=1.0).sum(0, keepdim=True)
         sums = gather_rows(here).sum(0)
         by_head = sums[:-1] / sums[-1]
+        self.by_head = by_head.detach()
         best = by_head.topk(min(heads, len(by_head)), largest=False).values
         return best.mean()
 

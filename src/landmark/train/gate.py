@@ -25,6 +25,7 @@ from landmark.train.settings import RetrievalSettings
 
 MASS_QUERIES = 32  # of each row of a batch
 FORCED_BLOCKS = 4  # of a question at most
+HEADS_RATE = 0.05  # weight of the last batch in the average of a head's contrast
 
 
 class WeightedLoss(NamedTuple):
@@ -79,6 +80,35 @@ class GateLosses:
             mass = self.block_mass.loss()
             found.append(WeightedLoss("block_mass_loss", mass, self.retrieval.block_mass))
         return found
+
+
+class HeadAverages:
+    """The contrast of each head, averaged over the last steps.
+
+    Args:
+        layers: layers of the model.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._average: Tensor | None = None  # (layers * H,)
+
+    def follow(self, by_head: Tensor) -> None:
+        """Counts one batch.
+
+        Args:
+            by_head: ``(layers * H,)``, layer by layer.
+        """
+        before = by_head if self._average is None else self._average
+        self._average = before.lerp(by_head, HEADS_RATE)
+
+    def best(self, count: int) -> tuple[tuple[int, int], ...] | None:
+        """Returns layer and head of those whose contrast is lowest; ``None`` without a batch."""
+        if self._average is None:
+            return None
+        heads = len(self._average) // self.layers
+        order = self._average.argsort(stable=True)[:count].tolist()
+        return tuple((number // heads, number % heads) for number in order)
 
 
 def gate_losses(

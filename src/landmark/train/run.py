@@ -191,6 +191,9 @@ def train(
     if not plain:
         length = int(slots_for(row_tokens, settings.block_size))
         final.configure_landmark(mode="retrieval", landmark_trained=True, trained_length=length)
+        if recipe.retrieval.named_heads:
+            named = trainer.heads.best(recipe.retrieval.named_heads)
+            final.configure_landmark(retrieval_heads=named)
     summary = summarise(trainer, recipe, arguments, rows.documents, seconds=seconds)
     if progress is not None:
         progress("saving", 0, 0)

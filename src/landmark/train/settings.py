@@ -124,11 +124,14 @@ class RetrievalSettings:
         forced: share of the questions, at the first step, whose evidence the tokens that predict
             the answer keep in mode ``top_k`` whatever its score, and those before them. It falls
             evenly to 0.
-        forced_until: share of the steps after which ``forced`` is 0.
+        forced_until: share of the steps after which ``forced`` is 0; above 1 it has not fallen to 0
+            at the end.
         contrast: weight of the contrast of the evidence's landmarks with all others, at the tokens
             before and in answers (``landmark.hf.gate_loss.GateContrast``); 0 for none.
         contrast_heads: so many heads of all layers, those that do best, are trained by it.
         contrast_queries: tokens of a row at which it is taken, on average over a batch.
+        named_heads: so many heads, those whose contrast is lowest at the end of the training,
+            become the saved model's ``retrieval_heads``; 0 for none.
         block_mass: weight of fitting the gate to the mass that dense attention gives each block
             (``landmark.hf.gate_loss.GateBlockMass``), in rows that hold one text; 0 for none.
     """
@@ -139,6 +142,7 @@ class RetrievalSettings:
     contrast: float = 0.0
     contrast_heads: int = 32
     contrast_queries: int = 8
+    named_heads: int = 0
     block_mass: float = 0.0
 
 

@@ -35,6 +35,7 @@ from landmark.hf.recall import EvidenceRecall
 from landmark.hf.rope import trained_positions
 from landmark.train.gate import (
     GateLosses,
+    HeadAverages,
     evidence_queries,
     forced_blocks,
     gate_losses,
@@ -127,6 +128,7 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         self.distillation = distillation
         self._teacher = teacher
         self._noted: dict[str, list[Tensor]] = {}
+        self.heads = HeadAverages(self._unwrapped.config.num_hidden_layers)
         self._counts = StepCounts()
         if answer_weight is not None:
             # The loss is divided by the step's counts, not by its batches.
@@ -207,6 +209,8 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         for name, loss, weight in gate.totals():
             self._note(name, loss)
             total = total + weight * loss
+        if gate.contrast is not None and gate.contrast.by_head is not None:
+            self.heads.follow(gate.contrast.by_head)
         share: Tensor = total / self.args.gradient_accumulation_steps
         return share
 
