@@ -175,6 +175,14 @@ def test_votes_of_heads_that_are_not_there(model):
         pin_by_heads(model, cache, ids(9), heads=[(0, 1), (1, 4)])
 
 
+def test_a_prompt_of_embeddings_chooses_as_its_ids_do(model):
+    question = ids(12, seed=1)
+    cache = model.read(ids(TEXT), retrieve=False)
+    expected = pin_by_heads(model, cache.fork(), question, heads=HEADS)
+    embeds = model.get_input_embeddings()(question).detach()
+    assert pin_by_heads(model, cache, embeds, heads=HEADS).tolist() == expected.tolist()
+
+
 def test_a_prompt_is_run_to_choose_and_taken_back(model):
     question = ids(12, seed=1)
     mask = torch.ones_like(question)

@@ -36,7 +36,7 @@ def pin_by_heads(
     Args:
         model: a landmark model in eval mode.
         cache: what stands before the prompt.
-        ids: ``(B, T)`` token ids of the prompt.
+        ids: ``(B, T)`` token ids of the prompt, or its ``(B, T, hidden)`` embeddings.
         mask: ``(B, T)``, 0 for padding; ``None`` for none.
         heads: layer and query head of each that has a vote.
 
@@ -52,7 +52,8 @@ def pin_by_heads(
     cache.pin(None)
     cache.record = True
     try:
-        model(ids, attention_mask=mask, **{CACHE: cache}, logits_to_keep=1)
+        name = "input_ids" if ids.ndim == 2 else "inputs_embeds"
+        model(**{name: ids, CACHE: cache}, attention_mask=mask, logits_to_keep=1)
     finally:
         cache.record = recorded
     voted = most_voted(cache.retrievals[begin:], heads, cache.settings.block_size)
