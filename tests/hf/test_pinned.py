@@ -250,7 +250,7 @@ def test_wrong_retrieval_heads(model, heads):
 
 
 def test_retrieval_heads_of_a_layer_that_is_not_there(model):
-    with pytest.raises(ValueError, match=r"retrieval_heads: expected layers below 2, got \[7\]"):
+    with pytest.raises(ValueError, match=r"retrieval_heads: expected indices below 2, got \[7\]"):
         model.configure_landmark(retrieval_heads=[[7, 0]])
 
 

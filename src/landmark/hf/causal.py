@@ -331,7 +331,7 @@ def check_layers(settings: LandmarkConfig, layers: int) -> None:
     for name, indices in named.items():
         beyond = [layer for layer in indices if layer >= layers]
         if beyond:
-            raise ValueError(f"{name}: expected layers below {layers}, got {beyond}")
+            raise ValueError(f"{name}: expected indices below {layers}, got {beyond}")
 
 
 def warn_beyond_trained(settings: LandmarkConfig) -> None:

@@ -127,8 +127,8 @@ class LayerMemory:
         query = torch.unflatten(query, 1, (key.shape[1], -1))
         retrieve = retrieve and self.retrieves and geometry.candidates > 0
         fused = runs_fused(query, self.config)
-        takes_few = pinned is None and self.reader.takes_few(query, geometry, context)
-        if fused and retrieve and takes_few:
+        selects = retrieve and pinned is None
+        if fused and selects and self.reader.takes_few(query, geometry, context):
             return self._decode(
                 query, key, value, geometry, context, record=record, prepared=prepared
             )
