@@ -173,6 +173,7 @@ def test_votes_of_heads_that_are_not_there(model):
         ValueError, match=r"expected heads of layers that retrieve, got \[\[1, 4\]\]"
     ):
         pin_by_heads(model, cache, ids(9), heads=[(0, 1), (1, 4)])
+    assert cache.tokens == [TEXT, TEXT] and not cache.retrievals, "the prompt is not kept"
 
 
 def test_a_prompt_of_embeddings_chooses_as_its_ids_do(model):

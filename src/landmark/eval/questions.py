@@ -230,8 +230,8 @@ def _row(
             if progress is not None:
                 progress("texts asked", done, len(texts))
             answers = _answers(variant, some, task, recall, progress)
-            asked = [question for text in some for question in text.questions]
-            for question, answer in zip(asked, answers, strict=True):
+            questions = [question for text in some for question in text.questions]
+            for question, answer in zip(questions, answers, strict=True):
                 scores[numbers[id(question)]] = score(answer, (question.answer, *question.others))
             done += len(some)
     layers = () if recall is None else recall.layers()

@@ -56,9 +56,10 @@ def pin_by_heads(
         model(**{name: ids, CACHE: cache}, attention_mask=mask, logits_to_keep=1)
     finally:
         cache.record = recorded
-    voted = most_voted(cache.retrievals[begin:], heads, cache.settings.block_size)
+    retrievals = cache.retrievals[begin:]
     del cache.retrievals[begin:]
     cache.crop(-ids.shape[1])
+    voted = most_voted(retrievals, heads, cache.settings.block_size)
     blocks = voted[:, : cache.settings.top_k]
     cache.pin(blocks if bool((blocks >= 0).any()) else None)
     return blocks
