@@ -10,6 +10,8 @@ import torch
 import models
 from landmark import landmark_attention
 from landmark.config import GRANULARITIES, LandmarkConfig
+from landmark.hf.cache import LandmarkCache
+from landmark.hf.retrieval_layers import pin_by_layers
 from numerics import REORDERED, assert_close, low_precision_budget
 from ops.test_chunked import low_precision_case, plain
 
@@ -77,3 +79,43 @@ def test_models_compute_what_they_compute_on_the_cpu(family, granularity):
     shown = mask.bool()
     assert_close(found[shown], expected[shown], 1e-8)
     assert heard.cpu().tolist() == spoken.tolist()
+
+
+@pytest.mark.parametrize("tier", ["device", "host"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_layers_choose_what_they_choose_on_the_cpu(family, tier):
+    """The blocks that are pinned for a prompt, and what all layers then read of them."""
+    settings = LandmarkConfig(
+        block_size=5, top_k=2, local_blocks=1, chunk_tokens=20, retrieval_layers=(1,)
+    )
+    model = models.landmark_model(family, settings)
+    text = models.text(2 * 70, seed=1).view(2, 70)
+    question = models.text(2 * 9, seed=2).view(2, 9)
+    found = {}
+    try:
+        for device in ("cpu", "cuda"):
+            model.to(device)
+            with torch.no_grad():
+                cache = model.read(
+                    text.to(device), cache=LandmarkCache(model.config, tier), retrieve=False
+                )
+                chosen = pin_by_layers(model, cache, question.to(device), layers=(1,))
+                assert (chosen >= 0).all()
+                logits = model(question.to(device), past_key_values=cache).logits
+                step = model(question[:, :1].to(device), past_key_values=cache).logits
+                fresh = model.read(text.to(device), retrieve=False)
+                written = model.generate(
+                    torch.cat((text, question), dim=1).to(device),
+                    past_key_values=fresh,
+                    max_new_tokens=9,
+                    do_sample=False,
+                )
+            found[device] = (chosen, logits.cpu(), step.cpu(), written.tolist())
+    finally:
+        model.to("cpu")
+    expected = found["cpu"]
+    ours = found["cuda"]
+    assert ours[0].tolist() == expected[0].tolist()
+    assert_close(ours[1], expected[1], 1e-8)
+    assert_close(ours[2], expected[2], 1e-8)
+    assert ours[3] == expected[3]

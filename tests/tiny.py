@@ -47,9 +47,9 @@ def tiny_llama(dtype=torch.float64, layers=2, seed=0):
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def tiny_landmark(dtype=torch.float64):
+def tiny_landmark(dtype=torch.float64, layers=2):
     model = landmark.convert(
-        tiny_llama(dtype), block_size=BLOCK, top_k=2, local_blocks=2, chunk_tokens=60
+        tiny_llama(dtype, layers), block_size=BLOCK, top_k=2, local_blocks=2, chunk_tokens=60
     )
     model.config.landmark["landmark_trained"] = True
     return model

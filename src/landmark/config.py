@@ -24,8 +24,10 @@ FREE_TO_CHANGE = (
     "landmark_trained",
     "position_gap",
     "position_span",
-    "retrieval_heads",
+    "retrieval_layers",
 )
+# Fields that name layers.
+LAYERS = ("layers", "retrieval_layers")
 # Greatest integer that a setting may have; positions are counted in int64.
 GREATEST = 2**31 - 1
 
@@ -68,8 +70,8 @@ class LandmarkConfig:
             block drawn for each row. So no distance is longer than this, and far blocks may stand
             at any shorter one, as ``stingy`` places them in retrieval. ``landmark train`` does so
             in rows that ask something. A multiple of ``block_size``; ``None`` keeps distances.
-        retrieval_heads: layer and query head of those that choose, in ``generate`` behind a memory,
-            the blocks that all layers read (``landmark.hf.retrieval_heads``), under ``token_head``;
+        retrieval_layers: layers whose heads together choose, in ``generate`` behind a memory, the
+            blocks that all layers read (``landmark.hf.retrieval_layers``), under ``token_head``;
             ``None`` where every query selects for itself.
 
     Raises:
@@ -90,17 +92,20 @@ class LandmarkConfig:
     landmark_trained: bool = False
     position_gap: int = 0
     position_span: int | None = None
-    retrieval_heads: tuple[tuple[int, int], ...] | None = None
+    retrieval_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
-            if not isinstance(self.layers, list | tuple):
+        for name in LAYERS:
+            layers = getattr(self, name)
+            if layers is None:
+                continue
+            if not isinstance(layers, list | tuple):
                 raise ValueError(
-                    f"layers: expected a list of integers, got {self.layers!r}; pass layers=[1]"
+                    f"{name}: expected a list of integers, got {layers!r}; pass {name}=[1]"
                 )
-            object.__setattr__(self, "layers", tuple(self.layers))
-        if self.retrieval_heads is not None:
-            object.__setattr__(self, "retrieval_heads", _pairs(self.retrieval_heads))
+            for layer in layers:
+                _require_int(name, layer, 0)
+            object.__setattr__(self, name, tuple(layers))
         for name, least in (
             ("block_size", 2),
             ("top_k", 1),
@@ -120,8 +125,6 @@ class LandmarkConfig:
                     f"position_span: expected a multiple of block_size {self.block_size}, got "
                     f"{self.position_span}; pass position_span={8 * self.block_size}"
                 )
-        for layer in self.layers or ():
-            _require_int("layers", layer, 0)
         if not isinstance(self.landmark_trained, bool):
             raise ValueError(
                 f"landmark_trained: expected True or False, got {self.landmark_trained!r}"
@@ -181,9 +184,9 @@ class LandmarkConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON types."""
         fields = dataclasses.asdict(self)
-        fields["layers"] = None if self.layers is None else list(self.layers)
-        if self.retrieval_heads is not None:
-            fields["retrieval_heads"] = [list(pair) for pair in self.retrieval_heads]
+        for name in LAYERS:
+            if fields[name] is not None:
+                fields[name] = list(fields[name])
         return fields
 
     @classmethod
@@ -199,19 +202,6 @@ class LandmarkConfig:
                 f"{fields!r:.100}"
             )
         return cls().replace(**fields)
-
-
-def _pairs(heads: Any) -> tuple[tuple[int, int], ...]:
-    """Returns layers and heads as tuples; raises ``ValueError`` where they are no pairs."""
-    pairs = heads if isinstance(heads, list | tuple) else [heads]
-    if not pairs or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise ValueError(
-            f"retrieval_heads: expected pairs of a layer and a head, got {heads!r}; pass for "
-            "example retrieval_heads=[[21, 8]]"
-        )
-    for number in (number for pair in pairs for number in pair):
-        _require_int("retrieval_heads", number, 0)
-    return tuple((layer, head) for layer, head in pairs)
 
 
 def _require_int(name: str, value: object, least: int) -> None:

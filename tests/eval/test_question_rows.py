@@ -183,10 +183,10 @@ def test_questions_about_one_text_do_not_see_each_other(sets, talking):
 
 
 @pytest.mark.parametrize(
-    ("kind", "heads"), [("talking", None), ("talking", ((1, 0), (1, 2))), ("plain", None)]
+    ("kind", "layers"), [("talking", None), ("talking", (1,)), ("plain", None)]
 )
 def test_several_questions_at_once_are_answered_as_one_by_one(
-    sets, request, monkeypatch, kind, heads
+    sets, request, monkeypatch, kind, layers
 ):
     """About one text or one each, with the blocks found, forced or voted for."""
     variant = request.getfixturevalue(kind)
@@ -214,7 +214,7 @@ def test_several_questions_at_once_are_answered_as_one_by_one(
     found = []
     for tokens in (1, 1 << 20):
         monkeypatch.setattr(task_module, "CPU_BATCH_TOKENS", tokens)
-        with variant.configured(**({"retrieval_heads": heads} if heads else {})):
+        with variant.configured(**({"retrieval_layers": layers} if layers else {})):
             rows = run([variant], sets, task, lambda row: None, data="x")
         found.append(([(row.right, row.f1, row.queries, row.layers) for row in rows], heard[:]))
         heard.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 from landmark.config import LandmarkConfig
-from landmark.hf.gate_loss import GateContrast
+from landmark.hf.gate_loss import GateContrast, JointContrast
 from landmark.hf.recall import EvidenceQuery
 from landmark.train.run import compile_layers
 
@@ -44,6 +45,7 @@ class Case:
     shares: tuple[Share, Share]
     checkpointing: bool = False
     compiled: bool = False
+    joint: bool = False
 
 
 def _rows(number: int, tokens: int = 63) -> torch.Tensor:
@@ -64,6 +66,8 @@ CASES = {
     "more blocks": Case((Share(_TWO[0], (FAR,)), Share(_TWO[1][:, :44], (NEAR,)))),
     "no block": Case((Share(_TWO[0], (FAR, NEAR)), Share(_TWO[1][:, :3], ()))),
     "checkpointing": Case((Share(_TWO[0], ()), Share(_TWO[1], (NEAR, MIDDLE))), checkpointing=True),
+    "joint": Case((Share(_TWO[0], (FAR, NEAR, MIDDLE)), Share(_TWO[1], (NEAR,))), joint=True),
+    "joint, no query": Case((Share(_TWO[0], ()), Share(_TWO[1], (NEAR, MIDDLE))), joint=True),
     "compiled": Case((Share(_TWO[0], (FAR,)), Share(_TWO[1], (NEAR, MIDDLE))), compiled=True),
 }
 
@@ -98,11 +102,22 @@ def text_loss(logits: torch.Tensor) -> torch.Tensor:
     return logits.square().sum() / 1000
 
 
-def on_one_device(share: Share) -> Found:
+def contrast_of(queries: Sequence[EvidenceQuery], *, joint: bool) -> GateContrast | JointContrast:
+    if not joint:
+        return GateContrast(queries)
+    spans = [range(query.token - 9, query.token + 1) for query in queries]
+    return JointContrast(queries, spans=spans, layers=[0, 1])
+
+
+def loss_of(contrast: GateContrast | JointContrast) -> torch.Tensor:
+    return contrast.loss(HEADS) if isinstance(contrast, GateContrast) else contrast.loss()
+
+
+def on_one_device(share: Share, *, joint: bool = False) -> Found:
     model = model_of(Case((share, share)))
-    contrast = GateContrast(share.queries)
+    contrast = contrast_of(share.queries, joint=joint)
     logits = model(input_ids=share.ids, use_cache=False, gate_loss=contrast).logits
-    loss = text_loss(logits) + contrast.loss(HEADS)
+    loss = text_loss(logits) + loss_of(contrast)
     loss.backward()
     return found(loss, model)
 
@@ -125,9 +140,9 @@ def on_a_device_of_two(case: Case, device: int) -> Found:
     model = model_of(case)
     parallel = DistributedDataParallel(model)
     share = case.shares[device]
-    contrast = GateContrast(share.queries)
+    contrast = contrast_of(share.queries, joint=case.joint)
     logits = parallel(input_ids=share.ids, use_cache=False, gate_loss=contrast).logits
-    loss = 2 * text_loss(logits) + contrast.loss(HEADS)
+    loss = 2 * text_loss(logits) + loss_of(contrast)
     loss.backward()
     undo(model)
     return found(loss, model)

@@ -12,7 +12,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import models
 from landmark.blocks import slot_of
-from landmark.hf.gate_loss import GateBlockMass, GateContrast, contrast_queries
+from landmark.hf.gate_loss import (
+    GateBlockMass,
+    GateContrast,
+    JointContrast,
+    QuestionSpan,
+    contrast_queries,
+    joint_queries,
+)
 from landmark.hf.recall import EvidenceQuery
 from landmark.train.run import compile_layers
 
@@ -137,7 +144,7 @@ def of_two_devices(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("name", devices.CASES)
+@pytest.mark.parametrize("name", [name for name in devices.CASES if not devices.CASES[name].joint])
 def test_contrast_on_two_devices_is_that_of_a_loop(of_two_devices, name):
     """Loss and gradients, averaged over the devices; one of them may have no query at all."""
     shares = devices.CASES[name].shares
@@ -154,12 +161,15 @@ def test_contrast_on_two_devices_is_that_of_a_loop(of_two_devices, name):
     check_equal(of_two_devices[name], devices.found(loss, model))
 
 
-@pytest.mark.parametrize("name", ["as many queries", "more queries", "no query", "checkpointing"])
+@pytest.mark.parametrize(
+    "name",
+    ["as many queries", "more queries", "no query", "checkpointing", "joint", "joint, no query"],
+)
 def test_contrast_on_two_devices_is_that_on_one(of_two_devices, name):
     first, second = devices.CASES[name].shares
     queries = [*first.queries, *(query._replace(row=1) for query in second.queries)]
     whole = devices.Share(torch.cat((first.ids, second.ids)), tuple(queries))
-    check_equal(of_two_devices[name], devices.on_one_device(whole))
+    check_equal(of_two_devices[name], devices.on_one_device(whole, joint=devices.CASES[name].joint))
 
 
 def check_equal(both, expected):
@@ -168,6 +178,51 @@ def check_equal(both, expected):
     for each in both:
         for name, gradient in expected.gradients.items():
             torch.testing.assert_close(each.gradients[name], gradient, atol=1e-9, rtol=1e-9)
+
+
+SPANS = [range(58, 63), range(40, 41), range(40, 51), range(22, 26)]
+
+
+def joint_in_loops(kept, layers):
+    """Returns ``(Q,)``: each question's loss from scores that are added one by one."""
+    heads = kept.layers[0].query.shape[1]
+    losses = []
+    for asked, span in zip(QUERIES, SPANS, strict=True):
+        own = slot_of(asked.token, SIZE) // SIZE
+        evidence = {token // (SIZE - 1) for mention in asked.evidence for token in mention}
+        every = []
+        wanted = []
+        for row in range(2):
+            for block in range(kept.layers[0].key.shape[2] // SIZE):
+                if row == asked.row and block >= own - 1:
+                    continue
+                score = 0.0
+                for layer in (kept.layers[number] for number in layers):
+                    rotary = kept.rotaries[layer.rotary_type]
+                    key = layer.key[row, :, block * SIZE + SIZE - 1]
+                    key = rotated(rotary, key, SIZE - 1)
+                    for token in span:
+                        slot = slot_of(token, SIZE)
+                        position = (SETTINGS.top_k + 1 + 1) * SIZE + slot % SIZE
+                        for head in range(heads):
+                            query = rotated(rotary, layer.query[asked.row, head, slot], position)
+                            product = query @ key[head // (heads // len(key))]
+                            score += layer.scale * product / len(span)
+                score = score / math.sqrt(len(layers) * heads)
+                every.append(score)
+                if row == asked.row and block in evidence:
+                    wanted.append(score)
+        losses.append(torch.stack(every).logsumexp(0) - torch.stack(wanted).logsumexp(0))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 1]])
+def test_joint_contrast_is_that_of_a_loop(model, layers):
+    kept = run(model, Kept())
+    joint = run(model, JointContrast(QUERIES, spans=SPANS, layers=layers))
+    expected = joint_in_loops(kept, layers)
+    torch.testing.assert_close(joint.losses, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(joint.loss(), expected.mean(), atol=1e-9, rtol=0)
 
 
 def test_block_mass_is_that_of_a_loop(model):
@@ -198,7 +253,7 @@ def test_block_mass_is_that_of_a_loop(model):
         assert loss.item() == pytest.approx(sum(found) / len(found), abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["contrast", "block mass"])
+@pytest.mark.parametrize("kind", ["contrast", "joint contrast", "block mass"])
 def test_descent_does_what_the_loss_is_for(kind):
     """Contrast: the evidence is scored higher than all else. Mass: the gate is as told."""
     model = models.landmark_model("llama", SETTINGS)
@@ -207,9 +262,12 @@ def test_descent_does_what_the_loss_is_for(kind):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     found = []
     for _ in range(25):
-        gate_loss = GateContrast(QUERIES) if kind == "contrast" else GateBlockMass([20, 40, 70])
-        run(model, gate_loss)
-        loss = gate_loss.loss(4) if kind == "contrast" else gate_loss.loss()
+        if kind == "contrast":
+            loss = run(model, GateContrast(QUERIES)).loss(4)
+        elif kind == "joint contrast":
+            loss = run(model, JointContrast(QUERIES, spans=SPANS, layers=[1])).loss()
+        else:
+            loss = run(model, GateBlockMass([20, 40, 70])).loss()
         found.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -281,3 +339,11 @@ def test_queries_of_a_contrast():
     assert contrast_queries(near, SETTINGS, 4, cpu) is None
     assert contrast_queries([*near, *far], SETTINGS, 5, cpu) == far[::2]
     assert contrast_queries(far[:1], SETTINGS, 3, cpu) == 3 * far[:1]
+
+
+def test_questions_of_a_joint_contrast():
+    far = QuestionSpan(EvidenceQuery(0, 60, (range(3, 4),)), range(50, 61))
+    near = QuestionSpan(EvidenceQuery(0, 60, (range(50, 57),)), range(50, 61))
+    cpu = torch.device("cpu")
+    assert joint_queries([near], SETTINGS, cpu) is None
+    assert joint_queries([near, far, near], SETTINGS, cpu) == [far]

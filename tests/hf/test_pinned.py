@@ -1,16 +1,19 @@
 """Pinned blocks: all queries retrieve them in place of what they select; and who chooses them."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 
+from landmark.blocks import slot_of
 from landmark.eval.yardsticks import EvidenceBlocks, evidence, register
 from landmark.hf.cache import LandmarkCache
-from landmark.hf.retrieval_heads import LAST_TOKENS, most_voted, pin_by_heads
-from landmark.memory.retrieval import Retrieval
+from landmark.hf.gate_loss import QUESTION_TOKENS
+from landmark.hf.retrieval_layers import pin_by_layers
 from tiny import BLOCK, tiny_landmark
 
 TEXT = 155  # tokens: 10 finished blocks and a part of another; the last two blocks are local
-HEADS = [(1, 0), (1, 3)]
+LAYERS = [1]
 
 
 @pytest.fixture(scope="module")
@@ -139,49 +142,91 @@ def test_a_granularity_with_a_state_is_refused(model):
         model.configure_landmark(granularity="token_head")
 
 
-def test_heads_vote_by_their_weights():
-    """Each of the last tokens that is text counts; landmarks, padding and other heads do not."""
-    generator = torch.Generator().manual_seed(0)
-    positions = torch.arange(20, 50).repeat(2, 1)
-    positions[1, 25:] = -1
-    called = []
-    for layer in range(3):
-        blocks = torch.randint(-1, 9, (2, 4, 30, 2), generator=generator)
-        weights = torch.rand(2, 4, 30, 2, generator=generator).masked_fill(blocks < 0, 0)
-        called.append(Retrieval(layer, positions, blocks, weights))
-    heads = [(0, 1), (2, 3)]
-    votes = torch.zeros(2, 9)
-    for row, last in enumerate((49, 44)):
-        for layer, head in heads:
-            for column, position in enumerate(positions[row].tolist()):
-                if last - LAST_TOKENS < position <= last and position % BLOCK != BLOCK - 1:
-                    for block, weight in zip(
-                        called[layer].blocks[row, head, column].tolist(),
-                        called[layer].weights[row, head, column].tolist(),
-                        strict=True,
-                    ):
-                        votes[row, block] += weight
-    expected = votes.argsort(dim=1, descending=True).masked_fill(
-        votes.sort(dim=1, descending=True).values == 0, -1
-    )
-    assert most_voted(called, heads, BLOCK).tolist() == expected.tolist()
+@dataclass
+class Kept:
+    """An observer that keeps the queries of each layer, and of whom."""
+
+    calls: list = field(default_factory=list)
+
+    def __call__(self, memory, query, geometry, scale):
+        self.calls.append((memory, query, geometry, scale))
 
 
-def test_votes_of_heads_that_are_not_there(model):
+def scores_in_loops(model, calls, layers, text, prompt):
+    """The score of each old block, for each row, from queries and landmark keys one by one.
+
+    ``calls`` were observed in the prompt's pass; ``text`` and ``prompt`` are the tokens of a row.
+    """
+    settings = model.landmark
+    prefix = settings.top_k + 1 + settings.local_blocks
+    found = []
+    for row, (before, new) in enumerate(zip(text, prompt, strict=True)):
+        tokens = range(before + max(0, new - QUESTION_TOKENS), before + new)
+        last = slot_of(before + new - 1, BLOCK) // BLOCK
+        scores = [0.0] * (last - settings.local_blocks)
+        for memory, query, geometry, scale in calls:
+            if memory.layer not in layers:
+                continue
+            keys = memory.store.landmark_keys
+            repeats = query.shape[1] // keys.shape[1]
+            for token in tokens:
+                slot = slot_of(token, BLOCK)
+                column = geometry.slots[row].tolist().index(slot)
+                position = torch.tensor([prefix * BLOCK + slot % BLOCK])
+                rotation = memory.tables.rotary.rotation(position, query.dtype)
+                for head in range(query.shape[1]):
+                    rotated = rotation.rotate(query[row, head, column][None])[0]
+                    for block in range(len(scores)):
+                        scores[block] += float(scale * rotated @ keys[row, head // repeats, block])
+        found.append(scores)
+    return found
+
+
+@pytest.mark.parametrize("layers", [[1], [1, 2], [0, 2]])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_layers_choose_by_the_sum_of_their_scores(layers, tokens):
+    """All landmarks of the first layer are equal, so that it changes nothing."""
+    model = tiny_landmark(layers=3)
+    model.configure_landmark(top_k=4)
+    mask = torch.ones(2, tokens, dtype=torch.long)
+    mask[1, : tokens // 3] = 0
     cache = model.read(ids(TEXT), retrieve=False)
-    with pytest.raises(
-        ValueError, match=r"expected heads of layers that retrieve, got \[\[1, 4\]\]"
-    ):
-        pin_by_heads(model, cache, ids(9), heads=[(0, 1), (1, 4)])
-    assert cache.tokens == [TEXT, TEXT] and not cache.retrievals, "the prompt is not kept"
+    watched = cache.fork()
+    watched.observer = Kept()
+    question = ids(tokens, seed=1)
+    model(question, attention_mask=mask, past_key_values=watched)
+    scores = scores_in_loops(
+        model, watched.observer.calls, layers, [TEXT, TEXT], mask.sum(1).tolist()
+    )
+    expected = [
+        sorted(range(len(row)), key=lambda block, row=row: -row[block])[:4] for row in scores
+    ]
+    assert pin_by_layers(model, cache, question, mask, layers=layers).tolist() == expected
+    assert cache.pinned.tolist() == expected
+
+
+def test_fewer_old_blocks_than_are_chosen():
+    model = tiny_landmark()
+    model.configure_landmark(top_k=4)
+    cache = model.read(ids(80), retrieve=False)  # 5 finished blocks, 3 of them old
+    chosen = pin_by_layers(model, cache, ids(9, seed=1), layers=LAYERS)
+    assert [sorted(row) for row in chosen.tolist()] == [[-1, 0, 1, 2]] * 2
+
+
+def test_evicted_blocks_are_not_chosen():
+    model = tiny_landmark()
+    model.configure_landmark(top_k=8, max_blocks=4)
+    cache = model.read(ids(TEXT), retrieve=False)
+    chosen = pin_by_layers(model, cache, ids(2, seed=1), layers=LAYERS)
+    assert [sorted(row)[-5:] for row in chosen.tolist()] == [[0, 4, 5, 6, 7]] * 2
 
 
 def test_a_prompt_of_embeddings_chooses_as_its_ids_do(model):
     question = ids(12, seed=1)
     cache = model.read(ids(TEXT), retrieve=False)
-    expected = pin_by_heads(model, cache.fork(), question, heads=HEADS)
+    expected = pin_by_layers(model, cache.fork(), question, layers=LAYERS)
     embeds = model.get_input_embeddings()(question).detach()
-    assert pin_by_heads(model, cache, embeds, heads=HEADS).tolist() == expected.tolist()
+    assert pin_by_layers(model, cache, embeds, layers=LAYERS).tolist() == expected.tolist()
 
 
 def test_a_prompt_is_run_to_choose_and_taken_back(model):
@@ -189,13 +234,8 @@ def test_a_prompt_is_run_to_choose_and_taken_back(model):
     mask = torch.ones_like(question)
     mask[1, :5] = 0
     cache = model.read(ids(TEXT), retrieve=False)
-    watched = cache.fork()
-    watched.record = True
-    model(question, attention_mask=mask, past_key_values=watched)
-    expected = most_voted(watched.retrievals, HEADS, BLOCK)[:, :2]
-    chosen = pin_by_heads(model, cache, question, mask, heads=HEADS)
-    assert chosen.tolist() == expected.tolist() == cache.pinned.tolist()
-    assert cache.tokens == [TEXT, TEXT] and not cache.retrievals and not cache.record
+    chosen = pin_by_layers(model, cache, question, mask, layers=LAYERS)
+    assert cache.tokens == [TEXT, TEXT] and cache.observer is None
     fresh = model.read(ids(TEXT), retrieve=False)
     fresh.pin(chosen)
     torch.testing.assert_close(
@@ -210,17 +250,17 @@ def test_generate_pins_for_a_prompt(model, rows):
     text = ids(TEXT)
     question = ids(12, seed=1)
     whole = torch.cat((text, question), dim=1)[:rows]
-    model.configure_landmark(retrieval_heads=HEADS)
+    model.configure_landmark(retrieval_layers=LAYERS)
     try:
         cache = model.read(text[:rows], retrieve=False)
         fork = cache.fork()
         written = model.generate(whole, past_key_values=cache, max_new_tokens=4, do_sample=False)
-        chosen = pin_by_heads(model, fork, question[:rows], heads=HEADS)
+        chosen = pin_by_layers(model, fork, question[:rows], layers=LAYERS)
         assert (chosen >= 0).all()
         kept = model.generate(whole, past_key_values=fork, max_new_tokens=4, do_sample=False)
         assert fork.pinned.tolist() == chosen.tolist(), "what the caller pinned stays"
     finally:
-        model.configure_landmark(retrieval_heads=None)
+        model.configure_landmark(retrieval_layers=None)
     assert cache.pinned is None
     last = written[:, TEXT + 12 :]
     assert torch.equal(kept[:, TEXT + 12 :], last)
@@ -235,31 +275,31 @@ def test_generate_for_a_text_that_is_local(model):
     expected = model.generate(
         text, past_key_values=model.read(text[:, :9]), max_new_tokens=60, do_sample=False
     )
-    model.configure_landmark(retrieval_heads=HEADS)
+    model.configure_landmark(retrieval_layers=LAYERS)
     try:
         cache = model.read(text[:, :9])
         found = model.generate(text, past_key_values=cache, max_new_tokens=60, do_sample=False)
     finally:
-        model.configure_landmark(retrieval_heads=None)
+        model.configure_landmark(retrieval_layers=None)
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("heads", [[], [[1]], [1, 2], [[1, -1]], [[True, 1]], "21.8"])
-def test_wrong_retrieval_heads(model, heads):
-    with pytest.raises(ValueError, match="retrieval_heads: expected"):
-        model.configure_landmark(retrieval_heads=heads)
+@pytest.mark.parametrize("layers", [[-1], [True], ["1"], 1, [[1, 0]]])
+def test_wrong_retrieval_layers(model, layers):
+    with pytest.raises(ValueError, match="retrieval_layers: expected"):
+        model.configure_landmark(retrieval_layers=layers)
 
 
-def test_retrieval_heads_of_a_layer_that_is_not_there(model):
-    with pytest.raises(ValueError, match=r"retrieval_heads: expected indices below 2, got \[7\]"):
-        model.configure_landmark(retrieval_heads=[[7, 0]])
+def test_retrieval_layers_that_are_not_there(model):
+    with pytest.raises(ValueError, match=r"retrieval_layers: expected indices below 2, got \[7\]"):
+        model.configure_landmark(retrieval_layers=[7])
 
 
-def test_retrieval_heads_are_saved(model, tmp_path):
-    model.configure_landmark(retrieval_heads=HEADS)
+def test_retrieval_layers_are_saved(model, tmp_path):
+    model.configure_landmark(retrieval_layers=LAYERS)
     try:
         model.save_pretrained(tmp_path)
     finally:
-        model.configure_landmark(retrieval_heads=None)
+        model.configure_landmark(retrieval_layers=None)
     loaded = type(model).from_pretrained(tmp_path)
-    assert loaded.landmark.retrieval_heads == tuple(HEADS)
+    assert loaded.landmark.retrieval_layers == tuple(LAYERS)

@@ -236,9 +236,9 @@ CASES = [
         "contrast_queries: expected an integer from 1",
     ),
     (
-        "heads named by nothing",
-        setting(named_heads=3),
-        "named_heads: expected a contrast, by which heads are compared, got contrast=0",
+        "a weight below 0",
+        setting(joint_contrast=-1.0),
+        "joint_contrast: expected a number from 0",
     ),
     (
         "adapters on some layers",

@@ -9,12 +9,14 @@ from transformers import AutoModelForCausalLM
 
 import landmark
 from landmark.config import LandmarkConfig
+from landmark.data.episodes import RowQuestion
 from landmark.data.rows import stack
 from landmark.data.tokenizer import load_tokenizer
 from landmark.hf.attention import FullPass
-from landmark.hf.gate_loss import CONTRAST_TOKENS
+from landmark.hf.gate_loss import CONTRAST_TOKENS, QUESTION_TOKENS, QuestionSpan
+from landmark.hf.recall import EvidenceQuery
 from landmark.train import trainer
-from landmark.train.gate import HeadAverages, evidence_queries, forced_blocks, gate_losses
+from landmark.train.gate import evidence_queries, forced_blocks, gate_losses, question_spans
 from landmark.train.loss import divergence
 from landmark.train.prepare import prepare_rows
 from landmark.train.run import train
@@ -62,12 +64,15 @@ def test_the_losses_are_added_with_their_weights(books, scratch, tmp_path, monke
     for name, changes in {
         "none": {},
         "contrast": {"contrast": 2.0},
+        "joint": {"joint_contrast": 4.0, "retrieval_layers": [0, 1]},
         "mass": {"block_mass": 3.0},
     }.items():
         recipe = toy_recipe(steps=1, position_gap=0, episodes=1.0, **changes)
         summary = train(str(books), tmp_path / name, recipe=recipe, **options)
         found[name] = losses(summary)[0]
     assert found["contrast"] - found["none"] == pytest.approx(2 * noted["contrast_loss"], abs=1e-3)
+    joint = noted["joint_contrast_loss"]
+    assert found["joint"] - found["none"] == pytest.approx(4 * joint, abs=1e-3)
     assert found["mass"] - found["none"] == pytest.approx(3 * noted["block_mass_loss"], abs=1e-3)
 
 
@@ -85,25 +90,42 @@ def test_contrast_teaches_to_retrieve(books, scratch, tmp_path):
     assert recall[5.0] > recall[0.0] + 0.1
 
 
-def test_the_best_heads_become_retrieval_heads(books, scratch, tmp_path):
-    recipe = toy_recipe(steps=4, episodes=1.0, contrast=1.0, named_heads=3)
-    train(str(books), tmp_path / "named", recipe=recipe, tokenizer=str(scratch[0]), report=silent)
-    model = landmark.load(tmp_path / "named")
-    named = model.landmark.retrieval_heads
-    layers = model.config.num_hidden_layers
-    heads = model.config.num_attention_heads
-    assert len(set(named)) == 3
-    assert all(layer < layers and head < heads for layer, head in named)
+def test_layers_learn_to_choose_together(books, scratch, tmp_path):
+    """The saved model names the layers, and what is logged falls."""
+    recipe = toy_recipe(
+        steps=60, lr=3e-3, episodes=1.0, joint_contrast=5.0, retrieval_layers=[1], log_every=10
+    )
+    lines = []
+    train(str(books), tmp_path, recipe=recipe, tokenizer=str(scratch[0]), report=lines.append)
+    logged = [
+        float(line.split("joint contrast ")[1].split()[0]) for line in lines if "  lr " in line
+    ]
+    assert logged[-1] < 0.8 * logged[0]
+    assert landmark.load(tmp_path).landmark.retrieval_layers == (1,)
 
 
-def test_heads_are_compared_by_their_latest_contrast():
-    averages = HeadAverages(2)
-    assert averages.best(1) is None
-    averages.follow(torch.tensor([1.0, 5.0, 4.0, 3.0, 2.0, 6.0]))
-    assert averages.best(4) == ((0, 0), (1, 1), (1, 0), (0, 2))
-    for _ in range(100):
-        averages.follow(torch.tensor([9.0, 5.0, 4.0, 3.0, 2.0, 1.0]))
-    assert averages.best(2) == ((1, 2), (1, 1))
+def test_a_joint_contrast_needs_layers(books, scratch, tmp_path):
+    with pytest.raises(ValueError, match="joint_contrast: expected a model with retrieval_layers"):
+        train(
+            str(books),
+            tmp_path,
+            recipe=toy_recipe(joint_contrast=1.0),
+            tokenizer=str(scratch[0]),
+            report=silent,
+        )
+
+
+def test_questions_are_scored_by_their_last_tokens():
+    asked = [
+        RowQuestion(range(10, 80), range(70, 80), (range(1, 3),)),
+        RowQuestion(range(90, 97), range(95, 97), (range(1, 3),)),
+        RowQuestion(range(98, 99), range(98, 99), (range(1, 3),)),
+    ]
+    assert question_spans([[], asked]) == [
+        QuestionSpan(EvidenceQuery(1, 69, (range(1, 3),)), range(70 - QUESTION_TOKENS, 70)),
+        QuestionSpan(EvidenceQuery(1, 94, (range(1, 3),)), range(90, 95)),
+        QuestionSpan(EvidenceQuery(1, 97, (range(1, 3),)), range(97, 98)),
+    ]
 
 
 def test_queries_are_those_that_predict_an_answer(books, scratch, tmp_path):

@@ -23,7 +23,7 @@ from landmark.memory.layer import LayerMemory
 from landmark.memory.retrieval import COPIES, SLAB_BYTES
 from landmark.ops.select import running_top_k
 from landmark.texts.loading import LoadedModel, require_landmark
-from landmark.texts.rank import old_queries
+from landmark.hf.query_sums import old_queries
 from landmark.texts.reading import read_into_memory, tokenize
 
 NOISE = 0.1  # of copied landmarks, in standard deviations of the recorded ones

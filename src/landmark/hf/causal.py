@@ -20,7 +20,7 @@ from landmark.hf.cache import LandmarkCache
 from landmark.hf.compat import CACHE, cache_by_installed_name, check_assisted, columns_of_step
 from landmark.hf.decode_graph import capture_scope
 from landmark.hf.model import require_landmark_cache
-from landmark.hf.retrieval_heads import pin_by_heads
+from landmark.hf.retrieval_layers import pin_by_layers
 from landmark.hf.stub import PackagedMixin
 
 # Stock code passes these from step to step; landmark models find positions by mask and cache.
@@ -133,7 +133,7 @@ class LandmarkCausalLMMixin(PackagedMixin):
         alone are taken together with an ``attention_mask`` over all columns, those read before
         included. The rows of a cache are repeated for beams and for several answers.
 
-        Where ``retrieval_heads`` are set, a prompt of at most ``chunk_tokens`` behind a cache that
+        Where ``retrieval_layers`` are set, a prompt of at most ``chunk_tokens`` behind a cache that
         has read something is run twice: first to choose the blocks, which are pinned until this
         returns. Blocks that the caller has pinned stay.
 
@@ -206,16 +206,16 @@ class LandmarkCausalLMMixin(PackagedMixin):
         }
 
     def _pin(self, cache: LandmarkCache, prompt: Tensor, attention_mask: Tensor | None) -> None:
-        """Has the retrieval heads choose the blocks for a prompt, where there are any to choose."""
+        """Has the retrieval layers choose blocks for a prompt, where there are any to choose."""
         settings = self.landmark
-        heads = settings.retrieval_heads
-        if heads is None or cache.pinned is not None or not cache.is_initialized:
+        layers = settings.retrieval_layers
+        if layers is None or cache.pinned is not None or not cache.is_initialized:
             return
         if settings.mode != "retrieval" or settings.granularity != "token_head":
             return
         if prompt.shape[1] <= settings.chunk_tokens:
             mask = None if attention_mask is None else attention_mask[:, -prompt.shape[1] :]
-            pin_by_heads(self, cache, prompt, mask, heads=heads)
+            pin_by_layers(self, cache, prompt, mask, layers=layers)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -326,7 +326,7 @@ def check_layers(settings: LandmarkConfig, layers: int) -> None:
     """Raises ``ValueError`` where settings name a layer that does not exist."""
     named = {
         "layers": settings.layers or (),
-        "retrieval_heads": [layer for layer, _ in settings.retrieval_heads or ()],
+        "retrieval_layers": settings.retrieval_layers or (),
     }
     for name, indices in named.items():
         beyond = [layer for layer in indices if layer >= layers]

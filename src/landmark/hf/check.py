@@ -174,7 +174,7 @@ def _configure(model: Any, *, block_size: int, mode: str) -> None:
         trained_length=None,
         landmark_trained=True,
         position_span=None,
-        retrieval_heads=None,
+        retrieval_layers=None,
     )
     model.config.landmark = settings.to_dict()
     model.base_model._tables = None  # they are of the block size before

@@ -37,7 +37,7 @@ def convert(
     trained_length: int | None = None,
     position_gap: int = LandmarkConfig.position_gap,
     position_span: int | None = LandmarkConfig.position_span,
-    retrieval_heads: tuple[tuple[int, int], ...] | None = LandmarkConfig.retrieval_heads,
+    retrieval_layers: tuple[int, ...] | None = LandmarkConfig.retrieval_layers,
     **loading: Any,
 ) -> Any:
     """Makes a landmark model of a stock causal language model.
@@ -49,7 +49,7 @@ def convert(
         model_or_path: a model instance (its weights are shared, not copied), or a hub name or
             folder.
         block_size, top_k, granularity, positions, local_blocks, max_blocks, layers, local, mode,
-            chunk_tokens, position_gap, position_span, retrieval_heads: see ``LandmarkConfig``.
+            chunk_tokens, position_gap, position_span, retrieval_layers: see ``LandmarkConfig``.
         trained_length: positions the model was trained on; by default
             ``config.max_position_embeddings``; under longrope, those up to which its frequencies
             for short texts were trained.
@@ -80,7 +80,7 @@ def convert(
         "trained_length": trained_length,
         "position_gap": position_gap,
         "position_span": position_span,
-        "retrieval_heads": retrieval_heads,
+        "retrieval_layers": retrieval_layers,
     }
     if not isinstance(model_or_path, nn.Module):
         return _converted_folder(find(model_or_path, **loading), settings)

@@ -8,10 +8,11 @@ landmarks should have the highest scores. A pass in mode ``all`` or ``top_k`` ta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from landmark.rotary import Rotary, Rotation
 
 RotaryType = str | None
 
+QUESTION_TOKENS = 32  # of a question at most, its last ones, when retrieval layers score for it
 CONTRAST_TOKENS = 6  # before the first that predicts an answer: a turn's header, the question's end
 
 
@@ -88,28 +90,26 @@ class _Kept:
 
 
 @dataclass
-class GateContrast:
-    """Contrast of the evidence's landmarks with all others (InfoNCE).
+class _LandmarkContrast:
+    """What contrasts of the evidence's landmarks with all others (InfoNCE) have in common.
 
-    At a token that needs evidence, a head's loss is ``logsumexp`` of its landmark scores over all
-    candidates and over the blocks of the other rows, those on other devices as well, less
-    ``logsumexp`` over the blocks with the evidence. All landmarks are scored at the start of the
-    prefix, where retrieval scores old ones (``positions="stingy"``).
+    A query's loss is ``logsumexp`` of its landmark scores over all candidates and over the blocks
+    of the other rows, those on other devices as well, less ``logsumexp`` over the blocks with the
+    evidence. All landmarks are scored at the start of the prefix, where retrieval scores old ones
+    (``positions="stingy"``).
 
     Every device takes part in each pass, one without queries by its blocks alone. Loss and
     gradients, averaged over devices, are those of one device with all rows.
 
     Attributes:
-        queries: the tokens of this device, and where their evidence is, in rows of one text.
+        queries: the queries of this device, and where their evidence is, in rows of one text.
         blocks: finished blocks of each row, 0 of a packed one, whose landmarks stand elsewhere;
             ``None`` for as many as a row has slots for.
-        by_head: ``(layers * H,)`` the mean over the queries of all devices, after ``loss``.
     """
 
     queries: Sequence[EvidenceQuery]
     blocks: Sequence[int] | None = None
-    by_head: Tensor | None = field(default=None, init=False)
-    _kept: list[_Kept] = field(default_factory=list, init=False, repr=False)
+    _kept: dict[int, _Kept] = field(default_factory=dict, init=False, repr=False)
 
     def prepare(
         self, settings: LandmarkConfig, rotaries: dict[RotaryType, Rotary], like: Tensor
@@ -139,60 +139,99 @@ class GateContrast:
         is_own_row = row == device_number() * most + rows[:, None]
         is_older = number < (own - local)[:, None]
         is_evidence = (number[:, None] == wanted[:, None]).any(-1) & is_older
-        candidates = is_there & (~is_own_row[:, :, None] | is_older[:, None])
-        self._rows = rows
-        self._slots = slots
-        # (Q, 1, devices * R, P)
-        self._candidates = candidates[:, None]
-        self._evidence = (is_own_row[:, :, None] & is_evidence[:, None])[:, None]
+        # (Q, devices * R, P)
+        self._candidates = is_there & (~is_own_row[:, :, None] | is_older[:, None])
+        self._evidence = is_own_row[:, :, None] & is_evidence[:, None]
         # As pad takes it: nothing at the end of D, blocks, nothing in G and layers, rows.
         self._missing = (0, 0, 0, count - width // size, 0, 0, 0, 0, 0, most - batch)
-        at = (settings.top_k + 1 + local) * size + slots % size
+        read = self._tokens_read()
+        self._rows = whole([row for row, _ in read])
+        self._slots = slot_of(whole([token for _, token in read]), size)
+        local = (self._slots // size).clamp(max=settings.local_blocks)
+        at = (settings.top_k + 1 + local) * size + self._slots % size
         start = torch.tensor([size - 1], device=device)
         self._rotations = {
             kind: (rotary.rotation(at, like.dtype), rotary.rotation(start, like.dtype))
             for kind, rotary in rotaries.items()
         }
         self._block_size = size
+        self._layers_passed = 0
+
+    def _tokens_read(self) -> list[tuple[int, int]]:
+        """Returns row and token of those whose queries are kept of each layer."""
+        return [(query.row, query.token) for query in self.queries]
+
+    def _is_kept(self, layer: int) -> bool:
+        """Returns whether a layer takes part."""
+        return True
 
     def add(self, layer: LayerInputs) -> None:
         """Keeps what is scored; all layers are scored at once after the pass.
 
         Between two compiled graphs, many small operations in every layer keep a GPU waiting.
         """
+        number = self._layers_passed
+        self._layers_passed += 1
+        if not self._is_kept(number):
+            return
         size = self._block_size
         query = layer.query[self._rows, :, self._slots]
         key = layer.key[:, :, size - 1 :: size]
-        self._kept.append(_Kept(query, key, layer.scale, layer.rotary_type))
+        self._kept[number] = _Kept(query, key, layer.scale, layer.rotary_type)
+
+    def _alike(self) -> list[list[int]]:
+        """Returns the layers that were kept, those of one kind together."""
+        alike: dict[Any, list[int]] = {}
+        for number, kept in self._kept.items():
+            alike.setdefault(kept.kind, []).append(number)
+        return list(alike.values())
+
+    def _rotated(self, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns what some layers of one kind are scored by, at least in float32.
+
+        Returns:
+            the queries of the tokens that were kept ``(layers, N, H, D)``, and the landmark keys
+            of all devices ``(devices * R, layers, G, P, D)``.
+        """
+        kept = [self._kept[number] for number in layers]
+        at, start = self._rotations[kept[0].rotary_type]
+        query = torch.stack([each.query for each in kept])
+        key = torch.stack([each.key for each in kept], dim=1)
+        exact = torch.promote_types(key.dtype, torch.float32)
+        here = start.rotate(key.to(exact))
+        keys = gather_rows(functional.pad(here, self._missing))
+        return at[:, None].rotate(query.to(exact)), keys
+
+    def _of_scores(self, scores: Tensor, dim: int) -> Tensor:
+        """Returns the losses of scores ``(..., Q, ..., devices * R, P)`` with ``Q`` at ``dim``."""
+        shape = [1] * scores.ndim
+        shape[dim] = len(self.queries)
+        shape[-2:] = self._candidates.shape[1:]
+        candidates = self._candidates.view(shape)
+        evidence = self._evidence.view(shape)
+        everything = scores.masked_fill(~candidates, -torch.inf).flatten(-2)
+        wanted = scores.masked_fill(~evidence, -torch.inf).flatten(-2)
+        return everything.logsumexp(-1) - wanted.logsumexp(-1)
+
+
+@dataclass
+class GateContrast(_LandmarkContrast):
+    """Contrast of the evidence's landmarks with all others, by each head for itself.
+
+    A query is a token that needs evidence.
+    """
 
     @cached_property
     def losses(self) -> list[Tensor]:
         """``(Q, H)`` of each layer, after the pass."""
-        alike: dict[Any, list[int]] = {}
-        for number, kept in enumerate(self._kept):
-            alike.setdefault(kept.kind, []).append(number)
         found: dict[int, Tensor] = {}
-        for numbers in alike.values():
-            layers = [self._kept[number] for number in numbers]
-            found |= zip(numbers, self._losses_of(layers), strict=True)
+        for numbers in self._alike():
+            query, keys = self._rotated(numbers)
+            grouped = torch.unflatten(query, 2, (keys.shape[2], -1))
+            scores = torch.einsum("lqgrd,blgpd->lqgrbp", grouped, keys).flatten(2, 3)
+            losses = self._of_scores(self._kept[numbers[0]].scale * scores, 1)
+            found |= zip(numbers, losses.unbind(), strict=True)
         return [found[number] for number in range(len(self._kept))]
-
-    def _losses_of(self, layers: list[_Kept]) -> Sequence[Tensor]:
-        """Returns ``(Q, H)`` of each of some layers of one kind."""
-        at, start = self._rotations[layers[0].rotary_type]
-        query = torch.stack([kept.query for kept in layers])
-        key = torch.stack([kept.key for kept in layers], dim=1)
-        exact = torch.promote_types(key.dtype, torch.float32)
-        # (R, layers, G, P, D), and of all devices.
-        here = start.rotate(key.to(exact))
-        keys = gather_rows(functional.pad(here, self._missing))
-        query = at[:, None].rotate(query.to(exact))
-        grouped = torch.unflatten(query, 2, (keys.shape[2], -1))
-        scores = torch.einsum("lqgrd,blgpd->lqgrbp", grouped, keys).flatten(2, 3)
-        scores = layers[0].scale * scores
-        everything = scores.masked_fill(~self._candidates, -torch.inf).flatten(3)
-        evidence = scores.masked_fill(~self._evidence, -torch.inf).flatten(3)
-        return (everything.logsumexp(-1) - evidence.logsumexp(-1)).unbind()
 
     def loss(self, heads: int) -> Tensor:
         """Returns the mean over queries and over the ``heads`` heads, of all layers, that do best.
@@ -200,14 +239,76 @@ class GateContrast:
         Not every head has to retrieve; those that come nearest to it are trained to. The mean is
         over the queries of all devices, and the same on each of them.
         """
-        by_query = torch.cat(self.losses, dim=1)
-        # A column of ones counts the queries.
-        here = functional.pad(by_query, (0, 1), value=1.0).sum(0, keepdim=True)
-        sums = gather_rows(here).sum(0)
-        by_head = sums[:-1] / sums[-1]
-        self.by_head = by_head.detach()
+        by_head = _mean_of_devices(torch.cat(self.losses, dim=1))
         best = by_head.topk(min(heads, len(by_head)), largest=False).values
         return best.mean()
+
+
+class QuestionSpan(NamedTuple):
+    """A question of a row.
+
+    Attributes:
+        query: its last token, which predicts the answer, and where the evidence is.
+        tokens: the tokens whose queries count, up to that one.
+    """
+
+    query: EvidenceQuery
+    tokens: range
+
+
+@dataclass
+class JointContrast(_LandmarkContrast):
+    """Contrast of the evidence's landmarks with all others, by the heads of some layers together.
+
+    A query is a question. A block's score is the sum over these heads of the landmark's score for
+    the mean of the question's queries, divided by the square root of the number of heads: so it
+    varies by chance as much as that of one head. This is what ``retrieval_layers`` choose blocks by
+    (``landmark.hf.retrieval_layers``).
+
+    Attributes:
+        spans: tokens of each query whose queries are averaged; its ``token`` is the last of them.
+        layers: the layers.
+    """
+
+    spans: Sequence[range] = ()
+    layers: Collection[int] = ()
+
+    def _tokens_read(self) -> list[tuple[int, int]]:
+        pairs = zip(self.queries, self.spans, strict=True)
+        return [(query.row, token) for query, span in pairs for token in span]
+
+    def _is_kept(self, layer: int) -> bool:
+        return layer in self.layers
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """``(Q,)``, after the pass."""
+        lengths = self._rows.new_tensor([len(span) for span in self.spans])
+        owner = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        total = torch.zeros((), device=self._rows.device)
+        heads = 0
+        for numbers in self._alike():
+            query, keys = self._rotated(numbers)
+            heads += query.shape[0] * query.shape[2]
+            parts = query / lengths[owner, None, None]
+            mean = query.new_zeros(len(query), len(lengths), *query.shape[2:])
+            mean = mean.index_add(1, owner, parts)
+            grouped = torch.unflatten(mean, 2, (keys.shape[2], -1)).sum(3)
+            scores = torch.einsum("lqgd,blgpd->qbp", grouped, keys)
+            total = total + self._kept[numbers[0]].scale * scores
+        return self._of_scores(total / math.sqrt(heads), 0)
+
+    def loss(self) -> Tensor:
+        """Returns the mean over the queries of all devices, the same on each of them."""
+        return _mean_of_devices(self.losses[:, None])[0]
+
+
+def _mean_of_devices(losses: Tensor) -> Tensor:
+    """Returns the mean ``(X,)`` over the queries of all devices, of ``(Q, X)`` on each."""
+    # A column of ones counts the queries.
+    here = functional.pad(losses, (0, 1), value=1.0).sum(0, keepdim=True)
+    sums = gather_rows(here).sum(0)
+    return sums[:-1] / sums[-1]
 
 
 @dataclass
@@ -295,3 +396,21 @@ def contrast_queries(
     before = sum(there for there, _ in counts[: device_number()])
     taken = [number * total // wanted - before for number in range(wanted)]
     return [far[index] for index in taken if 0 <= index < len(far)]
+
+
+def joint_queries(
+    questions: Iterable[QuestionSpan], settings: LandmarkConfig, device: torch.device
+) -> list[QuestionSpan] | None:
+    """Returns the questions whose evidence is not local.
+
+    Args:
+        questions: those of this device.
+        settings: the landmark settings.
+        device: the device.
+
+    Returns:
+        those of this device, which may have none; ``None`` where no device has such a question.
+    """
+    far = [each for each in questions if far_queries([each.query], settings)]
+    (counts,) = zip(*gather_counts(len(far), device=device), strict=True)
+    return far if sum(counts) else None

@@ -30,7 +30,7 @@ from landmark.data.encoding import Progress
 from landmark.data.tokenizer import row_start
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.gate_loss import CONTRAST_TOKENS
-from landmark.memory.geometry import CallGeometry
+from landmark.hf.query_sums import QuerySums
 from landmark.memory.layer import LayerMemory
 from landmark.texts.explain import uses_template
 from landmark.texts.files import file_documents
@@ -100,54 +100,6 @@ class DocumentScore:
     block: int
 
 
-def old_queries(memory: LayerMemory, query: Tensor, offsets: Tensor, scale: float) -> Tensor:
-    """Returns queries as retrieval scores old landmarks with them under ``stingy``.
-
-    These are the queries of a text that is long enough to have all its local blocks.
-
-    Args:
-        memory: of their layer.
-        query: ``(B, H, T, D)``, not rotated.
-        offsets: ``(B, T)`` place of each query inside its block.
-        scale: the softmax scale.
-
-    Returns:
-        ``(B, H, T, D)``, at least float32.
-    """
-    precise = torch.promote_types(query.dtype, torch.float32)
-    distance = torch.tensor(
-        memory.config.top_k + 1 + memory.config.local_blocks, device=query.device
-    )
-    inside = memory.tables.by_offset(offsets, query.dtype)[:, None].rotate(query).to(precise)
-    return memory.tables.by_distance(distance, precise, int(distance)).rotate(inside * scale)
-
-
-class QuerySums:
-    """An observer of a ``LandmarkCache`` that sums up the queries of each layer.
-
-    Args:
-        slots: ``(n,)`` slots whose queries count; ``None`` for all.
-
-    Attributes:
-        totals: by layer, ``(H, D)``: the sum over these slots, see ``old_queries``.
-    """
-
-    def __init__(self, slots: Tensor | None = None) -> None:
-        self.slots = slots
-        self.totals: dict[int, Tensor] = {}
-
-    def __call__(
-        self, memory: LayerMemory, query: Tensor, geometry: CallGeometry, scale: float
-    ) -> None:
-        """Adds the queries ``(1, H, T, D)`` of one call of one layer."""
-        queries = old_queries(memory, query, geometry.offsets, scale)[0]
-        if self.slots is not None:
-            queries = queries[:, torch.isin(geometry.slots[0], self.slots)]
-        summed = queries.sum(1)
-        before = self.totals.get(memory.layer)
-        self.totals[memory.layer] = summed if before is None else before + summed
-
-
 def deciding_layers(cache: LandmarkCache) -> list[LayerMemory]:
     """Returns the memories of the layers that retrieve and whose landmarks differ."""
     return [
@@ -182,7 +134,7 @@ def read_text(
     wanted = None
     if last is not None:
         final = torch.arange(len(ids), device=loaded.device)[-last:]
-        wanted = slot_of(final, loaded.model.landmark.block_size)
+        wanted = slot_of(final, loaded.model.landmark.block_size)[None]
     queries = QuerySums(wanted)
     with loaded.configured(**SETTINGS):
         cache = LandmarkCache(loaded.model.config)
@@ -200,9 +152,9 @@ def read_text(
             "or configure its layers"
         )
     landmarks = slots - tokens
-    count = slots if wanted is None else len(wanted)
+    count = slots if wanted is None else wanted.shape[1]
     keys = [memory.store.landmark_keys[0][:, :landmarks].clone() for memory in memories]
-    means = [queries.totals[memory.layer] / count for memory in memories]
+    means = [queries.totals[memory.layer][0] / count for memory in memories]
     grouped = [
         torch.unflatten(mean, 0, (len(key), -1)) for mean, key in zip(means, keys, strict=True)
     ]

@@ -14,10 +14,15 @@ from landmark.config import LandmarkConfig
 from landmark.data.episodes import IGNORED, RowQuestion
 from landmark.hf.gate_loss import (
     CONTRAST_TOKENS,
+    QUESTION_TOKENS,
     GateBlockMass,
     GateContrast,
+    GateLoss,
+    JointContrast,
     LayerInputs,
+    QuestionSpan,
     contrast_queries,
+    joint_queries,
 )
 from landmark.hf.recall import EvidenceQuery, blocks_of
 from landmark.rotary import Rotary
@@ -25,7 +30,6 @@ from landmark.train.settings import RetrievalSettings
 
 MASS_QUERIES = 32  # of each row of a batch
 FORCED_BLOCKS = 4  # of a question at most
-HEADS_RATE = 0.05  # weight of the last batch in the average of a head's contrast
 
 
 class WeightedLoss(NamedTuple):
@@ -45,30 +49,35 @@ class GateLosses:
         retrieval: the weights.
 
     Attributes:
-        contrast: the contrast, ``None`` for none.
+        contrast: the contrast of each head, ``None`` for none.
+        joint: the contrast of the retrieval layers, ``None`` for none.
         block_mass: the fit to dense attention, ``None`` for none.
     """
 
     def __init__(self, retrieval: RetrievalSettings) -> None:
         self.retrieval = retrieval
         self.contrast: GateContrast | None = None
+        self.joint: JointContrast | None = None
         self.block_mass: GateBlockMass | None = None
 
     def prepare(
         self, settings: LandmarkConfig, rotaries: dict[str | None, Rotary], like: Tensor
     ) -> None:
         """See ``GateLoss.prepare``."""
-        if self.contrast is not None:
-            self.contrast.prepare(settings, rotaries, like)
-        if self.block_mass is not None:
-            self.block_mass.prepare(settings, rotaries, like)
+        for each in self._there():
+            each.prepare(settings, rotaries, like)
 
     def add(self, layer: LayerInputs) -> None:
         """See ``GateLoss.add``."""
-        if self.contrast is not None:
-            self.contrast.add(layer)
-        if self.block_mass is not None:
-            self.block_mass.add(layer)
+        for each in self._there():
+            each.add(layer)
+
+    def _there(self) -> list[GateLoss]:
+        losses = (self.contrast, self.joint, self.block_mass)
+        return [each for each in losses if each is not None]
+
+    def __bool__(self) -> bool:
+        return bool(self._there())
 
     def totals(self) -> list[WeightedLoss]:
         """Returns each loss over all layers, after the pass."""
@@ -76,39 +85,13 @@ class GateLosses:
         if self.contrast is not None:
             contrast = self.contrast.loss(self.retrieval.contrast_heads)
             found.append(WeightedLoss("contrast_loss", contrast, self.retrieval.contrast))
+        if self.joint is not None:
+            joint = self.joint.loss()
+            found.append(WeightedLoss("joint_contrast_loss", joint, self.retrieval.joint_contrast))
         if self.block_mass is not None:
             mass = self.block_mass.loss()
             found.append(WeightedLoss("block_mass_loss", mass, self.retrieval.block_mass))
         return found
-
-
-class HeadAverages:
-    """The contrast of each head, averaged over the last steps.
-
-    Args:
-        layers: layers of the model.
-    """
-
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
-        self._average: Tensor | None = None  # (layers * H,)
-
-    def follow(self, by_head: Tensor) -> None:
-        """Counts one batch.
-
-        Args:
-            by_head: ``(layers * H,)``, layer by layer.
-        """
-        before = by_head if self._average is None else self._average
-        self._average = before.lerp(by_head, HEADS_RATE)
-
-    def best(self, count: int) -> tuple[tuple[int, int], ...] | None:
-        """Returns layer and head of those whose contrast is lowest; ``None`` without a batch."""
-        if self._average is None:
-            return None
-        heads = len(self._average) // self.layers
-        order = self._average.argsort(stable=True)[:count].tolist()
-        return tuple((number // heads, number % heads) for number in order)
 
 
 def gate_losses(
@@ -125,19 +108,33 @@ def gate_losses(
         draw: decides at which tokens the gate is fitted to dense attention.
     """
     losses = GateLosses(retrieval)
+    if "questions" in batch:
+        device = batch["input_ids"].device
+        finished = batch["input_ids"].shape[1] // settings.text_per_block
+        blocks = [0 if packed else finished for packed in batch["packed"]]
     if retrieval.contrast and "questions" in batch:
         count = retrieval.contrast_queries * len(batch["questions"])
         wanted = evidence_queries(batch["questions"], before=CONTRAST_TOKENS)
-        queries = contrast_queries(wanted, settings, count, batch["input_ids"].device)
-        finished = batch["input_ids"].shape[1] // settings.text_per_block
-        blocks = [0 if packed else finished for packed in batch["packed"]]
+        queries = contrast_queries(wanted, settings, count, device)
         losses.contrast = None if queries is None else GateContrast(queries, blocks)
+    if retrieval.joint_contrast and "questions" in batch:
+        asked = joint_queries(question_spans(batch["questions"]), settings, device)
+        losses.joint = (
+            None
+            if asked is None
+            else JointContrast(
+                [each.query for each in asked],
+                blocks,
+                spans=[each.tokens for each in asked],
+                layers=settings.retrieval_layers or (),
+            )
+        )
     is_packed = "position_ids" in batch
     if retrieval.block_mass and not is_packed:
         columns = range(batch["input_ids"].shape[1])
         tokens = sorted(random.Random(draw).choices(columns, k=MASS_QUERIES))
         losses.block_mass = GateBlockMass([slot_of(token, settings.block_size) for token in tokens])
-    return None if losses.contrast is None and losses.block_mass is None else losses
+    return losses or None
 
 
 def forced_blocks(
@@ -224,3 +221,19 @@ def evidence_queries(
             question.answer.stop - 1,
         )
     ]
+
+
+def question_spans(questions: Sequence[Sequence[RowQuestion]]) -> list[QuestionSpan]:
+    """Returns the questions of some rows, the last ``QUESTION_TOKENS`` tokens of each.
+
+    Args:
+        questions: the questions of each row.
+    """
+    found = []
+    for row, asked in enumerate(questions):
+        for question in asked:
+            end = question.answer.start
+            first = max(question.tokens.start, end - QUESTION_TOKENS)
+            query = EvidenceQuery(row, end - 1, question.evidence)
+            found.append(QuestionSpan(query, range(min(first, end - 1), end)))
+    return found

@@ -124,11 +124,6 @@ class Recipe:
                 )
         _require_schedule(self.data)
         _require_mixture(self.data)
-        if self.retrieval.named_heads and not self.retrieval.contrast:
-            raise ValueError(
-                "named_heads: expected a contrast, by which heads are compared, got contrast=0; "
-                "give for example contrast=0.3"
-            )
         if self.data.episodes + self.data.cloze > 1 + 1e-9:
             raise ValueError(
                 "episodes, cloze: expected shares of 1 together at most, got "
@@ -155,7 +150,6 @@ class Recipe:
             IntegerSetting("held_out", self.data.held_out, least=0),
             IntegerSetting("contrast_heads", self.retrieval.contrast_heads, least=1),
             IntegerSetting("contrast_queries", self.retrieval.contrast_queries, least=1),
-            IntegerSetting("named_heads", self.retrieval.named_heads, least=0),
             IntegerSetting("steps", self.optimiser.steps, least=1),
             IntegerSetting("batch", self.optimiser.batch, least=1),
             IntegerSetting("warmup", self.optimiser.warmup, least=0),
@@ -181,6 +175,7 @@ class Recipe:
             NumberSetting("forced", self.retrieval.forced, low=0.0, high=1.0),
             NumberSetting("forced_until", self.retrieval.forced_until, low=0.0, high=1e6),
             NumberSetting("contrast", self.retrieval.contrast, low=0.0, high=1e6),
+            NumberSetting("joint_contrast", self.retrieval.joint_contrast, low=0.0, high=1e6),
             NumberSetting("block_mass", self.retrieval.block_mass, low=0.0, high=1e6),
             NumberSetting("teacher_weight", self.distillation.teacher_weight, low=0.0, high=1e6),
             NumberSetting("teacher_share", self.distillation.teacher_share, low=0.0, high=1.0),

@@ -134,6 +134,11 @@ def train(
         if args.should_save:
             outputs.require_room(out, made.num_parameters() * getattr(torch, dtype).itemsize, "out")
         settings = LandmarkConfig.from_dict(recipe.landmark) if plain else made.landmark
+        if recipe.retrieval.joint_contrast and not settings.retrieval_layers:
+            raise ValueError(
+                "joint_contrast: expected a model with retrieval_layers, got none; name some in "
+                'the recipe\'s "landmark", such as the upper half of the layers'
+            )
         row_tokens = tokens_for(recipe.data.length, settings.block_size)
         teacher = load_teacher(recipe, path, cutter)
         answers = None
@@ -191,9 +196,6 @@ def train(
     if not plain:
         length = int(slots_for(row_tokens, settings.block_size))
         final.configure_landmark(mode="retrieval", landmark_trained=True, trained_length=length)
-        if recipe.retrieval.named_heads:
-            named = trainer.heads.best(recipe.retrieval.named_heads)
-            final.configure_landmark(retrieval_heads=named)
     summary = summarise(trainer, recipe, arguments, rows.documents, seconds=seconds)
     if progress is not None:
         progress("saving", 0, 0)

@@ -130,8 +130,8 @@ class RetrievalSettings:
             before and in answers (``landmark.hf.gate_loss.GateContrast``); 0 for none.
         contrast_heads: so many heads of all layers, those that do best, are trained by it.
         contrast_queries: tokens of a row at which it is taken, on average over a batch.
-        named_heads: so many heads, those whose contrast is lowest at the end of the training,
-            become the saved model's ``retrieval_heads``; 0 for none.
+        joint_contrast: weight of the contrast of the ``retrieval_layers``, whose heads score
+            together for a whole question (``landmark.hf.gate_loss.JointContrast``); 0 for none.
         block_mass: weight of fitting the gate to the mass that dense attention gives each block
             (``landmark.hf.gate_loss.GateBlockMass``), in rows that hold one text; 0 for none.
     """
@@ -142,7 +142,7 @@ class RetrievalSettings:
     contrast: float = 0.0
     contrast_heads: int = 32
     contrast_queries: int = 8
-    named_heads: int = 0
+    joint_contrast: float = 0.0
     block_mass: float = 0.0
 
 

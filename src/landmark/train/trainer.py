@@ -35,7 +35,6 @@ from landmark.hf.recall import EvidenceRecall
 from landmark.hf.rope import trained_positions
 from landmark.train.gate import (
     GateLosses,
-    HeadAverages,
     evidence_queries,
     forced_blocks,
     gate_losses,
@@ -128,7 +127,6 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         self.distillation = distillation
         self._teacher = teacher
         self._noted: dict[str, list[Tensor]] = {}
-        self.heads = HeadAverages(self._unwrapped.config.num_hidden_layers)
         self._counts = StepCounts()
         if answer_weight is not None:
             # The loss is divided by the step's counts, not by its batches.
@@ -209,8 +207,6 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
         for name, loss, weight in gate.totals():
             self._note(name, loss)
             total = total + weight * loss
-        if gate.contrast is not None and gate.contrast.by_head is not None:
-            self.heads.follow(gate.contrast.by_head)
         share: Tensor = total / self.args.gradient_accumulation_steps
         return share
 
@@ -557,6 +553,7 @@ _SHOWN = (
     LoggedValue("learning_rate", "lr", ".2e"),
     LoggedValue("grad_norm", "grad", ".2f"),
     LoggedValue("contrast_loss", "contrast", ".4f"),
+    LoggedValue("joint_contrast_loss", "joint contrast", ".4f"),
     LoggedValue("block_mass_loss", "block mass", ".4f"),
     LoggedValue("teacher_loss", "from the teacher", ".4f"),
     LoggedValue("tokens_per_second", "tokens/s", ",.0f"),
