@@ -17,13 +17,13 @@ from torch import Tensor
 from landmark.data.encoding import Progress
 from landmark.eval.results import IndexRow
 from landmark.hf.cache import LandmarkCache
+from landmark.hf.query_sums import old_queries
 from landmark.memory.faiss_index import KINDS, VectorIndex, require_faiss
 from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory
 from landmark.memory.retrieval import COPIES, SLAB_BYTES
 from landmark.ops.select import running_top_k
 from landmark.texts.loading import LoadedModel, require_landmark
-from landmark.hf.query_sums import old_queries
 from landmark.texts.reading import read_into_memory, tokenize
 
 NOISE = 0.1  # of copied landmarks, in standard deviations of the recorded ones
