@@ -167,9 +167,13 @@ def forced_blocks(
     ]
     ids = batch["input_ids"]
     found = torch.full((*ids.shape, FORCED_BLOCKS), -1, dtype=torch.int32)
-    for query in evidence_queries(questions, before=CONTRAST_TOKENS):
-        blocks = blocks_of(query, settings.block_size)[:FORCED_BLOCKS]
-        found[query.row, query.token, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+    queries = evidence_queries(questions, before=CONTRAST_TOKENS)
+    blocks = [blocks_of(query, settings.block_size)[:FORCED_BLOCKS] for query in queries]
+    filled = [each + [-1] * (FORCED_BLOCKS - len(each)) for each in blocks]
+    rows = torch.tensor([query.row for query in queries], dtype=torch.long)
+    tokens = torch.tensor([query.token for query in queries], dtype=torch.long)
+    kept = torch.tensor(filled, dtype=torch.int32).view(len(queries), FORCED_BLOCKS)
+    found[rows, tokens] = kept
     return found.to(ids.device)
 
 
