@@ -21,6 +21,14 @@ def marked(tokenizer):
     return Variant("tiny-landmark", tiny_landmark(), tokenizer)
 
 
+@pytest.fixture
+def choosing(tokenizer):
+    """Some layers choose for all."""
+    model = tiny_landmark(layers=3)
+    model.configure_landmark(retrieval_layers=[1, 2])
+    return Variant("tiny-choosing", model, tokenizer)
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")

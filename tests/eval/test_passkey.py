@@ -48,7 +48,7 @@ def greedy(variant, document, prompt, count, read):
 
 
 @pytest.mark.parametrize("read", passkey.READS)
-@pytest.mark.parametrize("kind", ["plain", "marked"])
+@pytest.mark.parametrize("kind", ["plain", "marked", "choosing"])
 def test_right_means_the_greedy_continuation(kind, read, request, tokenizer):
     """Answers made by generate count as right, whatever was asked before; one token changed counts
     as wrong.

@@ -265,7 +265,8 @@ def answers_right(
         episodes: all with documents of one length and the same number of questions.
         read: see ``PasskeyTask``; plain models read everything with every question.
         progress: called while the documents are read.
-        recall: counts the blocks that a landmark model retrieves for the answers.
+        recall: counts the blocks that a landmark model retrieves for the answers, each head for
+            itself.
 
     Returns:
         For each episode, whether each of its questions was answered exactly.
@@ -280,11 +281,18 @@ def answers_right(
         ids = _padded([question.ids for question in questions]).to(variant.device)
         if cache is not None:
             cache.record = recall is not None
+            if recall is None:
+                prompts = [question.ids[: -question.answered] for question in questions]
+                prompt, mask = _left_padded(prompts)
+                variant.model.pin_for_prompt(
+                    cache, prompt.to(variant.device), mask.to(variant.device)
+                )
             logits = variant.model(ids, past_key_values=cache).logits
             if recall is not None:
                 recall.add(cache.retrievals, _queries(episodes, number))
                 cache.retrievals.clear()
             cache.crop(-ids.shape[1])
+            cache.pin(None)
         else:
             logits = variant.logits(torch.cat((documents, ids), dim=1), keep=ids.shape[1])
         best = logits.argmax(-1).cpu()
@@ -307,6 +315,14 @@ def _queries(episodes: Sequence[Episode], number: int) -> list[EvidenceQuery]:
             for token in range(end - question.answered, end)
         ]
     return queries
+
+
+def _left_padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Rows filled up on the left with their first token, and a mask that is 0 there."""
+    width = max(map(len, rows))
+    ids = [row[:1] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def _padded(rows: Sequence[list[int]]) -> Tensor:

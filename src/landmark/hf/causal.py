@@ -198,15 +198,31 @@ class LandmarkCausalLMMixin(PackagedMixin):
                 count = columns_of_step(kwargs)
             new = text[:, -count:]
             if is_first_iteration:
-                self._pin(cache, new, attention_mask)
+                self.pin_for_prompt(cache, new, attention_mask)
         return {
             **rest,
             name: new.clone(memory_format=torch.contiguous_format),
             "attention_mask": attention_mask,
         }
 
-    def _pin(self, cache: LandmarkCache, prompt: Tensor, attention_mask: Tensor | None) -> None:
-        """Has the retrieval layers choose blocks for a prompt, where there are any to choose."""
+    def pin_for_prompt(
+        self, cache: LandmarkCache, prompt: Tensor, attention_mask: Tensor | None = None
+    ) -> None:
+        """Has the ``retrieval_layers`` choose blocks for a prompt, as ``generate`` does.
+
+        They stay pinned until ``cache.pin(None)``. Nothing is done without retrieval layers, where
+        blocks are pinned already, before anything was read, or for a prompt of more than
+        ``chunk_tokens``.
+
+        Args:
+            cache: what stands before the prompt.
+            prompt: ``(B, T)`` token ids, or ``(B, T, hidden)`` embeddings.
+            attention_mask: ``(B, T)`` or of more columns before these, 0 for padding; ``None`` for
+                no padding.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
         settings = self.landmark
         layers = settings.retrieval_layers
         if layers is None or cache.pinned is not None or not cache.is_initialized:
