@@ -11,7 +11,7 @@ import models
 from landmark import landmark_attention
 from landmark.config import GRANULARITIES, LandmarkConfig
 from landmark.hf.cache import LandmarkCache
-from landmark.hf.retrieval_layers import pin_by_layers
+from landmark.hf.prompt_retrieval import pin_for_prompt
 from numerics import REORDERED, assert_close, low_precision_budget
 from ops.test_chunked import low_precision_case, plain
 
@@ -83,11 +83,10 @@ def test_models_compute_what_they_compute_on_the_cpu(family, granularity):
 
 @pytest.mark.parametrize("tier", ["device", "host"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
-def test_layers_choose_what_they_choose_on_the_cpu(family, tier):
+@pytest.mark.parametrize("chosen_by", [{"retrieval_layers": (1,)}, {"retrieval_heads": ((1, 0),)}])
+def test_blocks_are_chosen_as_on_the_cpu(chosen_by, family, tier):
     """The blocks that are pinned for a prompt, and what all layers then read of them."""
-    settings = LandmarkConfig(
-        block_size=5, top_k=2, local_blocks=1, chunk_tokens=20, retrieval_layers=(1,)
-    )
+    settings = LandmarkConfig(block_size=5, top_k=2, local_blocks=1, chunk_tokens=20, **chosen_by)
     model = models.landmark_model(family, settings)
     text = models.text(2 * 70, seed=1).view(2, 70)
     question = models.text(2 * 9, seed=2).view(2, 9)
@@ -99,7 +98,7 @@ def test_layers_choose_what_they_choose_on_the_cpu(family, tier):
                 cache = model.read(
                     text.to(device), cache=LandmarkCache(model.config, tier), retrieve=False
                 )
-                chosen = pin_by_layers(model, cache, question.to(device), layers=(1,))
+                chosen = pin_for_prompt(model, cache, question.to(device))
                 assert (chosen >= 0).all()
                 logits = model(question.to(device), past_key_values=cache).logits
                 step = model(question[:, :1].to(device), past_key_values=cache).logits

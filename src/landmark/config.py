@@ -25,6 +25,7 @@ FREE_TO_CHANGE = (
     "position_gap",
     "position_span",
     "retrieval_layers",
+    "retrieval_heads",
 )
 # Fields that name layers.
 LAYERS = ("layers", "retrieval_layers")
@@ -70,9 +71,11 @@ class LandmarkConfig:
             block drawn for each row. So no distance is longer than this, and far blocks may stand
             at any shorter one, as ``stingy`` places them in retrieval. ``landmark train`` does so
             in rows that ask something. A multiple of ``block_size``; ``None`` keeps distances.
-        retrieval_layers: layers whose heads together choose, in ``generate`` behind a memory, the
-            blocks that all layers read (``landmark.hf.retrieval_layers``), under ``token_head``;
-            ``None`` where every query selects for itself.
+        retrieval_layers: layers whose landmarks choose, in ``generate`` behind a memory, the blocks
+            that all layers read (``landmark.hf.prompt_retrieval``), under ``token_head``. Where
+            these and ``retrieval_heads`` are ``None``, every query selects for itself.
+        retrieval_heads: layer and query head of those that choose among these blocks, or among all,
+            by the blocks' text.
 
     Raises:
         ValueError: a field has a value that is not described here.
@@ -93,8 +96,11 @@ class LandmarkConfig:
     position_gap: int = 0
     position_span: int | None = None
     retrieval_layers: tuple[int, ...] | None = None
+    retrieval_heads: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.retrieval_heads is not None:
+            object.__setattr__(self, "retrieval_heads", _pairs(self.retrieval_heads))
         for name in LAYERS:
             layers = getattr(self, name)
             if layers is None:
@@ -187,6 +193,8 @@ class LandmarkConfig:
         for name in LAYERS:
             if fields[name] is not None:
                 fields[name] = list(fields[name])
+        if self.retrieval_heads is not None:
+            fields["retrieval_heads"] = [list(pair) for pair in self.retrieval_heads]
         return fields
 
     @classmethod
@@ -202,6 +210,19 @@ class LandmarkConfig:
                 f"{fields!r:.100}"
             )
         return cls().replace(**fields)
+
+
+def _pairs(heads: Any) -> tuple[tuple[int, int], ...]:
+    """Returns layers and heads as tuples; raises ``ValueError`` where they are no pairs."""
+    pairs = heads if isinstance(heads, list | tuple) else [heads]
+    if not pairs or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError(
+            f"retrieval_heads: expected pairs of a layer and a head, got {heads!r}; pass for "
+            "example retrieval_heads=[[21, 8]]"
+        )
+    for number in (number for pair in pairs for number in pair):
+        _require_int("retrieval_heads", number, 0)
+    return tuple((layer, head) for layer, head in pairs)
 
 
 def _require_int(name: str, value: object, least: int) -> None:

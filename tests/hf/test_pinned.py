@@ -7,18 +7,28 @@ import torch
 
 from landmark.blocks import slot_of
 from landmark.eval.yardsticks import EvidenceBlocks, evidence, register
+from landmark.hf import prompt_retrieval
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.gate_loss import QUESTION_TOKENS
-from landmark.hf.retrieval_layers import pin_by_layers
+from landmark.hf.prompt_retrieval import pin_for_prompt
 from tiny import BLOCK, tiny_landmark
 
 TEXT = 155  # tokens: 10 finished blocks and a part of another; the last two blocks are local
-LAYERS = [1]
+HEADS_OF_A_LAYER = range(4)
+CHOSEN_BY = {"retrieval_layers": [1], "retrieval_heads": [[1, 0], [1, 3]]}
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_landmark()
+
+
+@pytest.fixture
+def choosing():
+    """A model in which a layer and two of its heads choose."""
+    model = tiny_landmark()
+    model.configure_landmark(**CHOSEN_BY)
+    return model
 
 
 def ids(tokens, rows=2, seed=0):
@@ -152,135 +162,173 @@ class Kept:
         self.calls.append((memory, query, geometry, scale))
 
 
-def scores_in_loops(model, calls, layers, text, prompt):
-    """The score of each old block, for each row, from queries and landmark keys one by one.
-
-    ``calls`` were observed in the prompt's pass; ``text`` and ``prompt`` are the tokens of a row.
-    """
+def rotated_queries(model, calls, row, tokens):
+    """Yields each layer's memory, with a head and its rotated, scaled query of a token."""
     settings = model.landmark
     prefix = settings.top_k + 1 + settings.local_blocks
-    found = []
-    for row, (before, new) in enumerate(zip(text, prompt, strict=True)):
-        tokens = range(before + max(0, new - QUESTION_TOKENS), before + new)
-        last = slot_of(before + new - 1, BLOCK) // BLOCK
-        scores = [0.0] * (last - settings.local_blocks)
-        for memory, query, geometry, scale in calls:
-            if memory.layer not in layers:
-                continue
-            keys = memory.store.landmark_keys
-            repeats = query.shape[1] // keys.shape[1]
-            for token in tokens:
-                slot = slot_of(token, BLOCK)
-                column = geometry.slots[row].tolist().index(slot)
-                position = torch.tensor([prefix * BLOCK + slot % BLOCK])
-                rotation = memory.tables.rotary.rotation(position, query.dtype)
-                for head in range(query.shape[1]):
-                    rotated = rotation.rotate(query[row, head, column][None])[0]
-                    for block in range(len(scores)):
-                        scores[block] += float(scale * rotated @ keys[row, head // repeats, block])
-        found.append(scores)
-    return found
+    for memory, query, geometry, scale in calls:
+        for token in tokens:
+            slot = slot_of(token, BLOCK)
+            column = geometry.slots[row].tolist().index(slot)
+            position = torch.tensor([prefix * BLOCK + slot % BLOCK])
+            rotation = memory.tables.rotary.rotation(position, query.dtype)
+            for head in range(query.shape[1]):
+                rotated = rotation.rotate(query[row, head, column][None])[0]
+                yield memory, head, scale * rotated
 
 
-@pytest.mark.parametrize("layers", [[1], [1, 2], [0, 2]])
+def scores_in_loops(model, calls, row, before, new):
+    """The scores of each old block for a row, by landmarks and by text, one by one.
+
+    ``calls`` were observed in the prompt's pass; ``before`` and ``new`` are the tokens of the text
+    and of the prompt.
+    """
+    settings = model.landmark
+    tokens = range(before + max(0, new - QUESTION_TOKENS), before + new)
+    last = slot_of(before + new - 1, BLOCK) // BLOCK
+    blocks = range(last - settings.local_blocks)
+    by_landmark = [0.0 for _ in blocks]
+    by_text = [0.0 for _ in blocks]
+    for memory, head, query in rotated_queries(model, calls, row, tokens):
+        groups = memory.store.landmark_keys.shape[1]
+        group = head // (len(HEADS_OF_A_LAYER) // groups)
+        for block in blocks:
+            if memory.layer in (settings.retrieval_layers or ()):
+                by_landmark[block] += float(query @ memory.store.landmark_keys[row, group, block])
+            if (memory.layer, head) in (settings.retrieval_heads or ()):
+                row_head = torch.tensor([row * groups + group])
+                keys, _ = memory.store.pool.gather(row_head, torch.tensor([block]))
+                masses = [(query @ key).exp() for key in keys[0, : BLOCK - 1]]
+                by_text[block] += float(sum(masses).log())
+    return by_landmark, by_text
+
+
+def order(scores):
+    return sorted(range(len(scores)), key=lambda block: -scores[block])
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_layers_choose_by_the_sum_of_their_scores(layers, tokens):
-    """All landmarks of the first layer are equal, so that it changes nothing."""
+@pytest.mark.parametrize(
+    "chosen_by",
+    [
+        {"retrieval_layers": [1]},
+        {"retrieval_layers": [0, 2]},  # all landmarks of the first layer are equal
+        {"retrieval_heads": [[1, 2]]},
+        {"retrieval_heads": [[0, 3], [2, 0], [2, 1]]},
+        {"retrieval_layers": [1, 2], "retrieval_heads": [[2, 3], [1, 0]]},
+    ],
+)
+def test_blocks_are_chosen_by_sums_of_scores(tier, tokens, chosen_by, tmp_path, monkeypatch):
+    """Where landmarks and text score, landmarks choose six blocks and text four of them."""
+    monkeypatch.setattr(prompt_retrieval, "CANDIDATES", 6)
+    monkeypatch.setattr(prompt_retrieval, "AT_ONCE", 5)
     model = tiny_landmark(layers=3)
-    model.configure_landmark(top_k=4)
+    model.configure_landmark(top_k=4, **chosen_by)
     mask = torch.ones(2, tokens, dtype=torch.long)
     mask[1, : tokens // 3] = 0
-    cache = model.read(ids(TEXT), retrieve=False)
-    watched = cache.fork()
+    cache = model.read(ids(TEXT), cache=offloaded(model, tier, tmp_path), retrieve=False)
+    watched = model.read(ids(TEXT), retrieve=False)
     watched.observer = Kept()
     question = ids(tokens, seed=1)
     model(question, attention_mask=mask, past_key_values=watched)
-    scores = scores_in_loops(
-        model, watched.observer.calls, layers, [TEXT, TEXT], mask.sum(1).tolist()
-    )
-    expected = [
-        sorted(range(len(row)), key=lambda block, row=row: -row[block])[:4] for row in scores
-    ]
-    assert pin_by_layers(model, cache, question, mask, layers=layers).tolist() == expected
+    expected = []
+    for row in range(2):
+        scores = scores_in_loops(model, watched.observer.calls, row, TEXT, int(mask[row].sum()))
+        by_landmark, by_text = map(order, scores)
+        if len(chosen_by) == 2:
+            by_text = [block for block in by_text if block in by_landmark[:6]]
+        best = by_text if "retrieval_heads" in chosen_by else by_landmark
+        expected.append(best[:4])
+    assert pin_for_prompt(model, cache, question, mask).tolist() == expected
     assert cache.pinned.tolist() == expected
 
 
-def test_fewer_old_blocks_than_are_chosen():
-    model = tiny_landmark()
-    model.configure_landmark(top_k=4)
-    cache = model.read(ids(80), retrieve=False)  # 5 finished blocks, 3 of them old
-    chosen = pin_by_layers(model, cache, ids(9, seed=1), layers=LAYERS)
+def test_fewer_old_blocks_than_are_chosen(choosing):
+    choosing.configure_landmark(top_k=4)
+    cache = choosing.read(ids(80), retrieve=False)  # 5 finished blocks, 3 of them old
+    chosen = pin_for_prompt(choosing, cache, ids(9, seed=1))
     assert [sorted(row) for row in chosen.tolist()] == [[-1, 0, 1, 2]] * 2
 
 
-def test_evicted_blocks_are_not_chosen():
-    model = tiny_landmark()
-    model.configure_landmark(top_k=8, max_blocks=4)
-    cache = model.read(ids(TEXT), retrieve=False)
-    chosen = pin_by_layers(model, cache, ids(2, seed=1), layers=LAYERS)
+def test_evicted_blocks_are_not_chosen(choosing):
+    choosing.configure_landmark(top_k=8, max_blocks=4)
+    cache = choosing.read(ids(TEXT), retrieve=False)
+    chosen = pin_for_prompt(choosing, cache, ids(2, seed=1))
     assert [sorted(row)[-5:] for row in chosen.tolist()] == [[0, 4, 5, 6, 7]] * 2
 
 
-def test_a_prompt_of_embeddings_chooses_as_its_ids_do(model):
-    question = ids(12, seed=1)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"retrieval_heads": [[0, 1], [1, 4]]}, r"retrieval_heads: .* got \[\[1, 4\]\]"),
+        ({"retrieval_heads": [[0, 1]], "layers": [1]}, r"retrieval_heads: .* got \[\[0, 1\]\]"),
+        ({"retrieval_layers": [0, 1], "layers": [1]}, r"retrieval_layers: .* got \[0\]"),
+    ],
+)
+def test_who_chooses_has_to_retrieve(settings, message):
+    model = tiny_landmark()
+    model.configure_landmark(**settings)
     cache = model.read(ids(TEXT), retrieve=False)
-    expected = pin_by_layers(model, cache.fork(), question, layers=LAYERS)
-    embeds = model.get_input_embeddings()(question).detach()
-    assert pin_by_layers(model, cache, embeds, layers=LAYERS).tolist() == expected.tolist()
+    with pytest.raises(ValueError, match=message):
+        pin_for_prompt(model, cache, ids(9))
+    assert cache.tokens == [TEXT, TEXT], "the prompt is not kept"
+    assert cache.pinned is None
 
 
-def test_a_prompt_is_run_to_choose_and_taken_back(model):
+def test_a_prompt_of_embeddings_chooses_as_its_ids_do(choosing):
+    question = ids(12, seed=1)
+    cache = choosing.read(ids(TEXT), retrieve=False)
+    expected = pin_for_prompt(choosing, cache.fork(), question)
+    embeds = choosing.get_input_embeddings()(question).detach()
+    assert pin_for_prompt(choosing, cache, embeds).tolist() == expected.tolist()
+
+
+def test_a_prompt_is_run_to_choose_and_taken_back(choosing):
     question = ids(12, seed=1)
     mask = torch.ones_like(question)
     mask[1, :5] = 0
-    cache = model.read(ids(TEXT), retrieve=False)
-    chosen = pin_by_layers(model, cache, question, mask, layers=LAYERS)
+    cache = choosing.read(ids(TEXT), retrieve=False)
+    chosen = pin_for_prompt(choosing, cache, question, mask)
     assert cache.tokens == [TEXT, TEXT] and cache.observer is None
-    fresh = model.read(ids(TEXT), retrieve=False)
+    fresh = choosing.read(ids(TEXT), retrieve=False)
     fresh.pin(chosen)
     torch.testing.assert_close(
-        model(question, attention_mask=mask, past_key_values=cache).logits,
-        model(question, attention_mask=mask, past_key_values=fresh).logits,
+        choosing(question, attention_mask=mask, past_key_values=cache).logits,
+        choosing(question, attention_mask=mask, past_key_values=fresh).logits,
     )
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_generate_pins_for_a_prompt(model, rows):
+def test_generate_pins_for_a_prompt(choosing, rows):
     """What is written is what the pinned blocks give; afterwards nothing is pinned."""
     text = ids(TEXT)
     question = ids(12, seed=1)
     whole = torch.cat((text, question), dim=1)[:rows]
-    model.configure_landmark(retrieval_layers=LAYERS)
-    try:
-        cache = model.read(text[:rows], retrieve=False)
-        fork = cache.fork()
-        written = model.generate(whole, past_key_values=cache, max_new_tokens=4, do_sample=False)
-        chosen = pin_by_layers(model, fork, question[:rows], layers=LAYERS)
-        assert (chosen >= 0).all()
-        kept = model.generate(whole, past_key_values=fork, max_new_tokens=4, do_sample=False)
-        assert fork.pinned.tolist() == chosen.tolist(), "what the caller pinned stays"
-    finally:
-        model.configure_landmark(retrieval_layers=None)
+    cache = choosing.read(text[:rows], retrieve=False)
+    fork = cache.fork()
+    written = choosing.generate(whole, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    chosen = pin_for_prompt(choosing, fork, question[:rows])
+    assert (chosen >= 0).all()
+    kept = choosing.generate(whole, past_key_values=fork, max_new_tokens=4, do_sample=False)
+    assert fork.pinned.tolist() == chosen.tolist(), "what the caller pinned stays"
     assert cache.pinned is None
     last = written[:, TEXT + 12 :]
     assert torch.equal(kept[:, TEXT + 12 :], last)
-    again = model.read(text[:rows], retrieve=False)
+    again = choosing.read(text[:rows], retrieve=False)
     again.pin(chosen)
-    assert torch.equal(answers(model, again, question[:rows]).argmax(-1)[:, 11:], last)
+    assert torch.equal(answers(choosing, again, question[:rows]).argmax(-1)[:, 11:], last)
 
 
-def test_generate_for_a_text_that_is_local(model):
+def test_generate_for_a_text_that_is_local(model, choosing):
     """Nothing is old, so nothing is pinned, and what is written is the same."""
     text = ids(20, rows=1)
-    expected = model.generate(
-        text, past_key_values=model.read(text[:, :9]), max_new_tokens=60, do_sample=False
+    expected, found = (
+        each.generate(
+            text, past_key_values=each.read(text[:, :9]), max_new_tokens=60, do_sample=False
+        )
+        for each in (model, choosing)
     )
-    model.configure_landmark(retrieval_layers=LAYERS)
-    try:
-        cache = model.read(text[:, :9])
-        found = model.generate(text, past_key_values=cache, max_new_tokens=60, do_sample=False)
-    finally:
-        model.configure_landmark(retrieval_layers=None)
     assert torch.equal(found, expected)
 
 
@@ -290,16 +338,21 @@ def test_wrong_retrieval_layers(model, layers):
         model.configure_landmark(retrieval_layers=layers)
 
 
-def test_retrieval_layers_that_are_not_there(model):
-    with pytest.raises(ValueError, match=r"retrieval_layers: expected indices below 2, got \[7\]"):
-        model.configure_landmark(retrieval_layers=[7])
+@pytest.mark.parametrize("heads", [[], [[1]], [1, 2], [[1, -1]], [[True, 1]], "21.8"])
+def test_wrong_retrieval_heads(model, heads):
+    with pytest.raises(ValueError, match="retrieval_heads: expected"):
+        model.configure_landmark(retrieval_heads=heads)
 
 
-def test_retrieval_layers_are_saved(model, tmp_path):
-    model.configure_landmark(retrieval_layers=LAYERS)
-    try:
-        model.save_pretrained(tmp_path)
-    finally:
-        model.configure_landmark(retrieval_layers=None)
-    loaded = type(model).from_pretrained(tmp_path)
-    assert loaded.landmark.retrieval_layers == tuple(LAYERS)
+@pytest.mark.parametrize(("name", "value"), [("layers", [7]), ("heads", [[7, 0]])])
+def test_layers_that_are_not_there(model, name, value):
+    message = rf"retrieval_{name}: expected indices below 2, got \[7\]"
+    with pytest.raises(ValueError, match=message):
+        model.configure_landmark(**{f"retrieval_{name}": value})
+
+
+def test_who_chooses_is_saved(choosing, tmp_path):
+    choosing.save_pretrained(tmp_path)
+    loaded = type(choosing).from_pretrained(tmp_path).landmark
+    assert loaded.retrieval_layers == (1,)
+    assert loaded.retrieval_heads == ((1, 0), (1, 3))

@@ -17,7 +17,7 @@ from torch import Tensor
 from landmark.data.encoding import Progress
 from landmark.eval.results import IndexRow
 from landmark.hf.cache import LandmarkCache
-from landmark.hf.query_sums import old_queries
+from landmark.hf.old_queries import old_queries
 from landmark.memory.faiss_index import KINDS, VectorIndex, require_faiss
 from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory

@@ -20,7 +20,7 @@ from landmark.hf.cache import LandmarkCache
 from landmark.hf.compat import CACHE, cache_by_installed_name, check_assisted, columns_of_step
 from landmark.hf.decode_graph import capture_scope
 from landmark.hf.model import require_landmark_cache
-from landmark.hf.retrieval_layers import pin_by_layers
+from landmark.hf.prompt_retrieval import pin_for_prompt
 from landmark.hf.stub import PackagedMixin
 
 # Stock code passes these from step to step; landmark models find positions by mask and cache.
@@ -133,9 +133,9 @@ class LandmarkCausalLMMixin(PackagedMixin):
         alone are taken together with an ``attention_mask`` over all columns, those read before
         included. The rows of a cache are repeated for beams and for several answers.
 
-        Where ``retrieval_layers`` are set, a prompt of at most ``chunk_tokens`` behind a cache that
-        has read something is run twice: first to choose the blocks, which are pinned until this
-        returns. Blocks that the caller has pinned stay.
+        Where ``retrieval_layers`` or ``retrieval_heads`` are set, a prompt of at most
+        ``chunk_tokens`` behind a cache that has read something is run twice: first to choose the
+        blocks, which are pinned until this returns. Blocks that the caller has pinned stay.
 
         On an NVIDIA GPU, decode steps of one token are captured in a CUDA graph and replayed, but
         not while blocks are pinned.
@@ -208,11 +208,11 @@ class LandmarkCausalLMMixin(PackagedMixin):
     def pin_for_prompt(
         self, cache: LandmarkCache, prompt: Tensor, attention_mask: Tensor | None = None
     ) -> None:
-        """Has the ``retrieval_layers`` choose blocks for a prompt, as ``generate`` does.
+        """Chooses blocks for a prompt and pins them, as ``generate`` does.
 
-        They stay pinned until ``cache.pin(None)``. Nothing is done without retrieval layers, where
-        blocks are pinned already, before anything was read, or for a prompt of more than
-        ``chunk_tokens``.
+        They stay pinned until ``cache.pin(None)``. Nothing is done without ``retrieval_layers`` and
+        ``retrieval_heads``, where blocks are pinned already, before anything was read, or for a
+        prompt of more than ``chunk_tokens``.
 
         Args:
             cache: what stands before the prompt.
@@ -224,14 +224,15 @@ class LandmarkCausalLMMixin(PackagedMixin):
             ValueError: as ``forward``.
         """
         settings = self.landmark
-        layers = settings.retrieval_layers
-        if layers is None or cache.pinned is not None or not cache.is_initialized:
+        if not (settings.retrieval_layers or settings.retrieval_heads):
+            return
+        if cache.pinned is not None or not cache.is_initialized:
             return
         if settings.mode != "retrieval" or settings.granularity != "token_head":
             return
         if prompt.shape[1] <= settings.chunk_tokens:
             mask = None if attention_mask is None else attention_mask[:, -prompt.shape[1] :]
-            pin_by_layers(self, cache, prompt, mask, layers=layers)
+            pin_for_prompt(self, cache, prompt, mask)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -343,6 +344,7 @@ def check_layers(settings: LandmarkConfig, layers: int) -> None:
     named = {
         "layers": settings.layers or (),
         "retrieval_layers": settings.retrieval_layers or (),
+        "retrieval_heads": [layer for layer, _ in settings.retrieval_heads or ()],
     }
     for name, indices in named.items():
         beyond = [layer for layer in indices if layer >= layers]

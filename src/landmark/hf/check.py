@@ -175,6 +175,7 @@ def _configure(model: Any, *, block_size: int, mode: str) -> None:
         landmark_trained=True,
         position_span=None,
         retrieval_layers=None,
+        retrieval_heads=None,
     )
     model.config.landmark = settings.to_dict()
     model.base_model._tables = None  # they are of the block size before

@@ -38,6 +38,7 @@ def convert(
     position_gap: int = LandmarkConfig.position_gap,
     position_span: int | None = LandmarkConfig.position_span,
     retrieval_layers: tuple[int, ...] | None = LandmarkConfig.retrieval_layers,
+    retrieval_heads: tuple[tuple[int, int], ...] | None = LandmarkConfig.retrieval_heads,
     **loading: Any,
 ) -> Any:
     """Makes a landmark model of a stock causal language model.
@@ -49,7 +50,8 @@ def convert(
         model_or_path: a model instance (its weights are shared, not copied), or a hub name or
             folder.
         block_size, top_k, granularity, positions, local_blocks, max_blocks, layers, local, mode,
-            chunk_tokens, position_gap, position_span, retrieval_layers: see ``LandmarkConfig``.
+            chunk_tokens, position_gap, position_span, retrieval_layers, retrieval_heads: see
+            ``LandmarkConfig``.
         trained_length: positions the model was trained on; by default
             ``config.max_position_embeddings``; under longrope, those up to which its frequencies
             for short texts were trained.
@@ -81,6 +83,7 @@ def convert(
         "position_gap": position_gap,
         "position_span": position_span,
         "retrieval_layers": retrieval_layers,
+        "retrieval_heads": retrieval_heads,
     }
     if not isinstance(model_or_path, nn.Module):
         return _converted_folder(find(model_or_path, **loading), settings)

@@ -30,7 +30,7 @@ from landmark.data.encoding import Progress
 from landmark.data.tokenizer import row_start
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.gate_loss import CONTRAST_TOKENS
-from landmark.hf.query_sums import QuerySums
+from landmark.hf.old_queries import QuerySums
 from landmark.memory.layer import LayerMemory
 from landmark.texts.explain import uses_template
 from landmark.texts.files import file_documents
