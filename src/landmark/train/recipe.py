@@ -150,6 +150,7 @@ class Recipe:
             IntegerSetting("held_out", self.data.held_out, least=0),
             IntegerSetting("contrast_heads", self.retrieval.contrast_heads, least=1),
             IntegerSetting("contrast_queries", self.retrieval.contrast_queries, least=1),
+            IntegerSetting("named_heads", self.retrieval.named_heads, least=0),
             IntegerSetting("steps", self.optimiser.steps, least=1),
             IntegerSetting("batch", self.optimiser.batch, least=1),
             IntegerSetting("warmup", self.optimiser.warmup, least=0),

@@ -51,10 +51,11 @@ from landmark.train.prepare import (
     require_model_settings,
     stored_dtype,
 )
+from landmark.train.progress import Progress
 from landmark.train.recipe import Recipe, RunArguments
 from landmark.train.settings import NF4
 from landmark.train.summary import summarise, write_summary
-from landmark.train.trainer import LandmarkTrainer, Progress
+from landmark.train.trainer import LandmarkTrainer
 
 Report = Callable[[str], None]
 GRAPHS = 64  # compiled for a layer at most: lengths of a schedule, modes, evaluations
@@ -196,6 +197,9 @@ def train(
     if not plain:
         length = int(slots_for(row_tokens, settings.block_size))
         final.configure_landmark(mode="retrieval", landmark_trained=True, trained_length=length)
+        if recipe.retrieval.named_heads:
+            heads = trainer.best_heads(recipe.retrieval.named_heads)
+            final.configure_landmark(retrieval_heads=heads)
     summary = summarise(trainer, recipe, arguments, rows.documents, seconds=seconds)
     if progress is not None:
         progress("saving", 0, 0)

@@ -132,6 +132,9 @@ class RetrievalSettings:
         contrast_queries: tokens of a row at which it is taken, on average over a batch.
         joint_contrast: weight of the contrast of the ``retrieval_layers``, whose heads score
             together for a whole question (``landmark.hf.gate_loss.JointContrast``); 0 for none.
+        named_heads: so many heads at most become the saved model's ``retrieval_heads``: those whose
+            scores of old blocks' text find the evidence best for the held-out questions
+            (``landmark.train.heads``); 0 for none.
         block_mass: weight of fitting the gate to the mass that dense attention gives each block
             (``landmark.hf.gate_loss.GateBlockMass``), in rows that hold one text; 0 for none.
     """
@@ -143,6 +146,7 @@ class RetrievalSettings:
     contrast_heads: int = 32
     contrast_queries: int = 8
     joint_contrast: float = 0.0
+    named_heads: int = 0
     block_mass: float = 0.0
 
 

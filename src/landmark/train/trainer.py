@@ -20,12 +20,9 @@ from transformers import (
     EvalPrediction,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
-from landmark.data import encoding
 from landmark.data.episodes import IGNORED, Row
 from landmark.data.errors import first_line
 from landmark.data.outputs import is_of_the_disk
@@ -40,6 +37,7 @@ from landmark.train.gate import (
     gate_losses,
     restart_positions,
 )
+from landmark.train.heads import best_heads
 from landmark.train.lora import base_of
 from landmark.train.loss import (
     answer_weighted_loss,
@@ -356,28 +354,52 @@ class LandmarkTrainer(Trainer):  # type: ignore[misc]
     def _recall(self, rows: list[Row]) -> EvidenceRecall:
         """Reads rows with retrieval and counts where their questions find the evidence."""
         model = self._unwrapped
-        settings = model.landmark
-        recall = EvidenceRecall(settings)
+        recall = EvidenceRecall(model.landmark)
         longest = max((len(row.input_ids) for row in rows), default=1)
         on_gpu = self.args.device.type == "cuda"
         at_once = max(1, (GPU_RECALL_TOKENS if on_gpu else RECALL_TOKENS) // longest)
+        with self._retrieving():
+            for begin in range(0, len(rows), at_once):
+                batch = rows[begin : begin + at_once]
+                ids = stack([(row,) for row in batch], answers=False)["input_ids"]
+                cache = LandmarkCache(model.config)
+                cache.record = True
+                model.read(ids.to(self.args.device), cache=cache)
+                recall.add(cache.retrievals, evidence_queries([row.questions for row in batch]))
+                # Counted in the progress as batches of an evaluation are.
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return recall
+
+    def best_heads(self, count: int) -> tuple[tuple[int, int], ...] | None:
+        """Returns the heads that find the evidence for held-out questions best.
+
+        Not under FSDP, where no process has all weights.
+
+        Args:
+            count: how many at most.
+
+        Returns:
+            layer and head of each; ``None`` where no held-out row asks for what is old.
+        """
+        if self.is_fsdp_enabled:
+            return None
+        held_out = (self.eval_dataset or {}).values()
+        rows = [row for groups in held_out for group in groups for row in group if row.questions]
+        with self._retrieving():
+            return best_heads(self._unwrapped, rows, count)
+
+    @contextmanager
+    def _retrieving(self) -> Iterator[None]:
+        """A context in which the model retrieves."""
+        model = self._unwrapped
+        mode = model.landmark.mode
         model.eval()
         model.configure_landmark(mode="retrieval")
         try:
             with _reading(), self.accelerator.autocast():
-                for begin in range(0, len(rows), at_once):
-                    batch = rows[begin : begin + at_once]
-                    ids = stack([(row,) for row in batch], answers=False)["input_ids"]
-                    cache = LandmarkCache(model.config)
-                    cache.record = True
-                    model.read(ids.to(self.args.device), cache=cache)
-                    queries = evidence_queries([row.questions for row in batch])
-                    recall.add(cache.retrievals, queries)
-                    # Counted in the progress as batches of an evaluation are.
-                    self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                yield
         finally:
-            model.configure_landmark(mode=settings.mode)
-        return recall
+            model.configure_landmark(mode=mode)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Saves a checkpoint; a run without room for it goes on with a warning."""
@@ -452,127 +474,6 @@ def _reading() -> Iterator[None]:
 def texts_of(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns what a model is given of a batch: all but labels, answers and questions."""
     return {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
-
-
-class Progress(TrainerCallback):  # type: ignore[misc]
-    """Prints one line for each log entry, and stops the run after ``max_seconds`` of training.
-
-    Args:
-        report: takes a line.
-        max_seconds: seconds from the first step on, ``None`` for no limit.
-        watch: called before every step and every batch of held-out rows.
-
-    Attributes:
-        trainer: the trainer, set when it is made.
-    """
-
-    def __init__(
-        self, report: Any, max_seconds: float | None, watch: encoding.Progress | None = None
-    ) -> None:
-        self.report = report
-        self.max_seconds = max_seconds
-        self.watch = watch
-        self._held_out = 0  # batches of held-out rows that were evaluated
-        self.start = time.perf_counter()
-        self.trainer: LandmarkTrainer | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Starts the clocks."""
-        self.start = time.perf_counter()
-        self._tell_steps(state)
-        if self.trainer is not None:
-            self.trainer.start_clock()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Asks for a stop when the time is over; several processes agree every ten steps."""
-        self._tell_steps(state)
-        if self.max_seconds is None or (args.world_size > 1 and state.global_step % 10):
-            return
-        over = time.perf_counter() - self.start > self.max_seconds
-        if args.world_size > 1:
-            flag = torch.tensor(int(over), device=args.device)
-            torch.distributed.broadcast(flag, src=0)
-            over = bool(flag.item())
-        if over:
-            control.should_training_stop = True
-            control.should_log = True
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Any = None,
-        **_: Any,
-    ) -> None:
-        """Prints the entry, on the first process."""
-        if not state.is_world_process_zero or not logs:
-            return
-        parts = [f"step {state.global_step}/{state.max_steps}"]
-        for shown in _SHOWN:
-            if shown.key in logs:
-                parts.append(f"{shown.label} {logs[shown.key]:{shown.format}}")
-        if len(parts) > 1:
-            self.report("  ".join([*parts, f"{time.perf_counter() - self.start:.0f} s"]))
-            self._tell_steps(state)
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Counts the batches of held-out rows."""
-        self._held_out += 1
-        if self.watch is not None:
-            self.watch("batches of held-out rows", self._held_out, 0)
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Counts the batches of held-out rows from 0 again."""
-        self._held_out = 0
-        self._tell_steps(state)
-
-    def _tell_steps(self, state: TrainerState) -> None:
-        if self.watch is not None:
-            self.watch("steps trained", state.global_step, state.max_steps)
-
-
-class LoggedValue(NamedTuple):
-    """A number of a log entry that is printed: its key, its label and its format."""
-
-    key: str
-    label: str
-    format: str
-
-
-_SHOWN = (
-    LoggedValue("loss", "loss", ".4f"),
-    LoggedValue("learning_rate", "lr", ".2e"),
-    LoggedValue("grad_norm", "grad", ".2f"),
-    LoggedValue("contrast_loss", "contrast", ".4f"),
-    LoggedValue("joint_contrast_loss", "joint contrast", ".4f"),
-    LoggedValue("block_mass_loss", "block mass", ".4f"),
-    LoggedValue("teacher_loss", "from the teacher", ".4f"),
-    LoggedValue("tokens_per_second", "tokens/s", ",.0f"),
-    LoggedValue("eval_text_loss", "held-out text loss", ".4f"),
-    LoggedValue("eval_conversations_loss", "held-out conversations loss", ".4f"),
-    LoggedValue("eval_episodes_loss", "held-out episodes loss", ".4f"),
-    LoggedValue("eval_episodes_accuracy", "answers right", ".1%"),
-    LoggedValue(
-        "eval_episodes_recall_best_head", "episodes: evidence retrieved by the best head", ".1%"
-    ),
-    LoggedValue("eval_cloze_loss", "held-out cloze loss", ".4f"),
-    LoggedValue("eval_cloze_accuracy", "answer tokens right", ".1%"),
-    LoggedValue("eval_cloze_recall_best_head", "cloze: evidence retrieved by the best head", ".1%"),
-    LoggedValue("eval_questions_loss", "held-out questions loss", ".4f"),
-    LoggedValue("eval_questions_accuracy", "answer tokens right", ".1%"),
-    LoggedValue(
-        "eval_questions_recall_best_head", "questions: evidence retrieved by the best head", ".1%"
-    ),
-)
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
