@@ -1,5 +1,7 @@
 """Heads that choose among old blocks by their text: against scores one by one, and in a run."""
 
+import types
+
 import pytest
 import torch
 from toy import silent, toy_recipe
@@ -67,15 +69,15 @@ def test_scores_are_those_of_a_loop(model):
 def test_heads_are_added_while_they_help(model, monkeypatch):
     """The second head is wrong alone and right together with the first."""
 
-    class Scores:
-        heads = [(0, 0), (0, 1), (1, 0)]
-        scores = [
+    found = types.SimpleNamespace(
+        heads=[(0, 0), (0, 1), (1, 0)],
+        scores=[
             torch.tensor([[9.0, 0.0, 1.0], [5.0, 9.0, 8.0], [0.0, 1.0, 2.0]]),
             torch.tensor([[8.0, 9.0, 0.0], [5.0, 0.0, 9.0], [1.0, 1.0, 0.0]]),
-        ]
-        evidence = [[0], [0]]
-
-    monkeypatch.setattr(heads_module, "RowScores", lambda model, row: Scores)
+        ],
+        evidence=[[0], [0]],
+    )
+    monkeypatch.setattr(heads_module, "RowScores", lambda model, row: found)
     assert best_heads(model, [row()], 1) == ((0, 0),)
     assert best_heads(model, [row()], 3) == ((0, 0), (0, 1))
 
