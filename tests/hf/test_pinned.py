@@ -289,8 +289,10 @@ def test_a_prompt_is_run_to_choose_and_taken_back(choosing):
     mask = torch.ones_like(question)
     mask[1, :5] = 0
     cache = choosing.read(ids(TEXT), retrieve=False)
+    cache.record = True
     chosen = pin_for_prompt(choosing, cache, question, mask)
     assert cache.tokens == [TEXT, TEXT] and cache.observer is None
+    assert cache.record and not cache.retrievals
     fresh = choosing.read(ids(TEXT), retrieve=False)
     fresh.pin(chosen)
     torch.testing.assert_close(

@@ -65,14 +65,14 @@ def pin_for_prompt(
     slots = _last_slots(torch.tensor(cache.tokens), new, cache.settings.block_size)
     settings: LandmarkConfig = model.landmark
     seen = PromptScores(slots, settings)
-    observed = cache.observer
+    observed, recorded = cache.observer, cache.record
     cache.pin(None)
-    cache.observer = seen
+    cache.observer, cache.record = seen, False
     try:
         name = "input_ids" if ids.ndim == 2 else "inputs_embeds"
         model(**{name: ids, CACHE: cache}, attention_mask=mask, logits_to_keep=1)
     finally:
-        cache.observer = observed
+        cache.observer, cache.record = observed, recorded
     try:
         blocks = seen.best(settings.top_k)
     finally:
