@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 from landmark.config import LandmarkConfig
-from landmark.hf.gate_loss import GateContrast, JointContrast
+from landmark.hf.gate_loss import GateContrast, JointContrast, QuestionSpan, TextContrast
 from landmark.hf.recall import EvidenceQuery
 from landmark.train.run import compile_layers
 
@@ -45,7 +45,7 @@ class Case:
     shares: tuple[Share, Share]
     checkpointing: bool = False
     compiled: bool = False
-    joint: bool = False
+    kind: str = "heads"  # who is contrasted
 
 
 def _rows(number: int, tokens: int = 63) -> torch.Tensor:
@@ -66,8 +66,10 @@ CASES = {
     "more blocks": Case((Share(_TWO[0], (FAR,)), Share(_TWO[1][:, :44], (NEAR,)))),
     "no block": Case((Share(_TWO[0], (FAR, NEAR)), Share(_TWO[1][:, :3], ()))),
     "checkpointing": Case((Share(_TWO[0], ()), Share(_TWO[1], (NEAR, MIDDLE))), checkpointing=True),
-    "joint": Case((Share(_TWO[0], (FAR, NEAR, MIDDLE)), Share(_TWO[1], (NEAR,))), joint=True),
-    "joint, no query": Case((Share(_TWO[0], ()), Share(_TWO[1], (NEAR, MIDDLE))), joint=True),
+    "joint": Case((Share(_TWO[0], (FAR, NEAR, MIDDLE)), Share(_TWO[1], (NEAR,))), kind="joint"),
+    "joint, no query": Case((Share(_TWO[0], ()), Share(_TWO[1], (NEAR, MIDDLE))), kind="joint"),
+    "text": Case((Share(_TWO[0], (FAR, NEAR, MIDDLE)), Share(_TWO[1], (NEAR,))), kind="text"),
+    "text, no query": Case((Share(_TWO[0], ()), Share(_TWO[1], (NEAR, MIDDLE))), kind="text"),
     "compiled": Case((Share(_TWO[0], (FAR,)), Share(_TWO[1], (NEAR, MIDDLE))), compiled=True),
 }
 
@@ -102,20 +104,26 @@ def text_loss(logits: torch.Tensor) -> torch.Tensor:
     return logits.square().sum() / 1000
 
 
-def contrast_of(queries: Sequence[EvidenceQuery], *, joint: bool) -> GateContrast | JointContrast:
-    if not joint:
-        return GateContrast(queries)
+Contrast = GateContrast | JointContrast | TextContrast
+
+
+def contrast_of(queries: Sequence[EvidenceQuery], kind: str) -> Contrast:
     spans = [range(query.token - 9, query.token + 1) for query in queries]
-    return JointContrast(queries, spans=spans, layers=[0, 1])
+    if kind == "joint":
+        return JointContrast(queries, spans=spans, layers=[0, 1])
+    if kind == "text":
+        questions = [QuestionSpan(*each) for each in zip(queries, spans, strict=True)]
+        return TextContrast(questions, [(0, 1), (1, 2), (1, 0)])
+    return GateContrast(queries)
 
 
-def loss_of(contrast: GateContrast | JointContrast) -> torch.Tensor:
+def loss_of(contrast: Contrast) -> torch.Tensor:
     return contrast.loss(HEADS) if isinstance(contrast, GateContrast) else contrast.loss()
 
 
-def on_one_device(share: Share, *, joint: bool = False) -> Found:
+def on_one_device(share: Share, *, kind: str = "heads") -> Found:
     model = model_of(Case((share, share)))
-    contrast = contrast_of(share.queries, joint=joint)
+    contrast = contrast_of(share.queries, kind)
     logits = model(input_ids=share.ids, use_cache=False, gate_loss=contrast).logits
     loss = text_loss(logits) + loss_of(contrast)
     loss.backward()
@@ -140,7 +148,7 @@ def on_a_device_of_two(case: Case, device: int) -> Found:
     model = model_of(case)
     parallel = DistributedDataParallel(model)
     share = case.shares[device]
-    contrast = contrast_of(share.queries, joint=case.joint)
+    contrast = contrast_of(share.queries, case.kind)
     logits = parallel(input_ids=share.ids, use_cache=False, gate_loss=contrast).logits
     loss = 2 * text_loss(logits) + loss_of(contrast)
     loss.backward()

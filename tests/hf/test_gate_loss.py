@@ -17,6 +17,7 @@ from landmark.hf.gate_loss import (
     GateContrast,
     JointContrast,
     QuestionSpan,
+    TextContrast,
     contrast_queries,
     joint_queries,
 )
@@ -144,7 +145,9 @@ def of_two_devices(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("name", [name for name in devices.CASES if not devices.CASES[name].joint])
+@pytest.mark.parametrize(
+    "name", [name for name in devices.CASES if devices.CASES[name].kind == "heads"]
+)
 def test_contrast_on_two_devices_is_that_of_a_loop(of_two_devices, name):
     """Loss and gradients, averaged over the devices; one of them may have no query at all."""
     shares = devices.CASES[name].shares
@@ -163,13 +166,22 @@ def test_contrast_on_two_devices_is_that_of_a_loop(of_two_devices, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["as many queries", "more queries", "no query", "checkpointing", "joint", "joint, no query"],
+    [
+        "as many queries",
+        "more queries",
+        "no query",
+        "checkpointing",
+        "joint",
+        "joint, no query",
+        "text",
+        "text, no query",
+    ],
 )
 def test_contrast_on_two_devices_is_that_on_one(of_two_devices, name):
     first, second = devices.CASES[name].shares
     queries = [*first.queries, *(query._replace(row=1) for query in second.queries)]
     whole = devices.Share(torch.cat((first.ids, second.ids)), tuple(queries))
-    check_equal(of_two_devices[name], devices.on_one_device(whole, joint=devices.CASES[name].joint))
+    check_equal(of_two_devices[name], devices.on_one_device(whole, kind=devices.CASES[name].kind))
 
 
 def check_equal(both, expected):
@@ -225,6 +237,37 @@ def test_joint_contrast_is_that_of_a_loop(model, layers):
     torch.testing.assert_close(joint.loss(), expected.mean(), atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("heads", [[(1, 2)], [(0, 0), (1, 3), (1, 1)]])
+def test_text_contrast_is_that_of_a_loop(model, heads):
+    kept = run(model, Kept())
+    questions = [QuestionSpan(*each) for each in zip(QUERIES, SPANS, strict=True)]
+    contrast = run(model, TextContrast(questions, heads))
+    expected = []
+    for asked, span in questions:
+        own = slot_of(asked.token, SIZE) // SIZE
+        evidence = {token // (SIZE - 1) for mention in asked.evidence for token in mention}
+        scores = torch.zeros(own - 1, dtype=torch.float64)
+        for number, head in heads:
+            layer = kept.layers[number]
+            rotary = kept.rotaries[layer.rotary_type]
+            group = head * layer.key.shape[1] // layer.query.shape[1]
+            for token in span:
+                slot = slot_of(token, SIZE)
+                position = (SETTINGS.top_k + 1 + 1) * SIZE + slot % SIZE
+                query = rotated(rotary, layer.query[asked.row, head, slot], position)
+                for block in range(own - 1):
+                    text = []
+                    for inside in range(SIZE - 1):
+                        key = layer.key[asked.row, group, block * SIZE + inside]
+                        text.append(layer.scale * query @ rotated(rotary, key, inside))
+                    scores[block] += torch.stack(text).logsumexp(0).item() / len(span)
+        scores /= math.sqrt(len(heads))
+        wanted = scores[[block for block in range(own - 1) if block in evidence]]
+        expected.append(scores.logsumexp(0) - wanted.logsumexp(0))
+    torch.testing.assert_close(contrast.losses, torch.stack(expected), atol=1e-9, rtol=0)
+    torch.testing.assert_close(contrast.loss(), torch.stack(expected).mean(), atol=1e-9, rtol=0)
+
+
 def test_block_mass_is_that_of_a_loop(model):
     slots = [slot_of(token, SIZE) for token in (0, 7, 40, 62)]
     kept = run(model, Kept())
@@ -253,7 +296,7 @@ def test_block_mass_is_that_of_a_loop(model):
         assert loss.item() == pytest.approx(sum(found) / len(found), abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["contrast", "joint contrast", "block mass"])
+@pytest.mark.parametrize("kind", ["contrast", "joint contrast", "text contrast", "block mass"])
 def test_descent_does_what_the_loss_is_for(kind):
     """Contrast: the evidence is scored higher than all else. Mass: the gate is as told."""
     model = models.landmark_model("llama", SETTINGS)
@@ -266,6 +309,9 @@ def test_descent_does_what_the_loss_is_for(kind):
             loss = run(model, GateContrast(QUERIES)).loss(4)
         elif kind == "joint contrast":
             loss = run(model, JointContrast(QUERIES, spans=SPANS, layers=[1])).loss()
+        elif kind == "text contrast":
+            questions = [QuestionSpan(*each) for each in zip(QUERIES, SPANS, strict=True)]
+            loss = run(model, TextContrast(questions, [(0, 1), (1, 2)])).loss()
         else:
             loss = run(model, GateBlockMass([20, 40, 70])).loss()
         found.append(loss.item())

@@ -65,6 +65,7 @@ def test_the_losses_are_added_with_their_weights(books, scratch, tmp_path, monke
         "none": {},
         "contrast": {"contrast": 2.0},
         "joint": {"joint_contrast": 4.0, "retrieval_layers": [0, 1]},
+        "text": {"text_contrast": 3.0, "retrieval_heads": [[0, 1], [1, 0]]},
         "mass": {"block_mass": 3.0},
     }.items():
         recipe = toy_recipe(steps=1, position_gap=0, episodes=1.0, **changes)
@@ -73,6 +74,8 @@ def test_the_losses_are_added_with_their_weights(books, scratch, tmp_path, monke
     assert found["contrast"] - found["none"] == pytest.approx(2 * noted["contrast_loss"], abs=1e-3)
     joint = noted["joint_contrast_loss"]
     assert found["joint"] - found["none"] == pytest.approx(4 * joint, abs=1e-3)
+    text = noted["text_contrast_loss"]
+    assert found["text"] - found["none"] == pytest.approx(3 * text, abs=1e-3)
     assert found["mass"] - found["none"] == pytest.approx(3 * noted["block_mass_loss"], abs=1e-3)
 
 
@@ -104,12 +107,16 @@ def test_layers_learn_to_choose_together(books, scratch, tmp_path):
     assert landmark.load(tmp_path).landmark.retrieval_layers == (1,)
 
 
-def test_a_joint_contrast_needs_layers(books, scratch, tmp_path):
-    with pytest.raises(ValueError, match="joint_contrast: expected a model with retrieval_layers"):
+@pytest.mark.parametrize(
+    ("loss", "missing"),
+    [("joint_contrast", "retrieval_layers"), ("text_contrast", "retrieval_heads")],
+)
+def test_a_contrast_needs_who_chooses(books, scratch, tmp_path, loss, missing):
+    with pytest.raises(ValueError, match=f"{loss}: expected a model with {missing}, got none"):
         train(
             str(books),
             tmp_path,
-            recipe=toy_recipe(joint_contrast=1.0),
+            recipe=toy_recipe(**{loss: 1.0}),
             tokenizer=str(scratch[0]),
             report=silent,
         )

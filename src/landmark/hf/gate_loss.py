@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from landmark.blocks import slot_of
 from landmark.config import LandmarkConfig
-from landmark.hf.devices import device_number, gather_counts, gather_rows
+from landmark.hf.devices import device_count, device_number, gather_counts, gather_rows
 from landmark.hf.recall import NO_BLOCK, EvidenceQuery, blocks_of, far_queries
 from landmark.rotary import Rotary, Rotation
 
@@ -301,6 +301,120 @@ class JointContrast(_LandmarkContrast):
     def loss(self) -> Tensor:
         """Returns the mean over the queries of all devices, the same on each of them."""
         return _mean_of_devices(self.losses[:, None])[0]
+
+
+@dataclass(frozen=True)
+class _KeptText:
+    """What some heads of a layer are scored by in a contrast of text.
+
+    Attributes:
+        query: ``(N, h, D)`` of the tokens that ask, for each of the heads, not rotated.
+        key: ``(B, h, T, D)`` of all slots, for the key/value head of each, not rotated.
+        scale: the softmax scale.
+        rotary_type: the rotary type of the layer.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    rotary_type: RotaryType
+
+
+@dataclass
+class TextContrast:
+    """Contrast of the blocks with the evidence with the other old blocks of the row, by their text.
+
+    A block's score is the sum over some heads of the mean over a question's tokens of the
+    ``logsumexp`` of the scores of the block's text, divided by the square root of the number of
+    heads. This is what ``retrieval_heads`` choose blocks by (``landmark.hf.prompt_retrieval``). All
+    text is scored in the first block of the prefix.
+
+    Attributes:
+        questions: those of this device, whose evidence is not local, in rows of one text.
+        heads: layer and query head of each.
+    """
+
+    questions: Sequence[QuestionSpan]
+    heads: Sequence[tuple[int, int]]
+    _kept: list[_KeptText] = field(default_factory=list, init=False, repr=False)
+
+    def prepare(
+        self, settings: LandmarkConfig, rotaries: dict[RotaryType, Rotary], like: Tensor
+    ) -> None:
+        """See ``GateLoss.prepare``."""
+        size = settings.block_size
+        device = like.device
+        whole = partial(torch.tensor, dtype=torch.long, device=device)
+        self._blocks = like.shape[1] // size
+        self._block_size = size
+        self._rows = whole([each.query.row for each in self.questions for _ in each.tokens])
+        self._owner = whole([n for n, each in enumerate(self.questions) for _ in each.tokens])
+        self._slots = slot_of(whole([at for each in self.questions for at in each.tokens]), size)
+        own = slot_of(whole([each.query.token for each in self.questions]), size) // size
+        number = torch.arange(self._blocks, device=device)
+        self._is_old = number < (own - settings.local_blocks)[:, None]
+        evidence = torch.zeros(len(self.questions), self._blocks, dtype=torch.bool)
+        for row, each in enumerate(self.questions):
+            evidence[row, blocks_of(each.query, size)] = True
+        self._is_evidence = evidence.to(device) & self._is_old
+        local = (self._slots // size).clamp(max=settings.local_blocks)
+        at = (settings.top_k + 1 + local) * size + self._slots % size
+        inside = torch.arange(size - 1, device=device)
+        self._rotations = {
+            kind: (rotary.rotation(at, like.dtype), rotary.rotation(inside, like.dtype))
+            for kind, rotary in rotaries.items()
+        }
+        self._layers_passed = 0
+
+    def add(self, layer: LayerInputs) -> None:
+        """Keeps what is scored after the pass."""
+        heads = [head for number, head in self.heads if number == self._layers_passed]
+        self._layers_passed += 1
+        if heads:
+            repeats = layer.query.shape[1] // layer.key.shape[1]
+            groups = [head // repeats for head in heads]
+            query = layer.query[self._rows, :, self._slots][:, heads]
+            key = layer.key[:, groups]
+            self._kept.append(_KeptText(query, key, layer.scale, layer.rotary_type))
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """``(Q,)``, after the pass."""
+        total = torch.zeros(self._is_old.shape, device=self._rows.device)
+        for kept in self._kept:
+            total = total + self._scores(kept)
+        scores = total / math.sqrt(len(self.heads))
+        everything = scores.masked_fill(~self._is_old, -torch.inf).logsumexp(-1)
+        return everything - scores.masked_fill(~self._is_evidence, -torch.inf).logsumexp(-1)
+
+    def _scores(self, kept: _KeptText) -> Tensor:
+        """Returns the sum over a layer's heads of the scores ``(Q, P)`` of blocks."""
+        at, inside = self._rotations[kept.rotary_type]
+        exact = torch.promote_types(kept.key.dtype, torch.float32)
+        query = at[:, None].rotate(kept.query.to(exact)) * kept.scale
+        blocks = kept.key[:, :, : self._blocks * self._block_size]
+        text = torch.unflatten(blocks, 2, (self._blocks, -1))[:, :, :, :-1].to(exact)
+        text = inside.rotate(text)
+        mass = torch.zeros(len(query), self._blocks, dtype=exact, device=query.device)
+        for row in sorted({each.query.row for each in self.questions}):
+            asked = (self._rows == row).nonzero()[:, 0]
+            products = torch.einsum("nhd,hpld->nhpl", query[asked], text[row])
+            mass = mass.index_put((asked,), products.logsumexp(-1).sum(1))
+        lengths = torch.bincount(self._owner, minlength=len(self.questions))
+        found = mass.new_zeros(len(self.questions), self._blocks)
+        return found.index_add(0, self._owner, mass / lengths[self._owner, None])
+
+    def loss(self) -> Tensor:
+        """Returns the mean over the questions of all devices, the same on each of them.
+
+        Devices have no keys of each other, so that each has gradients from its own questions alone.
+        """
+        count = self.losses.new_tensor(len(self.losses))
+        here = torch.stack((self.losses.sum().detach(), count))
+        total, questions = gather_rows(here[None]).sum(0)
+        share = device_count() * self.losses.sum() / questions
+        loss: Tensor = share + (total / questions - share).detach()
+        return loss
 
 
 def _mean_of_devices(losses: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from landmark.hf.gate_loss import (
     JointContrast,
     LayerInputs,
     QuestionSpan,
+    TextContrast,
     contrast_queries,
     joint_queries,
 )
@@ -51,6 +52,7 @@ class GateLosses:
     Attributes:
         contrast: the contrast of each head, ``None`` for none.
         joint: the contrast of the retrieval layers, ``None`` for none.
+        text: the contrast of the text of blocks by the retrieval heads, ``None`` for none.
         block_mass: the fit to dense attention, ``None`` for none.
     """
 
@@ -58,6 +60,7 @@ class GateLosses:
         self.retrieval = retrieval
         self.contrast: GateContrast | None = None
         self.joint: JointContrast | None = None
+        self.text: TextContrast | None = None
         self.block_mass: GateBlockMass | None = None
 
     def prepare(
@@ -73,7 +76,7 @@ class GateLosses:
             each.add(layer)
 
     def _there(self) -> list[GateLoss]:
-        losses = (self.contrast, self.joint, self.block_mass)
+        losses = (self.contrast, self.joint, self.text, self.block_mass)
         return [each for each in losses if each is not None]
 
     def __bool__(self) -> bool:
@@ -88,6 +91,9 @@ class GateLosses:
         if self.joint is not None:
             joint = self.joint.loss()
             found.append(WeightedLoss("joint_contrast_loss", joint, self.retrieval.joint_contrast))
+        if self.text is not None:
+            text = self.text.loss()
+            found.append(WeightedLoss("text_contrast_loss", text, self.retrieval.text_contrast))
         if self.block_mass is not None:
             mass = self.block_mass.loss()
             found.append(WeightedLoss("block_mass_loss", mass, self.retrieval.block_mass))
@@ -117,18 +123,18 @@ def gate_losses(
         wanted = evidence_queries(batch["questions"], before=CONTRAST_TOKENS)
         queries = contrast_queries(wanted, settings, count, device)
         losses.contrast = None if queries is None else GateContrast(queries, blocks)
-    if retrieval.joint_contrast and "questions" in batch:
+    asked = None
+    if (retrieval.joint_contrast or retrieval.text_contrast) and "questions" in batch:
         asked = joint_queries(question_spans(batch["questions"]), settings, device)
-        losses.joint = (
-            None
-            if asked is None
-            else JointContrast(
-                [each.query for each in asked],
-                blocks,
-                spans=[each.tokens for each in asked],
-                layers=settings.retrieval_layers or (),
-            )
+    if retrieval.joint_contrast and asked is not None:
+        losses.joint = JointContrast(
+            [each.query for each in asked],
+            blocks,
+            spans=[each.tokens for each in asked],
+            layers=settings.retrieval_layers or (),
         )
+    if retrieval.text_contrast and asked is not None:
+        losses.text = TextContrast(asked, settings.retrieval_heads or ())
     is_packed = "position_ids" in batch
     if retrieval.block_mass and not is_packed:
         columns = range(batch["input_ids"].shape[1])

@@ -114,6 +114,7 @@ _SHOWN = (
     LoggedValue("grad_norm", "grad", ".2f"),
     LoggedValue("contrast_loss", "contrast", ".4f"),
     LoggedValue("joint_contrast_loss", "joint contrast", ".4f"),
+    LoggedValue("text_contrast_loss", "text contrast", ".4f"),
     LoggedValue("block_mass_loss", "block mass", ".4f"),
     LoggedValue("teacher_loss", "from the teacher", ".4f"),
     LoggedValue("tokens_per_second", "tokens/s", ",.0f"),

@@ -177,6 +177,7 @@ class Recipe:
             NumberSetting("forced_until", self.retrieval.forced_until, low=0.0, high=1e6),
             NumberSetting("contrast", self.retrieval.contrast, low=0.0, high=1e6),
             NumberSetting("joint_contrast", self.retrieval.joint_contrast, low=0.0, high=1e6),
+            NumberSetting("text_contrast", self.retrieval.text_contrast, low=0.0, high=1e6),
             NumberSetting("block_mass", self.retrieval.block_mass, low=0.0, high=1e6),
             NumberSetting("teacher_weight", self.distillation.teacher_weight, low=0.0, high=1e6),
             NumberSetting("teacher_share", self.distillation.teacher_share, low=0.0, high=1.0),

@@ -135,11 +135,7 @@ def train(
         if args.should_save:
             outputs.require_room(out, made.num_parameters() * getattr(torch, dtype).itemsize, "out")
         settings = LandmarkConfig.from_dict(recipe.landmark) if plain else made.landmark
-        if recipe.retrieval.joint_contrast and not settings.retrieval_layers:
-            raise ValueError(
-                "joint_contrast: expected a model with retrieval_layers, got none; name some in "
-                'the recipe\'s "landmark", such as the upper half of the layers'
-            )
+        _require_choosers(recipe, settings)
         row_tokens = tokens_for(recipe.data.length, settings.block_size)
         teacher = load_teacher(recipe, path, cutter)
         answers = None
@@ -207,6 +203,19 @@ def train(
     if args.should_save:
         write_summary(out, summary)
     return summary
+
+
+def _require_choosers(recipe: Recipe, settings: LandmarkConfig) -> None:
+    """Raises ``ValueError`` where a contrast has no layers or heads to train."""
+    for loss, name, example in (
+        ("joint_contrast", "retrieval_layers", "[8, 9, 10]"),
+        ("text_contrast", "retrieval_heads", "[[8, 0], [9, 2]]"),
+    ):
+        if getattr(recipe.retrieval, loss) and not getattr(settings, name):
+            raise ValueError(
+                f"{loss}: expected a model with {name}, got none; name some in the recipe's "
+                f'"landmark", such as {name}={example}'
+            )
 
 
 def _check(out: Path, recipe: Recipe, arguments: RunArguments, *, resume: bool) -> Path | None:

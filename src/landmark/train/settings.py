@@ -132,6 +132,8 @@ class RetrievalSettings:
         contrast_queries: tokens of a row at which it is taken, on average over a batch.
         joint_contrast: weight of the contrast of the ``retrieval_layers``, whose heads score
             together for a whole question (``landmark.hf.gate_loss.JointContrast``); 0 for none.
+        text_contrast: weight of the contrast of blocks by their text, by the ``retrieval_heads``
+            together (``landmark.hf.gate_loss.TextContrast``); 0 for none.
         named_heads: so many heads at most become the saved model's ``retrieval_heads``: those whose
             scores of old blocks' text find the evidence best for the held-out questions
             (``landmark.train.heads``); 0 for none.
@@ -146,6 +148,7 @@ class RetrievalSettings:
     contrast_heads: int = 32
     contrast_queries: int = 8
     joint_contrast: float = 0.0
+    text_contrast: float = 0.0
     named_heads: int = 0
     block_mass: float = 0.0
 
