@@ -188,7 +188,7 @@ def test_questions_about_one_text_do_not_see_each_other(sets, talking):
 def test_several_questions_at_once_are_answered_as_one_by_one(
     sets, request, monkeypatch, kind, layers
 ):
-    """About one text or one each, with the blocks found, forced or voted for."""
+    """About one text or one each, with the blocks found, forced or chosen for all layers."""
     variant = request.getfixturevalue(kind)
     task = QuestionsTask(
         lengths=(900,),

@@ -19,7 +19,7 @@ from landmark.hf.gate_loss import (
     QuestionSpan,
     TextContrast,
     contrast_queries,
-    joint_queries,
+    far_questions,
 )
 from landmark.hf.recall import EvidenceQuery
 from landmark.train.run import compile_layers
@@ -387,9 +387,9 @@ def test_queries_of_a_contrast():
     assert contrast_queries(far[:1], SETTINGS, 3, cpu) == 3 * far[:1]
 
 
-def test_questions_of_a_joint_contrast():
+def test_questions_whose_evidence_is_far():
     far = QuestionSpan(EvidenceQuery(0, 60, (range(3, 4),)), range(50, 61))
     near = QuestionSpan(EvidenceQuery(0, 60, (range(50, 57),)), range(50, 61))
     cpu = torch.device("cpu")
-    assert joint_queries([near], SETTINGS, cpu) is None
-    assert joint_queries([near, far, near], SETTINGS, cpu) == [far]
+    assert far_questions([near], SETTINGS, cpu) is None
+    assert far_questions([near, far, near], SETTINGS, cpu) == [far]

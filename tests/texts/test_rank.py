@@ -121,7 +121,7 @@ def test_the_query_is_scored_as_the_model_scores_old_landmarks(marked, monkeypat
     old = 12 - config.local_blocks - config.top_k
     (memory,) = rank.deciding_layers(cache)
     keys = memory.store.landmark_keys[0][:, :old]
-    ours = queries.totals[memory.layer][0].unflatten(0, (len(keys), -1)) @ keys.transpose(-1, -2)
+    ours = queries.totals[memory.layer].unflatten(0, (len(keys), -1)) @ keys.transpose(-1, -2)
     assert old > 0
     assert torch.allclose(sum(each[..., :old] for each in summed), ours, atol=1e-10)
 
@@ -325,7 +325,7 @@ def test_the_tokens_that_count_are_those_the_contrast_teaches(talking, monkeypat
     asked = prompt(talking, f"\n\n{QUERY}")
     shift = len(asked) - answer.start
     expected = [token + shift for token in taught if token < answer.start]
-    assert kept[0][0].tolist() == [int(slot_of(token, BLOCK)) for token in expected]
+    assert kept[0].tolist() == [int(slot_of(token, BLOCK)) for token in expected]
 
 
 def test_how_a_question_is_cut_into_chunks_is_rounding(talking):

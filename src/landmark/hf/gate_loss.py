@@ -147,8 +147,7 @@ class _LandmarkContrast:
         read = self._tokens_read()
         self._rows = whole([row for row, _ in read])
         self._slots = slot_of(whole([token for _, token in read]), size)
-        local = (self._slots // size).clamp(max=settings.local_blocks)
-        at = (settings.top_k + 1 + local) * size + self._slots % size
+        at = _prefix_positions(self._slots, settings)
         start = torch.tensor([size - 1], device=device)
         self._rotations = {
             kind: (rotary.rotation(at, like.dtype), rotary.rotation(start, like.dtype))
@@ -263,7 +262,7 @@ class JointContrast(_LandmarkContrast):
     A query is a question. A block's score is the sum over these heads of the landmark's score for
     the mean of the question's queries, divided by the square root of the number of heads: so it
     varies by chance as much as that of one head. This is what ``retrieval_layers`` choose blocks by
-    (``landmark.hf.retrieval_layers``).
+    (``landmark.hf.prompt_retrieval``).
 
     Attributes:
         spans: tokens of each query whose queries are averaged; its ``token`` is the last of them.
@@ -284,15 +283,15 @@ class JointContrast(_LandmarkContrast):
     def losses(self) -> Tensor:
         """``(Q,)``, after the pass."""
         lengths = self._rows.new_tensor([len(span) for span in self.spans])
-        owner = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        question = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         total = torch.zeros((), device=self._rows.device)
         heads = 0
         for numbers in self._alike():
             query, keys = self._rotated(numbers)
             heads += query.shape[0] * query.shape[2]
-            parts = query / lengths[owner, None, None]
+            parts = query / lengths[question, None, None]
             mean = query.new_zeros(len(query), len(lengths), *query.shape[2:])
-            mean = mean.index_add(1, owner, parts)
+            mean = mean.index_add(1, question, parts)
             grouped = torch.unflatten(mean, 2, (keys.shape[2], -1)).sum(3)
             scores = torch.einsum("lqgd,blgpd->qbp", grouped, keys)
             total = total + self._kept[numbers[0]].scale * scores
@@ -348,7 +347,7 @@ class TextContrast:
         self._blocks = like.shape[1] // size
         self._block_size = size
         self._rows = whole([each.query.row for each in self.questions for _ in each.tokens])
-        self._owner = whole([n for n, each in enumerate(self.questions) for _ in each.tokens])
+        self._question = whole([n for n, each in enumerate(self.questions) for _ in each.tokens])
         self._slots = slot_of(whole([at for each in self.questions for at in each.tokens]), size)
         own = slot_of(whole([each.query.token for each in self.questions]), size) // size
         number = torch.arange(self._blocks, device=device)
@@ -357,8 +356,7 @@ class TextContrast:
         for row, each in enumerate(self.questions):
             evidence[row, blocks_of(each.query, size)] = True
         self._is_evidence = evidence.to(device) & self._is_old
-        local = (self._slots // size).clamp(max=settings.local_blocks)
-        at = (settings.top_k + 1 + local) * size + self._slots % size
+        at = _prefix_positions(self._slots, settings)
         inside = torch.arange(size - 1, device=device)
         self._rotations = {
             kind: (rotary.rotation(at, like.dtype), rotary.rotation(inside, like.dtype))
@@ -397,12 +395,12 @@ class TextContrast:
         text = inside.rotate(text)
         mass = torch.zeros(len(query), self._blocks, dtype=exact, device=query.device)
         for row in sorted({each.query.row for each in self.questions}):
-            asked = (self._rows == row).nonzero()[:, 0]
-            products = torch.einsum("nhd,hpld->nhpl", query[asked], text[row])
-            mass = mass.index_put((asked,), products.logsumexp(-1).sum(1))
-        lengths = torch.bincount(self._owner, minlength=len(self.questions))
+            tokens = (self._rows == row).nonzero()[:, 0]
+            products = torch.einsum("nhd,hpld->nhpl", query[tokens], text[row])
+            mass = mass.index_put((tokens,), products.logsumexp(-1).sum(1))
+        lengths = torch.bincount(self._question, minlength=len(self.questions))
         found = mass.new_zeros(len(self.questions), self._blocks)
-        return found.index_add(0, self._owner, mass / lengths[self._owner, None])
+        return found.index_add(0, self._question, mass / lengths[self._question, None])
 
     def loss(self) -> Tensor:
         """Returns the mean over the questions of all devices, the same on each of them.
@@ -415,6 +413,18 @@ class TextContrast:
         share = device_count() * self.losses.sum() / questions
         loss: Tensor = share + (total / questions - share).detach()
         return loss
+
+
+def _prefix_positions(slots: Tensor, settings: LandmarkConfig) -> Tensor:
+    """Returns the positions of queries where the prefix and their local blocks stand before them.
+
+    Args:
+        slots: ``(N,)`` slots of the queries.
+        settings: the landmark settings.
+    """
+    size = settings.block_size
+    local = (slots // size).clamp(max=settings.local_blocks)
+    return (settings.top_k + 1 + local) * size + slots % size
 
 
 def _mean_of_devices(losses: Tensor) -> Tensor:
@@ -512,7 +522,7 @@ def contrast_queries(
     return [far[index] for index in taken if 0 <= index < len(far)]
 
 
-def joint_queries(
+def far_questions(
     questions: Iterable[QuestionSpan], settings: LandmarkConfig, device: torch.device
 ) -> list[QuestionSpan] | None:
     """Returns the questions whose evidence is not local.

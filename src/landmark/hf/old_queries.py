@@ -1,15 +1,10 @@
-"""Sums of queries, as retrieval scores old landmarks with them.
-
-A landmark's score is linear in the query. So the sum of its scores for several tokens is its score
-for the sum of their queries, whatever the number of landmarks.
-"""
+"""Queries as retrieval scores old landmarks with them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory
 
 
@@ -33,31 +28,3 @@ def old_queries(memory: LayerMemory, query: Tensor, offsets: Tensor, scale: floa
     )
     inside = memory.tables.by_offset(offsets, query.dtype)[:, None].rotate(query).to(precise)
     return memory.tables.by_distance(distance, precise, int(distance)).rotate(inside * scale)
-
-
-class QuerySums:
-    """An observer of a ``LandmarkCache`` that sums up the queries of each layer.
-
-    Args:
-        slots: ``(B, n)`` slots of each row whose queries count, -1 for none; ``None`` for all.
-
-    Attributes:
-        totals: by layer, ``(B, H, D)``: the sum over these slots, see ``old_queries``.
-    """
-
-    def __init__(self, slots: Tensor | None = None) -> None:
-        self.slots = slots
-        self.totals: dict[int, Tensor] = {}
-
-    def __call__(
-        self, memory: LayerMemory, query: Tensor, geometry: CallGeometry, scale: float
-    ) -> None:
-        """Adds the queries ``(B, H, T, D)`` of one call of one layer."""
-        counts = geometry.slots >= 0
-        if self.slots is not None:
-            slots = self.slots.to(query.device)
-            counts = counts & (geometry.slots[:, :, None] == slots[:, None]).any(-1)
-        queries = old_queries(memory, query, geometry.offsets, scale)
-        summed = queries.masked_fill(~counts[:, None, :, None], 0).sum(2)
-        before = self.totals.get(memory.layer)
-        self.totals[memory.layer] = summed if before is None else before + summed

@@ -65,14 +65,17 @@ def pin_for_prompt(
     slots = _last_slots(torch.tensor(cache.tokens), new, cache.settings.block_size)
     settings: LandmarkConfig = model.landmark
     seen = PromptScores(slots, settings)
-    observed, recorded = cache.observer, cache.record
+    observer = cache.observer
+    record = cache.record
     cache.pin(None)
-    cache.observer, cache.record = seen, False
+    cache.observer = seen
+    cache.record = False
     try:
         name = "input_ids" if ids.ndim == 2 else "inputs_embeds"
         model(**{name: ids, CACHE: cache}, attention_mask=mask, logits_to_keep=1)
     finally:
-        cache.observer, cache.record = observed, recorded
+        cache.observer = observer
+        cache.record = record
     try:
         blocks = seen.best(settings.top_k)
     finally:
@@ -166,8 +169,8 @@ class PromptScores:
         for layer, head in self._heads:
             store = self._memories[layer].store
             queries = self._queries[layer]
-            heads, groups = queries.shape[1], store.landmark_keys.shape[1]
-            group = head // (heads // groups)
+            groups = store.landmark_keys.shape[1]
+            group = head // (queries.shape[1] // groups)
             row_head = torch.arange(len(blocks), device=queries.device)[:, None] * groups + group
             parts = []
             for some in torch.split(blocks.to(queries.device), AT_ONCE, dim=1):

@@ -30,7 +30,8 @@ from landmark.data.encoding import Progress
 from landmark.data.tokenizer import row_start
 from landmark.hf.cache import LandmarkCache
 from landmark.hf.gate_loss import CONTRAST_TOKENS
-from landmark.hf.old_queries import QuerySums
+from landmark.hf.old_queries import old_queries
+from landmark.memory.geometry import CallGeometry
 from landmark.memory.layer import LayerMemory
 from landmark.texts.explain import uses_template
 from landmark.texts.files import file_documents
@@ -100,6 +101,32 @@ class DocumentScore:
     block: int
 
 
+class QuerySums:
+    """An observer of a ``LandmarkCache`` that sums up the queries of each layer.
+
+    Args:
+        slots: ``(n,)`` slots whose queries count; ``None`` for all.
+
+    Attributes:
+        totals: by layer, ``(H, D)``: the sum over these slots, see ``old_queries``.
+    """
+
+    def __init__(self, slots: Tensor | None = None) -> None:
+        self.slots = slots
+        self.totals: dict[int, Tensor] = {}
+
+    def __call__(
+        self, memory: LayerMemory, query: Tensor, geometry: CallGeometry, scale: float
+    ) -> None:
+        """Adds the queries ``(1, H, T, D)`` of one call of one layer."""
+        queries = old_queries(memory, query, geometry.offsets, scale)[0]
+        if self.slots is not None:
+            queries = queries[:, torch.isin(geometry.slots[0], self.slots)]
+        summed = queries.sum(1)
+        before = self.totals.get(memory.layer)
+        self.totals[memory.layer] = summed if before is None else before + summed
+
+
 def deciding_layers(cache: LandmarkCache) -> list[LayerMemory]:
     """Returns the memories of the layers that retrieve and whose landmarks differ."""
     return [
@@ -134,7 +161,7 @@ def read_text(
     wanted = None
     if last is not None:
         final = torch.arange(len(ids), device=loaded.device)[-last:]
-        wanted = slot_of(final, loaded.model.landmark.block_size)[None]
+        wanted = slot_of(final, loaded.model.landmark.block_size)
     queries = QuerySums(wanted)
     with loaded.configured(**SETTINGS):
         cache = LandmarkCache(loaded.model.config)
@@ -152,9 +179,9 @@ def read_text(
             "or configure its layers"
         )
     landmarks = slots - tokens
-    count = slots if wanted is None else wanted.shape[1]
+    count = slots if wanted is None else len(wanted)
     keys = [memory.store.landmark_keys[0][:, :landmarks].clone() for memory in memories]
-    means = [queries.totals[memory.layer][0] / count for memory in memories]
+    means = [queries.totals[memory.layer] / count for memory in memories]
     grouped = [
         torch.unflatten(mean, 0, (len(key), -1)) for mean, key in zip(means, keys, strict=True)
     ]

@@ -23,7 +23,7 @@ from landmark.hf.gate_loss import (
     QuestionSpan,
     TextContrast,
     contrast_queries,
-    joint_queries,
+    far_questions,
 )
 from landmark.hf.recall import EvidenceQuery, blocks_of
 from landmark.rotary import Rotary
@@ -125,7 +125,7 @@ def gate_losses(
         losses.contrast = None if queries is None else GateContrast(queries, blocks)
     asked = None
     if (retrieval.joint_contrast or retrieval.text_contrast) and "questions" in batch:
-        asked = joint_queries(question_spans(batch["questions"]), settings, device)
+        asked = far_questions(question_spans(batch["questions"]), settings, device)
     if retrieval.joint_contrast and asked is not None:
         losses.joint = JointContrast(
             [each.query for each in asked],

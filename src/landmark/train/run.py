@@ -195,7 +195,8 @@ def train(
         final.configure_landmark(mode="retrieval", landmark_trained=True, trained_length=length)
         if recipe.retrieval.named_heads:
             heads = trainer.best_heads(recipe.retrieval.named_heads)
-            final.configure_landmark(retrieval_heads=heads)
+            if heads is not None:
+                final.configure_landmark(retrieval_heads=heads)
     summary = summarise(trainer, recipe, arguments, rows.documents, seconds=seconds)
     if progress is not None:
         progress("saving", 0, 0)
